@@ -1,0 +1,312 @@
+"""When things happen in a run: the phases of the search. How they happen is in `search` and `surgery`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .checkpoint import load_state, save_state
+from .config import DiffoRAConfig
+from .data import HeldOutBatches
+from .logging import get_logger
+from .search import ArchitectureSearch
+from .selection import Selection
+from .surgery import apply_selection
+
+
+logger = get_logger(__name__)
+
+WARMUP, SEARCH, SELECTED = "warm-up", "search", "selected"
+
+_GAP_BATCHES = 8
+
+
+class DiffoRACallback(TrainerCallback):
+    """
+    Drives a search through its three phases: warm-up, search, selected.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        make_search (`Callable[[nn.Module], ArchitectureSearch]`): makes the search of the trainer's model.
+        make_held_out (`Callable[[int, int], HeldOutBatches]`): gives the held-out batches of a run of some total steps
+            that is cut at some step.
+        after_cut (`Callable[[], None]`, *optional*): what the trainer does when the modules have changed.
+        last_train_batch (`Callable[[], Any]`, *optional*): the latest training batch; for `arch_order=2`.
+    """
+
+    def __init__(
+        self,
+        config: DiffoRAConfig,
+        make_search: Callable[[nn.Module], ArchitectureSearch],
+        make_held_out: Callable[[int, int], HeldOutBatches],
+        after_cut: Callable[[], None] | None = None,
+        last_train_batch: Callable[[], Any] | None = None,
+    ) -> None:
+        self.config = config
+        self.phase = WARMUP
+        self.selection: Selection | None = None
+        self.search: ArchitectureSearch | None = None
+        self._make_search = make_search
+        self._make_held_out = make_held_out
+        self._after_cut = after_cut
+        self._last_train_batch = last_train_batch
+        self._held_out: HeldOutBatches | None = None
+        self._warmup = self._cut = 0
+        self._report: dict[str, float] = {}
+        self._resumed: tuple[dict[str, Any], dict[str, Any]] | None = None
+
+    @property
+    def searching(self) -> bool:
+        """Whether the gates act on the model: from the start of training until the cut."""
+        return self.search is not None and self.search.gates.attached
+
+    def metrics(self) -> dict[str, float]:
+        """What belongs into the next training log."""
+        report, self._report = self._report, {}
+        if self.searching and self.search is not None:
+            report = {**self.search.metrics(), **report}
+        return report
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if self.phase == SELECTED:
+            return  # resumed after the cut, or trained again: an ordinary LoRA model
+        self._warmup, self._cut = self.config.schedule(state.max_steps)
+        if self.searching and self.search is not None:  # a run before this one was interrupted
+            self.search.gates.detach()
+        self.phase = WARMUP
+        self.search = self._make_search(kwargs["model"])
+        self._held_out = self._make_held_out(state.max_steps, self._cut)
+        if self._resumed is not None:
+            self._restore(state)
+        self.search.begin()
+        if state.is_world_process_zero:
+            logger.info(f"Grid: {self.search.grid.describe()}.")
+            logger.info(
+                f"Warm-up until step {self._warmup}, search ({self.config.relaxation}, on "
+                f"{len(self._held_out.dataset):,} held-out rows) until step {self._cut} of {state.max_steps}, then "
+                "the selected modules alone."
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if not self.searching or self.search is None:
+            return
+        step = state.global_step
+        if self._warmup < step <= self._cut and (step - self._warmup - 1) % self.config.arch_every == 0:
+            self._architecture_step(state, kwargs.get("lr_scheduler"))
+        if step == self._warmup:
+            self.phase = SEARCH
+            if state.is_world_process_zero:
+                logger.info(f"Step {step}: warm-up done, the search begins.")
+        if step >= self._cut:
+            self._discretize(state, control, **kwargs)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        if not self.searching or self.search is None:
+            return
+        if self.search.matrix.steps:
+            logger.warning(
+                f"Training ended at step {state.global_step}, before the cut at step {self._cut}. The modules are "
+                "chosen now, from what the search has found so far, and were not trained alone."
+            )
+            self._discretize(state, control, **kwargs)
+        else:
+            logger.warning(
+                f"Training ended at step {state.global_step}, before the first architecture step. No module was "
+                "chosen; all of them stay."
+            )
+            self.search.gates.detach()
+
+    def _architecture_step(self, state: TrainerState, scheduler: Any) -> None:
+        assert self.search is not None and self._held_out is not None
+        train_batch, learning_rate = None, None
+        if self.config.arch_order == 2:
+            train_batch = self._last_train_batch() if self._last_train_batch is not None else None
+            learning_rate = float(scheduler.get_last_lr()[0])
+        loss = self.search.step(next(self._held_out), train_batch, learning_rate)
+        if loss is None and state.is_world_process_zero:
+            logger.warning(
+                f"Step {state.global_step}: the architecture loss was not finite; this architecture step is skipped "
+                f"({self.search.skipped_steps} so far)."
+            )
+
+    def _discretize(
+        self,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Any = None,
+        lr_scheduler: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Cut: decide, measure, and let the surgery change the model."""
+        search, held_out = self.search, self._held_out
+        assert search is not None and held_out is not None
+        before = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+        self._report = search.metrics()
+        self.selection = selection = search.finish(state.global_step)
+        apply_selection(
+            model,
+            selection,
+            optimizer,
+            lr_scheduler,
+            fold_gates=self.config.fold_gates,
+            adapter_name=search.grid.adapter_name,
+        )
+        self.phase = SELECTED
+        if self._after_cut is not None:
+            self._after_cut()
+        after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+        self._report.update(
+            {
+                "diffora/held_out_loss_before_cut": before,
+                "diffora/held_out_loss_after_cut": after,
+                "diffora/gap": after - before,
+                "diffora/selected_modules": float(len(selection.selected)),
+                "diffora/lora_parameters": float(selection.trainable_parameters),
+            }
+        )
+        # A checkpoint from before the cut holds other modules, so the best one is looked for from here on.
+        state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        control.should_log = True
+        if state.is_world_process_zero:
+            self._announce(selection, before, after)
+        self.search = self._held_out = None
+
+    def _announce(self, selection: Selection, before: float, after: float) -> None:
+        logger.info(f"Step {selection.step}: {selection.summary()}.\n{selection.table()}")
+        logger.info(f"Held-out loss {before:.4f} just before the cut, {after:.4f} just after it.")
+        rows, columns = selection.uncovered()
+        if rows:
+            logger.warning(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")
+        if columns:
+            logger.warning(f"No module was kept of {len(columns)} kind(s): {', '.join(columns)}.")
+
+    # State of a checkpoint
+
+    def save(self, folder: str, state: TrainerState) -> None:
+        """Write the state of the search into a checkpoint."""
+        record: dict[str, Any] = {
+            "phase": self.phase,
+            "step": state.global_step,
+            "config": self.config.to_dict(),
+            "selection": None if self.selection is None else self.selection.to_json(),
+        }
+        tensors = {}
+        if self.search is not None and self._held_out is not None:
+            record.update(
+                warmup=self._warmup,
+                cut=self._cut,
+                modules=self.search.grid.names,
+                held_out_position=self._held_out.position,
+                held_out_rows=len(self._held_out.dataset),
+                skipped_steps=self.search.skipped_steps,
+                losses=self.search.pending_losses,
+            )
+            tensors = self.search.matrix.state_dict()
+        save_state(folder, record, tensors)
+
+    def load(self, folder: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        """
+        Bring the model to the module set of a checkpoint, before its weights are loaded. The search itself is restored
+        when training begins.
+
+        Raises:
+            ValueError: if the checkpoint has no state, or is from before a cut that this model has already had.
+        """
+        record, tensors = load_state(folder)
+        if record["phase"] == SELECTED:
+            selection = Selection.from_json(record["selection"])
+            if self.phase != SELECTED:
+                apply_selection(model, selection, optimizer, scheduler, fold_gates=False)
+            elif self.selection is None or self.selection.adapted != selection.adapted:
+                raise ValueError(
+                    f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
+                    "cut. Please build a new trainer to resume from it."
+                )
+            self.phase, self.selection = SELECTED, selection
+            return
+        if self.phase == SELECTED:
+            raise ValueError(
+                f"The checkpoint {folder!r} was made before the cut, but the model of this trainer has already lost "
+                "the unselected modules. Please build a new trainer to resume from it."
+            )
+        self._resumed = (record, tensors)
+
+    def _restore(self, state: TrainerState) -> None:
+        assert self._resumed is not None and self.search is not None and self._held_out is not None
+        record, tensors = self._resumed
+        self._resumed = None
+        changed = {
+            "the modules": (tuple(record["modules"]), self.search.grid.names),
+            "the end of the warm-up": (record["warmup"], self._warmup),
+            "the step of the cut": (record["cut"], self._cut),
+            "the number of held-out rows": (record["held_out_rows"], len(self._held_out.dataset)),
+            "the options": (
+                {k: v for k, v in record["config"].items() if k != "base_model_id"},
+                {k: v for k, v in self.config.to_dict().items() if k != "base_model_id"},
+            ),
+        }
+        for what, (saved, present) in changed.items():
+            if saved != present:
+                raise ValueError(
+                    f"The checkpoint's search does not fit this run: {what} differ(s) (saved: {_short(saved)}, now: "
+                    f"{_short(present)}). Please resume with the model, data and options that the run was started "
+                    "with."
+                )
+        self.phase = record["phase"]
+        self.search.matrix.load_state_dict(tensors)
+        self.search.skipped_steps = int(record["skipped_steps"])
+        self.search.pending_losses = [float(loss) for loss in record["losses"]]
+        self._held_out.position = int(record["held_out_position"])
+
+
+class SearchProgressCallback(TrainerCallback):
+    """
+    Shows the phase and the DAM's entropy on the Trainer's progress bar.
+
+    Args:
+        source ([`DiffoRACallback`]): what to show.
+        find_bar (`Callable[[], ProgressCallback | None]`): the Trainer's own progress callback.
+    """
+
+    def __init__(self, source: DiffoRACallback, find_bar: Callable[[], ProgressCallback | None]) -> None:
+        self._source = source
+        self._find_bar = find_bar
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        progress = self._find_bar()
+        bar = getattr(progress, "training_bar", None)
+        if bar is None:
+            return
+        note = self._source.phase
+        if self._source.searching and self._source.search is not None:
+            note += f", entropy {self._source.search.matrix.entropy():.2f}"
+        bar.set_postfix_str(note, refresh=False)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."

@@ -1,0 +1,96 @@
+"""The model card: what PEFT and TRL wrote, and what the search found."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from .files import write_file
+from .plots import PICTURE_NAME
+from .selection import Selection
+
+
+_BEGIN, _END = "<!-- diffora-trainer: begin -->", "<!-- diffora-trainer: end -->"
+_TEMPLATES = Path(__file__).parent / "templates"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def write_card(
+    folder: str | os.PathLike, selection: Selection | None, peft_config: Any, adapter: str | None = None
+) -> Path:
+    """
+    Complete the `README.md` of an adapter folder: its metadata, and a section on the selection that replaces the one
+    of an earlier call. What is there already is kept.
+
+    Args:
+        folder (`str` or `os.PathLike`): the adapter folder.
+        selection ([`Selection`], *optional*): what was chosen; without one only the metadata is completed.
+        peft_config (`LoraConfig`): the adapter's configuration.
+        adapter (`str`, *optional*): Hub id of the adapter, for the snippet that loads it; defaults to the folder's
+        name.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
+    base_model = public_model_id(peft_config.base_model_name_or_path)
+    _complete_metadata(card, base_model)
+    text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
+    if selection is not None:
+        environment = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, autoescape=False)
+        section = environment.get_template("diffora_card.md").render(
+            selection=selection,
+            options={k: v for k, v in selection.config.items() if v is not None and k != "base_model_id"},
+            picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
+            auto_class=_AUTO_CLASSES.get(
+                str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"
+            ),
+            base_model=base_model,
+            adapter=adapter or folder.name,
+        )
+        text = f"{text.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n"
+    card.text = text
+    write_file(path, str(card).encode())
+    return path
+
+
+def complete_card(trainer: Any, folder: Path) -> None:
+    """Complete the card of a trainer's output or checkpoint folder."""
+    config = trainer.model.peft_config[trainer.model.active_adapters[0]]
+    write_card(folder, trainer.selection, config, trainer.hub_model_id or folder.name)
+
+
+def public_model_id(name: str | None) -> str | None:
+    """A model's name if it is one on the Hub; a folder on someone's disk means nothing to others, and tells on it."""
+    if not name or os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        return None
+    return name
+
+
+def _complete_metadata(card: ModelCard, base_model: str | None) -> None:
+    data: Any = card.data
+    data.library_name = "peft"  # TRL's card says transformers, by which the Hub would not find the base model
+    named = [data.base_model] if isinstance(data.base_model, str) else list(data.base_model or ())
+    named = [name for name in named if public_model_id(name)]
+    if base_model is not None and base_model not in named:
+        named.append(base_model)
+    data.base_model = (named[0] if len(named) == 1 else named) or None
+    tags = [tag for tag in (data.tags or []) if tag is not None and not _is_local_base_tag(tag)]
+    if base_model is not None:
+        tags.append(f"base_model:adapter:{base_model}")
+    data.tags = sorted({*tags, "lora", "diffora", "diffora-trainer"})
+
+
+def _is_local_base_tag(tag: str) -> bool:
+    prefix, _, name = tag.rpartition(":")
+    return prefix.startswith("base_model") and public_model_id(name) is None

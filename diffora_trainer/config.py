@@ -1,0 +1,302 @@
+"""The configuration of a DiffoRA run: every option with its help text, and all validation of values."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+
+SELECTION_SCOPES = ("layer", "model")
+RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
+WEIGHT_SHARING = ("none", "layer", "model")
+
+
+@dataclass
+class DiffoRAConfig:
+    r"""
+    Configuration of the search for the modules that deserve a LoRA.
+
+    The search follows DiffoRA (https://huggingface.co/papers/2502.08905): a Differential Adaptation Matrix (DAM) with
+    a row for each transformer layer and a column for each kind of module is learned on held-out data while the LoRA
+    weights are learned on training data, and is then discretized. The paper's code is not public, so every default
+    here is a choice of this package. Parse it from the command line or YAML with [`~transformers.HfArgumentParser`] or
+    [`~trl.TrlParser`].
+
+    > Parameters that control how much is kept
+
+    selection_ratio (`float`, *optional*, defaults to `0.5`):
+        Share of the LoRA modules to keep, in (0, 1].
+    selection_scope (`str`, *optional*, defaults to `"layer"`):
+        `"layer"` keeps the best `round(selection_ratio * n)` of the `n` modules of each layer, and at least one;
+        `"model"` keeps the best `round(selection_ratio * n)` of the `n` modules of the whole model.
+    max_trainable_parameters (`int`, *optional*):
+        Exact cap on the number of trainable LoRA parameters, used instead of `selection_ratio`: the best modules of
+        the whole model are kept as long as they fit. Parameters that are not LoRA (a new classification head, say) do
+        not count. It requires `selection_scope="model"` or the default scope, which it overrides.
+
+    > Parameters that control when things happen
+
+    discretize_at (`float`, *optional*, defaults to `0.25`):
+        When the matrix is discretized and the unselected modules leave the model: a whole number of 1 or more is an
+        optimizer step, a number in (0, 1) a fraction of all steps.
+    arch_warmup (`float`, *optional*, defaults to `0.05`):
+        For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
+        at the start every gate has a gradient of exactly zero, so at least one step of warm-up is always made.
+        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up, steps 16 to 75 the search, the
+        cut is made at the end of step 75, and steps 76 to 300 train the selected modules alone.
+    arch_every (`int`, *optional*, defaults to `2`):
+        During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
+
+    > Parameters that control the search
+
+    relaxation (`str`, *optional*, defaults to `"budget"`):
+        How the entries of the matrix leave {0, 1}. `"budget"`: the matrix stays in the polytope of the matrices that
+        the budget can pay and is moved by Frank-Wolfe steps towards the affordable set with the largest linear gain;
+        `"sampled"`: gates in {0, 1} drawn at the target ratio, with a straight-through gradient; `"sigmoid"`:
+        independent sigmoids learned by Adam, the plain reading of the paper; `"softmax"`: a softmax over each row (or
+        the whole matrix), which is zero-sum, learned by Adam.
+    arch_learning_rate (`float`, *optional*):
+        Step size of the matrix. Defaults to the relaxation's own: `2 / (t + 2)` at the `t`-th Frank-Wolfe step for
+        `"budget"`, `0.1` for `"sampled"` and `0.05` for the Adam of `"sigmoid"` and `"softmax"`.
+    arch_order (`int`, *optional*, defaults to `1`):
+        `1` takes the gradient of the held-out loss at the present weights; `2` is the finite-difference unrolled step
+        of DARTS (https://huggingface.co/papers/1806.09055, eqs. 7 and 8), about four times as costly.
+    arch_split (`float`, *optional*, defaults to `0.1`):
+        Part of the training set that is held out for the matrix, in (0, 1), and given back to training after the cut.
+        The evaluation set is never used. Ignored when the trainer is given an `arch_dataset`.
+    arch_batch_size (`int`, *optional*):
+        Held-out rows per device in an architecture step. Defaults to the training batch size per device.
+    arch_seed (`int`, *optional*, defaults to `0`):
+        Seed of the split, of the order of the held-out batches and of the sampled gates. The search has random streams
+        of its own and does not touch those of training.
+
+    > Parameters that control the cut
+
+    weight_sharing (`str`, *optional*, defaults to `"none"`):
+        What becomes of the unselected modules: `"none"` removes them; with `"layer"` (or `"model"`) those of a layer
+        (or of the model) that have equal shapes share one trainable pair of LoRA matrices. A module with nobody to
+        share with is removed. Shared pairs are saved as ordinary LoRA weights.
+    fold_gates (`bool`, *optional*, defaults to `True`):
+        Multiply each selected module's gate into its `lora_B` at the cut, so that the model's output does not jump.
+        With `False` the selected gates are set to 1.
+
+    > Parameters that control what is published
+
+    base_model_id (`str`, *optional*):
+        Hub id of the base model, for the adapter's configuration and model card when the base model was loaded from a
+        local folder.
+
+    Raises:
+        ValueError: if a value is out of its range, or two of them contradict each other.
+        TypeError: if a value is of the wrong type.
+    """
+
+    selection_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the LoRA modules to keep, in (0, 1]. Ignored with a parameter cap."}
+    )
+    selection_scope: str = field(
+        default="layer",
+        metadata={
+            "help": "Keep the best modules of each layer ('layer') or of the whole model ('model').",
+            "choices": list(SELECTION_SCOPES),
+        },
+    )
+    max_trainable_parameters: int | None = field(
+        default=None,
+        metadata={"help": "Exact cap on the number of trainable LoRA parameters, instead of `selection_ratio`."},
+    )
+    discretize_at: float = field(
+        default=0.25,
+        metadata={
+            "help": "When to cut: a whole number is an optimizer step, a number in (0, 1) a fraction of all steps."
+        },
+    )
+    arch_warmup: float = field(
+        default=0.05,
+        metadata={"help": "For how long only the LoRA weights learn at the start: a step, or a fraction in [0, 1)."},
+    )
+    arch_every: int = field(
+        default=2, metadata={"help": "An architecture step follows each `arch_every`-th optimizer step."}
+    )
+    relaxation: str = field(
+        default="budget",
+        metadata={"help": "How the entries of the matrix leave {0, 1}.", "choices": list(RELAXATIONS)},
+    )
+    arch_learning_rate: float | None = field(
+        default=None, metadata={"help": "Step size of the matrix. Defaults to the relaxation's own."}
+    )
+    arch_order: int = field(
+        default=1,
+        metadata={"help": "1: first-order gradient; 2: DARTS' finite-difference unrolled step.", "choices": [1, 2]},
+    )
+    arch_split: float = field(
+        default=0.1,
+        metadata={"help": "Part of the training set held out for the matrix until the cut, in (0, 1)."},
+    )
+    arch_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Held-out rows per device in an architecture step. Defaults to the training batch size."},
+    )
+    arch_seed: int = field(
+        default=0, metadata={"help": "Seed of the split, of the held-out batches and of the sampled gates."}
+    )
+    weight_sharing: str = field(
+        default="none",
+        metadata={
+            "help": "Unselected modules of equal shape in a layer (or the model) share one LoRA pair, or are removed.",
+            "choices": list(WEIGHT_SHARING),
+        },
+    )
+    fold_gates: bool = field(
+        default=True,
+        metadata={"help": "Multiply the selected gates into `lora_B` at the cut instead of setting them to 1."},
+    )
+    base_model_id: str | None = field(
+        default=None, metadata={"help": "Hub id of the base model, for the adapter's configuration and model card."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("selection_ratio", "discretize_at", "arch_warmup", "arch_split"):
+            setattr(self, name, _number(name, getattr(self, name)))
+        for name in ("arch_every", "arch_order", "arch_seed"):
+            setattr(self, name, _integer(name, getattr(self, name)))
+        for name in ("max_trainable_parameters", "arch_batch_size"):
+            if getattr(self, name) is not None:
+                setattr(self, name, _integer(name, getattr(self, name)))
+        for name, choices in (
+            ("selection_scope", SELECTION_SCOPES),
+            ("relaxation", RELAXATIONS),
+            ("weight_sharing", WEIGHT_SHARING),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"You passed `{name}={getattr(self, name)!r}`; it must be one of {list(choices)}.")
+        if not isinstance(self.fold_gates, bool):
+            raise TypeError(f"`fold_gates` must be a bool, got {self.fold_gates!r}.")
+        if self.base_model_id is not None and not isinstance(self.base_model_id, str):
+            raise TypeError(f"`base_model_id` must be a string such as 'org/name', got {self.base_model_id!r}.")
+
+        if not 0 < self.selection_ratio <= 1:
+            raise ValueError(
+                f"You passed `selection_ratio={self.selection_ratio}`, but it is the share of modules to keep and "
+                "must be in (0, 1]. Use 0.5 to keep half of the modules."
+            )
+        if self.max_trainable_parameters is not None:
+            if self.max_trainable_parameters <= 0:
+                raise ValueError(
+                    f"You passed `max_trainable_parameters={self.max_trainable_parameters}`; it must be positive."
+                )
+            if self.weight_sharing != "none":
+                raise ValueError(
+                    f"You passed `max_trainable_parameters` together with `weight_sharing={self.weight_sharing!r}`. "
+                    "The shared pairs are trainable too, so the cap would not hold. Please use `selection_ratio`, or "
+                    "set `weight_sharing='none'`."
+                )
+        if self.arch_learning_rate is not None:
+            self.arch_learning_rate = _number("arch_learning_rate", self.arch_learning_rate)
+            if self.arch_learning_rate <= 0:
+                raise ValueError(
+                    f"You passed `arch_learning_rate={self.arch_learning_rate}`; it must be positive, or None for the "
+                    "default of the relaxation."
+                )
+            if self.relaxation == "budget" and self.arch_learning_rate > 1:
+                raise ValueError(
+                    f"You passed `arch_learning_rate={self.arch_learning_rate}` with `relaxation='budget'`. It is the "
+                    "length of a Frank-Wolfe step, and a step longer than 1 leaves the budget. Use a value in (0, 1]."
+                )
+        if not 0 < self.arch_split < 1:
+            raise ValueError(
+                f"You passed `arch_split={self.arch_split}`, but it is a part of the training set and must be in "
+                "(0, 1). To use a data set of your own, pass `arch_dataset=` to the trainer."
+            )
+        if self.arch_order not in (1, 2):
+            raise ValueError(f"You passed `arch_order={self.arch_order}`; it must be 1 (first order) or 2 (unrolled).")
+        if self.arch_every < 1:
+            raise ValueError(f"You passed `arch_every={self.arch_every}`; it must be 1 or more.")
+        if self.arch_batch_size is not None and self.arch_batch_size < 1:
+            raise ValueError(f"You passed `arch_batch_size={self.arch_batch_size}`; it must be 1 or more.")
+        if self.arch_seed < 0:
+            raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more.")
+        _check_moment("discretize_at", self.discretize_at, minimum_open=True)
+        _check_moment("arch_warmup", self.arch_warmup, minimum_open=False)
+        if (self.arch_warmup < 1) == (self.discretize_at < 1) and self.discretize_at <= self.arch_warmup:
+            raise ValueError(
+                f"You passed `discretize_at={self.discretize_at}` and `arch_warmup={self.arch_warmup}`, so the matrix "
+                "would be cut before the search starts. Please make `discretize_at` larger than `arch_warmup`."
+            )
+
+    def schedule(self, total_steps: int) -> tuple[int, int]:
+        """
+        Resolve the two moments of the run.
+
+        Args:
+            total_steps (`int`): optimizer steps of the whole run.
+
+        Returns:
+            `tuple[int, int]`: the last step of the warm-up and the step after which the matrix is cut; the search is
+            made in between, so `1 <= warmup < cut <= total_steps`.
+
+        Raises:
+            ValueError: if the run is too short, the cut comes after its last step or not after the warm-up.
+        """
+        if total_steps < 2:
+            raise ValueError(
+                f"The run has {total_steps} optimizer step(s), but a search needs at least 2: one of warm-up and one "
+                "of search. Please raise `max_steps` or `num_train_epochs`."
+            )
+        # Fractions bend to a short run (people try their script with 3 steps first); steps that were named do not.
+        if self.discretize_at < 1:
+            cut = min(max(2, _round_half_up(self.discretize_at * total_steps)), total_steps)
+        else:
+            cut = int(self.discretize_at)
+        if self.arch_warmup < 1:
+            warmup = max(1, _round_half_up(self.arch_warmup * total_steps))
+            if self.discretize_at < 1:
+                warmup = min(warmup, cut - 1)
+        else:
+            warmup = int(self.arch_warmup)
+        if cut > total_steps:
+            raise ValueError(
+                f"You passed `discretize_at={cut}`, but the run has only {total_steps} optimizer steps, so no module "
+                "would ever be chosen. Use a smaller step, or a fraction such as 0.25."
+            )
+        if cut <= warmup:
+            raise ValueError(
+                f"The matrix would be cut at step {cut} (`discretize_at={self.discretize_at}`), but the warm-up lasts "
+                f"until step {warmup} (`arch_warmup={self.arch_warmup}`), so there is nothing to decide by. Please "
+                "make `discretize_at` larger or `arch_warmup` smaller."
+            )
+        return warmup, cut
+
+    def to_dict(self) -> dict[str, Any]:
+        """All options as a dictionary of JSON values."""
+        return dataclasses.asdict(self)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.")
+    if not math.isfinite(value):
+        raise ValueError(f"You passed `{name}={value}`; it must be finite.")
+    return float(value)
+
+
+def _integer(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
+    return value
+
+
+def _check_moment(name: str, value: float, *, minimum_open: bool) -> None:
+    valid = value > 0 if minimum_open else value >= 0
+    if not valid or (value >= 1 and not value.is_integer()):
+        raise ValueError(
+            f"You passed `{name}={value}`. A whole number of 1 or more is an optimizer step and a number in "
+            f"{'(0, 1)' if minimum_open else '[0, 1)'} a fraction of all steps; this is neither."
+        )
+
+
+def _round_half_up(value: float) -> int:
+    # Python rounds halves to even, so that 2.5 and 3.5 would behave differently.
+    return math.floor(value + 0.5)

@@ -1,0 +1,103 @@
+"""Gates on live LoRA modules: attach and detach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .grid import ModuleGrid, lora_layers
+
+
+class Gates:
+    """
+    Multiplies the output of each module's `lora_A` by a gate: `r` numbers a token, so almost free, and exact, since
+    nothing but `lora_B`, which has no bias, follows.
+
+    The gates are plain tensors held here, not on the tuner layer, because PEFT saves whatever is registered there.
+    Which of two vectors applies is read from the module's own mode: `training_values` in training, `values` in
+    evaluation.
+
+    Args:
+        model (`PeftModel`): the model.
+        grid ([`~diffora_trainer.grid.ModuleGrid`]): its modules.
+    """
+
+    def __init__(self, model: nn.Module, grid: ModuleGrid) -> None:
+        layers = lora_layers(model, grid.adapter_name)
+        self._modules: list[nn.Module] = [layers[name].lora_A[grid.adapter_name] for name in grid.names]
+        self._shapes: list[tuple[Any, ...]] = []
+        for name in grid.names:
+            pair: list[Any] = [layers[name].lora_A[grid.adapter_name], layers[name].lora_B[grid.adapter_name]]
+            self._shapes.append(tuple((type(module).__name__, *module.weight.shape) for module in pair))
+        self._handles: list[RemovableHandle] = []
+        self._training: Sequence[Tensor] | None = None
+        self._evaluation: Sequence[Tensor] | None = None
+        self._override: Sequence[Tensor] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gates are applied; the first module's device in a model spread over several."""
+        return self._modules[0].weight.device  # type: ignore[return-value]
+
+    @property
+    def shapes(self) -> list[tuple[Any, ...]]:
+        """What must be equal for two modules to share their matrices: class and shape of `lora_A` and `lora_B`."""
+        return self._shapes
+
+    @property
+    def attached(self) -> bool:
+        """Whether the gates act on the model."""
+        return bool(self._handles)
+
+    def attach(self) -> None:
+        """Let the gates act. Until values are set they change nothing."""
+        if not self._handles:
+            self._handles = [
+                module.register_forward_hook(partial(self._scale, index)) for index, module in enumerate(self._modules)
+            ]
+
+    def detach(self) -> None:
+        """Remove every trace of the gates from the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def set(self, *, training: Tensor | None = None, evaluation: Tensor | None = None) -> None:
+        """Set the gates, `(n,)` each, of training or of evaluation."""
+        if training is not None:
+            self._training = self._split(training)
+        if evaluation is not None:
+            self._evaluation = self._split(evaluation)
+
+    @contextmanager
+    def override(self, values: Tensor) -> Iterator[None]:
+        """Use these gates, `(n,)`, in either mode; gradients flow into them."""
+        before, self._override = self._override, self._split(values)
+        try:
+            yield
+        finally:
+            self._override = before
+
+    def _split(self, values: Tensor) -> Sequence[Tensor]:
+        # One `unbind`, not n indexings: the backward of each indexing would fill a vector of n zeros.
+        return values.to(self.device, torch.float32).unbind()
+
+    def _scale(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        values = self._override
+        if values is None:
+            values = self._training if module.training else self._evaluation
+        if values is None:
+            return None
+        gate = values[index]
+        if gate.device != output.device:  # a model spread over several devices
+            gate = gate.to(output.device)
+        if gate.requires_grad:
+            # In float32, so that the gate's gradient, a sum over all tokens, is not rounded to half precision.
+            return (output.float() * gate).to(output.dtype)
+        return output * gate.to(output.dtype)

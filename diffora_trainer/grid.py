@@ -1,0 +1,232 @@
+"""The LoRA layers of a PEFT model as a grid of layers x kinds of module. The one reader of PEFT's structure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
+from torch import Tensor, nn, tensor
+
+
+OTHER_ROW = "other"
+
+# A gate multiplies the output of `lora_A`. These layers never call it, so a gate there would have no effect.
+_UNGATEABLE: dict[type[nn.Module], str] = {
+    ParamWrapper: (
+        "PEFT adapts it through `target_parameters` by adding to the parameter itself (as for fused experts). Please "
+        "leave `target_parameters` out; the attention and dense projections can be searched."
+    ),
+    MultiheadAttention: (
+        "PEFT merges the LoRA of `nn.MultiheadAttention` into its weight. Please target its other layers, or leave it "
+        "out with `exclude_modules`."
+    ),
+    Embedding: "PEFT holds the LoRA of embeddings as bare parameters. Please leave it out with `exclude_modules`.",
+}
+
+# These initialisations subtract the LoRA from the base weight, so a module that loses its LoRA would be damaged.
+_CHANGES_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class ModuleGrid:
+    """
+    Where the LoRA modules of a model stand: a row for each numbered layer, a column for each kind of module.
+
+    Args:
+        names (`tuple[str, ...]`): full names in the base model, row by row.
+        rows (`tuple[str, ...]`): names of the rows; modules without a layer number stand in a row of their own.
+        columns (`tuple[str, ...]`): names of the columns: what follows the layer number.
+        positions (`tuple[tuple[int, int], ...]`): row and column of each module.
+        parameters (`tuple[int, ...]`): trainable LoRA parameters of each module.
+        adapter_name (`str`): the PEFT adapter they belong to.
+    """
+
+    names: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    positions: tuple[tuple[int, int], ...]
+    parameters: tuple[int, ...]
+    adapter_name: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @classmethod
+    def from_model(cls, model: nn.Module, adapter_name: str | None = None) -> ModuleGrid:
+        """
+        Read the grid of a PEFT model.
+
+        Args:
+            model (`PeftModel`): a model with a LoRA adapter.
+            adapter_name (`str`, *optional*): which adapter; defaults to the active one.
+
+        Raises:
+            TypeError: if the model is not a `PeftModel`, or the adapter is not LoRA.
+            ValueError: if the adapter has no layer, is merged, disabled or frozen, or is of a variant whose effect a
+                gate cannot scale exactly.
+        """
+        config = _check_adapter(model, adapter_name)
+        assert isinstance(model, PeftModel)
+        adapter_name = adapter_name or model.active_adapters[0]
+        layers = lora_layers(model, adapter_name)
+        if not layers:
+            raise ValueError(
+                f"The adapter {adapter_name!r} has no LoRA layer in this model, so there is nothing to choose from. "
+                f"Please check `target_modules` (it is {config.target_modules!r}); 'all-linear' fits most models."
+            )
+        for name, layer in layers.items():
+            _check_layer(name, layer, adapter_name)
+
+        places = [_place(name) for name in layers]
+        # Rows and columns in the order of the model, but the modules outside the numbered layers come last.
+        rows = list(dict.fromkeys(row for row, _ in places if row != OTHER_ROW))
+        if any(row == OTHER_ROW for row, _ in places):
+            rows.append(OTHER_ROW)
+        inside = [column for row, column in places if row != OTHER_ROW]
+        columns = list(dict.fromkeys([*inside, *(column for _, column in places)]))
+        found = sorted(
+            ((rows.index(row), columns.index(column)), name)
+            for name, (row, column) in zip(layers, places, strict=True)
+        )
+        return cls(
+            names=tuple(name for _, name in found),
+            rows=tuple(rows),
+            columns=tuple(columns),
+            positions=tuple(position for position, _ in found),
+            parameters=tuple(sum(p.numel() for p in lora_parameters(layers[name], adapter_name)) for _, name in found),
+            adapter_name=adapter_name,
+        )
+
+    @property
+    def row_of(self) -> tuple[int, ...]:
+        """Row of each module."""
+        return tuple(row for row, _ in self.positions)
+
+    @property
+    def position_tensor(self) -> Tensor:
+        """Row and column of each module as a tensor of shape `(n, 2)`."""
+        return tensor(self.positions)
+
+    def describe(self) -> str:
+        """One line for the log: the grid and what it covers."""
+        layers = sum(row != OTHER_ROW for row in self.rows)
+        cells = len(self.rows) * len(self.columns)
+        outside = sum(self.rows[row] == OTHER_ROW for row, _ in self.positions)
+        text = f"{len(self)} LoRA modules in {layers} layers x {len(self.columns)} kinds"
+        if outside:
+            text += f", {outside} of them outside the numbered layers"
+        return f"{text} ({len(self) / cells:.0%} of the grid), {sum(self.parameters):,} LoRA parameters"
+
+
+def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
+    """The LoRA layers of an adapter by their full name in the base model, in the model's order."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer) and (
+            adapter_name in module.lora_A or adapter_name in module.lora_embedding_A
+        ):
+            found[name.removeprefix("base_model.model.")] = module
+    return found
+
+
+def lora_parameters(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of one LoRA: `lora_A` and `lora_B`."""
+    return [*layer.lora_A[adapter_name].parameters(), *layer.lora_B[adapter_name].parameters()]
+
+
+def _place(name: str) -> tuple[str, str]:
+    # The first number is the layer's: in T5 and in mixtures of experts further ones follow it, and those belong to the
+    # kind. A name that *ends* with its first number is itself an element of a list (`classifier.0`), not in a layer.
+    match = re.match(r"(?P<row>(?:.*?\.)?\d+)\.(?P<column>.+)", name)
+    return (match["row"], match["column"]) if match else (OTHER_ROW, name)
+
+
+def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"Expected a `peft.PeftModel` with a LoRA adapter, got {type(model).__name__}. Please wrap the model with "
+            "`peft.get_peft_model`, or pass `peft_config` to the trainer."
+        )
+    active = model.active_adapters
+    if adapter_name is None and len(active) != 1:
+        raise ValueError(
+            f"The model has {len(active)} active adapters ({active}), but one is searched at a time. Please activate "
+            "one with `model.set_adapter(name)`."
+        )
+    adapter_name = adapter_name or active[0]
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, LoraConfig) or config.is_prompt_learning:
+        raise TypeError(
+            f"The adapter {adapter_name!r} is configured by {type(config).__name__}; only LoRA modules can be "
+            "searched. Please pass a `peft.LoraConfig`."
+        )
+    check_lora_config(config)
+    return config
+
+
+def check_lora_config(config: LoraConfig) -> None:
+    """Raise a `ValueError` if a LoRA configuration asks for something that a gate or the cut cannot do exactly."""
+    variants = [
+        name
+        for name in ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens")
+        if getattr(config, name, None)
+    ]
+    variants += [
+        name
+        for name in ("velora_config", "monteclora_config", "arrow_config", "kasa_config")
+        if getattr(config, name, None)
+    ]
+    if variants:
+        raise ValueError(
+            f"You passed a `LoraConfig` with `{variants[0]}`. A gate multiplies the output of `lora_A`, and this "
+            "variant's effect is not proportional to it, so the search would score the wrong thing. Please use plain "
+            "LoRA."
+        )
+    if config.lora_bias:
+        raise ValueError(
+            "You passed a `LoraConfig` with `lora_bias=True`. The bias of `lora_B` is not behind the gate, so the "
+            "gate could not switch the module off. Please set `lora_bias=False`."
+        )
+    if config.bias != "none":
+        raise ValueError(
+            f"You passed a `LoraConfig` with `bias={config.bias!r}`. Biases trained in a module that is dropped later "
+            "would stay changed in the run but not be saved with it. Please set `bias='none'`."
+        )
+    init = config.init_lora_weights
+    if isinstance(init, str) and init.startswith(_CHANGES_BASE_WEIGHT):
+        raise ValueError(
+            f"You passed a `LoraConfig` with `init_lora_weights={init!r}`. It moves a part of each base weight into "
+            "the LoRA, so a module that loses its LoRA would lose that part of the pre-trained model. Please use "
+            "`init_lora_weights=True`."
+        )
+    if config.target_parameters:
+        raise ValueError(
+            f"You passed a `LoraConfig` with `target_parameters={config.target_parameters!r}`. "
+            + _UNGATEABLE[ParamWrapper]
+        )
+
+
+def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
+    for kind, reason in _UNGATEABLE.items():
+        if isinstance(layer, kind):
+            raise ValueError(f"The LoRA of {name!r} cannot be gated: {reason}")
+    if adapter_name in layer.lora_variant:
+        raise ValueError(
+            f"The LoRA of {name!r} is of the variant {type(layer.lora_variant[adapter_name]).__name__}, whose effect "
+            "a gate on `lora_A` does not scale exactly. Please use plain LoRA."
+        )
+    if layer.merged:
+        raise ValueError(
+            f"The adapter is merged into {name!r}, so its LoRA takes no part in the forward pass. Please call "
+            "`model.unmerge_adapter()` first."
+        )
+    if layer.disable_adapters:
+        raise ValueError(f"The adapters of {name!r} are disabled. Please call `model.enable_adapter_layers()` first.")
+    if not all(parameter.requires_grad for parameter in lora_parameters(layer, adapter_name)):
+        raise ValueError(
+            f"The LoRA of {name!r} is frozen, so it cannot be trained. Load the adapter with `is_trainable=True`, or "
+            "call `model.set_adapter(name)`."
+        )

@@ -1,0 +1,280 @@
+"""The Differential Adaptation Matrix and its relaxations, each with its own architecture optimizer. Torch only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from .selection import Budget
+
+
+class DifferentialAdaptationMatrix(ABC):
+    """
+    A gate for each LoRA module, relaxed from {0, 1} to [0, 1] and learned on held-out data (DiffoRA,
+    https://huggingface.co/papers/2502.08905).
+
+    The matrix has a row for each transformer layer and a column for each kind of module. Cells without a module are
+    masked: the state is a float32 vector with an entry for each module that exists, in the order of the grid, and
+    [`~DifferentialAdaptationMatrix.as_matrix`] gives the two-dimensional view. It lives on the CPU: it has a few
+    hundred numbers, and only their gradient comes from the device, once in each architecture step.
+
+    A new relaxation is one subclass with a `name`: it says under which gates the weights train, at which gates the
+    held-out gradient is taken, and how that gradient moves the matrix.
+
+    Args:
+        budget ([`~diffora_trainer.selection.Budget`]): what may be kept in the end.
+        learning_rate (`float`, *optional*): step size; defaults to the relaxation's own.
+        seed (`int`, *optional*, defaults to `0`): seed of the gates that are drawn.
+    """
+
+    name: ClassVar[str]
+    default_learning_rate: ClassVar[float | None] = None
+    relaxations: ClassVar[dict[str, type[DifferentialAdaptationMatrix]]] = {}
+
+    def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
+        self.budget = budget
+        self.learning_rate = self.default_learning_rate if learning_rate is None else learning_rate
+        self.generator = torch.Generator().manual_seed(seed)
+        self.steps = 0
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" in vars(cls):  # helpers between this class and a relaxation have none
+            cls.relaxations[cls.name] = cls
+
+    @classmethod
+    def create(
+        cls, relaxation: str, budget: Budget, learning_rate: float | None = None, seed: int = 0
+    ) -> DifferentialAdaptationMatrix:
+        """Make the matrix of a named relaxation."""
+        if relaxation not in cls.relaxations:
+            raise ValueError(f"There is no relaxation {relaxation!r}; known are {sorted(cls.relaxations)}.")
+        return cls.relaxations[relaxation](budget, learning_rate, seed)
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """The relaxed matrix, `(n,)` in [0, 1]: the gates in evaluation, and those that are folded at the cut."""
+
+    @abstractmethod
+    def step(self, gradient: Tensor) -> None:
+        """
+        Move the matrix.
+
+        Args:
+            gradient (`Tensor` of shape `(n,)`): gradient of the held-out loss at [`search_gates`], finite float32.
+        """
+
+    def training_gates(self) -> Tensor:
+        """The gates of the next training step, `(n,)`."""
+        return self.values()
+
+    def search_gates(self) -> Tensor:
+        """The gates at which the next architecture gradient is taken, `(n,)`."""
+        return self.values()
+
+    def scores(self) -> Tensor:
+        """What the choice is made by, `(n,)`; higher is better."""
+        return self.values()
+
+    def choose(self) -> Tensor:
+        """The discretized matrix, `(n,)` bools: the best set under the budget."""
+        return self.budget.choose(self.scores())
+
+    def entropy(self) -> float:
+        """Mean binary entropy of the entries in bits: 1 when nothing is decided, 0 when everything is."""
+        p = self.values().double().clamp(1e-12, 1 - 1e-12)
+        return float(-(p * p.log2() + (1 - p) * (1 - p).log2()).mean())
+
+    def as_matrix(self, positions: Tensor, shape: tuple[int, int], values: Tensor | None = None) -> Tensor:
+        """
+        The two-dimensional view.
+
+        Args:
+            positions (`Tensor` of shape `(n, 2)`): row and column of each module.
+            shape (`tuple[int, int]`): rows and columns.
+            values (`Tensor` of shape `(n,)`, *optional*): what to show; defaults to [`values`].
+
+        Returns:
+            `Tensor` of shape `(rows, columns)`, NaN where no module is.
+        """
+        matrix = torch.full(shape, float("nan"))
+        matrix[positions[:, 0], positions[:, 1]] = self.values() if values is None else values.float()
+        return matrix
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a resumed search needs, as tensors."""
+        return {
+            "steps": torch.tensor(self.steps),
+            "generator": self.generator.get_state(),
+            **{name: tensor.detach().clone() for name, tensor in self._tensors().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what [`state_dict`] gave. Raises a `ValueError` if it belongs to another matrix."""
+        own = self._tensors()
+        expected = {"steps", "generator", *own}
+        if set(state) != expected:
+            raise ValueError(
+                f"The saved matrix has the entries {sorted(state)}, but relaxation {self.name!r} needs "
+                f"{sorted(expected)}. It was made with another relaxation."
+            )
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ValueError(
+                    f"The saved matrix has {tuple(state[name].shape)} numbers in {name!r}, this model needs "
+                    f"{tuple(tensor.shape)}. It was made for another model or other target modules."
+                )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+        self.steps = int(state["steps"])
+        self.generator.set_state(state["generator"])
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state, by name; restored in place."""
+
+
+class BudgetMatrix(DifferentialAdaptationMatrix):
+    """
+    The matrix kept in the budget polytope `{0 <= gate <= 1, sum of gates <= budget}` and learned by stochastic
+    Frank-Wolfe: at each step it moves by `2 / (t + 2)` towards the affordable set with the largest linear gain on
+    held-out data. Gains are averaged over steps with weight `4 / (t + 7)^(2/3)` on the newest (Mokhtari et al., 2018,
+    https://huggingface.co/papers/1804.09554, with t counted from 1), since one held-out batch is noisy.
+
+    It is zero-sum by construction, needs no learning rate, and drifts towards a 0/1 matrix. The gradient is taken at
+    the matrix itself, so near the target sparsity: at `gate = 1` on warm weights it would ask which module wants
+    *more*, and rank the modules that have already learned last. The weights train under gates drawn at the target
+    ratio, so that the modules learn to work without one another.
+    """
+
+    name = "budget"
+
+    def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
+        super().__init__(budget, learning_rate, seed)
+        self._values = budget.share.float()
+        self._gains = torch.zeros(len(budget))
+
+    def values(self) -> Tensor:
+        return self._values.clone()
+
+    def training_gates(self) -> Tensor:
+        return torch.bernoulli(self.budget.share.float(), generator=self.generator)
+
+    def step(self, gradient: Tensor) -> None:
+        self.steps += 1
+        newest = min(1.0, 4.0 / (self.steps + 7.0) ** (2.0 / 3.0))
+        self._gains.lerp_(-gradient, newest)
+        length = 2.0 / (self.steps + 2.0) if self.learning_rate is None else self.learning_rate
+        self._values.lerp_(self.budget.vertex(self._gains), length).clamp_(0.0, 1.0)
+
+    def choose(self) -> Tensor:
+        # Several modules can stand at exactly 0 or 1; the averaged gain says which of them is worth more.
+        return self.budget.choose(self.scores(), tie_breaker=self._gains)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"values": self._values, "gains": self._gains}
+
+
+class SampledMatrix(DifferentialAdaptationMatrix):
+    """
+    Gates in {0, 1}, drawn without replacement at the target ratio (Gumbel top-k, Kool et al., 2019,
+    https://huggingface.co/papers/1903.06059). The gradient of the held-out loss at the drawn gates passes straight
+    through to the logits, which move by plain gradient ascent in units of the root mean square of all gains: Adam's
+    normalisation of each entry would make a useless module's noise as large as a useful one's gain.
+    """
+
+    name = "sampled"
+    default_learning_rate = 0.1
+
+    def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
+        super().__init__(budget, learning_rate, seed)
+        self._logits = torch.zeros(len(budget))
+        self._mean_square = torch.zeros(())
+
+    def values(self) -> Tensor:
+        return self.budget.calibrate(self._logits)
+
+    def scores(self) -> Tensor:
+        return self._logits.clone()
+
+    def training_gates(self) -> Tensor:
+        noise = -torch.empty(len(self.budget)).exponential_(generator=self.generator).log()
+        return self.budget.choose(self._logits + noise).float()
+
+    def search_gates(self) -> Tensor:
+        return self.training_gates()
+
+    def step(self, gradient: Tensor) -> None:
+        self.steps += 1
+        # The average over the steps so far, so that early steps are not blown up.
+        self._mean_square.lerp_(gradient.square().mean(), 1.0 / min(self.steps, 10))
+        scale = self._mean_square.sqrt().clamp(min=1e-12)
+        assert self.learning_rate is not None
+        self._logits.sub_(gradient / scale, alpha=self.learning_rate)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"logits": self._logits, "mean_square": self._mean_square}
+
+
+class _AdamMatrix(DifferentialAdaptationMatrix):
+    """Logits learned by Adam with DARTS' betas; the subclass says how logits become gates."""
+
+    default_learning_rate = 0.05
+
+    def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
+        super().__init__(budget, learning_rate, seed)
+        self._logits = torch.zeros(len(budget), requires_grad=True)
+        assert self.learning_rate is not None
+        self._optimizer = torch.optim.Adam([self._logits], lr=self.learning_rate, betas=(0.5, 0.999))
+        # Create the moments now, so that the state has the same entries before and after the first step.
+        self._logits.grad = torch.zeros_like(self._logits)
+        self._optimizer.step()
+        self._optimizer.state[self._logits]["step"].zero_()
+
+    @abstractmethod
+    def _relax(self, logits: Tensor) -> Tensor:
+        """Logits to gates in [0, 1], differentiable."""
+
+    def values(self) -> Tensor:
+        with torch.no_grad():
+            return self._relax(self._logits)
+
+    def step(self, gradient: Tensor) -> None:
+        self.steps += 1
+        self._optimizer.zero_grad()
+        self._relax(self._logits).backward(gradient)
+        self._optimizer.step()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        state = self._optimizer.state[self._logits]
+        return {"logits": self._logits, **{f"adam_{name}": state[name] for name in ("step", "exp_avg", "exp_avg_sq")}}
+
+
+class SigmoidMatrix(_AdamMatrix):
+    """Independent sigmoids learned by Adam: DARTS (https://huggingface.co/papers/1806.09055) read literally."""
+
+    name = "sigmoid"
+
+    def _relax(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits)
+
+
+class SoftmaxMatrix(_AdamMatrix):
+    """
+    A softmax over each row, or over the whole matrix when that is the scope of the choice, times the number of modules
+    that may be kept, at most 1. Zero-sum: a gate can rise only if others fall.
+    """
+
+    name = "softmax"
+
+    def _relax(self, logits: Tensor) -> Tensor:
+        budget = self.budget
+        # The same shift for all logits changes no softmax and keeps `exp` in range.
+        weights = (logits - logits.detach().max()).exp()
+        totals = torch.zeros(len(budget.targets)).index_add(0, budget.group, weights)
+        counts = budget.targets if budget.cap is None else budget.targets / budget.parameters.mean()
+        return (weights / totals[budget.group] * counts.float()[budget.group]).clamp(max=1.0)

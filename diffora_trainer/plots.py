@@ -1,0 +1,68 @@
+"""The Differential Adaptation Matrix as a picture."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .files import write_file
+from .logging import get_logger
+from .selection import Selection, short_names
+
+
+logger = get_logger(__name__)
+
+PICTURE_NAME = "dam.png"
+
+
+def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
+    """
+    Draw the matrix at the cut: a row for each layer, a column for each kind of module, the value of each gate as a
+    shade, and a frame around what was kept. Needs Matplotlib (`pip install diffora-trainer[plots]`).
+
+    Args:
+        selection ([`Selection`]): what to draw.
+        path (`str` or `os.PathLike`): the PNG file to write.
+
+    Raises:
+        ImportError: if Matplotlib is not installed.
+    """
+    import io
+
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    rows, columns = len(selection.rows), len(selection.columns)
+    values = [[float("nan") if v is None else v for v in line] for line in selection.matrix(selection.gates)]
+    figure = Figure(figsize=(2.2 + 0.55 * max(columns, 4), 1.6 + 0.32 * max(rows, 3)), layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: its global state is the user's
+    axes = figure.add_subplot()
+    image = axes.imshow(values, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    sharing = {name for group in selection.shared for name in group}
+    for name, (row, column), kept in zip(selection.modules, selection.positions, selection.kept, strict=True):
+        if kept or name in sharing:
+            color = "#d9480f" if kept else "#868e96"
+            axes.add_patch(
+                Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=color, linewidth=1.8)
+            )
+    axes.set_xticks(range(columns), short_names(selection.columns), rotation=40, ha="right", fontsize=8)
+    axes.set_yticks(range(rows), selection.rows, fontsize=8)
+    axes.set_title(
+        f"DAM: {len(selection.selected)} of {len(selection.modules)} modules kept (framed)", fontsize=9, loc="left"
+    )
+    figure.colorbar(image, ax=axes, label="gate at the cut", shrink=0.8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    path = Path(path)
+    write_file(path, buffer.getvalue())
+    return path
+
+
+def plot_to(selection: Selection, folder: Path) -> Path | None:
+    """Draw into a folder if Matplotlib is there; a missing picture must not stop a run from being saved."""
+    try:
+        return plot_selection(selection, folder / PICTURE_NAME)
+    except ImportError:
+        logger.warning(f"No {PICTURE_NAME} is drawn without Matplotlib: `pip install diffora-trainer[plots]`.")
+        return None

@@ -1,0 +1,311 @@
+"""The bi-level search over a PEFT model and a loss function. It works without any Trainer."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .config import DiffoRAConfig
+from .gates import Gates
+from .grid import ModuleGrid
+from .matrix import DifferentialAdaptationMatrix
+from .selection import Budget, Selection, short_names
+
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+_MAX_LOGGED_KINDS = 16
+
+
+class ArchitectureSearch:
+    """
+    Learns which LoRA modules of a model to keep (DiffoRA, https://huggingface.co/papers/2502.08905).
+
+    The two levels alternate: your loop steps the LoRA weights on training batches, and [`step`] moves the matrix on
+    held-out batches. An architecture step touches neither the weights, nor their gradients, nor any random stream of
+    PyTorch, NumPy or Python.
+
+    ```python
+    search = ArchitectureSearch(model, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss)
+    search.begin()
+    for step, batch in enumerate(train_batches, start=1):
+        search.draw_gates()
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if warmup < step <= cut:
+            search.step(next(held_out_batches))
+        if step == cut:
+            selection = search.finish()
+            apply_selection(model, selection, optimizer, scheduler)
+    ```
+
+    Args:
+        model (`PeftModel`): a model with an active LoRA adapter.
+        config ([`DiffoRAConfig`], *optional*): the options; what concerns a Trainer's schedule and data is not read.
+        loss_fn (`Callable`): `loss_fn(model, batch)` gives the scalar loss of a batch.
+        adapter_name (`str`, *optional*): which adapter to search; defaults to the active one.
+        reduce (`Callable`, *optional*): averages a float32 CPU tensor over all processes, so that all of them take the
+            same decisions. Defaults to the identity.
+        loss_scale (`Callable`, *optional*): gives the factor by which the loss is multiplied before its gradient is
+            taken, and by which the gradient is divided again: the loss scaler's, in float16. Defaults to 1.
+
+    Raises:
+        TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
+        ValueError: if the adapter cannot be searched (see [`~diffora_trainer.grid.ModuleGrid.from_model`]), or no
+        module
+            fits the budget.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: DiffoRAConfig | None = None,
+        *,
+        loss_fn: LossFunction,
+        adapter_name: str | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        loss_scale: Callable[[], float] | None = None,
+    ) -> None:
+        self.model = model
+        self.config = config or DiffoRAConfig()
+        self.grid = ModuleGrid.from_model(model, adapter_name)
+        self.matrix = make_matrix(self.grid, self.config)
+        self.gates = Gates(model, self.grid)
+        self.skipped_steps = 0
+        self._loss_fn = loss_fn
+        self._reduce = reduce or (lambda values: values)
+        self._loss_scale = loss_scale or (lambda: 1.0)
+        self.pending_losses: list[float] = []
+        self._checkpointing = False
+
+    def begin(self) -> None:
+        """Attach the gates to the model. From here on the weights train under the gates of [`draw_gates`]."""
+        # Activation checkpointing only works in training mode, and without it an architecture step needs more memory
+        # than a training step has. Otherwise evaluation mode is better: dropout is noise in the gates' gradient.
+        self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        self.gates.attach()
+        self.gates.set(evaluation=self.matrix.values())
+        self.draw_gates()
+
+    def draw_gates(self) -> None:
+        """Set the gates of the next training step. Call it before each forward pass of a training batch."""
+        self.gates.set(training=self.matrix.training_gates())
+
+    def step(self, batch: Any, train_batch: Any = None, learning_rate: float | None = None) -> float | None:
+        """
+        One architecture step: the gradient of the held-out loss with respect to the gates moves the matrix.
+
+        Args:
+            batch: a held-out batch, as `loss_fn` takes it.
+            train_batch (*optional*): a training batch; needed for `arch_order=2`.
+            learning_rate (`float`, *optional*): present learning rate of the weights; needed for `arch_order=2`.
+
+        Returns:
+            `float` or `None`: the held-out loss, or `None` if it or its gradient was not finite. Such a step is
+            counted in `skipped_steps` and never reaches the matrix.
+
+        Raises:
+            ValueError: if `arch_order=2` lacks its training batch or learning rate, or the loss does not depend on any
+                gate.
+        """
+        if self.config.arch_order == 2 and (train_batch is None or learning_rate is None):
+            raise ValueError(
+                "`arch_order=2` looks one training step ahead, so `step` needs `train_batch` and `learning_rate`. "
+                "Please pass both, or set `arch_order=1`."
+            )
+        gates = self.matrix.search_gates().detach()
+        with self._quiet():
+            if self.config.arch_order == 1:
+                loss, (gradient,) = self._gradients(batch, gates, [])
+            else:
+                assert learning_rate is not None
+                loss, gradient = self._unrolled(batch, train_batch, learning_rate, gates)
+        # The one transfer from the device in an architecture step; loss and gradient travel together.
+        report = self._reduce(torch.cat([gradient.float().cpu(), loss.detach().float().cpu().reshape(1)]))
+        gradient, value = report[:-1], float(report[-1])
+        if not torch.isfinite(report).all():
+            self.skipped_steps += 1
+            return None
+        self.matrix.step(gradient)
+        self.gates.set(evaluation=self.matrix.values())
+        self.pending_losses.append(value)
+        return value
+
+    def held_out_loss(self, batches: Iterable[Any]) -> float:
+        """Mean loss over batches, in evaluation mode and without gradients; it leaves no trace either."""
+        with self._quiet(training=False), torch.no_grad():
+            losses = [self._loss_fn(self.model, batch).detach().float().cpu().reshape(1) for batch in batches]
+        return float(self._reduce(torch.cat(losses).mean().reshape(1)))
+
+    def finish(self, step: int | None = None) -> Selection:
+        """
+        Discretize the matrix and take the gates off the model. What is kept is decided here; to carry it out, pass the
+        result to [`~diffora_trainer.surgery.apply_selection`].
+
+        Args:
+            step (`int`, *optional*): present optimizer step, for the record.
+        """
+        selection = self.select(step)
+        self.gates.detach()
+        return selection
+
+    def select(self, step: int | None = None) -> Selection:
+        """The selection that a cut would make now. Changes nothing."""
+        kept = self.matrix.choose().tolist()
+        return Selection(
+            rows=self.grid.rows,
+            columns=self.grid.columns,
+            modules=self.grid.names,
+            positions=self.grid.positions,
+            parameters=self.grid.parameters,
+            scores=tuple(self.matrix.scores().tolist()),
+            gates=tuple(self.matrix.values().tolist()),
+            kept=tuple(kept),
+            shared=self._sharing(kept),
+            step=step,
+            config=self.config.to_dict(),
+            versions=library_versions(),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        """What to log: the DAM's entropy and gates, and the mean architecture loss since the last call."""
+        values = self.matrix.values()
+        report = {
+            "diffora/entropy": self.matrix.entropy(),
+            "diffora/gate_min": float(values.min()),
+            "diffora/gate_mean": float(values.mean()),
+            "diffora/gate_max": float(values.max()),
+        }
+        if len(self.grid.columns) <= _MAX_LOGGED_KINDS:
+            table = self.matrix.as_matrix(
+                self.grid.position_tensor, (len(self.grid.rows), len(self.grid.columns)), values
+            )
+            for column, value in zip(short_names(self.grid.columns), table.nanmean(dim=0).tolist(), strict=True):
+                report[f"diffora/gate/{column}"] = value
+        if self.pending_losses:
+            report["diffora/arch_loss"] = sum(self.pending_losses) / len(self.pending_losses)
+            self.pending_losses.clear()
+        if self.skipped_steps:
+            report["diffora/skipped_steps"] = float(self.skipped_steps)
+        return report
+
+    def _sharing(self, kept: Sequence[bool]) -> tuple[tuple[str, ...], ...]:
+        """Groups of unselected modules with equal shapes; the best-scored of each group comes first."""
+        if self.config.weight_sharing == "none":
+            return ()
+        scores = self.matrix.scores().tolist()
+        groups: dict[tuple[Any, ...], list[tuple[float, int]]] = {}
+        for index, (row, shape) in enumerate(zip(self.grid.row_of, self.gates.shapes, strict=True)):
+            if not kept[index]:
+                key = (row if self.config.weight_sharing == "layer" else None, *shape)
+                groups.setdefault(key, []).append((-scores[index], index))
+        return tuple(
+            tuple(self.grid.names[index] for _, index in sorted(group)) for group in groups.values() if len(group) > 1
+        )
+
+    def _gradients(self, batch: Any, gates: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
+        """Loss of a batch at some gates, and its gradients with respect to the gates and the weights."""
+        leaf = gates.clone().to(self.gates.device).requires_grad_()
+        with self.gates.override(leaf):
+            loss = self._loss_fn(self.model, batch)
+            scale = self._loss_scale()
+            # `torch.autograd.grad` leaves every `.grad` alone, and computes nothing that only the weights need.
+            found = torch.autograd.grad(loss * scale, [leaf, *weights], allow_unused=True)
+        if found[0] is None:
+            raise ValueError(
+                "The loss does not depend on any gate, so nothing can be learned about the modules. Does `loss_fn` "
+                "run the model it is given, without `torch.no_grad`?"
+            )
+        gradients = [
+            torch.zeros_like(x) if g is None else g / scale for g, x in zip(found, [leaf, *weights], strict=True)
+        ]
+        return loss.detach(), gradients
+
+    def _unrolled(self, batch: Any, train_batch: Any, learning_rate: float, gates: Tensor) -> tuple[Tensor, Tensor]:
+        """DARTS' second-order gradient by finite differences (https://huggingface.co/papers/1806.09055, eqs. 7, 8)."""
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        backup = [weight.detach().clone() for weight in weights]
+
+        def place(directions: Sequence[Tensor], length: float) -> None:
+            with torch.no_grad():
+                for weight, start, direction in zip(weights, backup, directions, strict=True):
+                    weight.copy_(start).add_(direction, alpha=length)
+
+        try:
+            _, (_, *descent) = self._gradients(train_batch, gates, weights)
+            place(descent, -learning_rate)
+            loss, (gradient, *ahead) = self._gradients(batch, gates, weights)
+            norm = float(
+                torch.sqrt(sum((g.float().square().sum() for g in ahead), torch.zeros((), device=loss.device)))
+            )
+            if norm == 0 or not math.isfinite(norm):  # nothing to correct, or a step that will be skipped
+                return loss, gradient
+            epsilon = 0.01 / norm
+            place(ahead, epsilon)
+            _, (above,) = self._gradients(train_batch, gates, [])
+            place(ahead, -epsilon)
+            _, (below,) = self._gradients(train_batch, gates, [])
+        finally:
+            with torch.no_grad():
+                for weight, start in zip(weights, backup, strict=True):
+                    weight.copy_(start)
+        return loss, gradient - learning_rate * (above - below) / (2 * epsilon)
+
+    @contextmanager
+    def _quiet(self, training: bool | None = None) -> Iterator[None]:
+        """Run without leaving a trace in the random streams or in the model's mode."""
+        was_training = self.model.training
+        with isolated_random_state(self.gates.device):
+            self.model.train(self._checkpointing if training is None else training)
+            try:
+                yield
+            finally:
+                self.model.train(was_training)
+
+
+def make_matrix(grid: ModuleGrid, config: DiffoRAConfig) -> DifferentialAdaptationMatrix:
+    """The matrix of a grid under a configuration's budget."""
+    budget = Budget(
+        grid.row_of,
+        grid.parameters,
+        ratio=config.selection_ratio,
+        scope=config.selection_scope,
+        cap=config.max_trainable_parameters,
+    )
+    return DifferentialAdaptationMatrix.create(
+        config.relaxation, budget, config.arch_learning_rate, seed=config.arch_seed
+    )
+
+
+@contextmanager
+def isolated_random_state(device: torch.device) -> Iterator[None]:
+    """Put the random streams of PyTorch, NumPy and Python back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape a result."""
+    names = ("diffora-trainer", "torch", "transformers", "peft", "trl", "accelerate")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

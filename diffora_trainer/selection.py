@@ -1,0 +1,391 @@
+"""From scores to a set of modules: the budget rules, and the frozen result with its JSON form. No model in here."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import write_file
+
+
+SELECTION_NAME = "diffora_selection.json"
+_FORMAT = 1
+
+
+class Budget:
+    """
+    What may be kept, and how a choice is made from scores.
+
+    All vectors have one entry a module, in the order of the grid. Equal scores are decided by `tie_breaker`, then by
+    the order of the grid, so a choice is deterministic.
+
+    Args:
+        rows (`Sequence[int]` of length `n`): row (layer) of each module.
+        parameters (`Sequence[int]` of length `n`): trainable LoRA parameters of each module.
+        ratio (`float`, *optional*, defaults to `0.5`): share of the modules to keep.
+        scope (`str`, *optional*, defaults to `"layer"`): `"layer"` or `"model"`.
+        cap (`int`, *optional*): exact cap on the kept parameters; overrides `ratio` and `scope`.
+
+    Raises:
+        ValueError: if there is no module, or not even the smallest one fits under the cap.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        parameters: Sequence[int],
+        ratio: float = 0.5,
+        scope: str = "layer",
+        cap: int | None = None,
+    ) -> None:
+        if not len(rows):
+            raise ValueError("There is no module to choose from.")
+        if len(rows) != len(parameters):
+            raise ValueError(
+                f"Got {len(rows)} rows for {len(parameters)} parameter counts; they must be equally many."
+            )
+        if scope not in ("layer", "model"):
+            raise ValueError(f"You passed `scope={scope!r}`; it must be 'layer' or 'model'.")
+        self.parameters = torch.tensor(parameters, dtype=torch.float64)
+        self.cap = cap
+        if cap is not None and min(parameters) > cap:
+            raise ValueError(
+                f"You passed `max_trainable_parameters={cap:,}`, but the smallest LoRA module has {min(parameters):,} "
+                "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
+            )
+        # Modules compete within their group: a row, or the whole model.
+        grouped = cap is None and scope == "layer"
+        labels = sorted(set(rows)) if grouped else [0]
+        index = {row: group for group, row in enumerate(labels)}
+        self.group = torch.tensor([index[row] if grouped else 0 for row in rows])
+        sizes = torch.bincount(self.group, minlength=len(labels)).tolist()
+        if cap is None:
+            self.counts = [min(size, max(1, math.floor(ratio * size + 0.5))) for size in sizes]
+            self.targets = torch.tensor(self.counts, dtype=torch.float64)
+            self.weights = torch.ones(len(rows), dtype=torch.float64)
+        else:
+            self.counts = []
+            self.targets = torch.tensor([min(cap, sum(parameters))], dtype=torch.float64)
+            self.weights = self.parameters
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def share(self) -> Tensor:
+        """Part of its group that each module may expect if all scores were equal, `(n,)` in (0, 1]."""
+        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights)
+        return (self.targets / totals).clamp(max=1.0)[self.group]
+
+    def choose(self, scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
+        """
+        The best affordable set.
+
+        With a count for each group these are the top scores of the group. Under a cap modules are taken by falling
+        score, and those that do not fit any more are passed over, so that no other module would still fit.
+
+        Args:
+            scores (`Tensor` of shape `(n,)`): higher is better; finite.
+            tie_breaker (`Tensor` of shape `(n,)`, *optional*): decides between equal scores; higher is better.
+
+        Returns:
+            `Tensor` of shape `(n,)` and dtype `torch.bool`.
+        """
+        if scores.shape != (len(self),):
+            raise ValueError(
+                f"Expected {len(self)} scores, one a module, got a tensor of shape {tuple(scores.shape)}."
+            )
+        if not torch.isfinite(scores).all():
+            raise ValueError("Scores must be finite: a module cannot be compared with NaN or infinity.")
+        order = torch.arange(len(self))
+        if tie_breaker is not None:
+            order = order[torch.sort(tie_breaker, descending=True, stable=True).indices]
+        order = order[torch.sort(scores[order], descending=True, stable=True).indices]
+        kept = torch.zeros(len(self), dtype=torch.bool)
+        if self.cap is not None:
+            left = float(self.cap)
+            for module, cost in zip(order.tolist(), self.parameters[order].tolist(), strict=True):
+                if cost <= left:
+                    kept[module] = True
+                    left -= cost
+            return kept
+        # Group the order without losing it, then take the first `count` of each group.
+        order = order[torch.sort(self.group[order], stable=True).indices]
+        start = 0
+        for size, count in zip(torch.bincount(self.group).tolist(), self.counts, strict=True):
+            kept[order[start : start + count]] = True
+            start += size
+        return kept
+
+    def vertex(self, gains: Tensor) -> Tensor:
+        """
+        The affordable set with the largest linear gain: the linear maximisation oracle of Frank-Wolfe over the
+        polytope `{0 <= gate <= 1, sum of gate x weight <= target in each group}`. Modules without a gain stay out.
+        Under a cap gains count per parameter, as in a fractional knapsack.
+
+        Args:
+            gains (`Tensor` of shape `(n,)`): expected decrease of the loss for each unit of gate.
+
+        Returns:
+            `Tensor` of shape `(n,)` with entries 0 or 1.
+        """
+        return (self.choose(gains / self.weights) & (gains > 0)).to(gains.dtype)
+
+    def calibrate(self, logits: Tensor) -> Tensor:
+        """
+        Probabilities `sigmoid(logit + shift)` with one shift for each group, found by bisection such that the expected
+        weight of the group equals its target.
+
+        Args:
+            logits (`Tensor` of shape `(n,)`).
+
+        Returns:
+            `Tensor` of shape `(n,)` in [0, 1].
+        """
+        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights)
+        reach = float(logits.abs().max()) + 60.0
+        low, high = torch.full_like(self.targets, -reach), torch.full_like(self.targets, reach)
+        for _ in range(80):
+            middle = (low + high) / 2
+            expected = torch.zeros_like(self.targets).index_add_(
+                0, self.group, torch.sigmoid(logits.double() + middle[self.group]) * self.weights
+            )
+            below = expected < self.targets
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        full = (self.targets >= totals)[self.group]  # nothing to give up: the shift would be infinite
+        probabilities = torch.sigmoid(logits.double() + low[self.group])
+        return torch.where(full, torch.ones_like(probabilities), probabilities).to(logits.dtype)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """
+    The result of a search: which LoRA modules were kept, and why.
+
+    All tuples named after modules have one entry a module, in the order of the grid (row by row).
+
+    Args:
+        rows (`tuple[str, ...]`): names of the rows, one a transformer layer.
+        columns (`tuple[str, ...]`): names of the columns, one a kind of module.
+        modules (`tuple[str, ...]`): full module names in the base model.
+        positions (`tuple[tuple[int, int], ...]`): row and column of each module.
+        parameters (`tuple[int, ...]`): trainable LoRA parameters of each module.
+        scores (`tuple[float, ...]`): what the choice was made by; higher is better.
+        gates (`tuple[float, ...]`): value of each gate when the matrix was cut.
+        kept (`tuple[bool, ...]`): whether the module keeps a LoRA of its own.
+        shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
+        step (`int`, *optional*): optimizer step of the cut.
+        config (`dict`): the options of the run.
+        versions (`dict`): versions of the libraries that made it.
+
+    Raises:
+        ValueError: if the lengths disagree, a number is not finite or a position is outside the grid.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    modules: tuple[str, ...]
+    positions: tuple[tuple[int, int], ...]
+    parameters: tuple[int, ...]
+    scores: tuple[float, ...]
+    gates: tuple[float, ...]
+    kept: tuple[bool, ...]
+    shared: tuple[tuple[str, ...], ...] = ()
+    step: int | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        count = len(self.modules)
+        for name in ("positions", "parameters", "scores", "gates", "kept"):
+            if len(getattr(self, name)) != count:
+                raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")
+        if len(set(self.modules)) != count:
+            raise ValueError("A selection names a module twice.")
+        if not all(math.isfinite(number) for number in (*self.scores, *self.gates)):
+            raise ValueError("A selection holds a score or gate that is not finite.")
+        for row, column in self.positions:
+            if not (0 <= row < len(self.rows) and 0 <= column < len(self.columns)):
+                raise ValueError(f"A selection places a module at ({row}, {column}), outside its grid.")
+        if not any(self.kept):
+            raise ValueError("A selection keeps no module at all, so there would be nothing to train.")
+        for member in (name for group in self.shared for name in group):
+            if member not in self.modules or self.kept[self.modules.index(member)]:
+                raise ValueError(f"A selection shares {member!r}, which is not one of its unselected modules.")
+
+    @property
+    def selected(self) -> tuple[str, ...]:
+        """Names of the modules that keep a LoRA of their own."""
+        return tuple(name for name, kept in zip(self.modules, self.kept, strict=True) if kept)
+
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Names of all modules with a LoRA after the cut: the selected ones and those that share one."""
+        sharing = {name for group in self.shared for name in group}
+        return tuple(n for n, kept in zip(self.modules, self.kept, strict=True) if kept or n in sharing)
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """Names of the modules whose LoRA is removed."""
+        adapted = set(self.adapted)
+        return tuple(name for name in self.modules if name not in adapted)
+
+    @property
+    def trainable_parameters(self) -> int:
+        """LoRA parameters that are trained after the cut; a shared pair counts once."""
+        size = dict(zip(self.modules, self.parameters, strict=True))
+        return sum(size[name] for name in self.selected) + sum(size[group[0]] for group in self.shared)
+
+    def uncovered(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the rows, and of the columns, in which not one module has a LoRA after the cut."""
+        adapted = set(self.adapted)
+        places = [p for name, p in zip(self.modules, self.positions, strict=True) if name in adapted]
+        rows, columns = {row for row, _ in places}, {column for _, column in places}
+        return (
+            tuple(name for index, name in enumerate(self.rows) if index not in rows),
+            tuple(name for index, name in enumerate(self.columns) if index not in columns),
+        )
+
+    def matrix(self, values: Sequence[float | bool] | None = None) -> list[list[float | None]]:
+        """Values of the modules (by default 1 for a kept one, else 0) as rows x columns; None where no module is."""
+        table: list[list[float | None]] = [[None] * len(self.columns) for _ in self.rows]
+        for (row, column), value in zip(self.positions, self.kept if values is None else values, strict=True):
+            table[row][column] = float(value)
+        return table
+
+    def summary(self) -> str:
+        """One line: how much was kept, and what it saves in parameters."""
+        before = sum(self.parameters)
+        after = self.trainable_parameters
+        shared = f", {sum(map(len, self.shared))} share {len(self.shared)} pair(s)" if self.shared else ""
+        return (
+            f"kept {len(self.selected)} of {len(self.modules)} LoRA modules{shared}: {after:,} of {before:,} LoRA "
+            f"parameters ({after / before:.1%})"
+        )
+
+    def table(self, markdown: bool = False) -> str:
+        """
+        The matrix as a readable table, a line for each layer and a column for each kind of module.
+
+        Args:
+            markdown (`bool`, *optional*, defaults to `False`): as a Markdown table instead of plain text.
+        """
+        sharing = {name for group in self.shared for name in group}
+        keep, share, drop, absent = ("✅", "🔗", "·", "") if markdown else ("x", "s", ".", " ")
+        cells = [[absent] * len(self.columns) for _ in self.rows]
+        for name, (row, column), kept in zip(self.modules, self.positions, self.kept, strict=True):
+            cells[row][column] = keep if kept else share if name in sharing else drop
+        heads = ["layer", *short_names(self.columns)]
+        lines = [[row, *line] for row, line in zip(self.rows, cells, strict=True)]
+        if markdown:
+            rule = ["---", *[":-:"] * len(self.columns)]
+            return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *lines])
+        widths = [max(len(line[index]) for line in [heads, *lines]) for index in range(len(heads))]
+        text = [heads[0].ljust(widths[0]) + "  " + "  ".join(heads[1:])]
+        for line in lines:
+            marks = (mark.center(width) for mark, width in zip(line[1:], widths[1:], strict=True))
+            text.append((line[0].ljust(widths[0]) + "  " + "  ".join(marks)).rstrip())
+        legend = f"{keep} kept   {drop} removed" + (f"   {share} shares a pair" if sharing else "")
+        return "\n".join([*text, legend])
+
+    def to_json(self) -> str:
+        """The selection as JSON text, a record for each module."""
+        records = [
+            {
+                "name": name,
+                "row": row,
+                "column": column,
+                "parameters": parameters,
+                "score": score,
+                "gate": gate,
+                "kept": kept,
+            }
+            for name, (row, column), parameters, score, gate, kept in zip(
+                self.modules, self.positions, self.parameters, self.scores, self.gates, self.kept, strict=True
+            )
+        ]
+        return json.dumps(
+            {
+                "format": _FORMAT,
+                "rows": self.rows,
+                "columns": self.columns,
+                "modules": records,
+                "selected": self.selected,
+                "shared": self.shared,
+                "step": self.step,
+                "config": self.config,
+                "versions": self.versions,
+            },
+            indent=2,
+            allow_nan=False,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Selection:
+        """
+        Read a selection back; the inverse of [`Selection.to_json`].
+
+        Raises:
+            ValueError: if the text is not JSON, or not a selection of a known format.
+        """
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.get("format") != _FORMAT:
+                raise ValueError(f"its `format` is not {_FORMAT}")
+            records = data["modules"]
+            return cls(
+                rows=tuple(str(row) for row in data["rows"]),
+                columns=tuple(str(column) for column in data["columns"]),
+                modules=tuple(str(record["name"]) for record in records),
+                positions=tuple((int(record["row"]), int(record["column"])) for record in records),
+                parameters=tuple(int(record["parameters"]) for record in records),
+                scores=tuple(float(record["score"]) for record in records),
+                gates=tuple(float(record["gate"]) for record in records),
+                kept=tuple(bool(record["kept"]) for record in records),
+                shared=tuple(tuple(str(name) for name in group) for group in data["shared"]),
+                step=None if data["step"] is None else int(data["step"]),
+                config=dict(data["config"]),
+                versions=dict(data["versions"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"This is not a selection saved by diffora-trainer: {error}.") from error
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write `diffora_selection.json` into a folder, whole or not at all, and return its path."""
+        path = Path(folder) / SELECTION_NAME
+        write_file(path, self.to_json().encode())
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Selection:
+        """Read a selection from its file, or from the folder that holds `diffora_selection.json`."""
+        path = Path(path)
+        if path.is_dir():
+            path = path / SELECTION_NAME
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"Could not read {path}: {error}") from error
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """The shortest dotted suffixes that still tell the names apart, for headings."""
+    short = []
+    for name in names:
+        parts = name.split(".")
+        suffixes = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
+        short.append(
+            next(
+                (s for s in suffixes if sum(other == s or other.endswith("." + s) for other in names) == 1),
+                name,
+            )
+        )
+    return short

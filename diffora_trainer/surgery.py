@@ -1,0 +1,163 @@
+"""A selection applied to a live model and its optimizer: fold, share, remove, and narrow the LoRA configuration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
+from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from torch import nn
+from torch.optim import Optimizer
+
+from .grid import lora_layers, lora_parameters
+from .selection import Selection
+
+
+def apply_selection(
+    model: Any,
+    selection: Selection,
+    optimizer: Optimizer | None = None,
+    scheduler: Any = None,
+    *,
+    fold_gates: bool = True,
+    adapter_name: str | None = None,
+) -> None:
+    """
+    Carry out a selection on a live PEFT model, which from then on is an ordinary LoRA model of the chosen modules.
+
+    The selected modules keep their parameters, and these their moments in the optimizer; the others leave the model,
+    the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
+
+    Args:
+        model (`PeftModel`): the model that was searched. Its gates must be off (see [`ArchitectureSearch.finish`]).
+        selection ([`Selection`]): what to keep.
+        optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the model's weights, or one that wraps
+        it.
+        scheduler (*optional*): its learning rate scheduler, or one that wraps it.
+        fold_gates (`bool`, *optional*, defaults to `True`): multiply the gates into `lora_B`. Sharing modules are
+            always folded, because an unselected gate is small.
+        adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+
+    Raises:
+        ValueError: if the modules of the model are not those of the selection.
+    """
+    adapter_name = str(adapter_name or model.active_adapters[0])
+    layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
+    if set(layers) != set(selection.modules):
+        missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
+        raise ValueError(
+            f"The selection was made for other modules: {len(missing)} of its modules have no LoRA in this model "
+            f"({_some(missing)}), and {len(extra)} LoRA modules of the model are not in it ({_some(extra)})."
+        )
+    gates = dict(zip(selection.modules, selection.gates, strict=True))
+    leaders = [group[0] for group in selection.shared]
+    for name in [*(selection.selected if fold_gates else ()), *leaders]:
+        with torch.no_grad():
+            layers[name].lora_B[adapter_name].weight.mul_(gates[name])
+
+    parameters_before = {p for layer in layers.values() for p in lora_parameters(layer, adapter_name)}
+    for group in selection.shared:
+        leader = layers[group[0]]
+        for name in group[1:]:
+            layers[name].lora_A[adapter_name].weight = leader.lora_A[adapter_name].weight
+            layers[name].lora_B[adapter_name].weight = leader.lora_B[adapter_name].weight
+    for name in selection.dropped:
+        _remove(model, name, layers[name], adapter_name)
+    kept = {p for name in selection.adapted for p in lora_parameters(layers[name], adapter_name)}
+    _narrow(model, adapter_name, selection.adapted)
+    if optimizer is not None:
+        forget_parameters(optimizer, parameters_before - kept, scheduler)
+
+
+def forget_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
+    """
+    Take parameters out of a live optimizer: out of its groups and its state. Groups left empty go too, together with
+    the scheduler's entries for them.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it in an attribute `optimizer`.
+        parameters (`Iterable[nn.Parameter]`): what to forget.
+        scheduler (*optional*): the learning rate scheduler, or one that wraps it in an attribute `scheduler`.
+    """
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+    gone = set(parameters)
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
+    filled = [bool(group["params"]) for group in optimizer.param_groups]
+    if not all(filled):
+        optimizer.param_groups[:] = [g for g, keep in zip(optimizer.param_groups, filled, strict=True) if keep]
+        if scheduler is not None:
+            _forget_groups(scheduler, filled)
+
+
+def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
+    while hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    # PyTorch's schedulers hold what belongs to a group in lists with one entry a group: `base_lrs`, `lr_lambdas`, ...
+    per_group = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+    for name in per_group:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and len(values) == len(filled):
+            setattr(scheduler, name, [value for value, keep in zip(values, filled, strict=True) if keep])
+    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+        _forget_groups(inner, filled)
+
+
+def _remove(model: nn.Module, name: str, layer: LoraLayer, adapter_name: str) -> None:
+    others = {*layer.lora_A, *layer.lora_embedding_A} - {adapter_name}
+    if others:  # another adapter lives here too, such as DPO's frozen reference
+        layer.delete_adapter(adapter_name)
+        return
+    parent_name, _, child = f"base_model.model.{name}".rpartition(".")
+    setattr(model.get_submodule(parent_name), child, layer.get_base_layer())
+
+
+def _narrow(model: Any, adapter_name: str, names: tuple[str, ...]) -> None:
+    """Make the adapter's configuration name exactly these modules, so that loading re-creates no other."""
+    config: Any = model.peft_config[adapter_name]
+    config.layers_to_transform = None  # what they restricted is spelled out in the names
+    config.layers_pattern = None
+    wanted = set(names)
+    # What PEFT will match against when it loads the adapter: every module of the base model, by its plain name.
+    base = model.get_base_model()
+    every = {
+        name.replace(".base_layer", "")
+        for name, _ in base.named_modules()
+        if name and not re.search(r"\.(lora_\w+|modules_to_save|original_module)(\.|$)", name)
+    }
+    config.target_modules = set(wanted)
+    if not _matches(config, every, wanted):
+        # A name may be a suffix of another one's (`layers.0.q` of `vision.layers.0.q`), and names are matched as
+        # suffixes. A pattern is matched in full.
+        config.target_modules = "|".join(re.escape(name) for name in sorted(wanted))
+    if hasattr(model.base_model, "targeted_module_names"):
+        model.base_model.targeted_module_names = sorted(wanted)
+
+
+def _matches(config: Any, every: set[str], wanted: set[str]) -> bool:
+    def found() -> set[str]:
+        return {name for name in every if check_target_module_exists(config, name) is True}
+
+    if found() != wanted:
+        return False
+    if len(wanted) < MIN_TARGET_MODULES_FOR_OPTIMIZATION:
+        return True
+    # PEFT shortens long lists to suffixes before it matches them; the short list must find the same modules.
+    full = config.target_modules
+    try:
+        config.target_modules = _find_minimal_target_modules(wanted, every - wanted)
+        return found() == wanted
+    finally:
+        config.target_modules = full
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"

@@ -1,0 +1,358 @@
+"""The mixin that makes a searching trainer of any Trainer, and the trainers made of it. Wiring only."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from transformers import ProgressCallback, Trainer, set_seed
+from transformers.trainer_utils import has_length
+from trl.trainer.sft_trainer import SFTTrainer
+
+from .callbacks import SELECTED, DiffoRACallback, SearchProgressCallback
+from .card import complete_card
+from .config import DiffoRAConfig
+from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
+from .plots import plot_to
+from .search import ArchitectureSearch
+from .selection import Selection
+from .surgery import forget_parameters
+from .trainer_utils import (
+    check_trainer,
+    preserved_bookkeeping,
+    read_head,
+    rewrap_distributed,
+    steps_of_epoch,
+    subset,
+    task_type_of_trainer,
+)
+from .wrapping import complete_lora_config, wrap_model, wrap_model_init
+
+
+if TYPE_CHECKING:
+
+    class _Base(Trainer):
+        """What the mixin may rely on, without the unions of the parent's own annotations."""
+
+        args: Any
+        model: Any
+        train_dataset: Any
+
+else:
+    _Base = object
+
+
+class DiffoRAMixin(_Base):
+    """
+    Makes a trainer search for the modules that deserve a LoRA while it trains (DiffoRA,
+    https://huggingface.co/papers/2502.08905), drop the others at a set step, go on with the chosen ones in the same
+    run, and save an ordinary PEFT adapter. Put it before any subclass of [`~transformers.Trainer`]:
+
+    ```python
+    class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):
+        pass
+    ```
+
+    The trainer takes all that its parent takes, plus:
+
+    Args:
+        peft_config ([`~peft.LoraConfig`], *optional*):
+            The LoRA of the modules to choose from. Defaults to LoRA on all linear layers. If the model is a
+            `PeftModel` it is taken as it is. The configuration that you pass is not changed.
+        diffora_config ([`DiffoRAConfig`], *optional*):
+            Options of the search.
+        arch_dataset (`Dataset` or `IterableDataset`, *optional*):
+            Held-out data for the matrix, prepared like the training data. By default a part of the training set is
+            held out until the cut (see `arch_split`). The evaluation set is never used.
+
+    Attributes:
+        selection ([`Selection`] or `None`): what was chosen, once the matrix is cut.
+
+    Raises:
+        TypeError: if `diffora_config` is not a [`DiffoRAConfig`] or `peft_config` not a `LoraConfig`.
+        ValueError: if the model, the data or the training arguments cannot be searched with; the message says what to
+            do instead.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        peft_config: PeftConfig | None = None,
+        diffora_config: DiffoRAConfig | None = None,
+        arch_dataset: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        if diffora_config is not None and not isinstance(diffora_config, DiffoRAConfig):
+            raise TypeError(f"`diffora_config` must be a `DiffoRAConfig`, got {type(diffora_config).__name__}.")
+        self.diffora_config = diffora_config or DiffoRAConfig()
+        self.arch_dataset = arch_dataset
+        self._split: SplitPlan | None = None
+        self._held_out_rows: Any = None
+        self._last_train_batch: Any = None
+        super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
+        check_trainer(self)
+        self._callback = DiffoRACallback(
+            self.diffora_config,
+            make_search=self._make_search,
+            make_held_out=self._make_held_out,
+            after_cut=self._after_cut,
+            last_train_batch=lambda: self._last_train_batch,
+        )
+        self.add_callback(self._callback)
+        self.add_callback(SearchProgressCallback(self._callback, self._find_progress_bar))
+        # What is wrong with the model or the schedule should be said now, not when training starts.
+        self._make_search(self.model)
+        if self.args.max_steps > 0:
+            self.diffora_config.schedule(self.args.max_steps)
+        if self.diffora_config.base_model_id is not None:
+            for config in self.model.peft_config.values():
+                config.base_model_name_or_path = self.diffora_config.base_model_id
+
+    @property
+    def selection(self) -> Selection | None:
+        """What was chosen; `None` until the matrix is cut."""
+        return self._callback.selection
+
+    # Building
+
+    def _parent_parameters(self) -> list[str]:
+        """Names of what the parent's constructor takes, in order."""
+        names: list[str] = []
+        mro = type(self).__mro__
+        for parent in mro[mro.index(DiffoRAMixin) + 1 :]:
+            if "__init__" in vars(parent):
+                found = inspect.signature(vars(parent)["__init__"]).parameters.values()
+                names += [p.name for p in found if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
+                if not any(p.kind is p.VAR_KEYWORD for p in found):
+                    break
+        return [name for name in dict.fromkeys(names) if name != "self"]
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        names = self._parent_parameters()
+        if len(args) > len(names):
+            raise TypeError(
+                f"{type(self).__name__} takes {len(names)} positional arguments, but {len(args)} were given."
+            )
+        named = dict(zip(names, args, strict=False))
+        if twice := sorted(named.keys() & kwargs.keys()):
+            raise TypeError(f"{type(self).__name__} got {', '.join(twice)} both by position and by name.")
+        return {**named, **kwargs}
+
+    def _with_lora(self, arguments: dict[str, Any], peft_config: PeftConfig | None) -> dict[str, Any]:
+        """The parent's arguments, with LoRA on the model or its configuration among them."""
+        model, args = arguments.get("model"), arguments.get("args")
+        if "peft_config" in self._parent_parameters():
+            if not isinstance(model, PeftModel):
+                base = model if isinstance(model, nn.Module) else None
+                peft_config = complete_lora_config(peft_config, base, task_type_of_trainer(self))
+            return {**arguments, "peft_config": peft_config}
+        checkpointing = bool(getattr(args, "activation_checkpointing", False))
+        if arguments.get("model_init") is not None:
+            return {**arguments, "model_init": wrap_model_init(arguments["model_init"], peft_config, checkpointing)}
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"`model` must be a model, got {type(model).__name__}. Please load it first, for example with "
+                "`AutoModelForSequenceClassification.from_pretrained`."
+            )
+        if args is not None:
+            set_seed(args.seed)  # LoRA weights are drawn here, before the parent sets the seed
+        return {**arguments, "model": wrap_model(model, peft_config, checkpointing)}
+
+    def _make_search(self, model: nn.Module) -> ArchitectureSearch:
+        scaler = getattr(self.accelerator, "scaler", None)
+        return ArchitectureSearch(
+            model,
+            self.diffora_config,
+            loss_fn=self._architecture_loss,
+            reduce=self._mean_over_processes,
+            loss_scale=None if scaler is None else scaler.get_scale,
+        )
+
+    def _mean_over_processes(self, values: Tensor) -> Tensor:
+        if self.args.world_size == 1:
+            return values
+        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="mean").cpu()
+
+    def _find_progress_bar(self) -> ProgressCallback | None:
+        return next((c for c in self.callback_handler.callbacks if isinstance(c, ProgressCallback)), None)
+
+    # Training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, search and cut. See [`~transformers.Trainer.train`]."""
+        if self._callback not in self.callback_handler.callbacks:
+            raise ValueError(
+                "The `DiffoRACallback` was removed from this trainer, so no module would ever be chosen. Please leave "
+                "it in, or use the parent trainer."
+            )
+        return super().train(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """A training step of the parent, under gates drawn for it while the search lasts."""
+        if self._callback.searching and self._callback.search is not None:
+            self._callback.search.draw_gates()
+            if self.diffora_config.arch_order == 2:
+                self._last_train_batch = inputs
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The parent's optimizer without its empty parameter groups, which could not be told from emptied ones."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        forget_parameters(optimizer, ())
+        return optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The parent's log, with the state of the search in those of training."""
+        if "loss" in logs or "train_runtime" in logs:
+            logs.update(self._callback.metrics())
+        super().log(logs, *args, **kwargs)
+
+    def _architecture_loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """The trainer's own loss of a held-out batch; leaves its metrics, counters and the batch as they were."""
+        with preserved_bookkeeping(self):
+            inputs = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager():
+                loss = self.compute_loss(model, dict(inputs))
+        assert isinstance(loss, Tensor)
+        return loss
+
+    def _after_cut(self) -> None:
+        rewrap_distributed(self)
+        self._last_train_batch = self._held_out_rows = None
+        if self._split is not None:
+            self._split.given_back = True
+
+    # Held-out data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The parent's data loader; until the cut it leaves the held-out rows out."""
+        if self._callback.phase == SELECTED or self.arch_dataset is not None:
+            self._split = None
+            return super().get_train_dataloader()
+        stock = self.train_dataset
+        if has_length(stock):
+            self._split = SplitPlan(
+                split_indices(len(stock), self.diffora_config.arch_split, self.diffora_config.arch_seed),
+                self.diffora_config.arch_seed,
+            )
+            return super().get_train_dataloader()
+        self._split = SplitPlan((), self.diffora_config.arch_seed)
+        self._held_out_rows = read_head(self, stock)
+        self.train_dataset = HeldOutStream(stock, self._held_out_rows, self._split)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stock
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if self._split is None or sampler is None:
+            return sampler
+        if isinstance(sampler, BatchSampler) or not isinstance(sampler, Sampler):
+            raise ValueError(
+                f"`train_sampling_strategy={self.args.train_sampling_strategy!r}` makes whole batches, from which "
+                "single rows cannot be held out. Please pass `arch_dataset=` to the trainer, or use another strategy."
+            )
+        if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
+            # What accelerate makes of a random sampler when it is not wrapped: the order of a stock run.
+            sampler = SeedableRandomSampler(
+                data_source=sampler.data_source,
+                replacement=sampler.replacement,
+                num_samples=sampler._num_samples,
+                generator=sampler.generator,
+                data_seed=self.args.data_seed,
+            )
+        return HeldOutSampler(sampler, self._split, len(self.train_dataset))
+
+    def _make_held_out(self, total_steps: int, cut: int) -> HeldOutBatches:
+        """The held-out batches of a run, and the moment at which their rows go back to training."""
+        if self.arch_dataset is not None:
+            rows = self.arch_dataset if has_length(self.arch_dataset) else read_head(self, self.arch_dataset)
+        elif self._held_out_rows is not None:
+            rows = self._held_out_rows
+        else:
+            assert self._split is not None
+            rows = subset(self.train_dataset, sorted(self._split.held_out))
+        if self._split is not None:
+            self._split.set_cut(cut, *steps_of_epoch(self))
+        collate = self.data_collator
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="held-out")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="held-out")
+        return HeldOutBatches(
+            rows,
+            collate,
+            batch_size=self.diffora_config.arch_batch_size or self._train_batch_size,
+            seed=self.diffora_config.arch_seed,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+
+    # Saving and resuming
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        if self.selection is not None and self.args.should_save:
+            self.selection.save(folder)
+            plot_to(self.selection, folder)
+            complete_card(self, folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The parent's card, PEFT's facts, and what the search found."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_card(self, Path(self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._callback.save(output_dir, self.state)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
+        self._callback.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+
+class DiffoRATrainer(DiffoRAMixin, Trainer):
+    """
+    A [`~transformers.Trainer`] that chooses its LoRA modules while it trains. It takes all that `Trainer` takes, and
+    `peft_config`, `diffora_config` and `arch_dataset`; see [`DiffoRAMixin`].
+
+    ```python
+    trainer = DiffoRATrainer(
+        model=AutoModelForSequenceClassification.from_pretrained("roberta-base", num_labels=2),
+        args=TrainingArguments("out", num_train_epochs=3),
+        train_dataset=dataset,
+        diffora_config=DiffoRAConfig(selection_ratio=0.5),
+    )
+    trainer.train()
+    print(trainer.selection.table())
+    ```
+    """
+
+
+class DiffoRASFTTrainer(DiffoRAMixin, SFTTrainer):
+    """
+    A [`~trl.SFTTrainer`] that chooses its LoRA modules while it trains. It takes all that `SFTTrainer` takes, and
+    `diffora_config` and `arch_dataset`; see [`DiffoRAMixin`].
+
+    ```python
+    trainer = DiffoRASFTTrainer(
+        model="HuggingFaceTB/SmolLM2-135M-Instruct",
+        args=SFTConfig("out", max_steps=300),
+        train_dataset=dataset,
+        diffora_config=DiffoRAConfig(selection_ratio=0.5),
+    )
+    trainer.train()
+    ```
+    """

@@ -1,0 +1,139 @@
+"""What the mixin needs to know of a Trainer: what it cannot search with, and its bookkeeping, data and wrappers."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any
+
+from datasets import Dataset
+from peft import TaskType
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Subset
+
+from .logging import get_logger
+
+
+logger = get_logger(__name__)
+
+# A stream has no length, so its held-out part is what the search will read, up to this many batches.
+_MAX_STREAM_BATCHES = 64
+
+
+def check_trainer(trainer: Any) -> None:
+    """Raise a `ValueError` if the training arguments ask for something that a search cannot run with."""
+    args = trainer.args
+    if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise ValueError(
+            "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
+            "of the gates alone. Please set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+        )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "DeepSpeed is not supported: it keeps optimizer states that modules cannot be taken out of during a run. "
+            "Please train on one device, or on several with plain data parallelism (`accelerate launch --multi_gpu`)."
+        )
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "FSDP is not supported: it shards parameters that modules cannot be taken out of during a run. Please "
+            "train on one device, or on several with plain data parallelism (`accelerate launch --multi_gpu`)."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process, and `nn.DataParallel` copies the model without its gates. "
+            "Please start the script with `accelerate launch`, or make one GPU visible with `CUDA_VISIBLE_DEVICES`."
+        )
+    if args.torch_compile:
+        raise ValueError(
+            "`torch_compile=True` is not supported: the compiled model would keep the modules that the cut removes. "
+            "Please set `torch_compile=False`."
+        )
+    if trainer.diffora_config.arch_order == 2 and args.world_size > 1:
+        raise ValueError(
+            "`arch_order=2` looks ahead along the gradient of one process, so on several they would disagree. Please "
+            "set `arch_order=1`."
+        )
+
+
+def task_type_of_trainer(trainer: Any) -> TaskType:
+    """Task type of the model that a TRL trainer loads when it is given a name."""
+    return TaskType.SEQ_CLS if getattr(trainer, "_name", "") == "Reward" else TaskType.CAUSAL_LM
+
+
+@contextmanager
+def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
+    """
+    Put a trainer's counters and metrics back as they were. TRL's `compute_loss` appends to `_metrics`, counts tokens
+    in `_total_train_tokens`, and keeps texts to log; an architecture step must not show in any of them.
+    """
+    plain = (int, float, bool, str, type(None))
+    kept = {name: value for name, value in vars(trainer).items() if isinstance(value, plain)}
+    records = {
+        name: copy.deepcopy(value)
+        for name, value in vars(trainer).items()
+        if isinstance(value, dict) and ("metrics" in name or "logs" in name)
+    }
+    try:
+        yield
+    finally:
+        vars(trainer).update(kept, **records)
+
+
+def rewrap_distributed(trainer: Any) -> None:
+    """
+    Let distributed data parallelism notice that parameters are gone. Its reducer is built once, and would wait for
+    them.
+
+    The training loop holds the wrapper in a local variable, so the wrapper is built anew in its place.
+    """
+    wrapper = trainer.model_wrapped
+    if isinstance(wrapper, DistributedDataParallel):
+        handler = trainer.accelerator.ddp_handler
+        kwargs = handler.to_kwargs() if handler is not None else {}
+        wrapper.__init__(  # type: ignore[misc]
+            wrapper.module,
+            device_ids=wrapper.device_ids,
+            output_device=wrapper.output_device,
+            **kwargs,
+        )
+
+
+def read_head(trainer: Any, stream: Any) -> list[Any]:
+    """
+    The first rows of a stream: as many as the search will read, up to a limit.
+
+    Raises:
+        ValueError: if the stream is read by several workers, or has no rows.
+    """
+    args, config = trainer.args, trainer.diffora_config
+    if args.dataloader_num_workers > 1 and stream is trainer.train_dataset:
+        raise ValueError(
+            f"`dataloader_num_workers={args.dataloader_num_workers}` reads the training stream in an order that "
+            "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
+            "`arch_dataset=` to the trainer."
+        )
+    warmup, cut = config.schedule(args.max_steps)
+    batches = min(math.ceil((cut - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
+    rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
+    rows = list(islice(iter(stream), batches * rows_a_batch))
+    if not rows:
+        raise ValueError("The stream that held-out rows should be read from is empty.")
+    return rows
+
+
+def subset(dataset: Any, indices: list[int]) -> Any:
+    """Some rows of a map-style data set."""
+    return dataset.select(indices) if isinstance(dataset, Dataset) else Subset(dataset, indices)
+
+
+def steps_of_epoch(trainer: Any) -> tuple[int, int]:
+    """Optimizer steps in an epoch, and the rows that all processes together read for one of them."""
+    args = trainer.args
+    rows_a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return args.max_steps, rows_a_step
+    batches = len(trainer.callback_handler.train_dataloader)
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1), rows_a_step
