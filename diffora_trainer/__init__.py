@@ -1,15 +1,24 @@
 """DiffoRA for the Hugging Face trainers: choose the LoRA modules of a model while it trains."""
 
-from .config import DiffoRAConfig
-from .matrix import DifferentialAdaptationMatrix
-from .search import ArchitectureSearch
-from .selection import Selection
-from .surgery import apply_selection
-from .trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 
 __version__ = "0.1.0.dev0"
 
+# Names are imported when they are asked for: a search without a Trainer need not wait for transformers' and TRL's.
+_HOMES = {
+    "ArchitectureSearch": "search",
+    "DiffoRAConfig": "config",
+    "DiffoRAMixin": "trainer",
+    "DiffoRASFTTrainer": "trainer",
+    "DiffoRATrainer": "trainer",
+    "DifferentialAdaptationMatrix": "matrix",
+    "Selection": "selection",
+    "apply_selection": "surgery",
+}
 __all__ = [
     "ArchitectureSearch",
     "DiffoRAConfig",
@@ -20,3 +29,21 @@ __all__ = [
     "Selection",
     "apply_selection",
 ]
+
+if TYPE_CHECKING:
+    from .config import DiffoRAConfig
+    from .matrix import DifferentialAdaptationMatrix
+    from .search import ArchitectureSearch
+    from .selection import Selection
+    from .surgery import apply_selection
+    from .trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

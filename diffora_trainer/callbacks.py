@@ -57,6 +57,11 @@ class DiffoRACallback(TrainerCallback):
         self._warmup = self._cut = 0
         self._report: dict[str, float] = {}
         self._resumed: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self._cut_model: nn.Module | None = None
+
+    def is_cut(self, model: nn.Module) -> bool:
+        """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
+        return self._cut_model is model
 
     @property
     def searching(self) -> bool:
@@ -77,12 +82,12 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self.phase == SELECTED:
-            return  # resumed after the cut, or trained again: an ordinary LoRA model
+        if self.is_cut(kwargs["model"]):
+            return  # resumed after the cut, or trained again
         self._warmup, self._cut = self.config.schedule(state.max_steps)
         if self.searching and self.search is not None:  # a run before this one was interrupted
             self.search.gates.detach()
-        self.phase = WARMUP
+        self.phase, self.selection = WARMUP, None
         self.search = self._make_search(kwargs["model"])
         self._held_out = self._make_held_out(state.max_steps, self._cut)
         if self._resumed is not None:
@@ -173,7 +178,7 @@ class DiffoRACallback(TrainerCallback):
             fold_gates=self.config.fold_gates,
             adapter_name=search.grid.adapter_name,
         )
-        self.phase = SELECTED
+        self.phase, self._cut_model = SELECTED, model
         if self._after_cut is not None:
             self._after_cut()
         after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
@@ -237,16 +242,16 @@ class DiffoRACallback(TrainerCallback):
         record, tensors = load_state(folder)
         if record["phase"] == SELECTED:
             selection = Selection.from_json(record["selection"])
-            if self.phase != SELECTED:
+            if not self.is_cut(model):
                 apply_selection(model, selection, optimizer, scheduler, fold_gates=False)
             elif self.selection is None or self.selection.adapted != selection.adapted:
                 raise ValueError(
                     f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
                     "cut. Please build a new trainer to resume from it."
                 )
-            self.phase, self.selection = SELECTED, selection
+            self.phase, self.selection, self._cut_model = SELECTED, selection, model
             return
-        if self.phase == SELECTED:
+        if self.is_cut(model):
             raise ValueError(
                 f"The checkpoint {folder!r} was made before the cut, but the model of this trainer has already lost "
                 "the unselected modules. Please build a new trainer to resume from it."

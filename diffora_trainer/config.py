@@ -7,6 +7,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from .matrix import DifferentialAdaptationMatrix
+
 
 SELECTION_SCOPES = ("layer", "model")
 RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
@@ -167,7 +169,7 @@ class DiffoRAConfig:
                 setattr(self, name, _integer(name, getattr(self, name)))
         for name, choices in (
             ("selection_scope", SELECTION_SCOPES),
-            ("relaxation", RELAXATIONS),
+            ("relaxation", tuple(DifferentialAdaptationMatrix.relaxations)),
             ("weight_sharing", WEIGHT_SHARING),
         ):
             if getattr(self, name) not in choices:

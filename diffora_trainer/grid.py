@@ -16,8 +16,9 @@ OTHER_ROW = "other"
 # A gate multiplies the output of `lora_A`. These layers never call it, so a gate there would have no effect.
 _UNGATEABLE: dict[type[nn.Module], str] = {
     ParamWrapper: (
-        "PEFT adapts it through `target_parameters` by adding to the parameter itself (as for fused experts). Please "
-        "leave `target_parameters` out; the attention and dense projections can be searched."
+        "PEFT adapts fused experts by adding to the parameter itself (`target_parameters`, which it also fills in for "
+        "'all-linear' on a mixture of experts). Please name the projections to choose from instead, for example "
+        "`LoraConfig(target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'])`."
     ),
     MultiheadAttention: (
         "PEFT merges the LoRA of `nn.MultiheadAttention` into its weight. Please target its other layers, or leave it "

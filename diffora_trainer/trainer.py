@@ -16,7 +16,7 @@ from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import has_length
 from trl.trainer.sft_trainer import SFTTrainer
 
-from .callbacks import SELECTED, DiffoRACallback, SearchProgressCallback
+from .callbacks import DiffoRACallback, SearchProgressCallback
 from .card import complete_card
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
@@ -233,7 +233,7 @@ class DiffoRAMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the cut it leaves the held-out rows out."""
-        if self._callback.phase == SELECTED or self.arch_dataset is not None:
+        if self._callback.is_cut(self.model) or self.arch_dataset is not None:
             self._split = None
             return super().get_train_dataloader()
         stock = self.train_dataset
@@ -300,17 +300,27 @@ class DiffoRAMixin(_Base):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        if self.selection is not None and self.args.should_save:
+        if self.args.should_save:
+            self._save_findings(Path(output_dir if output_dir is not None else self.args.output_dir))
+
+    def _save_findings(self, folder: Path) -> None:
+        """What the search found, beside the adapter: the selection, its picture and the card."""
+        if self.selection is not None:
             self.selection.save(folder)
             plot_to(self.selection, folder)
-            complete_card(self, folder)
+        complete_card(self, folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's card, PEFT's facts, and what the search found."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            complete_card(self, Path(self.args.output_dir))
+            self._save_findings(Path(self.args.output_dir))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent copies the files that it knows from the checkpoint into the folder that is pushed.
+        if self.is_world_process_zero():
+            self._save_findings(Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

@@ -48,7 +48,8 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
     config = copy.deepcopy(config)  # PEFT and the cut write into it
     if config.task_type is None:
         config.task_type = task_type if model is None else _task_type(model)
-    if config.task_type is None and model is not None and type(model).__name__.endswith("Classification"):
+    chooses_label = type(model).__name__.endswith(("Classification", "MultipleChoice"))
+    if config.task_type is None and model is not None and chooses_label:
         # Image, audio and video classifiers: PEFT has no task type that trains and saves their new head.
         heads = [name for name in SEQ_CLS_HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads}) or None
