@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
 from .matrix import DifferentialAdaptationMatrix
@@ -72,7 +72,8 @@ class DiffoRAConfig:
         Held-out rows per device in an architecture step. Defaults to the training batch size per device.
     arch_seed (`int`, *optional*, defaults to `0`):
         Seed of the split, of the order of the held-out batches and of the sampled gates. The search has random streams
-        of its own and does not touch those of training.
+        of its own and does not touch those of training. `DiffoRAConfig(seed=...)` and `config.seed` mean the same; on
+        the command line it has this name, because `--seed` is that of the training arguments.
 
     > Parameters that control the cut
 
@@ -159,7 +160,16 @@ class DiffoRAConfig:
         default=None, metadata={"help": "Hub id of the base model, for the adapter's configuration and model card."}
     )
 
-    def __post_init__(self) -> None:
+    seed: InitVar[int | None] = None  # not a field: parsers would see it twice beside `TrainingArguments`
+
+    def __post_init__(self, seed: int | None) -> None:
+        if seed is not None:
+            if self.arch_seed not in (0, seed):
+                raise ValueError(
+                    f"You passed `seed={seed!r}` and `arch_seed={self.arch_seed!r}`, which mean the same. Please pass "
+                    "one."
+                )
+            self.arch_seed = seed
         for name in ("selection_ratio", "discretize_at", "arch_warmup", "arch_split"):
             setattr(self, name, _number(name, getattr(self, name)))
         for name in ("arch_every", "arch_order", "arch_seed"):
@@ -302,3 +312,7 @@ def _check_moment(name: str, value: float, *, minimum_open: bool) -> None:
 def _round_half_up(value: float) -> int:
     # Python rounds halves to even, so that 2.5 and 3.5 would behave differently.
     return math.floor(value + 0.5)
+
+
+# Set after the class is made, since a property in its body would be taken for the default of `seed`.
+DiffoRAConfig.seed = property(lambda config: config.arch_seed)  # type: ignore[attr-defined]
