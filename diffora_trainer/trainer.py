@@ -26,6 +26,7 @@ from .selection import Selection
 from .surgery import forget_parameters
 from .trainer_utils import (
     check_trainer,
+    prepare_dataset,
     preserved_bookkeeping,
     read_head,
     rewrap_distributed,
@@ -69,7 +70,7 @@ class DiffoRAMixin(_Base):
         diffora_config ([`DiffoRAConfig`], *optional*):
             Options of the search.
         arch_dataset (`Dataset` or `IterableDataset`, *optional*):
-            Held-out data for the matrix, prepared like the training data. By default a part of the training set is
+            Held-out data for the matrix, in the form of the training data. By default a part of the training set is
             held out until the cut (see `arch_split`). The evaluation set is never used.
 
     Attributes:
@@ -98,6 +99,8 @@ class DiffoRAMixin(_Base):
         self._last_train_batch: Any = None
         super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
         check_trainer(self)
+        if arch_dataset is not None:
+            self.arch_dataset = prepare_dataset(self, arch_dataset)
         self._callback = DiffoRACallback(
             self.diffora_config,
             make_search=self._make_search,

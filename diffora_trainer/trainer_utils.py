@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +123,26 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
     if not rows:
         raise ValueError("The stream that held-out rows should be read from is empty.")
     return rows
+
+
+def prepare_dataset(trainer: Any, dataset: Any) -> Any:
+    """
+    A held-out data set of the user's own, prepared as the trainer prepared its training set. TRL's trainers tokenize
+    in `_prepare_dataset`, which leaves a tokenized data set as it is; its arguments differ from one trainer to
+    another.
+    """
+    prepare = getattr(trainer, "_prepare_dataset", None)
+    if prepare is None or getattr(trainer, "_skip_prepare_dataset", False):
+        return dataset
+    known = {
+        "dataset": dataset,
+        "processing_class": trainer.processing_class,
+        "args": trainer.args,
+        "packing": getattr(trainer.args, "packing", False),
+        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "dataset_name": "arch",
+    }
+    return prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
 
 
 def subset(dataset: Any, indices: list[int]) -> Any:
