@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .files import write_file
@@ -56,7 +58,7 @@ def write_card(
                 str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"
             ),
             base_model=base_model,
-            adapter=adapter or folder.name,
+            adapter=adapter or folder.resolve().name,
         )
         text = f"{text.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n"
     card.text = text
@@ -67,12 +69,16 @@ def write_card(
 def complete_card(trainer: Any, folder: Path) -> None:
     """Complete the card of a trainer's output or checkpoint folder."""
     config = trainer.model.peft_config[trainer.model.active_adapters[0]]
-    write_card(folder, trainer.selection, config, trainer.hub_model_id or folder.name)
+    write_card(folder, trainer.selection, config, trainer.hub_model_id)
 
 
 def public_model_id(name: str | None) -> str | None:
     """A model's name if it is one on the Hub; a folder on someone's disk means nothing to others, and tells on it."""
-    if not name or os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not name or name.startswith(".") or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
         return None
     return name
 

@@ -98,6 +98,8 @@ class Gates:
         if gate.device != output.device:  # a model spread over several devices
             gate = gate.to(output.device)
         if gate.requires_grad:
-            # In float32, so that the gate's gradient, a sum over all tokens, is not rounded to half precision.
-            return (output.float() * gate).to(output.dtype)
+            # In float32 at least: the gate's gradient is a sum over all tokens, and must not be rounded to half
+            # precision.
+            wide = torch.promote_types(output.dtype, torch.float32)
+            return (output.to(wide) * gate).to(output.dtype)
         return output * gate.to(output.dtype)

@@ -141,9 +141,11 @@ class DifferentialAdaptationMatrix(ABC):
 class BudgetMatrix(DifferentialAdaptationMatrix):
     """
     The matrix kept in the budget polytope `{0 <= gate <= 1, sum of gates <= budget}` and learned by stochastic
-    Frank-Wolfe: at each step it moves by `2 / (t + 2)` towards the affordable set with the largest linear gain on
-    held-out data. Gains are averaged over steps with weight `4 / (t + 7)^(2/3)` on the newest (Mokhtari et al., 2018,
-    https://huggingface.co/papers/1804.09554, with t counted from 1), since one held-out batch is noisy.
+    Frank-Wolfe: at each step `t` it moves by `2 / (t + 2)` towards the affordable set with the largest linear gain on
+    held-out data. One held-out batch is noisy, so gains are averaged over steps, as Mokhtari et al., 2018
+    (https://huggingface.co/papers/1804.09554) do. The newest weighs `2 / (t + 1)`, which makes the weights rise
+    linearly with `t`: it remembers longer than their `(t + 8)^(-2/3)`, since a search makes tens of steps and not
+    thousands.
 
     It is zero-sum by construction, needs no learning rate, and drifts towards a 0/1 matrix. The gradient is taken at
     the matrix itself, so near the target sparsity: at `gate = 1` on warm weights it would ask which module wants
@@ -166,8 +168,7 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
 
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
-        newest = min(1.0, 4.0 / (self.steps + 7.0) ** (2.0 / 3.0))
-        self._gains.lerp_(-gradient, newest)
+        self._gains.lerp_(-gradient, 2.0 / (self.steps + 1.0))
         length = 2.0 / (self.steps + 2.0) if self.learning_rate is None else self.learning_rate
         self._values.lerp_(self.budget.vertex(self._gains), length).clamp_(0.0, 1.0)
 
@@ -266,10 +267,15 @@ class SigmoidMatrix(_AdamMatrix):
 class SoftmaxMatrix(_AdamMatrix):
     """
     A softmax over each row, or over the whole matrix when that is the scope of the choice, times the number of modules
-    that may be kept, at most 1. Zero-sum: a gate can rise only if others fall.
+    that may be kept, at most 1. Zero-sum: a gate can rise only if others fall. The weights train under gates drawn at
+    the target ratio: under the soft gates they would make up for small gates, and the useful modules would ask for
+    less.
     """
 
     name = "softmax"
+
+    def training_gates(self) -> Tensor:
+        return torch.bernoulli(self.budget.share.float(), generator=self.generator)
 
     def _relax(self, logits: Tensor) -> Tensor:
         budget = self.budget

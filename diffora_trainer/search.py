@@ -23,6 +23,10 @@ from .selection import Budget, Selection, short_names
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 _MAX_LOGGED_KINDS = 16
+_NO_GATE = (
+    "The loss does not depend on any gate, so nothing can be learned about the modules. Does `loss_fn` run the model "
+    "it is given, without `torch.no_grad`?"
+)
 
 
 class ArchitectureSearch:
@@ -217,14 +221,13 @@ class ArchitectureSearch:
         leaf = gates.clone().to(self.gates.device).requires_grad_()
         with self.gates.override(leaf):
             loss = self._loss_fn(self.model, batch)
+            if not loss.requires_grad:
+                raise ValueError(_NO_GATE)
             scale = self._loss_scale()
             # `torch.autograd.grad` leaves every `.grad` alone, and computes nothing that only the weights need.
             found = torch.autograd.grad(loss * scale, [leaf, *weights], allow_unused=True)
         if found[0] is None:
-            raise ValueError(
-                "The loss does not depend on any gate, so nothing can be learned about the modules. Does `loss_fn` "
-                "run the model it is given, without `torch.no_grad`?"
-            )
+            raise ValueError(_NO_GATE)
         gradients = [
             torch.zeros_like(x) if g is None else g / scale for g, x in zip(found, [leaf, *weights], strict=True)
         ]
@@ -263,13 +266,14 @@ class ArchitectureSearch:
     @contextmanager
     def _quiet(self, training: bool | None = None) -> Iterator[None]:
         """Run without leaving a trace in the random streams or in the model's mode."""
-        was_training = self.model.training
+        modes = {module: module.training for module in self.model.modules()}  # some parts may be kept in evaluation
         with isolated_random_state(self.gates.device):
             self.model.train(self._checkpointing if training is None else training)
             try:
                 yield
             finally:
-                self.model.train(was_training)
+                for module, mode in modes.items():
+                    module.training = mode
 
 
 def make_matrix(grid: ModuleGrid, config: DiffoRAConfig) -> DifferentialAdaptationMatrix:

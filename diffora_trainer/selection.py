@@ -215,9 +215,14 @@ class Selection:
         for row, column in self.positions:
             if not (0 <= row < len(self.rows) and 0 <= column < len(self.columns)):
                 raise ValueError(f"A selection places a module at ({row}, {column}), outside its grid.")
+        if not all(isinstance(kept, bool) for kept in self.kept):
+            raise ValueError("A selection's entries in `kept` must be true or false.")
         if not any(self.kept):
             raise ValueError("A selection keeps no module at all, so there would be nothing to train.")
-        for member in (name for group in self.shared for name in group):
+        members = [name for group in self.shared for name in group]
+        if any(len(group) < 2 for group in self.shared) or len(set(members)) != len(members):
+            raise ValueError("A selection shares a pair among fewer than two modules, or a module shares two pairs.")
+        for member in members:
             if member not in self.modules or self.kept[self.modules.index(member)]:
                 raise ValueError(f"A selection shares {member!r}, which is not one of its unselected modules.")
 
@@ -349,13 +354,13 @@ class Selection:
                 parameters=tuple(int(record["parameters"]) for record in records),
                 scores=tuple(float(record["score"]) for record in records),
                 gates=tuple(float(record["gate"]) for record in records),
-                kept=tuple(bool(record["kept"]) for record in records),
+                kept=tuple(record["kept"] for record in records),
                 shared=tuple(tuple(str(name) for name in group) for group in data["shared"]),
                 step=None if data["step"] is None else int(data["step"]),
                 config=dict(data["config"]),
                 versions=dict(data["versions"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"This is not a selection saved by diffora-trainer: {error}.") from error
 
     def save(self, folder: str | os.PathLike) -> Path:

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import _find_minimal_target_modules, check_target_module_exists
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
@@ -110,10 +109,16 @@ def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
         _forget_groups(inner, filled)
 
 
-def _remove(model: nn.Module, name: str, layer: LoraLayer, adapter_name: str) -> None:
+def _remove(model: nn.Module, name: str, layer: Any, adapter_name: str) -> None:
     others = {*layer.lora_A, *layer.lora_embedding_A} - {adapter_name}
-    if others:  # another adapter lives here too, such as DPO's frozen reference
+    if others:
+        # Another adapter lives here too, such as DPO's frozen reference. PEFT activates and unfreezes it when the
+        # active one is deleted, so both are put back: an active adapter that a layer lacks is passed over.
+        frozen = [p for p in layer.parameters() if not p.requires_grad]
         layer.delete_adapter(adapter_name)
+        layer._active_adapter = [adapter_name]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         return
     parent_name, _, child = f"base_model.model.{name}".rpartition(".")
     setattr(model.get_submodule(parent_name), child, layer.get_base_layer())

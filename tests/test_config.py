@@ -1,0 +1,188 @@
+"""The configuration: parsing, errors, and the moments of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pytest
+from transformers import HfArgumentParser
+from trl import SFTConfig, TrlParser
+
+from diffora_trainer import DiffoRAConfig
+
+
+OPTIONS: dict[str, Any] = {
+    "selection_ratio": 0.25,
+    "selection_scope": "model",
+    "max_trainable_parameters": 1000,
+    "discretize_at": 40.0,
+    "arch_warmup": 0.1,
+    "arch_every": 3,
+    "relaxation": "softmax",
+    "arch_learning_rate": 0.02,
+    "arch_order": 2,
+    "arch_split": 0.2,
+    "arch_batch_size": 4,
+    "arch_seed": 7,
+    "weight_sharing": "none",
+    "fold_gates": False,
+    "base_model_id": "org/name",
+}
+
+
+def test_every_option_is_parsed_from_the_command_line() -> None:
+    assert set(OPTIONS) == {field.name for field in dataclasses.fields(DiffoRAConfig)}
+    line = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
+    (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(line)
+    assert config.to_dict() == OPTIONS
+    assert {name: type(value) for name, value in config.to_dict().items()} == {
+        name: type(value) for name, value in OPTIONS.items()
+    }
+    (plain,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses([])
+    assert plain == DiffoRAConfig()
+    with pytest.raises(SystemExit):  # choices are checked by the parser already
+        HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(["--relaxation", "hard"])
+
+
+def test_beside_sft_config_from_yaml_and_command_line(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output_dir: {tmp_path}\nmax_steps: 300\nlearning_rate: 3.0e-4\nuse_cpu: true\nbf16: false\nreport_to: none\n"
+        "selection_ratio: 0.25\nselection_scope: model\ndiscretize_at: 100\narch_learning_rate: 1e-2\n"
+        "fold_gates: false\narch_seed: 5\n"
+    )
+    parser = TrlParser((SFTConfig, DiffoRAConfig))
+    args, config = parser.parse_args_and_config(["--config", str(recipe), "--arch_seed", "9", "--max_length", "64"])
+    assert (args.max_steps, args.learning_rate, args.max_length) == (300, 3e-4, 64)
+    assert config == DiffoRAConfig(0.25, "model", None, 100, arch_learning_rate=0.01, fold_gates=False, arch_seed=9)
+    assert config.schedule(args.max_steps) == (15, 100)
+    # One more reader of the same words would be a clash: argparse refuses it, but a subclass of SFTConfig would not.
+    shared = {f.name for f in dataclasses.fields(SFTConfig)} & {f.name for f in dataclasses.fields(DiffoRAConfig)}
+    assert not shared
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"selection_ratio": 0}, "selection_ratio=0.0.*must be in"),
+        ({"selection_ratio": 1.01}, "selection_ratio=1.01"),
+        ({"selection_ratio": float("nan")}, "selection_ratio=nan.*finite"),
+        ({"selection_scope": "head"}, "selection_scope='head'.*'layer', 'model'"),
+        ({"relaxation": "hard"}, "relaxation='hard'.*'budget'"),
+        ({"weight_sharing": "all"}, "weight_sharing='all'.*'none'"),
+        ({"max_trainable_parameters": 0}, "max_trainable_parameters=0.*positive"),
+        ({"max_trainable_parameters": 10, "weight_sharing": "layer"}, "together with `weight_sharing='layer'`"),
+        ({"discretize_at": 0}, "discretize_at=0.0.*neither"),
+        ({"discretize_at": -3}, "discretize_at=-3.0.*neither"),
+        ({"discretize_at": 1.5}, "discretize_at=1.5.*neither"),
+        ({"discretize_at": float("inf")}, "discretize_at=inf.*finite"),
+        ({"arch_warmup": -0.1}, "arch_warmup=-0.1.*neither"),
+        ({"arch_warmup": 2.5}, "arch_warmup=2.5.*neither"),
+        ({"arch_warmup": 0.3, "discretize_at": 0.3}, "cut before the search starts"),
+        ({"arch_warmup": 30, "discretize_at": 20}, "cut before the search starts"),
+        ({"arch_every": 0}, "arch_every=0.*1 or more"),
+        ({"arch_learning_rate": 0}, "arch_learning_rate=0.0.*positive"),
+        ({"arch_learning_rate": float("inf"), "relaxation": "sigmoid"}, "arch_learning_rate=inf.*finite"),
+        ({"arch_learning_rate": 1.5}, "arch_learning_rate=1.5.*Frank-Wolfe"),
+        ({"arch_order": 3}, "arch_order=3"),
+        ({"arch_split": 0}, "arch_split=0.0.*arch_dataset"),
+        ({"arch_split": 1}, "arch_split=1.0.*arch_dataset"),
+        ({"arch_batch_size": 0}, "arch_batch_size=0"),
+        ({"arch_seed": -1}, "arch_seed=-1"),
+    ],
+)
+def test_bad_values_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffoRAConfig(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"selection_ratio": "0.5"},
+        {"selection_ratio": True},
+        {"max_trainable_parameters": 10.5},
+        {"discretize_at": "half"},
+        {"arch_every": 2.0},
+        {"arch_every": True},
+        {"arch_learning_rate": "0.1"},
+        {"arch_order": "2"},
+        {"arch_batch_size": 2.0},
+        {"arch_seed": None},
+        {"fold_gates": 1},
+        {"base_model_id": 3},
+    ],
+)
+def test_bad_types_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match=rf"`{next(iter(options))}` must be"):
+        DiffoRAConfig(**options)
+
+
+def test_limits_are_allowed() -> None:
+    DiffoRAConfig(selection_ratio=1, arch_warmup=0, arch_learning_rate=1.0, arch_seed=0)
+    DiffoRAConfig(relaxation="sigmoid", arch_learning_rate=5.0)
+    DiffoRAConfig(arch_warmup=0.9, discretize_at=1000)  # one is a fraction, the other a step: only the run can tell
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "expected"),
+    [
+        ({}, 300, (15, 75)),
+        ({}, 2, (1, 2)),  # fractions bend to short runs
+        ({}, 3, (1, 2)),
+        ({}, 10, (1, 3)),  # 2.5 is rounded up
+        ({}, 14, (1, 4)),  # and so is 3.5
+        ({"discretize_at": 100}, 300, (15, 100)),
+        ({"discretize_at": 300}, 300, (15, 300)),
+        ({"arch_warmup": 20}, 300, (20, 75)),
+        ({"arch_warmup": 20, "discretize_at": 21}, 21, (20, 21)),
+        ({"arch_warmup": 0}, 300, (1, 75)),  # at step 0 every gradient is zero
+        ({"arch_warmup": 0.49, "discretize_at": 0.5}, 4, (1, 2)),
+        ({"discretize_at": 0.999}, 10, (1, 10)),
+    ],
+)
+def test_schedule(options: dict[str, Any], steps: int, expected: tuple[int, int]) -> None:
+    assert DiffoRAConfig(**options).schedule(steps) == expected
+
+
+def test_the_example_of_the_docstring() -> None:
+    text = re.sub(r"\s+", " ", str(DiffoRAConfig.__doc__))
+    example = re.search(
+        r"in a run of (\d+) steps with the defaults, steps 1 to (\d+) .* at the end of step (\d+)", text
+    )
+    assert example is not None
+    steps, warmup, cut = map(int, example.groups())
+    assert DiffoRAConfig().schedule(steps) == (warmup, cut)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "message"),
+    [
+        ({}, 1, "1 optimizer step.*at least 2"),
+        ({"discretize_at": 301}, 300, "discretize_at=301.*only 300 optimizer steps"),
+        ({"discretize_at": 1}, 300, "cut at step 1"),
+        ({"discretize_at": 15}, 300, "cut at step 15.*until step 15"),
+        ({"arch_warmup": 75}, 300, "cut at step 75.*until step 75"),
+    ],
+)
+def test_impossible_schedules_are_refused(options: dict[str, Any], steps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DiffoRAConfig(**options).schedule(steps)
+
+
+def test_every_option_is_documented() -> None:
+    text = str(DiffoRAConfig.__doc__)
+    types = get_type_hints(DiffoRAConfig)
+    for option in dataclasses.fields(DiffoRAConfig):
+        assert len(option.metadata["help"]) > 20, option.name
+        entry = re.search(rf"^    {option.name} \(`(\w+)`, \*optional\*(?:, defaults to `(.+)`)?\):$", text, re.M)
+        assert entry is not None, option.name
+        kind, default = entry.groups()
+        plain = [t for t in get_args(types[option.name]) if t is not type(None)] or [types[option.name]]
+        assert [t.__name__ for t in plain] == [kind]
+        assert (None if default is None else default.strip('"')) == (
+            None if option.default is None else str(option.default)
+        )

@@ -1,0 +1,241 @@
+"""A run that is stopped and resumed is the run that was not stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CUT, adapter, assert_same, classifier, lora, make_trainer, step_logs
+from peft import get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from tokenizer import classification_dataset, lm_dataset
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+
+from diffora_trainer.matrix import BudgetMatrix
+
+
+# In the warm-up, in the search, at the step of the cut, and after it. With 24 rows an epoch ends at step 6 or, with
+# accumulation, at steps 3, 6, 9: all of these but the first lie in the middle of one.
+MOMENTS = {"warm-up": 2, "search": 5, "cut": CUT, "selected": 10}
+SAVES = tuple(MOMENTS.values())
+
+
+class SaveAt(TrainerCallback):
+    """Saves a checkpoint at some steps."""
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        control.should_save = state.global_step in SAVES
+
+
+def build(folder: Path, task: str, accumulation: int = 1, **kwargs: object) -> Trainer:
+    args = {
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 4 // accumulation,
+        "save_strategy": "steps",
+        "save_steps": 1000,
+        **kwargs.pop("args", {}),
+    }
+    if accumulation == 2:  # three steps an epoch
+        kwargs.setdefault("train_dataset", kwargs.pop("rows", None) or _rows(task, 12))
+    return make_trainer(folder, task, args=args, callbacks=[SaveAt()], **kwargs)
+
+
+def _rows(task: str, count: int):
+    return lm_dataset(count) if task == "sft" else classification_dataset(count)
+
+
+RUNS = {
+    "classifier": ("cls", 1, {}),
+    "classifier, accumulated": ("cls", 2, {}),
+    "sft": ("sft", 1, {}),
+    "sft, accumulated": ("sft", 2, {}),
+    "sampled": ("cls", 1, {"search": {"relaxation": "sampled", "selection_scope": "model"}}),
+    "sigmoid, second order": ("sft", 1, {"search": {"relaxation": "sigmoid", "arch_order": 2, "arch_every": 2}}),
+    # All of equal shapes, so that moments that land on another pair are a wrong result and not a crash.
+    "shared pairs": (
+        "llama",
+        1,
+        {
+            "peft_config": lora(target_modules=["q_proj", "o_proj"]),
+            "search": {"weight_sharing": "model", "selection_scope": "model", "selection_ratio": 0.25},
+        },
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_runs(tmp_path_factory: pytest.TempPathFactory):
+    """The uninterrupted run of a name, made once."""
+    made: dict[str, Trainer] = {}
+
+    def run(name: str) -> Trainer:
+        if name not in made:
+            task, accumulation, options = RUNS[name]
+            made[name] = build(tmp_path_factory.mktemp("run"), task, accumulation, **dict(options))
+            with pytest.MonkeyPatch.context() as patch:
+                if name == "shared pairs":  # the last of the pair's modules leads it
+                    patch.setattr(BudgetMatrix, "scores", lambda self: torch.arange(len(self.budget)).float())
+                made[name].train()
+        return made[name]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        *((name, moment) for name in ("classifier", "sft, accumulated") for moment in MOMENTS),
+        *((name, moment) for name in ("classifier, accumulated", "sft") for moment in ("search", "cut")),
+        ("sampled", "search"),
+        ("sigmoid, second order", "search"),
+        ("shared pairs", "cut"),
+        ("shared pairs", "selected"),
+    ],
+)
+def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, whole_runs, tmp_path: Path, monkeypatch) -> None:
+    whole, step = whole_runs(name), MOMENTS[moment]
+    task, accumulation, options = RUNS[name]
+    resumed = build(tmp_path, task, accumulation, **dict(options))
+    checkpoint = f"{whole.args.output_dir}/checkpoint-{step}"
+    saved = load_file(f"{checkpoint}/adapter_model.safetensors")
+    assert not any("gate" in key.rpartition("lora_")[2] for key in saved)
+
+    with monkeypatch.context() as patch:
+        if name == "shared pairs":
+            patch.setattr(BudgetMatrix, "scores", lambda self: torch.arange(len(self.budget)).float())
+        resumed.train(resume_from_checkpoint=checkpoint)
+
+    assert resumed.selection == whole.selection
+    # TRL counts tokens from 0 again when it resumes.
+    expected = {at: log for at, log in step_logs(whole, ("num_tokens",)).items() if at > step}
+    found = {at: log for at, log in step_logs(resumed, ("num_tokens",)).items() if at > step}
+    assert set(expected) == set(range(step + 1, 13))
+    assert_same(found, expected, "logs")
+    assert_same(adapter(resumed.model), adapter(whole.model), "adapter")
+    assert resumed.model.peft_config["default"].target_modules == whole.model.peft_config["default"].target_modules
+
+
+def test_stream_resumes(tmp_path: Path) -> None:
+    def run(folder: Path, checkpoint: str | None = None) -> Trainer:
+        rows = classification_dataset(100).to_iterable_dataset()
+        trainer = build(folder, "cls", train_dataset=rows)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    whole = run(tmp_path / "whole")
+    for step in (MOMENTS["search"], MOMENTS["cut"]):
+        resumed = run(tmp_path / str(step), f"{tmp_path}/whole/checkpoint-{step}")
+        assert resumed.selection == whole.selection
+        expected = {at: log for at, log in step_logs(whole).items() if at > step}
+        assert_same({at: log for at, log in step_logs(resumed).items() if at > step}, expected, f"from {step}")
+        assert_same(adapter(resumed.model), adapter(whole.model), f"from {step}")
+
+
+def _remove(checkpoint: Path) -> None:
+    (checkpoint / "diffora_state.json").unlink()
+
+
+def _truncate(checkpoint: Path) -> None:
+    path = checkpoint / "diffora_state.json"
+    path.write_text(path.read_text()[:-40])
+
+
+def _truncate_tensors(checkpoint: Path) -> None:
+    path = checkpoint / "diffora_state.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("damage", [_remove, _truncate, _truncate_tensors])
+@pytest.mark.parametrize("moment", ["search", "selected"])
+def test_damaged_state_is_refused(damage, moment: str, whole_runs, tmp_path: Path) -> None:
+    whole = whole_runs("classifier")
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(f"{whole.args.output_dir}/checkpoint-{MOMENTS[moment]}", checkpoint)
+    damage(checkpoint)
+    trainer = build(tmp_path / "resumed", "cls")
+    with pytest.raises(ValueError, match=r"diffora_state\.json"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert trainer.state.global_step == 0
+
+
+def test_checkpoint_of_another_search_is_refused(whole_runs, tmp_path: Path) -> None:
+    checkpoint = f"{whole_runs('classifier').args.output_dir}/checkpoint-{MOMENTS['search']}"
+    changes = {
+        "the options": {"search": {"selection_ratio": 0.4}},
+        "the step of the cut": {"search": {"discretize_at": CUT + 1}},
+        "the modules": {"peft_config": lora(target_modules=["query", "value"])},
+        "the number of held-out rows": {"train_dataset": classification_dataset(40)},
+    }
+    for what, change in changes.items():
+        trainer = build(tmp_path, "cls", **change)
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        assert isinstance(error.value, ValueError) and what in str(error.value), what
+
+
+def test_cut_trainer_refuses_an_earlier_checkpoint(whole_runs, tmp_path: Path) -> None:
+    checkpoint = f"{whole_runs('classifier').args.output_dir}/checkpoint-{MOMENTS['search']}"
+    trainer = build(tmp_path, "cls")
+    trainer.train()
+    with pytest.raises(ValueError, match="before the cut"):
+        trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def test_best_model_is_from_after_the_cut(tmp_path: Path) -> None:
+    """The best metric of the run comes before the cut, where the model has other modules."""
+    losses = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.8, 10: 0.5, 12: 0.7}
+    trainer = make_trainer(
+        tmp_path,
+        args={
+            "save_strategy": "steps",
+            "eval_strategy": "steps",
+            "save_steps": 2,
+            "eval_steps": 2,
+            "load_best_model_at_end": True,
+            "save_total_limit": 2,
+        },
+        eval_dataset=classification_dataset(8, seed=5),
+    )
+    trainer.evaluate = lambda *args, **kwargs: {"eval_loss": losses[trainer.state.global_step]}
+    trainer.train()
+    assert trainer.state.best_global_step == 10
+    assert Path(trainer.state.best_model_checkpoint).name == "checkpoint-10"
+    assert_same(
+        {key: value for key, value in sorted(adapter(trainer.model).items())},
+        dict(sorted(load_file(tmp_path / "checkpoint-10" / "adapter_model.safetensors").items())),
+    )
+    assert trainer.model.peft_config["default"].target_modules == set(trainer.selection.selected)
+
+
+def test_second_training_is_that_of_a_plain_lora(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    selection, start = trainer.selection, adapter(trainer.model)
+    trainer.optimizer = None  # the stock run that follows has fresh moments
+    set_seed(3)
+    trainer.train()
+
+    # The same training by the parent, of a plain LoRA with these weights.
+    config = lora(target_modules=list(selection.selected), task_type="SEQ_CLS")
+    stock = make_trainer(tmp_path, cls=Trainer, model=get_peft_model(classifier().model, config), peft_config=None)
+    set_peft_model_state_dict(stock.model, start)
+    set_seed(3)
+    stock.train()
+    assert_same(step_logs(trainer), step_logs(stock))
+    assert_same(adapter(trainer.model), adapter(stock.model))
+    assert trainer.selection == selection
+
+
+def test_checkpoint_from_before_the_cut_records_the_phase(whole_runs) -> None:
+    folder = Path(whole_runs("classifier").args.output_dir)
+    phases = [
+        json.loads((folder / f"checkpoint-{step}" / "diffora_state.json").read_text())["phase"] for step in SAVES
+    ]
+    assert phases == ["warm-up", "search", "selected", "selected"]
+    kept = [(folder / f"checkpoint-{step}" / "diffora_selection.json").is_file() for step in SAVES]
+    assert kept == [False, False, True, True]
