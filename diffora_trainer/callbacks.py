@@ -11,6 +11,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from .checkpoint import load_state, save_state
 from .config import DiffoRAConfig
 from .data import HeldOutBatches
+from .grid import ModuleGrid
 from .logging import get_logger
 from .search import ArchitectureSearch
 from .selection import Selection
@@ -33,6 +34,8 @@ class DiffoRACallback(TrainerCallback):
         make_search (`Callable[[nn.Module], ArchitectureSearch]`): makes the search of the trainer's model.
         make_held_out (`Callable[[int, int], HeldOutBatches]`): gives the held-out batches of a run of some total steps
             that is cut at some step.
+        resume_split (`Callable[[int], None]`, *optional*): tells the training data of a run resumed after its cut at
+            which step that was: until the end of that epoch the order of the rows depends on it.
         after_cut (`Callable[[], None]`, *optional*): what the trainer does when the modules have changed.
         last_train_batch (`Callable[[], Any]`, *optional*): the latest training batch; for `arch_order=2`.
     """
@@ -42,6 +45,7 @@ class DiffoRACallback(TrainerCallback):
         config: DiffoRAConfig,
         make_search: Callable[[nn.Module], ArchitectureSearch],
         make_held_out: Callable[[int, int], HeldOutBatches],
+        resume_split: Callable[[int], None] | None = None,
         after_cut: Callable[[], None] | None = None,
         last_train_batch: Callable[[], Any] | None = None,
     ) -> None:
@@ -51,6 +55,7 @@ class DiffoRACallback(TrainerCallback):
         self.search: ArchitectureSearch | None = None
         self._make_search = make_search
         self._make_held_out = make_held_out
+        self._resume_split = resume_split
         self._after_cut = after_cut
         self._last_train_batch = last_train_batch
         self._held_out: HeldOutBatches | None = None
@@ -58,6 +63,7 @@ class DiffoRACallback(TrainerCallback):
         self._report: dict[str, float] = {}
         self._resumed: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._cut_model: nn.Module | None = None
+        self.resumed_after_cut = False
 
     def is_cut(self, model: nn.Module) -> bool:
         """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
@@ -82,8 +88,11 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if self.is_cut(kwargs["model"]):
-            return  # resumed after the cut, or trained again
+        if self.is_cut(kwargs["model"]):  # resumed after the cut, or trained again
+            if self.resumed_after_cut and self._resume_split is not None and self.selection is not None:
+                self._resume_split(self.selection.step or 0)
+            self.resumed_after_cut = False
+            return
         self._warmup, self._cut = self.config.schedule(state.max_steps)
         if self.searching and self.search is not None:  # a run before this one was interrupted
             self.search.gates.detach()
@@ -167,7 +176,7 @@ class DiffoRACallback(TrainerCallback):
         """Cut: decide, measure, and let the surgery change the model."""
         search, held_out = self.search, self._held_out
         assert search is not None and held_out is not None
-        before = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+        before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
         self._report = search.metrics()
         self.selection = selection = search.finish(state.global_step)
         apply_selection(
@@ -175,7 +184,6 @@ class DiffoRACallback(TrainerCallback):
             selection,
             optimizer,
             lr_scheduler,
-            fold_gates=self.config.fold_gates,
             adapter_name=search.grid.adapter_name,
         )
         self.phase, self._cut_model = SELECTED, model
@@ -243,18 +251,25 @@ class DiffoRACallback(TrainerCallback):
         if record["phase"] == SELECTED:
             selection = Selection.from_json(record["selection"])
             if not self.is_cut(model):
-                apply_selection(model, selection, optimizer, scheduler, fold_gates=False)
+                apply_selection(model, selection, optimizer, scheduler)
             elif self.selection is None or self.selection.adapted != selection.adapted:
                 raise ValueError(
                     f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
                     "cut. Please build a new trainer to resume from it."
                 )
             self.phase, self.selection, self._cut_model = SELECTED, selection, model
+            self.resumed_after_cut = True
             return
         if self.is_cut(model):
             raise ValueError(
                 f"The checkpoint {folder!r} was made before the cut, but the model of this trainer has already lost "
                 "the unselected modules. Please build a new trainer to resume from it."
+            )
+        names = ModuleGrid.from_model(model).names
+        if tuple(record["modules"]) != names:
+            raise ValueError(
+                f"The checkpoint {folder!r} was made for other LoRA modules ({_short(record['modules'])}) than this "
+                f"model has ({_short(names)}). Please resume with the model and `target_modules` of the run."
             )
         self._resumed = (record, tensors)
 
@@ -263,7 +278,6 @@ class DiffoRACallback(TrainerCallback):
         record, tensors = self._resumed
         self._resumed = None
         changed = {
-            "the modules": (tuple(record["modules"]), self.search.grid.names),
             "the end of the warm-up": (record["warmup"], self._warmup),
             "the step of the cut": (record["cut"], self._cut),
             "the number of held-out rows": (record["held_out_rows"], len(self._held_out.dataset)),

@@ -38,7 +38,6 @@ class Gates:
         self._handles: list[RemovableHandle] = []
         self._training: Sequence[Tensor] | None = None
         self._evaluation: Sequence[Tensor] | None = None
-        self._override: Sequence[Tensor] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -68,30 +67,30 @@ class Gates:
             handle.remove()
         self._handles = []
 
-    def set(self, *, training: Tensor | None = None, evaluation: Tensor | None = None) -> None:
-        """Set the gates, `(n,)` each, of training or of evaluation."""
-        if training is not None:
-            self._training = self._split(training)
-        if evaluation is not None:
-            self._evaluation = self._split(evaluation)
+    def set_training(self, values: Tensor | None) -> None:
+        """Set the gates of training, `(n,)`, or leave them open."""
+        self._training = None if values is None else self._split(values)
+
+    def set_evaluation(self, values: Tensor | None) -> None:
+        """Set the gates of evaluation, `(n,)`, or leave them open."""
+        self._evaluation = None if values is None else self._split(values)
 
     @contextmanager
-    def override(self, values: Tensor) -> Iterator[None]:
-        """Use these gates, `(n,)`, in either mode; gradients flow into them."""
-        before, self._override = self._override, self._split(values)
+    def override(self, values: Tensor | None) -> Iterator[None]:
+        """Use these gates, `(n,)`, in either mode, or open ones; gradients flow into them."""
+        before = self._training, self._evaluation
+        self._training = self._evaluation = None if values is None else self._split(values)
         try:
             yield
         finally:
-            self._override = before
+            self._training, self._evaluation = before
 
     def _split(self, values: Tensor) -> Sequence[Tensor]:
         # One `unbind`, not n indexings: the backward of each indexing would fill a vector of n zeros.
         return values.to(self.device, torch.float32).unbind()
 
     def _scale(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        values = self._override
-        if values is None:
-            values = self._training if module.training else self._evaluation
+        values = self._training if module.training else self._evaluation
         if values is None:
             return None
         gate = values[index]

@@ -22,7 +22,7 @@ class DifferentialAdaptationMatrix(ABC):
     hundred numbers, and only their gradient comes from the device, once in each architecture step.
 
     A new relaxation is one subclass with a `name`: it says under which gates the weights train, at which gates the
-    held-out gradient is taken, and how that gradient moves the matrix.
+    held-out gradient is taken, how that gradient moves the matrix, and which gates the cut would leave.
 
     Args:
         budget ([`~diffora_trainer.selection.Budget`]): what may be kept in the end.
@@ -56,7 +56,7 @@ class DifferentialAdaptationMatrix(ABC):
 
     @abstractmethod
     def values(self) -> Tensor:
-        """The relaxed matrix, `(n,)` in [0, 1]: the gates in evaluation, and those that are folded at the cut."""
+        """The relaxed matrix, `(n,)` in [0, 1]."""
 
     @abstractmethod
     def step(self, gradient: Tensor) -> None:
@@ -67,8 +67,15 @@ class DifferentialAdaptationMatrix(ABC):
             gradient (`Tensor` of shape `(n,)`): gradient of the held-out loss at [`search_gates`], finite float32.
         """
 
-    def training_gates(self) -> Tensor:
-        """The gates of the next training step, `(n,)`."""
+    def training_gates(self) -> Tensor | None:
+        """The gates of the next training step, `(n,)`; `None` leaves all of them open."""
+        return self.values()
+
+    def evaluation_gates(self) -> Tensor | None:
+        """
+        The gates of evaluation, `(n,)`, which are also folded into the selected modules at the cut; `None` leaves all
+        of them open. They should be such that the weights have been trained for them.
+        """
         return self.values()
 
     def search_gates(self) -> Tensor:
@@ -148,9 +155,10 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
     thousands.
 
     It is zero-sum by construction, needs no learning rate, and drifts towards a 0/1 matrix. The gradient is taken at
-    the matrix itself, so near the target sparsity: at `gate = 1` on warm weights it would ask which module wants
-    *more*, and rank the modules that have already learned last. The weights train under gates drawn at the target
-    ratio, so that the modules learn to work without one another.
+    the matrix itself, so near the target sparsity: with all gates at 1 it would ask which module wants *more*, and
+    rank the modules that have already learned last. The weights train with all gates open, so that until the cut a run
+    is, bit for bit, one of plain LoRA on all modules; see `DiffoRAConfig` for what gates drawn at the target ratio
+    cost.
     """
 
     name = "budget"
@@ -163,8 +171,11 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
     def values(self) -> Tensor:
         return self._values.clone()
 
-    def training_gates(self) -> Tensor:
-        return torch.bernoulli(self.budget.share.float(), generator=self.generator)
+    def training_gates(self) -> None:
+        return None
+
+    def evaluation_gates(self) -> None:
+        return None
 
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
@@ -205,6 +216,9 @@ class SampledMatrix(DifferentialAdaptationMatrix):
     def training_gates(self) -> Tensor:
         noise = -torch.empty(len(self.budget)).exponential_(generator=self.generator).log()
         return self.budget.choose(self._logits + noise).float()
+
+    def evaluation_gates(self) -> Tensor:
+        return self.choose().float()  # of the kind that the weights train under
 
     def search_gates(self) -> Tensor:
         return self.training_gates()
@@ -267,15 +281,17 @@ class SigmoidMatrix(_AdamMatrix):
 class SoftmaxMatrix(_AdamMatrix):
     """
     A softmax over each row, or over the whole matrix when that is the scope of the choice, times the number of modules
-    that may be kept, at most 1. Zero-sum: a gate can rise only if others fall. The weights train under gates drawn at
-    the target ratio: under the soft gates they would make up for small gates, and the useful modules would ask for
-    less.
+    that may be kept, at most 1. Zero-sum: a gate can rise only if others fall. The weights train with all gates open:
+    under the soft gates they would make up for small ones, and the useful modules would ask for less.
     """
 
     name = "softmax"
 
-    def training_gates(self) -> Tensor:
-        return torch.bernoulli(self.budget.share.float(), generator=self.generator)
+    def training_gates(self) -> None:
+        return None
+
+    def evaluation_gates(self) -> None:
+        return None
 
     def _relax(self, logits: Tensor) -> Tensor:
         budget = self.budget

@@ -6,7 +6,7 @@ import importlib.metadata
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -97,12 +97,11 @@ class ArchitectureSearch:
         # than a training step has. Otherwise evaluation mode is better: dropout is noise in the gates' gradient.
         self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         self.gates.attach()
-        self.gates.set(evaluation=self.matrix.values())
-        self.draw_gates()
+        self.gates.set_evaluation(self.matrix.evaluation_gates())
 
     def draw_gates(self) -> None:
         """Set the gates of the next training step. Call it before each forward pass of a training batch."""
-        self.gates.set(training=self.matrix.training_gates())
+        self.gates.set_training(self.matrix.training_gates())
 
     def step(self, batch: Any, train_batch: Any = None, learning_rate: float | None = None) -> float | None:
         """
@@ -140,14 +139,24 @@ class ArchitectureSearch:
             self.skipped_steps += 1
             return None
         self.matrix.step(gradient)
-        self.gates.set(evaluation=self.matrix.values())
+        self.gates.set_evaluation(self.matrix.evaluation_gates())
         self.pending_losses.append(value)
         return value
 
-    def held_out_loss(self, batches: Iterable[Any]) -> float:
-        """Mean loss over batches, in evaluation mode and without gradients; it leaves no trace either."""
+    def held_out_loss(self, batches: Iterable[Any], relaxed: bool = False) -> float:
+        """
+        Mean loss over batches, in evaluation mode and without gradients; it leaves no trace in the training.
+
+        Args:
+            batches (`Iterable`): as `loss_fn` takes them.
+            relaxed (`bool`, *optional*, defaults to `False`): under the gates that the weights are trained with, drawn
+                anew for each batch, instead of those of evaluation.
+        """
+        losses = []
         with self._quiet(training=False), torch.no_grad():
-            losses = [self._loss_fn(self.model, batch).detach().float().cpu().reshape(1) for batch in batches]
+            for batch in batches:
+                with self.gates.override(self.matrix.training_gates()) if relaxed else nullcontext():
+                    losses.append(self._loss_fn(self.model, batch).detach().float().cpu().reshape(1))
         return float(self._reduce(torch.cat(losses).mean().reshape(1)))
 
     def finish(self, step: int | None = None) -> Selection:
@@ -165,6 +174,10 @@ class ArchitectureSearch:
     def select(self, step: int | None = None) -> Selection:
         """The selection that a cut would make now. Changes nothing."""
         kept = self.matrix.choose().tolist()
+        gates = self.matrix.evaluation_gates()
+        factors = [1.0] * len(kept) if gates is None else gates.tolist()
+        if not self.config.fold_gates:
+            factors = [1.0 if keep else factor for keep, factor in zip(kept, factors, strict=True)]
         return Selection(
             rows=self.grid.rows,
             columns=self.grid.columns,
@@ -173,6 +186,7 @@ class ArchitectureSearch:
             parameters=self.grid.parameters,
             scores=tuple(self.matrix.scores().tolist()),
             gates=tuple(self.matrix.values().tolist()),
+            factors=tuple(factors),
             kept=tuple(kept),
             shared=self._sharing(kept),
             step=step,

@@ -179,8 +179,10 @@ class Selection:
         positions (`tuple[tuple[int, int], ...]`): row and column of each module.
         parameters (`tuple[int, ...]`): trainable LoRA parameters of each module.
         scores (`tuple[float, ...]`): what the choice was made by; higher is better.
-        gates (`tuple[float, ...]`): value of each gate when the matrix was cut.
+        gates (`tuple[float, ...]`): value of each gate in the relaxed matrix when it was cut.
         kept (`tuple[bool, ...]`): whether the module keeps a LoRA of its own.
+        factors (`tuple[float, ...]`, *optional*): what the cut multiplies into each module's `lora_B`: the gate that its
+            weights were trained for. Defaults to 1 for all.
         shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
         step (`int`, *optional*): optimizer step of the cut.
         config (`dict`): the options of the run.
@@ -198,6 +200,7 @@ class Selection:
     scores: tuple[float, ...]
     gates: tuple[float, ...]
     kept: tuple[bool, ...]
+    factors: tuple[float, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
     step: int | None = None
     config: dict[str, Any] = field(default_factory=dict)
@@ -205,13 +208,15 @@ class Selection:
 
     def __post_init__(self) -> None:
         count = len(self.modules)
-        for name in ("positions", "parameters", "scores", "gates", "kept"):
+        if not self.factors:
+            object.__setattr__(self, "factors", (1.0,) * count)
+        for name in ("positions", "parameters", "scores", "gates", "factors", "kept"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")
         if len(set(self.modules)) != count:
             raise ValueError("A selection names a module twice.")
-        if not all(math.isfinite(number) for number in (*self.scores, *self.gates)):
-            raise ValueError("A selection holds a score or gate that is not finite.")
+        if not all(math.isfinite(number) for number in (*self.scores, *self.gates, *self.factors)):
+            raise ValueError("A selection holds a score, gate or factor that is not finite.")
         for row, column in self.positions:
             if not (0 <= row < len(self.rows) and 0 <= column < len(self.columns)):
                 raise ValueError(f"A selection places a module at ({row}, {column}), outside its grid.")
@@ -311,10 +316,18 @@ class Selection:
                 "parameters": parameters,
                 "score": score,
                 "gate": gate,
+                "factor": factor,
                 "kept": kept,
             }
-            for name, (row, column), parameters, score, gate, kept in zip(
-                self.modules, self.positions, self.parameters, self.scores, self.gates, self.kept, strict=True
+            for name, (row, column), parameters, score, gate, factor, kept in zip(
+                self.modules,
+                self.positions,
+                self.parameters,
+                self.scores,
+                self.gates,
+                self.factors,
+                self.kept,
+                strict=True,
             )
         ]
         return json.dumps(
@@ -354,6 +367,7 @@ class Selection:
                 parameters=tuple(int(record["parameters"]) for record in records),
                 scores=tuple(float(record["score"]) for record in records),
                 gates=tuple(float(record["gate"]) for record in records),
+                factors=tuple(float(record["factor"]) for record in records),
                 kept=tuple(record["kept"] for record in records),
                 shared=tuple(tuple(str(name) for name in group) for group in data["shared"]),
                 step=None if data["step"] is None else int(data["step"]),

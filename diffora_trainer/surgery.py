@@ -22,7 +22,6 @@ def apply_selection(
     optimizer: Optimizer | None = None,
     scheduler: Any = None,
     *,
-    fold_gates: bool = True,
     adapter_name: str | None = None,
 ) -> None:
     """
@@ -37,8 +36,6 @@ def apply_selection(
         optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the model's weights, or one that wraps
         it.
         scheduler (*optional*): its learning rate scheduler, or one that wraps it.
-        fold_gates (`bool`, *optional*, defaults to `True`): multiply the gates into `lora_B`. Sharing modules are
-            always folded, because an unselected gate is small.
         adapter_name (`str`, *optional*): the adapter; defaults to the active one.
 
     Raises:
@@ -52,11 +49,11 @@ def apply_selection(
             f"The selection was made for other modules: {len(missing)} of its modules have no LoRA in this model "
             f"({_some(missing)}), and {len(extra)} LoRA modules of the model are not in it ({_some(extra)})."
         )
-    gates = dict(zip(selection.modules, selection.gates, strict=True))
+    factors = dict(zip(selection.modules, selection.factors, strict=True))
     leaders = [group[0] for group in selection.shared]
-    for name in [*(selection.selected if fold_gates else ()), *leaders]:
-        with torch.no_grad():
-            layers[name].lora_B[adapter_name].weight.mul_(gates[name])
+    with torch.no_grad():
+        for name in [*selection.selected, *leaders]:
+            layers[name].lora_B[adapter_name].weight.mul_(factors[name])
 
     parameters_before = {p for layer in layers.values() for p in lora_parameters(layer, adapter_name)}
     for group in selection.shared:
@@ -70,6 +67,8 @@ def apply_selection(
     _narrow(model, adapter_name, selection.adapted)
     if optimizer is not None:
         forget_parameters(optimizer, parameters_before - kept, scheduler)
+        if selection.shared:
+            _sort_parameters(optimizer, model)
 
 
 def forget_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
@@ -96,6 +95,16 @@ def forget_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
             _forget_groups(scheduler, filled)
 
 
+def _sort_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+    """
+    Put the parameters of each group in the model's order. A shared one now comes up first with its group's first
+    module, and an optimizer built anew on resume, whose saved state is matched by position, will find it there.
+    """
+    order = {parameter: index for index, parameter in enumerate(model.parameters())}
+    for group in optimizer.param_groups:
+        group["params"].sort(key=lambda parameter: order.get(parameter, len(order)))
+
+
 def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
     while hasattr(scheduler, "scheduler"):
         scheduler = scheduler.scheduler
@@ -111,14 +120,9 @@ def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
 
 def _remove(model: nn.Module, name: str, layer: Any, adapter_name: str) -> None:
     others = {*layer.lora_A, *layer.lora_embedding_A} - {adapter_name}
-    if others:
-        # Another adapter lives here too, such as DPO's frozen reference. PEFT activates and unfreezes it when the
-        # active one is deleted, so both are put back: an active adapter that a layer lacks is passed over.
-        frozen = [p for p in layer.parameters() if not p.requires_grad]
+    if others:  # another adapter lives here too, such as DPO's frozen reference
+        layer.set_adapter([])  # or PEFT would activate and unfreeze it in place of the deleted one
         layer.delete_adapter(adapter_name)
-        layer._active_adapter = [adapter_name]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
         return
     parent_name, _, child = f"base_model.model.{name}".rpartition(".")
     setattr(model.get_submodule(parent_name), child, layer.get_base_layer())

@@ -11,7 +11,7 @@ from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sampler
+from torch.utils.data import DataLoader, RandomSampler
 from transformers import ProgressCallback, Trainer, set_seed
 from transformers.trainer_utils import has_length
 from trl.trainer.sft_trainer import SFTTrainer
@@ -105,6 +105,7 @@ class DiffoRAMixin(_Base):
             self.diffora_config,
             make_search=self._make_search,
             make_held_out=self._make_held_out,
+            resume_split=self._set_cut,
             after_cut=self._after_cut,
             last_train_batch=lambda: self._last_train_batch,
         )
@@ -114,9 +115,6 @@ class DiffoRAMixin(_Base):
         self._make_search(self.model)
         if self.args.max_steps > 0:
             self.diffora_config.schedule(self.args.max_steps)
-        if self.diffora_config.base_model_id is not None:
-            for config in self.model.peft_config.values():
-                config.base_model_name_or_path = self.diffora_config.base_model_id
 
     @property
     def selection(self) -> Selection | None:
@@ -132,7 +130,7 @@ class DiffoRAMixin(_Base):
         for parent in mro[mro.index(DiffoRAMixin) + 1 :]:
             if "__init__" in vars(parent):
                 found = inspect.signature(vars(parent)["__init__"]).parameters.values()
-                names += [p.name for p in found if p.kind is not p.VAR_KEYWORD and p.kind is not p.VAR_POSITIONAL]
+                names += [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
                 if not any(p.kind is p.VAR_KEYWORD for p in found):
                     break
         return [name for name in dict.fromkeys(names) if name != "self"]
@@ -169,6 +167,9 @@ class DiffoRAMixin(_Base):
         return {**arguments, "model": wrap_model(model, peft_config, checkpointing)}
 
     def _make_search(self, model: nn.Module) -> ArchitectureSearch:
+        if self.diffora_config.base_model_id is not None:
+            for config in model.peft_config.values():  # type: ignore[operator]
+                config.base_model_name_or_path = self.diffora_config.base_model_id
         scaler = getattr(self.accelerator, "scaler", None)
         return ArchitectureSearch(
             model,
@@ -208,7 +209,7 @@ class DiffoRAMixin(_Base):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The parent's optimizer without its empty parameter groups, which could not be told from emptied ones."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        forget_parameters(optimizer, ())
+        forget_parameters(optimizer, (), self.lr_scheduler)
         return optimizer
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -236,7 +237,8 @@ class DiffoRAMixin(_Base):
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the cut it leaves the held-out rows out."""
-        if self._callback.is_cut(self.model) or self.arch_dataset is not None:
+        trained_on = self._callback.is_cut(self.model) and not self._callback.resumed_after_cut
+        if trained_on or self.arch_dataset is not None:
             self._split = None
             return super().get_train_dataloader()
         stock = self.train_dataset
@@ -258,7 +260,7 @@ class DiffoRAMixin(_Base):
         sampler = super()._get_train_sampler(train_dataset)
         if self._split is None or sampler is None:
             return sampler
-        if isinstance(sampler, BatchSampler) or not isinstance(sampler, Sampler):
+        if self.args.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 f"`train_sampling_strategy={self.args.train_sampling_strategy!r}` makes whole batches, from which "
                 "single rows cannot be held out. Please pass `arch_dataset=` to the trainer, or use another strategy."
@@ -274,6 +276,11 @@ class DiffoRAMixin(_Base):
             )
         return HeldOutSampler(sampler, self._split, len(self.train_dataset))
 
+    def _set_cut(self, cut: int) -> None:
+        if self._split is not None:
+            self._split.set_cut(cut, *steps_of_epoch(self))
+            self._split.given_back = self._callback.is_cut(self.model)
+
     def _make_held_out(self, total_steps: int, cut: int) -> HeldOutBatches:
         """The held-out batches of a run, and the moment at which their rows go back to training."""
         if self.arch_dataset is not None:
@@ -283,8 +290,7 @@ class DiffoRAMixin(_Base):
         else:
             assert self._split is not None
             rows = subset(self.train_dataset, sorted(self._split.held_out))
-        if self._split is not None:
-            self._split.set_cut(cut, *steps_of_epoch(self))
+        self._set_cut(cut)
         collate = self.data_collator
         if isinstance(rows, Dataset):
             rows = self._remove_unused_columns(rows, description="held-out")

@@ -23,7 +23,10 @@ _TASKS = {
 }
 
 
-def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, task_type: str | None) -> LoraConfig:
+_WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+
+
+def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, task_type: TaskType | None) -> LoraConfig:
     """
     A copy of the user's LoRA configuration with what a model needs filled in: all linear layers if there is none, the
     task type (by which PEFT trains and saves a new classification head), and the head itself where PEFT has no type.
@@ -31,7 +34,7 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
     Args:
         config (`LoraConfig`, *optional*): the user's; it is not changed.
         model (`nn.Module`, *optional*): the base model, if it is already loaded.
-        task_type (`str`, *optional*): task type of a model that is not loaded yet.
+        task_type (`TaskType`, *optional*): task type of a model that is not loaded yet.
 
     Raises:
         TypeError: if the configuration is not a `LoraConfig`.
@@ -46,8 +49,15 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
         )
     check_lora_config(config)
     config = copy.deepcopy(config)  # PEFT and the cut write into it
+    natural = task_type if model is None else _task_type(model)
     if config.task_type is None:
-        config.task_type = task_type if model is None else _task_type(model)
+        config.task_type = natural
+    elif natural in _WITH_HEAD and config.task_type != natural and not config.modules_to_save:
+        raise ValueError(
+            f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
+            f"{type(model).__name__}, so its new head would be neither trained nor saved. Please set "
+            f"`task_type={getattr(natural, 'value', None)!r}`, or leave it out."
+        )
     chooses_label = type(model).__name__.endswith(("Classification", "MultipleChoice"))
     if config.task_type is None and model is not None and chooses_label:
         # Image, audio and video classifiers: PEFT has no task type that trains and saves their new head.

@@ -52,7 +52,7 @@ def adapted_names(model: nn.Module) -> set[str]:
 
 
 def random_selection(grid: ModuleGrid, count: int | None = None, seed: int = 0) -> Selection:
-    """A random choice, without regard to rows; the gates are random too."""
+    """A random choice, without regard to rows; the gates and what is folded are random too."""
     rng = random.Random(seed)
     chosen = set(rng.sample(grid.names, count or max(1, len(grid) // 2)))
     return Selection(
@@ -64,6 +64,7 @@ def random_selection(grid: ModuleGrid, count: int | None = None, seed: int = 0) 
         scores=tuple(rng.random() for _ in grid.names),
         gates=tuple(rng.random() for _ in grid.names),
         kept=tuple(name in chosen for name in grid.names),
+        factors=tuple(rng.random() for _ in grid.names),
     )
 
 
@@ -98,9 +99,10 @@ def test_gates_are_exact(name: str) -> None:
     gates = Gates(model, grid)
     gates.attach()
     assert logits(model, tiny).equal(stock)  # nothing is set
-    gates.set(evaluation=torch.ones(len(grid)), training=torch.zeros(len(grid)))
+    gates.set_evaluation(torch.ones(len(grid)))
+    gates.set_training(torch.zeros(len(grid)))
     assert logits(model, tiny).equal(stock)
-    gates.set(evaluation=torch.zeros(len(grid)))
+    gates.set_evaluation(torch.zeros(len(grid)))
     assert logits(model, tiny).equal(base) and not base.equal(stock)
 
     index = random.Random(name).randrange(len(grid))
@@ -157,7 +159,7 @@ def test_cut_save_and_reload(name: str, tmp_path: Path) -> None:
     selection = random_selection(grid, seed=len(grid))
     gates = Gates(model, grid)
     gates.attach()
-    gates.set(evaluation=torch.tensor(selection.gates) * torch.tensor(selection.kept))
+    gates.set_evaluation(torch.tensor(selection.factors) * torch.tensor(selection.kept))
     gated = logits(model, tiny)
     gates.detach()
     apply_selection(model, selection)

@@ -37,7 +37,8 @@ def test_mode_says_which_gates_apply() -> None:
     model, batch, gates = gated()
     stock = loss(model, batch)
     assert not gates.attached
-    gates.set(training=torch.zeros(14), evaluation=torch.full((14,), 0.5))
+    gates.set_training(torch.zeros(14))
+    gates.set_evaluation(torch.full((14,), 0.5))
     assert loss(model.eval(), batch) == stock  # not attached yet
     gates.attach()
     gates.attach()  # a second time must not gate twice
@@ -61,7 +62,8 @@ def test_gates_leave_no_trace_in_the_model(tmp_path: Path) -> None:
     keys, buffers = set(model.state_dict()), [name for name, _ in model.named_buffers()]
     hooks = sum(len(module._forward_hooks) for module in model.modules())
     gates.attach()
-    gates.set(training=torch.rand(14), evaluation=torch.rand(14))
+    gates.set_training(torch.rand(14))
+    gates.set_evaluation(torch.rand(14))
     assert set(model.state_dict()) == keys and [name for name, _ in model.named_buffers()] == buffers
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:

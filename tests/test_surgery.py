@@ -52,6 +52,8 @@ def test_another_models_selection_is_refused() -> None:
 def test_survivors_keep_weights_and_moments_and_go_on_training() -> None:
     for fold in (True, False):
         tiny, model, selection = make()
+        if not fold:
+            selection = dataclasses.replace(selection, factors=())
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
         model(**tiny.batch).loss.backward()
         optimizer.step()
@@ -62,12 +64,13 @@ def test_survivors_keep_weights_and_moments_and_go_on_training() -> None:
         dropped = [p for name in selection.dropped for p in pairs[name]]
         base = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
 
-        apply_selection(model, selection, optimizer, fold_gates=fold)
-        gates = dict(zip(selection.modules, selection.gates, strict=True))
+        apply_selection(model, selection, optimizer)
+        factors = dict(zip(selection.modules, selection.factors, strict=True))
         for name in selection.selected:
             a, b = lora(model, name)
             assert a is pairs[name][0] and b is pairs[name][1]
-            assert a.equal(values[name][0]) and b.equal(values[name][1] * (gates[name] if fold else 1.0))
+            assert a.equal(values[name][0]) and b.equal(values[name][1] * factors[name])
+            assert (factors[name] != 1.0) == fold
             assert optimizer.state[a]["exp_avg"].equal(moments[a])
         survivors = {p for name in selection.selected for p in pairs[name]}
         assert set(optimizer.param_groups[0]["params"]) == survivors == set(optimizer.state)
@@ -93,8 +96,8 @@ def test_shared_pairs_are_trained_once_and_saved_as_plain_lora(tmp_path: Path) -
     selection = dataclasses.replace(selection, kept=kept, shared=((q, o),))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     leader = [p.detach().clone() for p in lora(model, q)]
-    gate = dict(zip(selection.modules, selection.gates, strict=True))[q]
-    apply_selection(model, selection, optimizer, fold_gates=False)  # shared pairs are folded all the same
+    gate = dict(zip(selection.modules, selection.factors, strict=True))[q]
+    apply_selection(model, selection, optimizer)
     assert all(a is b for a, b in zip(lora(model, q), lora(model, o), strict=True))
     assert lora(model, o)[0].equal(leader[0]) and lora(model, o)[1].equal(leader[1] * gate)
     params = optimizer.param_groups[0]["params"]

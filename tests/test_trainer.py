@@ -361,9 +361,12 @@ def test_search_that_drops_nothing_is_a_stock_run(name: str, tmp_path: Path) -> 
     )
 
 
-@pytest.mark.parametrize("task", ["cls", "sft"])
-def test_architecture_steps_leave_no_trace(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With gates drawn at random the run is, up to the cut, the one that makes no architecture steps."""
+@pytest.mark.parametrize(("task", "checkpointing"), [("cls", False), ("sft", False), ("sft", True)])
+def test_architecture_steps_leave_no_trace(
+    task: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gates drawn at random the run is, up to the cut, the one that makes no architecture steps. These are made
+    in training mode, with dropout, when activations are checkpointed, and else in evaluation mode."""
 
     def look(model: nn.Module, optimizer: Any, **kwargs: Any) -> dict[str, Any]:
         numbers = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -379,10 +382,12 @@ def test_architecture_steps_leave_no_trace(task: str, tmp_path: Path, monkeypatc
             tmp_path,
             task,
             callbacks=[probe],
-            args={"gradient_accumulation_steps": 2, "logging_steps": 2},
+            args={"gradient_accumulation_steps": 2, "logging_steps": 2, "gradient_checkpointing": checkpointing},
             peft_config=lora(lora_dropout=0.1),
         )
         trainer.train()
+        if task == "sft":
+            assert not trainer._metrics["eval"]  # nothing was evaluated
         found.append(probe.found)
         logs.append({step: log for step, log in step_logs(trainer, ("diffora/",)).items() if step <= CUT})
     assert len(steps) == CUT - WARMUP

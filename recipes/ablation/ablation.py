@@ -33,14 +33,14 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from diffora_trainer import ArchitectureSearch, DifferentialAdaptationMatrix, DiffoRAConfig, apply_selection
-from diffora_trainer.matrix import BudgetMatrix, SampledMatrix
+from diffora_trainer.matrix import BudgetMatrix
 
 
 TASKS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2")}
 
 
 class ChanceMatrix(DifferentialAdaptationMatrix):
-    """The control: random scores, and no gates while it waits."""
+    """The control: random scores; the weights train with all gates open."""
 
     name = "chance"
 
@@ -49,10 +49,13 @@ class ChanceMatrix(DifferentialAdaptationMatrix):
         self._scores = torch.rand(len(budget), generator=self.generator)
 
     def values(self) -> Tensor:
-        return torch.ones(len(self.budget))
-
-    def scores(self) -> Tensor:
         return self._scores.clone()
+
+    def training_gates(self) -> Tensor | None:
+        return None
+
+    def evaluation_gates(self) -> Tensor | None:
+        return None
 
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
@@ -61,16 +64,32 @@ class ChanceMatrix(DifferentialAdaptationMatrix):
         return {"scores": self._scores}
 
 
-class ChanceGatedMatrix(ChanceMatrix):
-    """Chance, with weights trained under gates drawn at the target ratio: what those gates alone are worth."""
-
-    name = "chance_gated"
+class Masked:
+    """
+    The weights train under gates in {0, 1}, drawn at the target ratio, and are evaluated under the present
+    choice.
+    """
 
     def training_gates(self) -> Tensor:
         return torch.bernoulli(self.budget.share.float(), generator=self.generator)
 
+    def evaluation_gates(self) -> Tensor:
+        return self.choose().float()
 
-class BudgetFromZeroMatrix(BudgetMatrix):
+
+class ChanceMaskedMatrix(Masked, ChanceMatrix):
+    """Chance, with masked training: what the masks alone are worth."""
+
+    name = "chance_masked"
+
+
+class BudgetMaskedMatrix(Masked, BudgetMatrix):
+    """The default relaxation with masked training."""
+
+    name = "budget_masked"
+
+
+class BudgetZeroMatrix(BudgetMatrix):
     """Frank-Wolfe from the empty set instead of the uniform matrix."""
 
     name = "budget_zero"
@@ -80,50 +99,22 @@ class BudgetFromZeroMatrix(BudgetMatrix):
         self._values.zero_()
 
 
-class BudgetOwnGatesMatrix(BudgetMatrix):
-    """Half of the training gates' probability comes from the matrix itself."""
+class BudgetOneMatrix(BudgetMatrix):
+    """The gradient is taken with all gates at 1: what plain first-order DARTS follows."""
 
-    name = "budget_own"
+    name = "budget_one"
 
-    def training_gates(self) -> Tensor:
-        share = self.budget.share.float()
-        return torch.bernoulli((share + self._values) / 2, generator=self.generator)
-
-
-class BudgetOpenMatrix(BudgetMatrix):
-    """Weights train with all gates open."""
-
-    name = "budget_open"
-
-    def training_gates(self) -> Tensor:
+    def search_gates(self) -> Tensor:
         return torch.ones(len(self.budget))
 
 
-class BudgetSelfMatrix(BudgetMatrix):
-    """Weights train under the relaxed matrix itself, as in DARTS."""
+class BudgetDrawnMatrix(BudgetMatrix):
+    """The gradient is taken at gates drawn from the matrix instead of at the matrix itself."""
 
-    name = "budget_self"
-
-    def training_gates(self) -> Tensor:
-        return self.values()
-
-
-class BudgetMaskMatrix(BudgetMatrix):
-    """The gradient is taken at gates drawn from the matrix instead of the matrix itself."""
-
-    name = "budget_mask"
+    name = "budget_drawn"
 
     def search_gates(self) -> Tensor:
         return torch.bernoulli(self._values, generator=self.generator)
-
-
-class SampledUniformMatrix(SampledMatrix):
-    """Gates are drawn at the target ratio without regard to what was learned: the mean gain of each module."""
-
-    name = "sampled_uniform"
-
-    def training_gates(self) -> Tensor:
-        return self.budget.choose(torch.rand(len(self.budget), generator=self.generator)).float()
 
 
 @lru_cache
@@ -220,9 +211,9 @@ def run(job: dict) -> dict:
                 search.step(batch_of(train, rows))
             if step == cut:
                 checks = [batch_of(train, rows) for rows in held_out[:512].split(64)]
-                before = search.held_out_loss(checks)
+                before = search.held_out_loss(checks, relaxed=True)
                 selection = search.finish(step)
-                apply_selection(model, selection, optimizer, scheduler, fold_gates=config.fold_gates)
+                apply_selection(model, selection, optimizer, scheduler)
                 record.update(
                     gap=search.held_out_loss(checks) - before,
                     before=before,
@@ -292,7 +283,7 @@ def main() -> None:
     parser.add_argument("--model", default=None, help="an encoder; by default the packaged MiniLM")
     parser.add_argument("--data", default="../shared/data", help="folder with <task>/{train,validation}.jsonl.gz")
     parser.add_argument("--task", default="sst2", help="comma-separated names")
-    parser.add_argument("--variants", default="budget,sampled,sigmoid,softmax,chance,all")
+    parser.add_argument("--variants", default="budget,budget_masked,sampled,sigmoid,softmax,chance,all")
     parser.add_argument("--budgets", default="layer:0.5,model:0.16667", help="comma-separated scope:ratio")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--steps", type=int, default=300)

@@ -100,7 +100,7 @@ def train(
             search.step(next(held_out_batches))
         if step == cut:
             selection = search.finish(step)
-            apply_selection(model, selection, optimizer, scheduler, fold_gates=config.fold_gates)
+            apply_selection(model, selection, optimizer, scheduler)
     return selection
 
 
