@@ -168,7 +168,7 @@ def test_checkpoint_of_another_search_is_refused(whole_runs, tmp_path: Path) -> 
     changes = {
         "the options": {"search": {"selection_ratio": 0.4}},
         "the step of the cut": {"search": {"discretize_at": CUT + 1}},
-        "the modules": {"peft_config": lora(target_modules=["query", "value"])},
+        "other LoRA modules": {"peft_config": lora(target_modules=["query", "value"])},
         "the number of held-out rows": {"train_dataset": classification_dataset(40)},
     }
     for what, change in changes.items():

@@ -288,7 +288,8 @@ def test_planted_modules_are_chosen(relaxation: str, scope: str) -> None:
 
 def test_gates_of_the_training_step_are_drawn_anew() -> None:
     model = toy().train()
-    search = ArchitectureSearch(model, DiffoRAConfig(selection_scope="model"), loss_fn=squared_error)
+    config = DiffoRAConfig(selection_scope="model", relaxation="sampled")
+    search = ArchitectureSearch(model, config, loss_fn=squared_error)
     stock = model.eval()(batch(1)[0])
     search.begin()
     model.get_base_model().dropout.p = 0.0
@@ -296,7 +297,7 @@ def test_gates_of_the_training_step_are_drawn_anew() -> None:
     for _ in range(20):
         search.draw_gates()
         outputs.add(float(model.train()(batch(1)[0]).sum().detach()))
-    assert 2 <= len(outputs) <= 4  # each of two modules is in or out
+    assert len(outputs) == 2  # one of two modules is in, the other out
     search.finish()
     assert model.eval()(batch(1)[0]).equal(stock) and not search.gates.attached
 
