@@ -54,11 +54,17 @@ class DiffoRAConfig:
     > Parameters that control the search
 
     relaxation (`str`, *optional*, defaults to `"budget"`):
-        How the entries of the matrix leave {0, 1}. `"budget"`: the matrix stays in the polytope of the matrices that
-        the budget can pay and is moved by Frank-Wolfe steps towards the affordable set with the largest linear gain;
-        `"sampled"`: gates in {0, 1} drawn at the target ratio, with a straight-through gradient; `"sigmoid"`:
-        independent sigmoids learned by Adam, the plain reading of the paper; `"softmax"`: a softmax over each row (or
-        the whole matrix), which is zero-sum, learned by Adam.
+        How the entries of the matrix leave {0, 1}, and under which gates the weights train until the cut.
+
+        - `"budget"`: the matrix stays in the polytope of the matrices that the budget can pay and is moved by
+          Frank-Wolfe steps towards the affordable set with the largest linear gain. The weights train with all gates
+          open, so until the cut the run is one of plain LoRA on all modules.
+        - `"sampled"`: gates in {0, 1} drawn at the target ratio, with a straight-through gradient; the weights train
+          under such gates too.
+        - `"sigmoid"`: independent sigmoids learned by Adam, under which the weights train: the plain reading of the
+          paper.
+        - `"softmax"`: a softmax over each row (or the whole matrix), which is zero-sum, learned by Adam; the weights
+          train with all gates open.
     arch_learning_rate (`float`, *optional*):
         Step size of the matrix. Defaults to the relaxation's own: `2 / (t + 2)` at the `t`-th Frank-Wolfe step for
         `"budget"`, `0.1` for `"sampled"` and `0.05` for the Adam of `"sigmoid"` and `"softmax"`.
@@ -82,8 +88,9 @@ class DiffoRAConfig:
         (or of the model) that have equal shapes share one trainable pair of LoRA matrices. A module with nobody to
         share with is removed. Shared pairs are saved as ordinary LoRA weights.
     fold_gates (`bool`, *optional*, defaults to `True`):
-        Multiply each selected module's gate into its `lora_B` at the cut, so that the model's output does not jump.
-        With `False` the selected gates are set to 1.
+        Multiply the gate that each selected module's weights were trained for into its `lora_B` at the cut, so that
+        the model's output does not jump. This matters for `"sigmoid"`, whose weights train under fractions; for the
+        other relaxations that gate is 1. With `False` the selected gates are set to 1.
 
     > Parameters that control what is published
 

@@ -22,7 +22,7 @@ import socket
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from socketserver import TCPServer
@@ -201,7 +201,7 @@ class Repo:
         """Move a branch on to a new commit that holds `files`."""
         parent = self.branches.get(branch)
         seed = f"{self.url_path}\n{branch}\n{parent.sha if parent else ''}\n{len(self._by_sha)}\n{title}"
-        date = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        date = datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         sha = hashlib.sha1(seed.encode()).hexdigest()
         snapshot = Snapshot(sha, title, description, date, dict(files), lfs, parent)
         self.branches[branch] = self._by_sha[sha] = snapshot

@@ -193,6 +193,8 @@ def run(job: dict) -> dict:
     warmup, cut = config.schedule(steps)
     generator = torch.Generator().manual_seed(job["seed"])
     order = torch.randperm(len(train[-1]), generator=generator)
+    # Of its own, so that all variants train on the same batches.
+    held_out_order = torch.Generator().manual_seed(job["seed"])
     held_out, order = order[: len(order) // 10], order[len(order) // 10 :]
     record, started = dict(job), time.time()
     for step in range(1, steps + 1):
@@ -207,7 +209,7 @@ def run(job: dict) -> dict:
         scheduler.step()
         if search is not None and warmup < step <= cut:
             if not isinstance(search.matrix, ChanceMatrix) and (step - warmup - 1) % every == 0:
-                rows = held_out[torch.randint(len(held_out), (job["batch"],), generator=generator)]
+                rows = held_out[torch.randint(len(held_out), (job["batch"],), generator=held_out_order)]
                 search.step(batch_of(train, rows))
             if step == cut:
                 checks = [batch_of(train, rows) for rows in held_out[:512].split(64)]

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "diffora-trainer",
 #     "trl",
@@ -125,7 +125,8 @@ def load_data(args: RecipeArguments, seed: int) -> "tuple[Dataset, Dataset]":
 
         train, test = chatterbot_dialogues(seed=seed, held_out=args.eval_fraction)
     else:
-        reader = FILE_READERS.get(Path(args.dataset_name).suffix.lower())
+        name = Path(args.dataset_name.lower().removesuffix(".gz"))  # the readers open compressed files too
+        reader = FILE_READERS.get(name.suffix)
         if reader is not None:
             if not Path(args.dataset_name).is_file():
                 raise FileNotFoundError(f"`dataset_name` looks like a file, but there is no {args.dataset_name}.")
@@ -241,8 +242,8 @@ def main(
     # Save and push to Hub
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
-        dataset_name = script_args.dataset_name if "/" in script_args.dataset_name else None
-        trainer.push_to_hub(dataset_name=dataset_name)
+        local = Path(script_args.dataset_name).exists() or script_args.dataset_name == "embedded"
+        trainer.push_to_hub(dataset_name=None if local else script_args.dataset_name)
 
     # Summary
     output_dir = Path(training_args.output_dir)
