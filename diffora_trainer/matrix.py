@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .selection import Budget
+from .budget import Budget
 
 
 class DifferentialAdaptationMatrix(ABC):
@@ -25,7 +25,7 @@ class DifferentialAdaptationMatrix(ABC):
     held-out gradient is taken, how that gradient moves the matrix, and which gates the cut would leave.
 
     Args:
-        budget ([`~diffora_trainer.selection.Budget`]): what may be kept in the end.
+        budget ([`~diffora_trainer.budget.Budget`]): what may be kept in the end.
         learning_rate (`float`, *optional*): step size; defaults to the relaxation's own.
         seed (`int`, *optional*, defaults to `0`): seed of the gates that are drawn.
     """

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .budget import Budget
 from .config import DiffoRAConfig
 from .gates import Gates
 from .grid import ModuleGrid
 from .matrix import DifferentialAdaptationMatrix
-from .selection import Budget, Selection, short_names
+from .selection import Selection, short_names
 
 
 LossFunction = Callable[[nn.Module, Any], Tensor]

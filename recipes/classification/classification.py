@@ -48,6 +48,7 @@ python recipes/classification/classification.py \
 
 import argparse
 import importlib.util
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset
 from peft import get_peft_model
 from sklearn.metrics import accuracy_score
 from transformers import (
@@ -74,32 +75,17 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from diffora_trainer import DiffoRAConfig, DiffoRATrainer
 
 
-# How the `datasets` library names the reader of a file, by the end of the file's name without `.gz`.
-FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits`
+
+from splits import DataArguments, load_splits  # noqa: E402
 
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(DataArguments):
     """
-    Arguments of the recipe itself.
+    Arguments of the recipe itself, beside those of the data.
 
     Args:
-        dataset_name (`str`, *optional*):
-            Hub id of the data set, a local folder with a file for each split, or one local .jsonl, .json, .csv or
-            .parquet file. Text files may be compressed (.jsonl.gz).
-        dataset_config (`str`, *optional*):
-            Configuration of the data set. Not used for local data.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        dataset_test_split (`str`, *optional*, defaults to `"validation"`):
-            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is held
-            out instead.
-        eval_fraction (`float`, *optional*, defaults to `0.1`):
-            Part of the training split that is held out when there is no split to evaluate on.
-        max_train_samples (`int`, *optional*):
-            Train on this many examples at most.
-        max_eval_samples (`int`, *optional*):
-            Evaluate on this many examples at most.
         text_columns (`list[str]`, *optional*, defaults to `["text"]`):
             The column with the text, or the two columns of a pair of texts.
         label_column (`str`, *optional*, defaults to `"label"`):
@@ -113,21 +99,10 @@ class RecipeArguments:
             Train ordinary LoRA on all modules instead, for comparison.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Hub id, a local folder, or a local .jsonl/.jsonl.gz/.json/.csv/.parquet file."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="validation",
         metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
     )
-    eval_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the training split held out when there is no split to evaluate on."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples at most."})
     text_columns: list[str] = field(
         default_factory=lambda: ["text"], metadata={"help": "The column with the text, or two columns for a pair."}
     )
@@ -192,40 +167,6 @@ def packaged_encoder() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-def load_data(args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation set."""
-    if not args.dataset_name:
-        raise ValueError("`dataset_name` is missing: a Hub id, or a local file or folder.")
-    path = Path(args.dataset_name)
-    reader = FILE_READERS.get(Path(path.stem if path.suffix == ".gz" else path).suffix.lower())
-    if (reader or path.is_absolute() or args.dataset_name.startswith(".")) and not path.exists():
-        raise FileNotFoundError(
-            f"`dataset_name` looks like a local path, but there is no {path}. Please start the script in the folder "
-            "that the path is relative to, or pass a Hub id such as `--dataset_name stanfordnlp/sst2`."
-        )
-    if reader and path.is_file():
-        data = load_dataset(reader, data_files={args.dataset_train_split: str(path)})
-    else:
-        data = load_dataset(args.dataset_name, name=args.dataset_config)
-    assert isinstance(data, DatasetDict)
-    if args.dataset_train_split not in data:
-        raise ValueError(
-            f"The data set has no split {args.dataset_train_split!r}; it has {', '.join(map(repr, data))}. Choose one "
-            "with `--dataset_train_split`."
-        )
-    train = data[args.dataset_train_split]
-    if args.dataset_test_split in data and args.dataset_test_split != args.dataset_train_split:
-        test = data[args.dataset_test_split]
-    else:
-        parts = train.train_test_split(test_size=args.eval_fraction, seed=seed)
-        train, test = parts["train"], parts["test"]
-    if args.max_train_samples is not None:
-        train = train.shuffle(seed=seed).select(range(min(args.max_train_samples, len(train))))
-    if args.max_eval_samples is not None:
-        test = test.shuffle(seed=seed).select(range(min(args.max_eval_samples, len(test))))
-    return train, test
-
-
 def find_labels(train: Dataset, column: str) -> tuple[list[Any], list[str]]:
     """The values of the label column in the order of their numbers, and their names."""
     feature = train.features[column]
@@ -268,7 +209,7 @@ def main(
 ) -> dict[str, Any]:
     """Run the recipe. Returns what is printed at the end."""
     # Data
-    train_dataset, eval_dataset = load_data(script_args, seed=training_args.seed)
+    train_dataset, eval_dataset = load_splits(script_args, seed=training_args.seed)
     columns = [*script_args.text_columns, script_args.label_column]
     if missing := [name for name in columns if name not in train_dataset.column_names]:
         raise ValueError(

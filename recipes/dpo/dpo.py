@@ -35,108 +35,34 @@ python recipes/dpo/dpo.py \
 """
 
 import argparse
-from dataclasses import dataclass, field
+import sys
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
 
 
-# How the `datasets` library names the reader of a file, by the end of the file's name without `.gz`.
-FILE_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits`
+
+from splits import DataArguments, load_splits  # noqa: E402
 
 
 class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):
     """A [`~trl.DPOTrainer`] that chooses its LoRA modules while it trains."""
 
 
-@dataclass
-class RecipeArguments:
-    """
-    Arguments of the recipe itself.
-
-    Args:
-        dataset_name (`str`, *optional*):
-            Hub id of the data set, a local folder with a file for each split, or one local .jsonl, .json or .parquet
-            file. Text files may be compressed (.jsonl.gz).
-        dataset_config (`str`, *optional*):
-            Configuration of the data set. Not used for local data.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is held
-            out instead.
-        eval_fraction (`float`, *optional*, defaults to `0.1`):
-            Part of the training split that is held out when there is no split to evaluate on.
-        max_train_samples (`int`, *optional*):
-            Train on this many pairs at most.
-        max_eval_samples (`int`, *optional*):
-            Evaluate on this many pairs at most.
-    """
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, a local folder, or a local .jsonl/.jsonl.gz/.json/.parquet file."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test",
-        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
-    )
-    eval_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the training split held out when there is no split to evaluate on."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many pairs at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many pairs at most."})
-
-
-def load_data(args: RecipeArguments, seed: int) -> tuple[Dataset, Dataset]:
-    """The training and the evaluation set."""
-    if not args.dataset_name:
-        raise ValueError("`dataset_name` is missing: a Hub id, or a local file or folder.")
-    path = Path(args.dataset_name)
-    reader = FILE_READERS.get(Path(path.stem if path.suffix == ".gz" else path).suffix.lower())
-    if (reader or path.is_absolute() or args.dataset_name.startswith(".")) and not path.exists():
-        raise FileNotFoundError(
-            f"`dataset_name` looks like a local path, but there is no {path}. Please start the script in the folder "
-            "that the path is relative to, or pass a Hub id such as `--dataset_name trl-lib/ultrafeedback_binarized`."
-        )
-    if reader and path.is_file():
-        data = load_dataset(reader, data_files={args.dataset_train_split: str(path)})
-    else:
-        data = load_dataset(args.dataset_name, name=args.dataset_config)
-    assert isinstance(data, DatasetDict)
-    if args.dataset_train_split not in data:
-        raise ValueError(
-            f"The data set has no split {args.dataset_train_split!r}; it has {', '.join(map(repr, data))}. Choose one "
-            "with `--dataset_train_split`."
-        )
-    train = data[args.dataset_train_split]
-    if args.dataset_test_split in data and args.dataset_test_split != args.dataset_train_split:
-        test = data[args.dataset_test_split]
-    else:
-        parts = train.train_test_split(test_size=args.eval_fraction, seed=seed)
-        train, test = parts["train"], parts["test"]
-    if args.max_train_samples is not None:
-        train = train.shuffle(seed=seed).select(range(min(args.max_train_samples, len(train))))
-    if args.max_eval_samples is not None:
-        test = test.shuffle(seed=seed).select(range(min(args.max_eval_samples, len(test))))
-    return train, test
-
-
 def main(
-    script_args: RecipeArguments,
+    script_args: DataArguments,
     training_args: DPOConfig,
     model_args: ModelConfig,
     diffora_args: DiffoRAConfig,
 ) -> dict[str, Any]:
     """Run the recipe. Returns what is printed at the end."""
     # Data
-    train_dataset, eval_dataset = load_data(script_args, seed=training_args.seed)
+    train_dataset, eval_dataset = load_splits(script_args, seed=training_args.seed)
 
     # Model: the trainer loads it, with these arguments
     if not model_args.model_name_or_path:
@@ -195,7 +121,7 @@ def main(
 
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None) -> Any:
     """The parser of the recipe's arguments, alone or as a subcommand."""
-    dataclass_types = (RecipeArguments, DPOConfig, ModelConfig, DiffoRAConfig)
+    dataclass_types = (DataArguments, DPOConfig, ModelConfig, DiffoRAConfig)
     if subparsers is not None:
         parser = subparsers.add_parser("dpo", help="Run the DiffoRA DPO recipe", dataclass_types=dataclass_types)
     else:

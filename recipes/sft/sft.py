@@ -47,7 +47,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits` and `embedded`
+
+from splits import DataArguments, limit_splits, load_splits  # noqa: E402
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -56,54 +59,19 @@ if TYPE_CHECKING:
 
     from diffora_trainer import DiffoRAConfig
 
-# How the `datasets` library names the reader of a file, by the end of the file's name.
-FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-
 
 @dataclass
-class RecipeArguments:
+class RecipeArguments(DataArguments):
     """
-    Arguments of the recipe itself.
+    Arguments of the recipe itself, beside those of the data. `dataset_name: embedded` is the packaged dialogues.
 
     Args:
-        dataset_name (`str`, *optional*):
-            Hub id or local folder of the data set, a local .jsonl, .json, .csv or .parquet file, or `embedded` for the
-            packaged dialogues.
-        dataset_config (`str`, *optional*):
-            Configuration of the data set. Not used for a file or `embedded`.
-        dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
-        dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is held
-            out instead.
-        eval_fraction (`float`, *optional*, defaults to `0.1`):
-            Part of the training split that is held out when there is no split to evaluate on. Always used for
-            `embedded`.
-        max_train_samples (`int`, *optional*):
-            Train on this many examples at most.
-        max_eval_samples (`int`, *optional*):
-            Evaluate on this many examples at most.
         prompt (`str`, *optional*):
             A question the model answers before and after training. Empty for none.
         answer_tokens (`int`, *optional*, defaults to `60`):
             Length limit of an answer, in tokens.
     """
 
-    dataset_name: str | None = field(
-        default=None,
-        metadata={"help": "Hub id or local folder, a local .jsonl/.json/.csv/.parquet file, or 'embedded'."},
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
-    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
-    dataset_test_split: str = field(
-        default="test",
-        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
-    )
-    eval_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the training split held out when there is no split to evaluate on."}
-    )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples at most."})
     prompt: str | None = field(
         default="What can you help me with?",
         metadata={"help": "A question the model answers before and after training. Empty for none."},
@@ -113,45 +81,11 @@ class RecipeArguments:
 
 def load_data(args: RecipeArguments, seed: int) -> "tuple[Dataset, Dataset]":
     """The training and the evaluation set."""
-    from datasets import Dataset, DatasetDict, load_dataset
+    if args.dataset_name != "embedded":
+        return load_splits(args, seed)
+    from embedded import chatterbot_dialogues
 
-    if not args.dataset_name:
-        raise ValueError("`dataset_name` is missing: a Hub id, a local file or folder, or 'embedded'.")
-    if not 0 < args.eval_fraction < 1:
-        raise ValueError(f"`eval_fraction` must be between 0 and 1, got {args.eval_fraction}.")
-
-    if args.dataset_name == "embedded":
-        from embedded import chatterbot_dialogues
-
-        train, test = chatterbot_dialogues(seed=seed, held_out=args.eval_fraction)
-    else:
-        name = Path(args.dataset_name.lower().removesuffix(".gz"))  # the readers open compressed files too
-        reader = FILE_READERS.get(name.suffix)
-        if reader is not None:
-            if not Path(args.dataset_name).is_file():
-                raise FileNotFoundError(f"`dataset_name` looks like a file, but there is no {args.dataset_name}.")
-            data = load_dataset(reader, data_files={args.dataset_train_split: args.dataset_name})
-        else:
-            data = load_dataset(args.dataset_name, name=args.dataset_config)
-        if not isinstance(data, DatasetDict):
-            data = DatasetDict({args.dataset_train_split: data})
-        if args.dataset_train_split not in data:
-            raise ValueError(
-                f"The data set has no split {args.dataset_train_split!r}; it has {', '.join(map(repr, data))}. "
-                "Choose one with `--dataset_train_split`."
-            )
-        train: Dataset = data[args.dataset_train_split]
-        if args.dataset_test_split in data and args.dataset_test_split != args.dataset_train_split:
-            test = data[args.dataset_test_split]
-        else:
-            halves = train.train_test_split(test_size=args.eval_fraction, seed=seed)
-            train, test = halves["train"], halves["test"]
-
-    if args.max_train_samples is not None:
-        train = train.shuffle(seed=seed).select(range(min(args.max_train_samples, len(train))))
-    if args.max_eval_samples is not None:
-        test = test.shuffle(seed=seed).select(range(min(args.max_eval_samples, len(test))))
-    return train, test
+    return limit_splits(args, *chatterbot_dialogues(seed=seed, held_out=args.eval_fraction), seed)
 
 
 def answer(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", prompt: str, max_new_tokens: int) -> str:

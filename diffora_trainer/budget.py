@@ -1,0 +1,154 @@
+"""From scores to a set of modules: the rules of the budget. No model in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Budget:
+    """
+    What may be kept, and how a choice is made from scores.
+
+    All vectors have one entry a module, in the order of the grid. Equal scores are decided by `tie_breaker`, then by
+    the order of the grid, so a choice is deterministic.
+
+    Args:
+        rows (`Sequence[int]` of length `n`): row (layer) of each module.
+        parameters (`Sequence[int]` of length `n`): trainable LoRA parameters of each module.
+        ratio (`float`, *optional*, defaults to `0.5`): share of the modules to keep.
+        scope (`str`, *optional*, defaults to `"layer"`): `"layer"` or `"model"`.
+        cap (`int`, *optional*): exact cap on the kept parameters; overrides `ratio` and `scope`.
+
+    Raises:
+        ValueError: if there is no module, or not even the smallest one fits under the cap.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[int],
+        parameters: Sequence[int],
+        ratio: float = 0.5,
+        scope: str = "layer",
+        cap: int | None = None,
+    ) -> None:
+        if not len(rows):
+            raise ValueError("There is no module to choose from.")
+        if len(rows) != len(parameters):
+            raise ValueError(
+                f"Got {len(rows)} rows for {len(parameters)} parameter counts; they must be equally many."
+            )
+        if scope not in ("layer", "model"):
+            raise ValueError(f"You passed `scope={scope!r}`; it must be 'layer' or 'model'.")
+        self.parameters = torch.tensor(parameters, dtype=torch.float64)
+        self.cap = cap
+        if cap is not None and min(parameters) > cap:
+            raise ValueError(
+                f"You passed `max_trainable_parameters={cap:,}`, but the smallest LoRA module has {min(parameters):,} "
+                "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
+            )
+        # Modules compete within their group: a row, or the whole model.
+        grouped = cap is None and scope == "layer"
+        labels = sorted(set(rows)) if grouped else [0]
+        index = {row: group for group, row in enumerate(labels)}
+        self.group = torch.tensor([index[row] if grouped else 0 for row in rows])
+        sizes = torch.bincount(self.group, minlength=len(labels)).tolist()
+        if cap is None:
+            self.counts = [min(size, max(1, math.floor(ratio * size + 0.5))) for size in sizes]
+            self.targets = torch.tensor(self.counts, dtype=torch.float64)
+            self.weights = torch.ones(len(rows), dtype=torch.float64)
+        else:
+            self.counts = []
+            self.targets = torch.tensor([min(cap, sum(parameters))], dtype=torch.float64)
+            self.weights = self.parameters
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    @property
+    def share(self) -> Tensor:
+        """Part of its group that each module may expect if all scores were equal, `(n,)` in (0, 1]."""
+        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights)
+        return (self.targets / totals).clamp(max=1.0)[self.group]
+
+    def choose(self, scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
+        """
+        The best affordable set.
+
+        With a count for each group these are the top scores of the group. Under a cap modules are taken by falling
+        score, and those that do not fit any more are passed over, so that no other module would still fit.
+
+        Args:
+            scores (`Tensor` of shape `(n,)`): higher is better; finite.
+            tie_breaker (`Tensor` of shape `(n,)`, *optional*): decides between equal scores; higher is better.
+
+        Returns:
+            `Tensor` of shape `(n,)` and dtype `torch.bool`.
+        """
+        if scores.shape != (len(self),):
+            raise ValueError(
+                f"Expected {len(self)} scores, one a module, got a tensor of shape {tuple(scores.shape)}."
+            )
+        if not torch.isfinite(scores).all():
+            raise ValueError("Scores must be finite: a module cannot be compared with NaN or infinity.")
+        order = torch.arange(len(self))
+        if tie_breaker is not None:
+            order = order[torch.sort(tie_breaker, descending=True, stable=True).indices]
+        order = order[torch.sort(scores[order], descending=True, stable=True).indices]
+        kept = torch.zeros(len(self), dtype=torch.bool)
+        if self.cap is not None:
+            left = float(self.cap)
+            for module, cost in zip(order.tolist(), self.parameters[order].tolist(), strict=True):
+                if cost <= left:
+                    kept[module] = True
+                    left -= cost
+            return kept
+        # Group the order without losing it, then take the first `count` of each group.
+        order = order[torch.sort(self.group[order], stable=True).indices]
+        start = 0
+        for size, count in zip(torch.bincount(self.group).tolist(), self.counts, strict=True):
+            kept[order[start : start + count]] = True
+            start += size
+        return kept
+
+    def vertex(self, gains: Tensor) -> Tensor:
+        """
+        The affordable set with the largest linear gain: the linear maximisation oracle of Frank-Wolfe over the
+        polytope `{0 <= gate <= 1, sum of gate x weight <= target in each group}`. Modules without a gain stay out.
+        Under a cap gains count per parameter, as in a fractional knapsack.
+
+        Args:
+            gains (`Tensor` of shape `(n,)`): expected decrease of the loss for each unit of gate.
+
+        Returns:
+            `Tensor` of shape `(n,)` with entries 0 or 1.
+        """
+        return (self.choose(gains / self.weights) & (gains > 0)).to(gains.dtype)
+
+    def calibrate(self, logits: Tensor) -> Tensor:
+        """
+        Probabilities `sigmoid(logit + shift)` with one shift for each group, found by bisection such that the expected
+        weight of the group equals its target.
+
+        Args:
+            logits (`Tensor` of shape `(n,)`).
+
+        Returns:
+            `Tensor` of shape `(n,)` in [0, 1].
+        """
+        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights)
+        reach = float(logits.abs().max()) + 60.0
+        low, high = torch.full_like(self.targets, -reach), torch.full_like(self.targets, reach)
+        for _ in range(80):
+            middle = (low + high) / 2
+            expected = torch.zeros_like(self.targets).index_add_(
+                0, self.group, torch.sigmoid(logits.double() + middle[self.group]) * self.weights
+            )
+            below = expected < self.targets
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        full = (self.targets >= totals)[self.group]  # nothing to give up: the shift would be infinite
+        probabilities = torch.sigmoid(logits.double() + low[self.group])
+        return torch.where(full, torch.ones_like(probabilities), probabilities).to(logits.dtype)
