@@ -32,8 +32,8 @@ class DiffoRACallback(TrainerCallback):
     Args:
         config ([`DiffoRAConfig`]): the options.
         make_search (`Callable[[nn.Module], ArchitectureSearch]`): makes the search of the trainer's model.
-        make_held_out (`Callable[[int, int], HeldOutBatches]`): gives the held-out batches of a run of some total steps
-            that is cut at some step.
+        make_held_out (`Callable[[int], HeldOutBatches]`): gives the held-out batches of a run that is cut at some
+        step.
         resume_split (`Callable[[int], None]`, *optional*): tells the training data of a run resumed after its cut at
             which step that was: until the end of that epoch the order of the rows depends on it.
         after_cut (`Callable[[], None]`, *optional*): what the trainer does when the modules have changed.
@@ -44,7 +44,7 @@ class DiffoRACallback(TrainerCallback):
         self,
         config: DiffoRAConfig,
         make_search: Callable[[nn.Module], ArchitectureSearch],
-        make_held_out: Callable[[int, int], HeldOutBatches],
+        make_held_out: Callable[[int], HeldOutBatches],
         resume_split: Callable[[int], None] | None = None,
         after_cut: Callable[[], None] | None = None,
         last_train_batch: Callable[[], Any] | None = None,
@@ -98,7 +98,7 @@ class DiffoRACallback(TrainerCallback):
             self.search.gates.detach()
         self.phase, self.selection = WARMUP, None
         self.search = self._make_search(kwargs["model"])
-        self._held_out = self._make_held_out(state.max_steps, self._cut)
+        self._held_out = self._make_held_out(self._cut)
         if self._resumed is not None:
             self._restore(state)
         self.search.begin()
@@ -302,7 +302,7 @@ class DiffoRACallback(TrainerCallback):
 
 class SearchProgressCallback(TrainerCallback):
     """
-    Shows the phase and the DAM's entropy on the Trainer's progress bar.
+    Shows the phase, the DAM's entropy and gates, and the architecture loss on the Trainer's progress bar.
 
     Args:
         source ([`DiffoRACallback`]): what to show.
@@ -321,8 +321,12 @@ class SearchProgressCallback(TrainerCallback):
         if bar is None:
             return
         note = self._source.phase
-        if self._source.searching and self._source.search is not None:
-            note += f", entropy {self._source.search.matrix.entropy():.2f}"
+        search = self._source.search
+        if self._source.searching and search is not None:
+            gates = search.matrix.values()
+            note += f", entropy {search.matrix.entropy():.2f}, gates {float(gates.min()):.2f}-{float(gates.max()):.2f}"
+            if search.last_loss is not None:
+                note += f", arch loss {search.last_loss:.3g}"
         bar.set_postfix_str(note, refresh=False)
 
 

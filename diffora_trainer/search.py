@@ -90,6 +90,7 @@ class ArchitectureSearch:
         self._reduce = reduce or (lambda values: values)
         self._loss_scale = loss_scale or (lambda: 1.0)
         self.pending_losses: list[float] = []
+        self.last_loss: float | None = None
         self._checkpointing = False
 
     def begin(self) -> None:
@@ -142,6 +143,7 @@ class ArchitectureSearch:
         self.matrix.step(gradient)
         self.gates.set_evaluation(self.matrix.evaluation_gates())
         self.pending_losses.append(value)
+        self.last_loss = value
         return value
 
     def held_out_loss(self, batches: Iterable[Any], relaxed: bool = False) -> float:

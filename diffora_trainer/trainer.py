@@ -281,7 +281,7 @@ class DiffoRAMixin(_Base):
             self._split.set_cut(cut, *steps_of_epoch(self))
             self._split.given_back = self._callback.is_cut(self.model)
 
-    def _make_held_out(self, total_steps: int, cut: int) -> HeldOutBatches:
+    def _make_held_out(self, cut: int) -> HeldOutBatches:
         """The held-out batches of a run, and the moment at which their rows go back to training."""
         if self.arch_dataset is not None:
             rows = self.arch_dataset if has_length(self.arch_dataset) else read_head(self, self.arch_dataset)
