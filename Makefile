@@ -1,7 +1,6 @@
 # Every target makes the virtual environment first where it is missing or older than its lists of packages.
-# A torch that is already in $(VENV) stays when its version is the pinned one, whatever its build (CPU, CUDA): put
-# another build there first with
-#   python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+# A torch that is already in $(VENV) stays when its version is the pinned one, whatever its build (CPU, CUDA): make the
+# environment and install the build that you want first.
 
 PYTHON ?= python3
 VENV ?= .venv
