@@ -47,6 +47,7 @@ def write_card(
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     base_model = public_model_id(peft_config.base_model_name_or_path)
     _complete_metadata(card, base_model)
+    card.text = _without_placeholders(card.text, adapter or folder.resolve().name)
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
         environment = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, autoescape=False)
@@ -81,6 +82,18 @@ def public_model_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def _without_placeholders(text: str, title: str) -> str:
+    """
+    PEFT fills a new card with the Hub's template, dozens of "[More Information Needed]". What it knows stands in the
+    metadata and under "Framework versions", so that is what stays of it.
+    """
+    if "[More Information Needed]" not in text:
+        return text
+    heading = "### Framework versions"
+    _, found, versions = text.partition(heading)
+    return f"# {title}\n\n{found}{versions}"
 
 
 def _complete_metadata(card: ModelCard, base_model: str | None) -> None:
