@@ -47,7 +47,8 @@ def write_card(
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     base_model = public_model_id(peft_config.base_model_name_or_path)
     _complete_metadata(card, base_model)
-    card.text = _without_placeholders(card.text, adapter or folder.resolve().name)
+    name = adapter or folder.resolve().name
+    card.text = _named(_without_placeholders(card.text, name), base_model, name)
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
         environment = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, autoescape=False)
@@ -59,7 +60,7 @@ def write_card(
                 str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"
             ),
             base_model=base_model,
-            adapter=adapter or folder.resolve().name,
+            adapter=name,
         )
         text = f"{text.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n"
     card.text = text
@@ -94,6 +95,12 @@ def _without_placeholders(text: str, title: str) -> str:
     heading = "### Framework versions"
     _, found, versions = text.partition(heading)
     return f"# {title}\n\n{found}{versions}"
+
+
+def _named(text: str, base_model: str | None, adapter: str) -> str:
+    """TRL's card with names where it wrote "None": for a base model from a folder, and an adapter not yet pushed."""
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model that is not on the Hub"
+    return text.replace("[None](https://huggingface.co/None)", link).replace('model="None"', f'model="{adapter}"')
 
 
 def _complete_metadata(card: ModelCard, base_model: str | None) -> None:

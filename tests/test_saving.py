@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from safetensors import safe_open
 from tokenizer import classification_dataset, lm_dataset, tiny_tokenizer
 from transformers import BertForSequenceClassification, DataCollatorWithPadding, LlamaForCausalLM, TrainingArguments
 from trl import SFTConfig
+from trl.trainer.utils import generate_model_card
 
 from diffora_trainer import DiffoRAConfig, DiffoRASFTTrainer, DiffoRATrainer, Selection
 from diffora_trainer.card import public_model_id, write_card
@@ -303,3 +305,18 @@ def test_push_to_hub(sft: Run, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "user/base"
     for text in (card, files["adapter_config.json"].decode(), files["diffora_selection.json"].decode()):
         assert str(tmp_path) not in text and not re.search(r"/(home|tmp|root|work)/", text)
+
+
+def test_no_template_and_no_none_in_a_card(sft: Run, classifier: Run, tmp_path: Path) -> None:
+    """PEFT's template of placeholders goes, TRL's links to a base model called "None" get words, and facts stay."""
+    for name, run in (("peft", classifier), ("trl", sft)):
+        run.trainer.model.save_pretrained(tmp_path / name)
+        if name == "trl":
+            generate_model_card(None, "m", None, None, [], None, None, "SFT").save(tmp_path / name / "README.md")
+        before = (tmp_path / name / "README.md").read_text()
+        assert ("[More Information Needed]" if name == "peft" else "[None]") in before
+        config = run.trainer.model.peft_config["default"]
+        config = dataclasses.replace(config, base_model_name_or_path=str(tmp_path))
+        text = write_card(tmp_path / name, run.selection, config).read_text()
+        assert "[More Information Needed]" not in text and "None" not in text and str(tmp_path) not in text
+        assert "## Chosen modules" in text and "### Framework versions" in text
