@@ -33,7 +33,7 @@ class DiffoRACallback(TrainerCallback):
         config ([`DiffoRAConfig`]): the options.
         make_search (`Callable[[nn.Module], ArchitectureSearch]`): makes the search of the trainer's model.
         make_held_out (`Callable[[int], HeldOutBatches]`): gives the held-out batches of a run that is cut at some
-        step.
+            step.
         resume_split (`Callable[[int], None]`, *optional*): tells the training data of a run resumed after its cut at
             which step that was: until the end of that epoch the order of the rows depends on it.
         after_cut (`Callable[[], None]`, *optional*): what the trainer does when the modules have changed.

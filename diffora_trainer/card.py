@@ -40,7 +40,7 @@ def write_card(
         selection ([`Selection`], *optional*): what was chosen; without one only the metadata is completed.
         peft_config (`LoraConfig`): the adapter's configuration.
         adapter (`str`, *optional*): Hub id of the adapter, for the snippet that loads it; defaults to the folder's
-        name.
+            name.
     """
     folder = Path(folder)
     path = folder / "README.md"

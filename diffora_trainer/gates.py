@@ -20,8 +20,7 @@ class Gates:
     nothing but `lora_B`, which has no bias, follows.
 
     The gates are plain tensors held here, not on the tuner layer, because PEFT saves whatever is registered there.
-    Which of two vectors applies is read from the module's own mode: `training_values` in training, `values` in
-    evaluation.
+    Which of two vectors applies is read from the module's own mode, training or evaluation.
 
     Args:
         model (`PeftModel`): the model.

@@ -170,16 +170,11 @@ def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
 
 def check_lora_config(config: LoraConfig) -> None:
     """Raise a `ValueError` if a LoRA configuration asks for something that a gate or the cut cannot do exactly."""
-    variants = [
-        name
-        for name in ("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens")
-        if getattr(config, name, None)
+    switches = [
+        *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+        *("velora_config", "monteclora_config", "arrow_config", "kasa_config"),
     ]
-    variants += [
-        name
-        for name in ("velora_config", "monteclora_config", "arrow_config", "kasa_config")
-        if getattr(config, name, None)
-    ]
+    variants = [name for name in switches if getattr(config, name, None)]
     if variants:
         raise ValueError(
             f"You passed a `LoraConfig` with `{variants[0]}`. A gate multiplies the output of `lora_A`, and this "

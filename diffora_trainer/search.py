@@ -66,8 +66,7 @@ class ArchitectureSearch:
     Raises:
         TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
         ValueError: if the adapter cannot be searched (see [`~diffora_trainer.grid.ModuleGrid.from_model`]), or no
-        module
-            fits the budget.
+            module fits the budget.
     """
 
     def __init__(
@@ -177,10 +176,11 @@ class ArchitectureSearch:
     def select(self, step: int | None = None) -> Selection:
         """The selection that a cut would make now. Changes nothing."""
         kept = self.matrix.choose().tolist()
-        gates = self.matrix.evaluation_gates()
-        factors = [1.0] * len(kept) if gates is None else gates.tolist()
-        if not self.config.fold_gates:
-            factors = [1.0 if keep else factor for keep, factor in zip(kept, factors, strict=True)]
+        # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
+        # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
+        relaxed, trained = self.matrix.values(), self.matrix.evaluation_gates()
+        selected = trained if trained is not None and self.config.fold_gates else torch.ones(len(kept))
+        factors = torch.where(torch.tensor(kept), selected, relaxed).tolist()
         return Selection(
             rows=self.grid.rows,
             columns=self.grid.columns,

@@ -34,8 +34,7 @@ class Selection:
         gates (`tuple[float, ...]`): value of each gate in the relaxed matrix when it was cut.
         kept (`tuple[bool, ...]`): whether the module keeps a LoRA of its own.
         factors (`tuple[float, ...]`, *optional*): what the cut multiplies into each module's `lora_B`: the gate that
-        its
-            weights were trained for. Defaults to 1 for all.
+            its weights were trained for. Defaults to 1 for all.
         shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
         step (`int`, *optional*): optimizer step of the cut.
         config (`dict`): the options of the run.

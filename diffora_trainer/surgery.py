@@ -34,7 +34,7 @@ def apply_selection(
         model (`PeftModel`): the model that was searched. Its gates must be off (see [`ArchitectureSearch.finish`]).
         selection ([`Selection`]): what to keep.
         optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the model's weights, or one that wraps
-        it.
+            it in an attribute `optimizer`.
         scheduler (*optional*): its learning rate scheduler, or one that wraps it.
         adapter_name (`str`, *optional*): the adapter; defaults to the active one.
 
