@@ -104,15 +104,14 @@ class DiffoRAConfig:
     command) is what the defaults rest on:
 
     - `relaxation="budget"`: the cut it makes raises the held-out loss by 0.018 when five of six modules go, a random
-    one
-      by 0.165, and two seeds share 81 % of the chosen modules, against 19 %. `"sampled"` ended 0.016 ± 0.009 (4 seeds)
-      higher in final loss.
+      one by 0.165, and two seeds share 81 % of the chosen modules, against 19 %. `"sampled"` ended 0.016 ± 0.009
+      higher in final loss there (4 seeds).
     - Open gates until the cut: training under gates drawn at the target ratio ended 0.037 ± 0.004 higher at a sixth of
       the modules, and 0.005 ± 0.003 at a half (4 seeds).
     - `selection_ratio=0.5`: at a half, the final loss is that of a random half (difference 0.000 ± 0.003): an easy
       budget, at which little can go wrong. At a sixth the chosen modules end 0.029 ± 0.020 lower than random ones.
     - `arch_warmup`, `discretize_at`, `arch_every`, `arch_split` and the learning rates are judgement, not yet
-    measured.
+      measured.
 
     Raises:
         ValueError: if a value is out of its range, or two of them contradict each other.
