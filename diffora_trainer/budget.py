@@ -23,6 +23,10 @@ class Budget:
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` or `"model"`.
         cap (`int`, *optional*): exact cap on the kept parameters; overrides `ratio` and `scope`.
 
+    Attributes:
+        allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`allow`] said
+            otherwise.
+
     Raises:
         ValueError: if there is no module, or not even the smallest one fits under the cap.
     """
@@ -50,6 +54,7 @@ class Budget:
                 f"You passed `max_trainable_parameters={cap:,}`, but the smallest LoRA module has {min(parameters):,} "
                 "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
             )
+        self.allowed = torch.ones(len(rows), dtype=torch.bool)
         # Modules compete within their group: a row, or the whole model.
         grouped = cap is None and scope == "layer"
         labels = sorted(set(rows)) if grouped else [0]
@@ -68,11 +73,30 @@ class Budget:
     def __len__(self) -> int:
         return len(self.group)
 
+    def allow(self, allowed: Tensor) -> None:
+        """
+        Restrict what may be kept.
+
+        Args:
+            allowed (`Tensor` of shape `(n,)` and dtype `torch.bool`).
+
+        Raises:
+            ValueError: if no affordable module would be left.
+        """
+        if not (allowed & (self.parameters <= (self.cap or math.inf))).any():
+            raise ValueError("Not one affordable module would be allowed.")
+        self.allowed = allowed.clone()
+
+    def size(self, allowed: Tensor) -> float:
+        """How much of the budget the allowed modules, `(n,)` bools, can use up: 1 if all of it."""
+        room = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights * allowed)
+        return float((torch.minimum(room, self.targets) / self.targets).min())
+
     @property
     def share(self) -> Tensor:
-        """Part of its group that each module may expect if all scores were equal, `(n,)` in (0, 1]."""
-        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights)
-        return (self.targets / totals).clamp(max=1.0)[self.group]
+        """Part of its group that each module may expect if all scores were equal, `(n,)` in [0, 1]."""
+        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights * self.allowed)
+        return (self.targets / totals).clamp(max=1.0)[self.group] * self.allowed
 
     def choose(self, scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
         """
@@ -98,6 +122,7 @@ class Budget:
         if tie_breaker is not None:
             order = order[torch.sort(tie_breaker, descending=True, stable=True).indices]
         order = order[torch.sort(scores[order], descending=True, stable=True).indices]
+        order = order[torch.sort((~self.allowed[order]).int(), stable=True).indices]  # the others come last
         kept = torch.zeros(len(self), dtype=torch.bool)
         if self.cap is not None:
             left = float(self.cap)
@@ -105,14 +130,34 @@ class Budget:
                 if cost <= left:
                     kept[module] = True
                     left -= cost
-            return kept
+            return kept & self.allowed
         # Group the order without losing it, then take the first `count` of each group.
         order = order[torch.sort(self.group[order], stable=True).indices]
         start = 0
         for size, count in zip(torch.bincount(self.group).tolist(), self.counts, strict=True):
             kept[order[start : start + count]] = True
             start += size
-        return kept
+        return kept & self.allowed
+
+    def within(self, depth: Sequence[float], limit: float) -> Tensor:
+        """
+        Which modules may be kept so that a step stays fast, `(n,)` bools: all those above the deepest layer with
+        which it does.
+
+        Args:
+            depth (`Sequence[float]` of length `n`): time of a step whose lowest module is this one.
+            limit (`float`): what `depth` may be at most. If the modules that this leaves cannot use up the budget, the
+                fastest depth that can is taken.
+        """
+        depths = torch.tensor(depth, dtype=torch.float64)
+        enough = [level for level in sorted(set(depth)) if self.size(depths <= level) >= 1]
+        level = max((level for level in enough if level <= limit), default=enough[0])
+        return depths <= level
+
+    @property
+    def expected_count(self) -> float:
+        """How many modules will be kept, on average over sets."""
+        return float(sum(self.counts) if self.cap is None else self.targets[0] / self.parameters.mean())
 
     def vertex(self, gains: Tensor) -> Tensor:
         """
@@ -139,16 +184,16 @@ class Budget:
         Returns:
             `Tensor` of shape `(n,)` in [0, 1].
         """
-        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights)
+        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights * self.allowed)
         reach = float(logits.abs().max()) + 60.0
         low, high = torch.full_like(self.targets, -reach), torch.full_like(self.targets, reach)
         for _ in range(80):
             middle = (low + high) / 2
             expected = torch.zeros_like(self.targets).index_add_(
-                0, self.group, torch.sigmoid(logits.double() + middle[self.group]) * self.weights
+                0, self.group, torch.sigmoid(logits.double() + middle[self.group]) * self.weights * self.allowed
             )
             below = expected < self.targets
             low, high = torch.where(below, middle, low), torch.where(below, high, middle)
         full = (self.targets >= totals)[self.group]  # nothing to give up: the shift would be infinite
         probabilities = torch.sigmoid(logits.double() + low[self.group])
-        return torch.where(full, torch.ones_like(probabilities), probabilities).to(logits.dtype)
+        return (torch.where(full, torch.ones_like(probabilities), probabilities) * self.allowed).to(logits.dtype)

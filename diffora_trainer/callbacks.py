@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from .logging import get_logger
 from .search import ArchitectureSearch
 from .selection import Selection
 from .surgery import apply_selection
+from .timing import StepTimes
 
 
 logger = get_logger(__name__)
@@ -124,6 +126,8 @@ class DiffoRACallback(TrainerCallback):
             self._architecture_step(state, kwargs.get("lr_scheduler"))
         if step == self._warmup:
             self.phase = SEARCH
+            if self.config.cost == "time":
+                self._measure_times(state)
             if state.is_world_process_zero:
                 logger.info(f"Step {step}: warm-up done, the search begins.")
         if step >= self._cut:
@@ -151,6 +155,18 @@ class DiffoRACallback(TrainerCallback):
             )
             self.search.gates.detach()
 
+    def _measure_times(self, state: TrainerState) -> None:
+        assert self.search is not None and self._held_out is not None
+        times = self.search.measure_times(next(self._held_out.sample(1)))
+        if state.is_world_process_zero:
+            allowed = self.search.matrix.budget.allowed.tolist()
+            rows = [row for row, yes in zip(self.search.grid.row_of, allowed, strict=True) if yes]
+            logger.info(
+                f"A step takes {times.all_modules:.3g} s with all modules and {min(times.depth):.3g} s with one "
+                f"near the end. The search considers {len(rows)} of {len(allowed)} modules, those from "
+                f"{self.search.grid.rows[min(rows)]} on."
+            )
+
     def _architecture_step(self, state: TrainerState, scheduler: Any) -> None:
         assert self.search is not None and self._held_out is not None
         train_batch, learning_rate = None, None
@@ -177,6 +193,7 @@ class DiffoRACallback(TrainerCallback):
         search, held_out = self.search, self._held_out
         assert search is not None and held_out is not None
         before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
+        seconds_before = None if search.times is None else search.step_seconds(next(held_out.sample(1)))
         self._report = search.metrics()
         self.selection = selection = search.finish(state.global_step)
         apply_selection(
@@ -190,6 +207,9 @@ class DiffoRACallback(TrainerCallback):
         if self._after_cut is not None:
             self._after_cut()
         after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+        if seconds_before is not None:
+            seconds = {"before_cut": seconds_before, "after_cut": search.step_seconds(next(held_out.sample(1)))}
+            self.selection = selection = replace(selection, times={**selection.times, **seconds})
         self._report.update(
             {
                 "diffora/held_out_loss_before_cut": before,
@@ -209,6 +229,14 @@ class DiffoRACallback(TrainerCallback):
     def _announce(self, selection: Selection, before: float, after: float) -> None:
         logger.info(f"Step {selection.step}: {selection.summary()}.\n{selection.table()}")
         logger.info(f"Held-out loss {before:.4f} just before the cut, {after:.4f} just after it.")
+        if times := selection.times:
+            logger.info(
+                f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "
+                f"{times['all_modules'] / times['predicted']:.2f} times as fast as with all modules by prediction, "
+                f"{times['before_cut'] / times['after_cut']:.2f} times measured; "
+                f"{times['spread_over_all_layers'] / times['predicted']:.2f} times as fast as with equally many "
+                "modules spread over all layers by prediction."
+            )
         rows, columns = selection.uncovered()
         if rows:
             logger.warning(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")
@@ -235,6 +263,7 @@ class DiffoRACallback(TrainerCallback):
                 held_out_rows=len(self._held_out.dataset),
                 skipped_steps=self.search.skipped_steps,
                 losses=self.search.pending_losses,
+                times=None if self.search.times is None else self.search.times.to_dict(),
             )
             tensors = self.search.matrix.state_dict()
         save_state(folder, record, tensors)
@@ -294,6 +323,8 @@ class DiffoRACallback(TrainerCallback):
                     "with."
                 )
         self.phase = record["phase"]
+        if record.get("times") is not None:
+            self.search.restrict(StepTimes.from_dict(record["times"]))
         self.search.matrix.load_state_dict(tensors)
         self.search.skipped_steps = int(record["skipped_steps"])
         self.search.pending_losses = [float(loss) for loss in record["losses"]]

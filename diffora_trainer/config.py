@@ -11,6 +11,7 @@ from .matrix import DifferentialAdaptationMatrix
 
 
 SELECTION_SCOPES = ("layer", "model")
+COSTS = ("parameters", "time")
 RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
 WEIGHT_SHARING = ("none", "layer", "model")
 
@@ -37,6 +38,16 @@ class DiffoRAConfig:
         Exact cap on the number of trainable LoRA parameters, used instead of `selection_ratio`: the best modules of
         the whole model are kept as long as they fit. Parameters that are not LoRA (a new classification head, say) do
         not count. It requires `selection_scope="model"` or the default scope, which it overrides.
+    cost (`str`, *optional*, defaults to `"parameters"`):
+        What the budget counts. `"parameters"` counts modules, or parameters with `max_trainable_parameters`. `"time"`
+        counts the time of a training step as well, and needs `selection_scope="model"` or `max_trainable_parameters`:
+        the backward pass ends at the lowest layer that has a LoRA, so of two sets of equally many modules the one in
+        the later layers is faster. At the end of the warm-up steps of different depths are timed, and the search then
+        only considers modules with which a step stays under `max_step_time`.
+    max_step_time (`float`, *optional*, defaults to `0.75`):
+        With `cost="time"`: the longest that a step may take after the cut, in (0, 1], as a part of what it would take
+        with equally many modules spread over all layers. If no set of the full size is as fast, the fastest depth that
+        has room for it is taken.
 
     > Parameters that control when things happen
 
@@ -132,6 +143,20 @@ class DiffoRAConfig:
         default=None,
         metadata={"help": "Exact cap on the number of trainable LoRA parameters, instead of `selection_ratio`."},
     )
+    cost: str = field(
+        default="parameters",
+        metadata={
+            "help": "Whether the budget counts parameters alone, or the measured time of a training step as well.",
+            "choices": list(COSTS),
+        },
+    )
+    max_step_time: float = field(
+        default=0.75,
+        metadata={
+            "help": "With `cost='time'`: the longest that a step may take after the cut, as a part of its time with "
+            "equally many modules spread over all layers."
+        },
+    )
     discretize_at: float = field(
         default=0.25,
         metadata={
@@ -192,7 +217,7 @@ class DiffoRAConfig:
                     "one."
                 )
             self.arch_seed = seed
-        for name in ("selection_ratio", "discretize_at", "arch_warmup", "arch_split"):
+        for name in ("selection_ratio", "max_step_time", "discretize_at", "arch_warmup", "arch_split"):
             setattr(self, name, _number(name, getattr(self, name)))
         for name in ("arch_every", "arch_order", "arch_seed"):
             setattr(self, name, _integer(name, getattr(self, name)))
@@ -201,6 +226,7 @@ class DiffoRAConfig:
                 setattr(self, name, _integer(name, getattr(self, name)))
         for name, choices in (
             ("selection_scope", SELECTION_SCOPES),
+            ("cost", COSTS),
             ("relaxation", tuple(DifferentialAdaptationMatrix.relaxations)),
             ("weight_sharing", WEIGHT_SHARING),
         ):
@@ -227,6 +253,16 @@ class DiffoRAConfig:
                     "The shared pairs are trainable too, so the cap would not hold. Please use `selection_ratio`, or "
                     "set `weight_sharing='none'`."
                 )
+        if not 0 < self.max_step_time <= 1:
+            raise ValueError(
+                f"You passed `max_step_time={self.max_step_time}`, but it is a part of the time of a step and must be "
+                "in (0, 1]."
+            )
+        if self.cost == "time" and self.selection_scope == "layer" and self.max_trainable_parameters is None:
+            raise ValueError(
+                "You passed `cost='time'` with `selection_scope='layer'`. A choice that keeps modules in every layer "
+                "cannot save the backward pass of any. Please set `selection_scope='model'`."
+            )
         if self.arch_learning_rate is not None:
             self.arch_learning_rate = _number("arch_learning_rate", self.arch_learning_rate)
             if self.arch_learning_rate <= 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import random
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -16,9 +17,11 @@ from torch import Tensor, nn
 from .budget import Budget
 from .config import DiffoRAConfig
 from .gates import Gates
-from .grid import ModuleGrid
+from .grid import OTHER_ROW, ModuleGrid
 from .matrix import DifferentialAdaptationMatrix
 from .selection import Selection, short_names
+from .surgery import as_if_cut
+from .timing import REPEATS, StepTimes, measure_step_times, timed
 
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -85,6 +88,7 @@ class ArchitectureSearch:
         self.matrix = make_matrix(self.grid, self.config)
         self.gates = Gates(model, self.grid)
         self.skipped_steps = 0
+        self.times: StepTimes | None = None
         self._loss_fn = loss_fn
         self._reduce = reduce or (lambda values: values)
         self._loss_scale = loss_scale or (lambda: 1.0)
@@ -99,6 +103,52 @@ class ArchitectureSearch:
         self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
         self.gates.attach()
         self.gates.set_evaluation(self.matrix.evaluation_gates())
+
+    def measure_times(self, batch: Any) -> StepTimes:
+        """
+        Time training steps of different depths, and restrict the search to modules with which a step stays under
+        `max_step_time`. Call it after the warm-up, before the first [`step`]; only with `cost="time"`.
+
+        Like an architecture step, this leaves no trace in weights, gradients and random streams.
+
+        Args:
+            batch: a batch of the size of a training batch, as `loss_fn` takes it.
+        """
+        numbered = [row != OTHER_ROW for row in self.grid.rows]
+        times = measure_step_times(lambda kept: self._seconds(batch, kept), self.grid.row_of, numbered)
+        # All processes must restrict the search alike.
+        flat = self._reduce(torch.tensor([times.all_modules, times.per_module, *times.depth])).tolist()
+        self.restrict(StepTimes(flat[0], tuple(flat[2:]), flat[1]))
+        assert self.times is not None
+        return self.times
+
+    def restrict(self, times: StepTimes) -> None:
+        """Restrict the search by measured times, and start the matrix anew."""
+        self.times = times
+        budget = self.matrix.budget
+        others = times.per_module * (budget.expected_count - 1)
+        deepest = max(times.depth[row] for row in self.grid.row_of)
+        limit = self.config.max_step_time * (deepest + others) - others
+        allowed = budget.within([times.depth[row] for row in self.grid.row_of], limit)
+        self.matrix = make_matrix(self.grid, self.config, allowed)
+        self.gates.set_evaluation(self.matrix.evaluation_gates())
+
+    def step_seconds(self, batch: Any) -> float:
+        """Median seconds of a training step (forward and backward pass) of the model as it is."""
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return statistics.median(self._time(batch, weights) for _ in range(REPEATS))
+
+    def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
+        with as_if_cut(self.model, [self.grid.names[index] for index in kept], self.grid.adapter_name) as weights:
+            return self._time(batch, weights)
+
+    def _time(self, batch: Any, weights: list[nn.Parameter]) -> float:
+        def step() -> None:
+            loss = self._loss_fn(self.model, batch)
+            torch.autograd.grad(loss, weights, allow_unused=True)
+
+        with self._quiet(training=True), self.gates.override(None):
+            return timed(step, self.gates.device)
 
     def draw_gates(self) -> None:
         """Set the gates of the next training step. Call it before each forward pass of a training batch."""
@@ -193,9 +243,21 @@ class ArchitectureSearch:
             kept=tuple(kept),
             shared=self._sharing(kept),
             step=step,
+            times=self._predicted_times(kept),
             config=self.config.to_dict(),
             versions=library_versions(),
         )
+
+    def _predicted_times(self, kept: Sequence[bool]) -> dict[str, float]:
+        if self.times is None:
+            return {}
+        rows = [row for row, keep in zip(self.grid.row_of, kept, strict=True) if keep]
+        deepest = max(self.times.depth[row] for row in self.grid.row_of)
+        return {
+            "all_modules": self.times.all_modules,
+            "spread_over_all_layers": deepest + self.times.per_module * (len(rows) - 1),
+            "predicted": self.times.predict(rows),
+        }
 
     def metrics(self) -> dict[str, float]:
         """What to log: the DAM's entropy and gates, and the mean architecture loss since the last call."""
@@ -293,8 +355,10 @@ class ArchitectureSearch:
                     module.training = mode
 
 
-def make_matrix(grid: ModuleGrid, config: DiffoRAConfig) -> DifferentialAdaptationMatrix:
-    """The matrix of a grid under a configuration's budget."""
+def make_matrix(
+    grid: ModuleGrid, config: DiffoRAConfig, allowed: Tensor | None = None
+) -> DifferentialAdaptationMatrix:
+    """The matrix of a grid under a configuration's budget, of all modules or the allowed ones."""
     budget = Budget(
         grid.row_of,
         grid.parameters,
@@ -302,6 +366,8 @@ def make_matrix(grid: ModuleGrid, config: DiffoRAConfig) -> DifferentialAdaptati
         scope=config.selection_scope,
         cap=config.max_trainable_parameters,
     )
+    if allowed is not None:
+        budget.allow(allowed)
     return DifferentialAdaptationMatrix.create(
         config.relaxation, budget, config.arch_learning_rate, seed=config.arch_seed
     )

@@ -37,6 +37,8 @@ class Selection:
             its weights were trained for. Defaults to 1 for all.
         shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
         step (`int`, *optional*): optimizer step of the cut.
+        times (`dict[str, float]`, *optional*): seconds of a training step as they were measured and predicted (see
+            `cost="time"`).
         config (`dict`): the options of the run.
         versions (`dict`): versions of the libraries that made it.
 
@@ -55,6 +57,7 @@ class Selection:
     factors: tuple[float, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
     step: int | None = None
+    times: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -67,8 +70,10 @@ class Selection:
                 raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")
         if len(set(self.modules)) != count:
             raise ValueError("A selection names a module twice.")
-        if not all(math.isfinite(number) for number in (*self.scores, *self.gates, *self.factors)):
-            raise ValueError("A selection holds a score, gate or factor that is not finite.")
+        if not all(
+            math.isfinite(number) for number in (*self.scores, *self.gates, *self.factors, *self.times.values())
+        ):
+            raise ValueError("A selection holds a score, gate, factor or time that is not finite.")
         for row, column in self.positions:
             if not (0 <= row < len(self.rows) and 0 <= column < len(self.columns)):
                 raise ValueError(f"A selection places a module at ({row}, {column}), outside its grid.")
@@ -105,6 +110,13 @@ class Selection:
         """LoRA parameters that are trained after the cut; a shared pair counts once."""
         size = dict(zip(self.modules, self.parameters, strict=True))
         return sum(size[name] for name in self.selected) + sum(size[group[0]] for group in self.shared)
+
+    @property
+    def lowest_row(self) -> str:
+        """Name of the first row with a LoRA after the cut. The backward pass need not go below it."""
+        adapted = set(self.adapted)
+        places = zip(self.modules, self.positions, strict=True)
+        return self.rows[min(position[0] for name, position in places if name in adapted)]
 
     def uncovered(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the rows, and of the columns, in which not one module has a LoRA after the cut."""
@@ -191,6 +203,7 @@ class Selection:
                 "selected": self.selected,
                 "shared": self.shared,
                 "step": self.step,
+                "times": self.times,
                 "config": self.config,
                 "versions": self.versions,
             },
@@ -223,6 +236,7 @@ class Selection:
                 kept=tuple(record["kept"] for record in records),
                 shared=tuple(tuple(str(name) for name in group) for group in data["shared"]),
                 step=None if data["step"] is None else int(data["step"]),
+                times={str(name): float(seconds) for name, seconds in data.get("times", {}).items()},
                 config=dict(data["config"]),
                 versions=dict(data["versions"]),
             )

