@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -61,7 +62,7 @@ class DiffoRACallback(TrainerCallback):
         self._after_cut = after_cut
         self._last_train_batch = last_train_batch
         self._held_out: HeldOutBatches | None = None
-        self._warmup = self._cut = 0
+        self._warmup = self._decision = self._cut = 0
         self._report: dict[str, float] = {}
         self._resumed: tuple[dict[str, Any], dict[str, Any]] | None = None
         self._cut_model: nn.Module | None = None
@@ -96,20 +97,23 @@ class DiffoRACallback(TrainerCallback):
             self.resumed_after_cut = False
             return
         self._warmup, self._cut = self.config.schedule(state.max_steps)
+        self._decision = self.config.decision(state.max_steps)
         if self.searching and self.search is not None:  # a run before this one was interrupted
             self.search.gates.detach()
         self.phase, self.selection = WARMUP, None
         self.search = self._make_search(kwargs["model"])
         self._held_out = self._make_held_out(self._cut)
         if self._resumed is not None:
-            self._restore(state)
+            self._restore()
         self.search.begin()
+        self._close(state.global_step)
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
             logger.info(
                 f"Warm-up until step {self._warmup}, search ({self.config.relaxation}, on "
-                f"{len(self._held_out.dataset):,} held-out rows) until step {self._cut} of {state.max_steps}, then "
-                "the selected modules alone."
+                f"{len(self._held_out.dataset):,} held-out rows) until step {self._decision}"
+                + (f", the others closed until step {self._cut}" if self._decision < self._cut else "")
+                + f" of {state.max_steps}, then the selected modules alone."
             )
 
     def on_step_end(
@@ -122,7 +126,7 @@ class DiffoRACallback(TrainerCallback):
         if not self.searching or self.search is None:
             return
         step = state.global_step
-        if self._warmup < step <= self._cut and (step - self._warmup - 1) % self.config.arch_every == 0:
+        if self._warmup < step <= self._decision and (step - self._warmup - 1) % self.config.arch_every == 0:
             self._architecture_step(state, kwargs.get("lr_scheduler"))
         if step == self._warmup:
             self.phase = SEARCH
@@ -130,6 +134,9 @@ class DiffoRACallback(TrainerCallback):
                 self._measure_times(state)
             if state.is_world_process_zero:
                 logger.info(f"Step {step}: warm-up done, the search begins.")
+        if step == self._decision < self._cut:
+            self._decide(state)
+        self._close(step)
         if step >= self._cut:
             self._discretize(state, control, **kwargs)
 
@@ -167,6 +174,23 @@ class DiffoRACallback(TrainerCallback):
                 f"{self.search.grid.rows[min(rows)]} on."
             )
 
+    def _decide(self, state: TrainerState) -> None:
+        assert self.search is not None and self._held_out is not None
+        self.search.decide()
+        self._report = {
+            "diffora/held_out_loss_before_closing": self.search.held_out_loss(self._held_out.sample(_GAP_BATCHES))
+        }
+        if state.is_world_process_zero:
+            logger.info(
+                f"Step {state.global_step}: {len(self.search.select().selected)} modules are chosen; the gates of the "
+                f"others close until step {self._cut}."
+            )
+
+    def _close(self, step: int) -> None:
+        """Set the gates of the step after this one, if it is one of those in which gates close."""
+        if self.search is not None and self.search.decided is not None and step < self._cut:
+            self.search.close((step + 1 - self._decision) / (self._cut - self._decision))
+
     def _architecture_step(self, state: TrainerState, scheduler: Any) -> None:
         assert self.search is not None and self._held_out is not None
         train_batch, learning_rate = None, None
@@ -194,7 +218,7 @@ class DiffoRACallback(TrainerCallback):
         assert search is not None and held_out is not None
         before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
         seconds_before = None if search.times is None else search.step_seconds(next(held_out.sample(1)))
-        self._report = search.metrics()
+        self._report = {**self._report, **search.metrics()}
         self.selection = selection = search.finish(state.global_step)
         apply_selection(
             model,
@@ -262,6 +286,8 @@ class DiffoRACallback(TrainerCallback):
                 held_out_position=self._held_out.position,
                 held_out_rows=len(self._held_out.dataset),
                 skipped_steps=self.search.skipped_steps,
+                decision=self._decision,
+                decided=None if self.search.decided is None else self.search.decided.tolist(),
                 losses=self.search.pending_losses,
                 times=None if self.search.times is None else self.search.times.to_dict(),
             )
@@ -302,13 +328,14 @@ class DiffoRACallback(TrainerCallback):
             )
         self._resumed = (record, tensors)
 
-    def _restore(self, state: TrainerState) -> None:
+    def _restore(self) -> None:
         assert self._resumed is not None and self.search is not None and self._held_out is not None
         record, tensors = self._resumed
         self._resumed = None
         changed = {
             "the end of the warm-up": (record["warmup"], self._warmup),
             "the step of the cut": (record["cut"], self._cut),
+            "the step of the choice": (record["decision"], self._decision),
             "the number of held-out rows": (record["held_out_rows"], len(self._held_out.dataset)),
             "the options": (
                 {k: v for k, v in record["config"].items() if k != "base_model_id"},
@@ -326,6 +353,8 @@ class DiffoRACallback(TrainerCallback):
         if record.get("times") is not None:
             self.search.restrict(StepTimes.from_dict(record["times"]))
         self.search.matrix.load_state_dict(tensors)
+        if record["decided"] is not None:
+            self.search.decide(torch.tensor(record["decided"], dtype=torch.bool))
         self.search.skipped_steps = int(record["skipped_steps"])
         self.search.pending_losses = [float(loss) for loss in record["losses"]]
         self._held_out.position = int(record["held_out_position"])

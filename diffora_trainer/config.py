@@ -13,6 +13,7 @@ from .matrix import DifferentialAdaptationMatrix
 SELECTION_SCOPES = ("layer", "model")
 COSTS = ("parameters", "time")
 RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
+OPEN_RELAXATIONS = ("budget", "softmax")
 WEIGHT_SHARING = ("none", "layer", "model")
 
 
@@ -57,9 +58,16 @@ class DiffoRAConfig:
     arch_warmup (`float`, *optional*, defaults to `0.05`):
         For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
         at the start every gate has a gradient of exactly zero, so at least one step of warm-up is always made.
-        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up, steps 16 to 75 the search, the
-        cut is made at the end of step 75, and steps 76 to 300 train the selected modules alone.
-    arch_every (`int`, *optional*, defaults to `2`):
+        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up and steps 16 to 60 the search,
+        which decides; from step 61 on the gates of the modules that go are closed, the cut is made at the end of step
+        75, and steps 76 to 300 train the selected modules alone.
+    arch_closing (`float`, *optional*, defaults to `0.05`):
+        For how long, in the same two forms, the gates of the modules that go are closed before the cut. The choice is
+        made so much earlier, and then these gates fall linearly to 0 while all weights train on, so that the selected
+        modules take over and nothing is lost at the cut itself. `0` searches until the cut and drops the others at
+        once. It applies where the weights train with open gates (`"budget"` and `"softmax"`) and the modules that go
+        do not come back as shared pairs.
+    arch_every (`int`, *optional*, defaults to `4`):
         During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
 
     > Parameters that control the search
@@ -143,20 +151,6 @@ class DiffoRAConfig:
         default=None,
         metadata={"help": "Exact cap on the number of trainable LoRA parameters, instead of `selection_ratio`."},
     )
-    cost: str = field(
-        default="parameters",
-        metadata={
-            "help": "Whether the budget counts parameters alone, or the measured time of a training step as well.",
-            "choices": list(COSTS),
-        },
-    )
-    max_step_time: float = field(
-        default=0.75,
-        metadata={
-            "help": "With `cost='time'`: the longest that a step may take after the cut, as a part of its time with "
-            "equally many modules spread over all layers."
-        },
-    )
     discretize_at: float = field(
         default=0.25,
         metadata={
@@ -168,7 +162,7 @@ class DiffoRAConfig:
         metadata={"help": "For how long only the LoRA weights learn at the start: a step, or a fraction in [0, 1)."},
     )
     arch_every: int = field(
-        default=2, metadata={"help": "An architecture step follows each `arch_every`-th optimizer step."}
+        default=4, metadata={"help": "An architecture step follows each `arch_every`-th optimizer step."}
     )
     relaxation: str = field(
         default="budget",
@@ -206,6 +200,27 @@ class DiffoRAConfig:
     base_model_id: str | None = field(
         default=None, metadata={"help": "Hub id of the base model, for the adapter's configuration and model card."}
     )
+    cost: str = field(
+        default="parameters",
+        metadata={
+            "help": "Whether the budget counts parameters alone, or the measured time of a training step as well.",
+            "choices": list(COSTS),
+        },
+    )
+    max_step_time: float = field(
+        default=0.75,
+        metadata={
+            "help": "With `cost='time'`: the longest that a step may take after the cut, as a part of its time with "
+            "equally many modules spread over all layers."
+        },
+    )
+    arch_closing: float = field(
+        default=0.05,
+        metadata={
+            "help": "For how long the gates of the modules that go are closed before the cut: a number of steps, or a "
+            "fraction in [0, 1)."
+        },
+    )
 
     seed: InitVar[int | None] = None  # not a field: parsers would see it twice beside `TrainingArguments`
 
@@ -217,7 +232,7 @@ class DiffoRAConfig:
                     "one."
                 )
             self.arch_seed = seed
-        for name in ("selection_ratio", "max_step_time", "discretize_at", "arch_warmup", "arch_split"):
+        for name in ("selection_ratio", "max_step_time", "discretize_at", "arch_warmup", "arch_closing", "arch_split"):
             setattr(self, name, _number(name, getattr(self, name)))
         for name in ("arch_every", "arch_order", "arch_seed"):
             setattr(self, name, _integer(name, getattr(self, name)))
@@ -290,6 +305,7 @@ class DiffoRAConfig:
             raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more.")
         _check_moment("discretize_at", self.discretize_at, minimum_open=True)
         _check_moment("arch_warmup", self.arch_warmup, minimum_open=False)
+        _check_moment("arch_closing", self.arch_closing, minimum_open=False)
         if (self.arch_warmup < 1) == (self.discretize_at < 1) and self.discretize_at <= self.arch_warmup:
             raise ValueError(
                 f"You passed `discretize_at={self.discretize_at}` and `arch_warmup={self.arch_warmup}`, so the matrix "
@@ -338,6 +354,20 @@ class DiffoRAConfig:
                 "make `discretize_at` larger or `arch_warmup` smaller."
             )
         return warmup, cut
+
+    def decision(self, total_steps: int) -> int:
+        """
+        The step after which the choice is made: that of the cut, or `arch_closing` before it, but not before one step
+        of the search.
+
+        Args:
+            total_steps (`int`): optimizer steps of the whole run.
+        """
+        warmup, cut = self.schedule(total_steps)
+        if self.relaxation not in OPEN_RELAXATIONS or self.weight_sharing != "none":
+            return cut
+        closing = _round_half_up(self.arch_closing * total_steps) if self.arch_closing < 1 else int(self.arch_closing)
+        return max(warmup + 1, cut - closing)
 
     def to_dict(self) -> dict[str, Any]:
         """All options as a dictionary of JSON values."""

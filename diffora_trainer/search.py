@@ -89,12 +89,14 @@ class ArchitectureSearch:
         self.gates = Gates(model, self.grid)
         self.skipped_steps = 0
         self.times: StepTimes | None = None
+        self.decided: Tensor | None = None
         self._loss_fn = loss_fn
         self._reduce = reduce or (lambda values: values)
         self._loss_scale = loss_scale or (lambda: 1.0)
         self.pending_losses: list[float] = []
         self.last_loss: float | None = None
         self._checkpointing = False
+        self._closing: Tensor | None = None
 
     def begin(self) -> None:
         """Attach the gates to the model. From here on the weights train under the gates of [`draw_gates`]."""
@@ -150,9 +152,38 @@ class ArchitectureSearch:
         with self._quiet(training=True), self.gates.override(None):
             return timed(step, self.gates.device)
 
+    def decide(self, kept: Tensor | None = None) -> None:
+        """
+        Make the choice, ahead of the cut: what the matrix learns from here on does not change it any more. [`close`]
+        then closes the gates of the others.
+
+        Args:
+            kept (`Tensor` of shape `(n,)` and dtype `torch.bool`, *optional*): a choice that was made before, when a
+                run is resumed.
+        """
+        self.decided = self.matrix.choose() if kept is None else kept
+
+    def close(self, progress: float) -> None:
+        """
+        Set the gates of the modules that will go, for training and evaluation. Those that stay are left open.
+
+        Args:
+            progress (`float`): 0 leaves all gates open, at 1 the model computes what it will after the cut.
+
+        Raises:
+            ValueError: if the choice is not made yet.
+        """
+        if self.decided is None:
+            raise ValueError("Nothing can be closed before the choice is made: call `decide` first.")
+        self._closing = torch.where(self.decided, 1.0, 1.0 - progress)
+        self.gates.set_evaluation(self._closing)
+
     def draw_gates(self) -> None:
         """Set the gates of the next training step. Call it before each forward pass of a training batch."""
-        self.gates.set_training(self.matrix.training_gates())
+        self.gates.set_training(self._training_gates())
+
+    def _training_gates(self) -> Tensor | None:
+        return self.matrix.training_gates() if self._closing is None else self._closing
 
     def step(self, batch: Any, train_batch: Any = None, learning_rate: float | None = None) -> float | None:
         """
@@ -207,7 +238,7 @@ class ArchitectureSearch:
         losses = []
         with self._quiet(training=False), torch.no_grad():
             for batch in batches:
-                with self.gates.override(self.matrix.training_gates()) if relaxed else nullcontext():
+                with self.gates.override(self._training_gates()) if relaxed else nullcontext():
                     losses.append(self._loss_fn(self.model, batch).detach().float().cpu().reshape(1))
         return float(self._reduce(torch.cat(losses).mean().reshape(1)))
 
@@ -225,7 +256,7 @@ class ArchitectureSearch:
 
     def select(self, step: int | None = None) -> Selection:
         """The selection that a cut would make now. Changes nothing."""
-        kept = self.matrix.choose().tolist()
+        kept = (self.matrix.choose() if self.decided is None else self.decided).tolist()
         # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
         # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
         relaxed, trained = self.matrix.values(), self.matrix.evaluation_gates()

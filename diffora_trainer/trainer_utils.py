@@ -116,8 +116,8 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
             "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
             "`arch_dataset=` to the trainer."
         )
-    warmup, cut = config.schedule(args.max_steps)
-    batches = min(math.ceil((cut - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
+    warmup, decision = config.schedule(args.max_steps)[0], config.decision(args.max_steps)
+    batches = min(math.ceil((decision - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
     rows = list(islice(iter(stream), batches * rows_a_batch))
     if not rows:

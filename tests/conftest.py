@@ -49,7 +49,9 @@ def lora(**overrides: object) -> LoraConfig:
 
 def search_config(**overrides: object) -> DiffoRAConfig:
     """Warm-up until step 3, search until the cut at step 8, an architecture step after each training step."""
-    return DiffoRAConfig(**{"arch_warmup": WARMUP, "discretize_at": CUT, "arch_every": 1, **overrides})
+    return DiffoRAConfig(
+        **{"arch_warmup": WARMUP, "discretize_at": CUT, "arch_every": 1, "arch_closing": 0, **overrides}
+    )
 
 
 def arguments(folder: object, cls: type = TrainingArguments, **overrides: object) -> TrainingArguments:

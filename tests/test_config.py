@@ -20,6 +20,9 @@ OPTIONS: dict[str, Any] = {
     "max_trainable_parameters": 1000,
     "discretize_at": 40.0,
     "arch_warmup": 0.1,
+    "arch_closing": 0.1,
+    "cost": "time",
+    "max_step_time": 0.6,
     "arch_every": 3,
     "relaxation": "softmax",
     "arch_learning_rate": 0.02,
@@ -148,14 +151,34 @@ def test_schedule(options: dict[str, Any], steps: int, expected: tuple[int, int]
     assert DiffoRAConfig(**options).schedule(steps) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "steps", "expected"),
+    [
+        ({}, 300, 60),
+        ({}, 3, 2),  # no time for it
+        ({}, 14, 3),
+        ({"arch_closing": 0}, 300, 75),
+        ({"arch_closing": 10}, 300, 65),
+        ({"arch_closing": 1000}, 300, 16),  # one step of the search at least
+        ({"relaxation": "softmax"}, 300, 60),
+        ({"relaxation": "sampled"}, 300, 75),  # its weights train under drawn gates
+        ({"weight_sharing": "layer"}, 300, 75),  # what is closed would come back as a shared pair
+    ],
+)
+def test_decision(options: dict[str, Any], steps: int, expected: int) -> None:
+    assert DiffoRAConfig(**options).decision(steps) == expected
+
+
 def test_the_example_of_the_docstring() -> None:
     text = re.sub(r"\s+", " ", str(DiffoRAConfig.__doc__))
     example = re.search(
-        r"in a run of (\d+) steps with the defaults, steps 1 to (\d+) .* at the end of step (\d+)", text
+        r"in a run of (\d+) steps with the defaults, steps 1 to (\d+) .* to (\d+) the search.* of step (\d+), and",
+        text,
     )
     assert example is not None
-    steps, warmup, cut = map(int, example.groups())
+    steps, warmup, decision, cut = map(int, example.groups())
     assert DiffoRAConfig().schedule(steps) == (warmup, cut)
+    assert DiffoRAConfig().decision(steps) == decision
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
+from diffora_trainer import ArchitectureSearch, DiffoRAConfig
 from diffora_trainer.grid import lora_layers
 
 
@@ -271,3 +272,32 @@ def test_parameter_cap_is_kept(tmp_path: Path) -> None:
     )
     assert trained + smallest > 1000
     assert len(vocabulary()) == trainer.model.config.vocab_size
+
+
+def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "cls", search={"arch_closing": 4, "selection_scope": "model"})
+    search_gates: dict[int, Tensor] = {}
+    scores: dict[int, Tensor] = {}
+
+    def look(model: nn.Module, **kwargs: object) -> None:
+        search, step = trainer._callback.search, trainer.state.global_step
+        if search is not None:
+            scores[step] = search.matrix.scores()
+            if search.decided is not None:
+                search_gates[step + 1] = search._closing
+
+    trainer.add_callback(Probe(look))
+    trainer.train()
+    kept = torch.tensor(trainer.selection.kept)
+    assert sorted(search_gates) == [5, 6, 7, 8]  # the steps that train under closing gates
+    for step, gates in search_gates.items():
+        assert torch.all(gates[kept] == 1)
+        assert torch.allclose(gates[~kept], torch.tensor(1 - (step - 4) / 4))
+    assert torch.equal(scores[4], scores[7])  # no search on what is decided
+    logs = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("diffora/")}
+    assert logs["diffora/gap"] == pytest.approx(0, abs=1e-6)
+    assert logs["diffora/held_out_loss_before_closing"] > 0
+    assert torch.all(torch.tensor(trainer.selection.factors)[kept] == 1)
+    fresh = get_peft_model(classifier().model, lora())
+    with pytest.raises(ValueError, match="call `decide` first"):
+        ArchitectureSearch(fresh, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss).close(0.5)

@@ -54,6 +54,7 @@ RUNS = {
     "classifier, accumulated": ("cls", 2, {}),
     "sft": ("sft", 1, {}),
     "sft, accumulated": ("sft", 2, {}),
+    "closing": ("cls", 1, {"search": {"arch_closing": 4}}),  # chosen at step 4, so step 5 lies among the closing ones
     "sampled": ("cls", 1, {"search": {"relaxation": "sampled", "selection_scope": "model"}}),
     "sigmoid, second order": ("sft", 1, {"search": {"relaxation": "sigmoid", "arch_order": 2, "arch_every": 2}}),
     # All of equal shapes, so that moments that land on another pair are a wrong result and not a crash.
@@ -91,6 +92,8 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
     [
         *((name, moment) for name in ("classifier", "sft, accumulated") for moment in MOMENTS),
         *((name, moment) for name in ("classifier, accumulated", "sft") for moment in ("search", "cut")),
+        ("closing", "search"),
+        ("closing", "cut"),
         ("sampled", "search"),
         ("sigmoid, second order", "search"),
         ("shared pairs", "cut"),

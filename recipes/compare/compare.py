@@ -34,6 +34,7 @@ and one can add methods, budgets, seeds and draws later.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -41,7 +42,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,8 +77,11 @@ class CompareConfig:
             Random sets for each budget, dealt out to the seeds.
         choice (`bool`, *optional*, defaults to `True`):
             Whether to train the chosen modules once more.
+        worst (`bool`, *optional*, defaults to `False`):
+            Whether to train the set that `diffora` scores lowest too: it should do clearly worse than the chosen one.
         workers (`int`, *optional*, defaults to `1`):
-            Runs at a time. On a CPU one worker a core is faster than several cores a run for small models.
+            Runs at a time. On a CPU one worker a core is faster than several cores a run for small models; `0` makes
+            them one after the other in this process.
         output_dir (`str`, *optional*, defaults to `"compare"`):
             Where `results.jsonl`, `table.md` and `percentiles.png` go.
     """
@@ -92,6 +96,7 @@ class CompareConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     draws: int = 20
     choice: bool = True
+    worst: bool = False
     workers: int = 1
     output_dir: str = "compare"
 
@@ -102,8 +107,8 @@ class CompareConfig:
             parse_method(method)
         if bad := [budget for budget in self.budgets if not 0 < budget <= 1]:
             raise ValueError(f"A budget is a part of all LoRA parameters, in (0, 1]; got {bad}.")
-        if not self.seeds or self.workers < 1 or self.draws < 0:
-            raise ValueError("`seeds` must not be empty, `workers` must be 1 or more and `draws` not negative.")
+        if not self.seeds or self.workers < 0 or self.draws < 0:
+            raise ValueError("`seeds` must not be empty, and `workers` and `draws` not be negative.")
         self.budgets = [round(budget, 6) for budget in self.budgets]
 
 
@@ -129,14 +134,17 @@ def plan_runs(config: CompareConfig) -> Iterable[Job]:
 
 
 def plan_choices(config: CompareConfig, records: list[Job]) -> Iterable[Job]:
-    """The second training of what was chosen during a run. Equal choices of one seed are trained once."""
+    """The second training of what was chosen during a run, and the training of what it would have chosen last."""
     from methods import ADAPTIVE, parse_method
 
     for record in records:
         if record["reading"] == "run" and parse_method(record["method"])[0] in ADAPTIVE:
             if record["method"] in config.methods and record["budget"] in config.budgets:
                 if record["seed"] in config.seeds:
-                    yield {**{name: record[name] for name in KEY}, "reading": "choice", "ranks": record["ranks"]}
+                    job = {name: record[name] for name in KEY}
+                    yield {**job, "reading": "choice", "ranks": record["ranks"]}
+                    if config.worst and "worst" in record:
+                        yield {**job, "reading": "worst", "ranks": record["worst"]}
 
 
 KEY = ("method", "budget", "seed", "draw", "reading")
@@ -151,13 +159,14 @@ _task: Task | None = None
 _grid: Grid | None = None
 
 
-def _start(config: TaskConfig, threads: int) -> None:
+def _start(config: TaskConfig, threads: int | None) -> None:
     """In each worker: load the data once."""
     global _task, _grid
     import torch
     from methods import Grid
 
-    torch.set_num_threads(threads)
+    if threads is not None:
+        torch.set_num_threads(threads)
     _task = Task(config)
     _grid = Grid.of(_task)
 
@@ -167,7 +176,7 @@ def _work(job: Job) -> Job:
 
     assert _task is not None and _grid is not None
     started = time.perf_counter()
-    if job["reading"] == "choice":
+    if job["reading"] != "run":
         result = train_static(_task, job["ranks"], job["seed"])
     else:
         result = run_method(_task, _grid, job["method"], job["budget"], job["seed"], job["draw"])
@@ -195,41 +204,57 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if text and not text.endswith("\n"):
         path.write_text(text + "\n", encoding="utf-8")  # the line that a kill cut off must not swallow the next one
-    threads = max(1, (os.cpu_count() or 1) // config.workers)
-    with multiprocessing.get_context("spawn").Pool(config.workers, _start, (task, threads)) as pool:
-        for stage in ("run", "choice") if config.choice else ("run",):
+    with contextlib.ExitStack() as stack:
+        if config.workers:
+            threads = max(1, (os.cpu_count() or 1) // config.workers)
+            context = multiprocessing.get_context("spawn")
+            work = stack.enter_context(context.Pool(config.workers, _start, (task, threads))).imap_unordered
+        else:
+            _start(task, None)
+            work = map
+        # The choices twice: what had to wait for its twin is copied from it in the second round.
+        for stage in ("run", "choice", "choice") if config.choice else ("run",):
             records = [record for record in read_results(path) if record["fingerprint"] == mark]
             done = {key_of(record) for record in records}
-            # Draws of a changed number of seeds may be dealt otherwise; a draw is its seed and its number.
             planned = plan_runs(config) if stage == "run" else plan_choices(config, records)
             jobs = [job for job in planned if key_of(job) not in done]
-            known = {
-                (record["seed"], json.dumps(record["ranks"], sort_keys=True)): record
-                for record in records
-                if record["reading"] == "choice" or record["method"].split(":")[0] not in ("eva", "adalora", "diffora")
-            }
-            fresh = []
-            for job in jobs:
-                twin = known.get((job["seed"], json.dumps(job.get("ranks"), sort_keys=True)))
-                if stage == "choice" and twin is not None:
-                    same = {
-                        name: twin[name] for name in ("task", "loss", "metric", "parameters", "ranks") if name in twin
-                    }
-                    append(path, {"fingerprint": mark, **same, **job, "seconds": 0.0})
-                else:
-                    fresh.append(job)
-            print(f"{stage}: {len(done)} results are there, {len(fresh)} to make.", flush=True)
+            if stage == "choice":
+                jobs = list(copy_twins(jobs, records, path, mark))
+            if jobs:
+                print(f"{stage}: {len(done)} results are there, {len(jobs)} to make.", flush=True)
             started = time.perf_counter()
-            for count, record in enumerate(pool.imap_unordered(_work, fresh), start=1):
+            for count, record in enumerate(work(_work, jobs), start=1):
                 append(path, {"fingerprint": mark, **record})
-                left = (time.perf_counter() - started) / count * (len(fresh) - count)
+                left = (time.perf_counter() - started) / count * (len(jobs) - count)
                 print(
-                    f"[{count}/{len(fresh)}] {record['reading']} {record['method']} at {record['budget']:.3g}, seed "
+                    f"[{count}/{len(jobs)}] {record['reading']} {record['method']} at {record['budget']:.3g}, seed "
                     f"{record['seed']}, draw {record['draw']}: loss {record['loss']:.4f}, "
                     f"{record['parameters']:,} parameters, {record['seconds']:.0f} s; about {left / 60:.0f} min left",
                     flush=True,
                 )
     return path
+
+
+def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> Iterator[Job]:
+    """The jobs to make. Where the same set was trained from scratch under the same seed, its result is taken over."""
+    from methods import ADAPTIVE, parse_method
+
+    def name_of(job: Job) -> tuple[int, str]:
+        return job["seed"], json.dumps(job["ranks"], sort_keys=True)
+
+    known = {
+        name_of(record): record
+        for record in records
+        if record["reading"] != "run" or parse_method(record["method"])[0] not in ADAPTIVE
+    }
+    waiting = set()
+    for job in jobs:
+        if (twin := known.get(name_of(job))) is not None:
+            same = {name: twin[name] for name in ("task", "loss", "metric", "parameters") if name in twin}
+            append(path, {"fingerprint": mark, **job, **same, "seconds": 0.0})
+        elif name_of(job) not in waiting:
+            waiting.add(name_of(job))
+            yield job
 
 
 def append(path: Path, record: Job) -> None:

@@ -295,8 +295,12 @@ def _unpadded(layer_input: Any, positions: Tensor, layer_name: str) -> Tensor:
     from peft.tuners.lora.eva import prepare_layer_inputs_fn_language_modeling
 
     states = layer_input if hasattr(layer_input, "ndim") else layer_input[0]
-    # A pooler has one vector a text, and no padding among them.
-    return states if states.ndim == 2 else prepare_layer_inputs_fn_language_modeling(states, positions, layer_name)
+    # A pooler has one vector a text, and no padding among them. PEFT takes a `view` of what it is given.
+    return (
+        states.contiguous()
+        if states.ndim == 2
+        else prepare_layer_inputs_fn_language_modeling(states, positions, layer_name)
+    )
 
 
 def train_adalora(task: Task, grid: Grid, cap: int, seed: int) -> tuple[Ranks, dict[str, Any]]:
@@ -364,14 +368,16 @@ def train_diffora(
     for entry in trainer.state.log_history:
         report.update({key: value for key, value in entry.items() if key.startswith("diffora/held_out_loss")})
     result = task.measure(trainer)
+    scores = dict(zip(selection.modules, selection.scores, strict=True))
+    # Of equal scores those that were not chosen come first.
+    upwards = sorted(grid.names, key=lambda name: (scores[name], name in selection.selected))
     return dict.fromkeys(selection.selected, grid.rank), {
         "parameters": selection.trainable_parameters,
         **result,
         "before_cut": report.get("diffora/held_out_loss_before_cut"),
         "after_cut": report.get("diffora/held_out_loss_after_cut"),
-        "scores": {
-            name: float(f"{score:.5g}") for name, score in zip(selection.modules, selection.scores, strict=True)
-        },
+        "scores": {name: float(f"{score:.5g}") for name, score in scores.items()},
+        "worst": grid.take(upwards, cap),
     }
 
 

@@ -87,6 +87,7 @@ def train(
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=max_steps)
     search = ArchitectureSearch(model, config, loss_fn=lambda model, batch: model(**batch).loss)
     warmup, cut = config.schedule(max_steps)
+    decision = config.decision(max_steps)
     model.train()
     search.begin()
     for step in range(1, max_steps + 1):
@@ -96,8 +97,12 @@ def train(
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if warmup < step <= cut and (step - warmup - 1) % config.arch_every == 0:
+        if warmup < step <= decision and (step - warmup - 1) % config.arch_every == 0:
             search.step(next(held_out_batches))
+        if step == decision < cut:
+            search.decide()
+        if decision <= step < cut:
+            search.close((step + 1 - decision) / (cut - decision))  # the gates of the next step
         if step == cut:
             selection = search.finish(step)
             apply_selection(model, selection, optimizer, scheduler)

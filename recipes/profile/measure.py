@@ -8,8 +8,8 @@ What does a search cost, and what does it save? Time per step and peak memory in
 PEFT on the stock trainer.
 
 Four trainers run side by side in one process and take turns step by step, in an order that changes, so that whatever
-disturbs the machine disturbs all of them: LoRA on all linear layers, `DiffoRATrainer`, LoRA on exactly the modules that
-it keeps (from the moment it has chosen), and AdaLoRA. Memory is measured in a process of its own for each.
+disturbs the machine disturbs all of them: LoRA on all linear layers, `DiffoRATrainer`, LoRA on exactly the modules
+that it keeps (from the moment it has chosen), and AdaLoRA. Memory is measured in a process of its own for each.
 
 # A Llama-like model of 16 thin layers, on a CPU
 ```bash
