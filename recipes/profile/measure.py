@@ -160,7 +160,7 @@ def make_trainer(
         "callbacks": callbacks,
         "args": TrainingArguments(
             tempfile.gettempdir(),
-            max_steps=config.steps,
+            max_steps=config.steps - (schedule_of(config)[1] if variant == "kept" else 0),
             per_device_train_batch_size=config.batch_size,
             learning_rate=1e-4,
             bf16=model.dtype == torch.bfloat16,
@@ -200,7 +200,7 @@ def make_trainer(
     return Trainer(model=get_peft_model(model, peft_config), **arguments)
 
 
-def phase_of(trainer: Trainer, schedule: tuple[int, int], step: int) -> str:
+def phase_of(schedule: tuple[int, int], step: int) -> str:
     """The phase that a step (1 is the first) belongs to: the step of the cut is the last of the search."""
     warmup, cut = schedule
     return PHASES[0] if step <= warmup else PHASES[1] if step <= cut else PHASES[2]
@@ -247,10 +247,13 @@ class Turns:
         order = random.Random(0)
         while self.active and not self.errors:
             for name in order.sample(sorted(self.active), len(self.active)):
-                with self.lock:
-                    self.turn = name
-                    self.lock.notify_all()
-                    self.lock.wait_for(lambda: self.turn is None)
+                if name in self.active and not self.errors:
+                    with self.lock:
+                        self.turn = name
+                        self.lock.notify_all()
+                        self.lock.wait_for(lambda: self.turn is None)
+        with self.lock:
+            self.lock.notify_all()  # those that wait for a turn look at the errors
         for thread in threads:
             thread.join()
         if self.errors:
@@ -323,11 +326,11 @@ def measure_memory(config: ProfileConfig, variant: str, kept: list[str] | None) 
                 _reset_peak()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            phase = phase_of(trainer, schedule, state.global_step)
+            phase = PHASES[2] if variant == "kept" else phase_of(schedule, state.global_step)
             peaks[phase] = max(peaks.get(phase, 0), _peak())
 
     # The last callback of the list, so that what the search does at the end of a step is measured too.
-    trainer = make_trainer(config, variant, kept)
+    trainer = make_trainer(config, variant, kept=kept)
     trainer.add_callback(Peak())
     trainer.train()
     return peaks | {"modules": list(trainer.selection.selected)} if variant == "diffora" else peaks
