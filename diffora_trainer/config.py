@@ -67,7 +67,7 @@ class DiffoRAConfig:
         modules take over and nothing is lost at the cut itself. `0` searches until the cut and drops the others at
         once. It applies where the weights train with open gates (`"budget"` and `"softmax"`) and the modules that go
         do not come back as shared pairs.
-    arch_every (`int`, *optional*, defaults to `4`):
+    arch_every (`int`, *optional*, defaults to `3`):
         During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
 
     > Parameters that control the search
@@ -162,7 +162,7 @@ class DiffoRAConfig:
         metadata={"help": "For how long only the LoRA weights learn at the start: a step, or a fraction in [0, 1)."},
     )
     arch_every: int = field(
-        default=4, metadata={"help": "An architecture step follows each `arch_every`-th optimizer step."}
+        default=3, metadata={"help": "An architecture step follows each `arch_every`-th optimizer step."}
     )
     relaxation: str = field(
         default="budget",

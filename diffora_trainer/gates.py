@@ -1,8 +1,8 @@
-"""Gates on live LoRA modules: attach and detach."""
+"""Gates on live LoRA modules: attach and detach, and shut off whole modules for a while."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .grid import ModuleGrid, lora_layers
+from .grid import ModuleGrid, lora_layers, lora_parameters
 
 
 class Gates:
@@ -101,3 +101,32 @@ class Gates:
             wide = torch.promote_types(output.dtype, torch.float32)
             return (output.to(wide) * gate).to(output.dtype)
         return output * gate.to(output.dtype)
+
+
+@contextmanager
+def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[list[nn.Parameter]]:
+    """
+    For a while, let a model compute what it would after a cut that keeps only some modules; gives their parameters.
+
+    Args:
+        model (`PeftModel`): a model before the cut.
+        kept (`Iterable[str]`): names of the modules to keep.
+        adapter_name (`str`): the adapter.
+    """
+    names = set(kept)
+    layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
+    off = [layer for name, layer in layers.items() if name not in names]
+    frozen = [p for layer in off for p in lora_parameters(layer, adapter_name) if p.requires_grad]
+    before = [layer._disable_adapters for layer in off]
+    try:
+        # Not `enable_adapters`, which would also change what is trainable in other adapters of the layer.
+        for layer in off:
+            layer._disable_adapters = True
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        yield [p for name in names for p in lora_parameters(layers[name], adapter_name)]
+    finally:
+        for layer, disabled in zip(off, before, strict=True):
+            layer._disable_adapters = disabled
+        for parameter in frozen:
+            parameter.requires_grad_(True)

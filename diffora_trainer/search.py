@@ -16,11 +16,10 @@ from torch import Tensor, nn
 
 from .budget import Budget
 from .config import DiffoRAConfig
-from .gates import Gates
+from .gates import Gates, as_if_cut
 from .grid import OTHER_ROW, ModuleGrid
 from .matrix import DifferentialAdaptationMatrix
 from .selection import Selection, short_names
-from .surgery import as_if_cut
 from .timing import REPEATS, StepTimes, measure_step_times, timed
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,35 +69,6 @@ def apply_selection(
         forget_parameters(optimizer, parameters_before - kept, scheduler)
         if selection.shared:
             _sort_parameters(optimizer, model)
-
-
-@contextmanager
-def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[list[nn.Parameter]]:
-    """
-    For a while, let a model compute what it would after a cut that keeps only some modules; gives their parameters.
-
-    Args:
-        model (`PeftModel`): a model before the cut.
-        kept (`Iterable[str]`): names of the modules to keep.
-        adapter_name (`str`): the adapter.
-    """
-    names = set(kept)
-    layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
-    off = [layer for name, layer in layers.items() if name not in names]
-    frozen = [p for layer in off for p in lora_parameters(layer, adapter_name) if p.requires_grad]
-    before = [layer._disable_adapters for layer in off]
-    try:
-        # Not `enable_adapters`, which would also change what is trainable in other adapters of the layer.
-        for layer in off:
-            layer._disable_adapters = True
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        yield [p for name in names for p in lora_parameters(layers[name], adapter_name)]
-    finally:
-        for layer, disabled in zip(off, before, strict=True):
-            layer._disable_adapters = disabled
-        for parameter in frozen:
-            parameter.requires_grad_(True)
 
 
 def forget_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:

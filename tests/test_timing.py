@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, apply_selection
 from diffora_trainer.budget import Budget
-from diffora_trainer.surgery import as_if_cut
+from diffora_trainer.gates import as_if_cut
 from diffora_trainer.timing import StepTimes, measure_step_times
 
 
