@@ -52,22 +52,22 @@ class DiffoRAConfig:
 
     > Parameters that control when things happen
 
-    discretize_at (`float`, *optional*, defaults to `0.25`):
+    discretize_at (`float`, *optional*, defaults to `0.3`):
         When the matrix is discretized and the unselected modules leave the model: a whole number of 1 or more is an
         optimizer step, a number in (0, 1) a fraction of all steps.
     arch_warmup (`float`, *optional*, defaults to `0.05`):
         For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
         at the start every gate has a gradient of exactly zero, so at least one step of warm-up is always made.
-        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up and steps 16 to 60 the search,
-        which decides; from step 61 on the gates of the modules that go are closed, the cut is made at the end of step
-        75, and steps 76 to 300 train the selected modules alone.
+        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up and steps 16 to 75 the search,
+        which decides; from step 76 on the gates of the modules that go are closed, the cut is made at the end of step
+        90, and steps 91 to 300 train the selected modules alone.
     arch_closing (`float`, *optional*, defaults to `0.05`):
         For how long, in the same two forms, the gates of the modules that go are closed before the cut. The choice is
         made so much earlier, and then these gates fall linearly to 0 while all weights train on, so that the selected
         modules take over and nothing is lost at the cut itself. `0` searches until the cut and drops the others at
         once. It applies where the weights train with open gates (`"budget"` and `"softmax"`) and the modules that go
         do not come back as shared pairs.
-    arch_every (`int`, *optional*, defaults to `3`):
+    arch_every (`int`, *optional*, defaults to `4`):
         During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
 
     > Parameters that control the search
@@ -152,7 +152,7 @@ class DiffoRAConfig:
         metadata={"help": "Exact cap on the number of trainable LoRA parameters, instead of `selection_ratio`."},
     )
     discretize_at: float = field(
-        default=0.25,
+        default=0.3,
         metadata={
             "help": "When to cut: a whole number is an optimizer step, a number in (0, 1) a fraction of all steps."
         },
@@ -162,7 +162,7 @@ class DiffoRAConfig:
         metadata={"help": "For how long only the LoRA weights learn at the start: a step, or a fraction in [0, 1)."},
     )
     arch_every: int = field(
-        default=3, metadata={"help": "An architecture step follows each `arch_every`-th optimizer step."}
+        default=4, metadata={"help": "An architecture step follows each `arch_every`-th optimizer step."}
     )
     relaxation: str = field(
         default="budget",
