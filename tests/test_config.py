@@ -188,7 +188,7 @@ def test_the_example_of_the_docstring() -> None:
         ({"discretize_at": 301}, 300, "discretize_at=301.*only 300 optimizer steps"),
         ({"discretize_at": 1}, 300, "cut at step 1"),
         ({"discretize_at": 15}, 300, "cut at step 15.*until step 15"),
-        ({"arch_warmup": 75}, 300, "cut at step 75.*until step 75"),
+        ({"arch_warmup": 90}, 300, "cut at step 90.*until step 90"),
     ],
 )
 def test_impossible_schedules_are_refused(options: dict[str, Any], steps: int, message: str) -> None:
