@@ -119,18 +119,21 @@ class DiffoRAConfig:
 
     > Evidence
 
-    `recipes/ablation` (MiniLM on SST-2, 150 steps, 6 seeds, or 4 where so noted; its README has the table and the
-    command) is what the defaults rest on:
+    `recipes/compare`, `recipes/profile` and `recipes/ablation` (MiniLM on SST-2, 150 steps; their READMEs have the
+    tables and the commands) are what the defaults rest on:
 
-    - `relaxation="budget"`: the cut it makes raises the held-out loss by 0.018 when five of six modules go, a random
-      one by 0.165, and two seeds share 81 % of the chosen modules, against 19 %. `"sampled"` ended 0.016 ± 0.009
-      higher in final loss there (4 seeds).
-    - Open gates until the cut: training under gates drawn at the target ratio ended 0.037 ± 0.004 higher at a sixth of
-      the modules, and 0.005 ± 0.003 at a half (4 seeds).
-    - `selection_ratio=0.5`: at a half, the final loss is that of a random half (difference 0.000 ± 0.003): an easy
-      budget, at which little can go wrong. At a sixth the chosen modules end 0.029 ± 0.020 lower than random ones.
-    - `arch_warmup`, `discretize_at`, `arch_every`, `arch_split` and the learning rates are judgement, not yet
-      measured.
+    - `relaxation="budget"`: its choices of 1/12 and 1/6 of the parameters, trained from scratch, beat all of 20 random
+      sets of equal size, on two seeds (`recipes/compare`). `"sampled"` ended 0.016 ± 0.009 higher in final loss at a
+      sixth of the modules (4 seeds, `recipes/ablation`).
+    - Open gates until the choice: training under gates drawn at the target ratio ended 0.037 ± 0.004 higher at a
+      sixth of the modules, and 0.005 ± 0.003 at a half (4 seeds, `recipes/ablation`).
+    - `arch_closing`: without it the held-out loss jumps by 20 to 50 % when 5/6 of the parameters or more go
+      (`recipes/compare`).
+    - `arch_every` and `discretize_at`: as many architecture steps as a search may have that costs at most a quarter
+      more per step (`recipes/profile`). Twice as many choose more alike from seed to seed.
+    - `selection_ratio=0.5`: at a half, the final loss is that of a random half (difference 0.000 ± 0.003, 6 seeds): an
+      easy budget, at which little can go wrong.
+    - `arch_warmup`, `arch_split` and the learning rates are judgement, not yet measured.
 
     Raises:
         ValueError: if a value is out of its range, or two of them contradict each other.

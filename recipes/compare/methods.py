@@ -303,10 +303,14 @@ def _unpadded(layer_input: Any, positions: Tensor, layer_name: str) -> Tensor:
     )
 
 
-def train_adalora(task: Task, grid: Grid, cap: int, seed: int) -> tuple[Ranks, dict[str, Any]]:
+def train_adalora(
+    task: Task, grid: Grid, cap: int, seed: int, training: dict[str, Any]
+) -> tuple[Ranks, dict[str, Any]]:
     """
     AdaLoRA (https://arxiv.org/abs/2303.10512) as PEFT has it, with its update called at every step. It starts at one
-    and a half times the budget, prunes from a tenth to two thirds of the run, and goes on with what is left.
+    and a half times the budget, prunes from a tenth to two thirds of the run, and goes on with what is left. Its
+    singular values start at 0 between small factors, so that it learns slowly at a learning rate that suits LoRA:
+    `adalora:learning_rate=0.01` gives it one of its own.
     """
     from peft import AdaLoraConfig
     from transformers import TrainerCallback
@@ -343,7 +347,7 @@ def train_adalora(task: Task, grid: Grid, cap: int, seed: int) -> tuple[Ranks, d
         found["ranks"] = {name: rank for name, rank in ranks.items() if rank}
         model.peft_config["default"].orth_reg_weight = 0.0  # no part of the loss that is compared
 
-    result = _train(task, config, seed, prepare, finish, callbacks=[Update()])
+    result = _train(task, config, seed, prepare, finish, callbacks=[Update()], training=training)
     if found.get("updates") != steps:
         raise RuntimeError(f"AdaLoRA's update was called {found.get('updates', 0)} times in {steps} steps.")
     return found["ranks"], {**result, "parameters": grid.parameters(found["ranks"])}
@@ -374,6 +378,7 @@ def train_diffora(
     return dict.fromkeys(selection.selected, grid.rank), {
         "parameters": selection.trainable_parameters,
         **result,
+        "before_closing": report.get("diffora/held_out_loss_before_closing"),
         "before_cut": report.get("diffora/held_out_loss_before_cut"),
         "after_cut": report.get("diffora/held_out_loss_after_cut"),
         "scores": {name: float(f"{score:.5g}") for name, score in scores.items()},
@@ -393,7 +398,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     name, *options = text.split(":")
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}; known are {sorted(METHODS)}.")
-    if options and name != "diffora":
+    if options and name not in ("diffora", "adalora"):
         raise ValueError(f"The method {name!r} has no options, but you passed {text!r}.")
     pairs = dict(option.split("=", 1) for option in options)
     return name, {key: yaml.safe_load(value) for key, value in pairs.items()}
@@ -413,8 +418,10 @@ def run_method(task: Task, grid: Grid, method: str, budget: float, seed: int, dr
     if name in ADAPTIVE:
         if name == "diffora":
             ranks, result = train_diffora(task, grid, cap, seed, options)
+        elif name == "adalora":
+            ranks, result = train_adalora(task, grid, cap, seed, options)
         else:
-            ranks, result = (train_eva if name == "eva" else train_adalora)(task, grid, cap, seed)
+            ranks, result = train_eva(task, grid, cap, seed)
         return {**result, "ranks": ranks}
     extra: dict[str, Any] = {}
     if name == "full":

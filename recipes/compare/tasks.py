@@ -136,7 +136,14 @@ class Task:
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
 
-    def make_trainer(self, model: nn.Module | PeftModel, seed: int, search: bool = False, **arguments: Any) -> Trainer:
+    def make_trainer(
+        self,
+        model: nn.Module | PeftModel,
+        seed: int,
+        search: bool = False,
+        training: dict[str, Any] | None = None,
+        **arguments: Any,
+    ) -> Trainer:
         """
         A stock trainer, or with `search` the one of `diffora_trainer`.
 
@@ -144,6 +151,7 @@ class Task:
             model: the model, a `PeftModel` for a stock trainer.
             seed (`int`): of the training.
             search (`bool`, *optional*, defaults to `False`): whether to search for modules.
+            training (`dict`, *optional*): training arguments that differ from the task's.
             **arguments: for the trainer's constructor.
         """
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
@@ -164,6 +172,7 @@ class Task:
             "seed": seed,
             "data_seed": seed,
             **self.config.training,
+            **(training or {}),
         }
         arguments.update(train_dataset=self.train_data, eval_dataset=self.eval_data, processing_class=self.tokenizer)
         if self.is_classifier:
