@@ -52,15 +52,15 @@ class DiffoRAConfig:
 
     > Parameters that control when things happen
 
-    discretize_at (`float`, *optional*, defaults to `0.3`):
+    discretize_at (`float`, *optional*, defaults to `0.25`):
         When the matrix is discretized and the unselected modules leave the model: a whole number of 1 or more is an
         optimizer step, a number in (0, 1) a fraction of all steps.
     arch_warmup (`float`, *optional*, defaults to `0.05`):
         For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
         at the start every gate has a gradient of exactly zero, so at least one step of warm-up is always made.
-        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up and steps 16 to 75 the search,
-        which decides; from step 76 on the gates of the modules that go are closed, the cut is made at the end of step
-        90, and steps 91 to 300 train the selected modules alone.
+        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up and steps 16 to 60 the search,
+        which decides; from step 61 on the gates of the modules that go are closed, the cut is made at the end of step
+        75, and steps 76 to 300 train the selected modules alone.
     arch_closing (`float`, *optional*, defaults to `0.05`):
         For how long, in the same two forms, the gates of the modules that go are closed before the cut. The choice is
         made so much earlier, and then these gates fall linearly to 0 while all weights train on, so that the selected
@@ -155,7 +155,7 @@ class DiffoRAConfig:
         metadata={"help": "Exact cap on the number of trainable LoRA parameters, instead of `selection_ratio`."},
     )
     discretize_at: float = field(
-        default=0.3,
+        default=0.25,
         metadata={
             "help": "When to cut: a whole number is an optimizer step, a number in (0, 1) a fraction of all steps."
         },

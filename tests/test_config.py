@@ -133,16 +133,16 @@ def test_limits_are_allowed() -> None:
 @pytest.mark.parametrize(
     ("options", "steps", "expected"),
     [
-        ({}, 300, (15, 90)),
+        ({}, 300, (15, 75)),
         ({}, 2, (1, 2)),  # fractions bend to short runs
         ({}, 3, (1, 2)),
         ({"discretize_at": 0.25}, 10, (1, 3)),  # 2.5 is rounded up
         ({"discretize_at": 0.25}, 14, (1, 4)),  # and so is 3.5
         ({"discretize_at": 100}, 300, (15, 100)),
         ({"discretize_at": 300}, 300, (15, 300)),
-        ({"arch_warmup": 20}, 300, (20, 90)),
+        ({"arch_warmup": 20}, 300, (20, 75)),
         ({"arch_warmup": 20, "discretize_at": 21}, 21, (20, 21)),
-        ({"arch_warmup": 0}, 300, (1, 90)),  # at step 0 every gradient is zero
+        ({"arch_warmup": 0}, 300, (1, 75)),  # at step 0 every gradient is zero
         ({"arch_warmup": 0.49, "discretize_at": 0.5}, 4, (1, 2)),
         ({"discretize_at": 0.999}, 10, (1, 10)),
     ],
@@ -154,15 +154,15 @@ def test_schedule(options: dict[str, Any], steps: int, expected: tuple[int, int]
 @pytest.mark.parametrize(
     ("options", "steps", "expected"),
     [
-        ({}, 300, 75),
+        ({}, 300, 60),
         ({}, 3, 2),  # no time for it
         ({}, 14, 3),
-        ({"arch_closing": 0}, 300, 90),
-        ({"arch_closing": 10}, 300, 80),
+        ({"arch_closing": 0}, 300, 75),
+        ({"arch_closing": 10}, 300, 65),
         ({"arch_closing": 1000}, 300, 16),  # one step of the search at least
-        ({"relaxation": "softmax"}, 300, 75),
-        ({"relaxation": "sampled"}, 300, 90),  # its weights train under drawn gates
-        ({"weight_sharing": "layer"}, 300, 90),  # what is closed would come back as a shared pair
+        ({"relaxation": "softmax"}, 300, 60),
+        ({"relaxation": "sampled"}, 300, 75),  # its weights train under drawn gates
+        ({"weight_sharing": "layer"}, 300, 75),  # what is closed would come back as a shared pair
     ],
 )
 def test_decision(options: dict[str, Any], steps: int, expected: int) -> None:
@@ -188,7 +188,7 @@ def test_the_example_of_the_docstring() -> None:
         ({"discretize_at": 301}, 300, "discretize_at=301.*only 300 optimizer steps"),
         ({"discretize_at": 1}, 300, "cut at step 1"),
         ({"discretize_at": 15}, 300, "cut at step 15.*until step 15"),
-        ({"arch_warmup": 90}, 300, "cut at step 90.*until step 90"),
+        ({"arch_warmup": 75}, 300, "cut at step 75.*until step 75"),
     ],
 )
 def test_impossible_schedules_are_refused(options: dict[str, Any], steps: int, message: str) -> None:

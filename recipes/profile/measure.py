@@ -369,11 +369,16 @@ def schedule_of(config: ProfileConfig) -> tuple[int, int]:
 
 
 def make_table(config: ProfileConfig, seconds: dict[str, list[float]], memory: dict[str, dict[str, int]]) -> str:
-    """Medians and ratios of steps of the same number, with the quartiles of those ratios, as Markdown."""
+    """
+    Medians and ratios of steps of the same number, with the quartiles of those ratios, as Markdown; in the search the
+    ratio of the whole phase, with the quartiles of blocks of as many steps as one architecture step stands for.
+    """
+    from diffora_trainer import DiffoRAConfig
+
     warmup, cut = schedule_of(config)
     spans = {PHASES[0]: (2, warmup), PHASES[1]: (warmup, cut - 1), PHASES[2]: (cut + 2, config.steps)}
     lines = [
-        "| phase | variant | seconds a step | ratio to all-linear (quartiles) | peak memory, MB | ratio |",
+        "| phase | variant | seconds a step | ratio to all-linear (quartiles, or range of fewer than 8) | peak memory, MB | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     base = seconds["all_linear"]
@@ -388,15 +393,16 @@ def make_table(config: ProfileConfig, seconds: dict[str, list[float]], memory: d
             if not mine or (name == "kept" and phase != PHASES[2]):
                 continue
             pairs = list(zip(mine, base[stop - len(mine) : stop], strict=True))
-            if phase == PHASES[1]:  # most steps have no architecture step: their mean counts, in blocks of 12
-                size = min(12, len(pairs))
+            if phase == PHASES[1]:  # few steps are followed by an architecture step: the mean counts, not the median
+                size = DiffoRAConfig(**config.diffora).arch_every
                 blocks = [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
                 ratios = [sum(a for a, _ in block) / sum(b for _, b in block) for block in blocks]
-                typical = statistics.fmean(mine)
+                middle, typical = sum(mine) / sum(b for _, b in pairs), statistics.fmean(mine)
             else:
                 ratios, typical = [a / b for a, b in pairs], statistics.median(mine)
+                middle = statistics.median(ratios)
             peak, standard = memory.get(name, {}).get(phase), memory.get("all_linear", {}).get(phase)
-            cells = [phase, f"`{name}`", f"{typical:.3f}", _quartiles(ratios)]
+            cells = [phase, f"`{name}`", f"{typical:.3f}", _quartiles(middle, ratios)]
             cells += [f"{peak / 2**20:,.0f}", f"{peak / standard:.3f}"] if peak and standard else ["", ""]
             lines.append("| " + " | ".join(cells) + " |")
     for name, values in seconds.items():
@@ -406,9 +412,8 @@ def make_table(config: ProfileConfig, seconds: dict[str, list[float]], memory: d
     return "\n".join(lines)
 
 
-def _quartiles(ratios: list[float]) -> str:
-    middle = statistics.median(ratios)
-    if len(ratios) < 4:
+def _quartiles(middle: float, ratios: list[float]) -> str:
+    if len(ratios) < 8:  # too few for quartiles: the range
         return f"{middle:.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
     low, _, high = statistics.quantiles(ratios, n=4)
     return f"{middle:.3f} ({low:.3f} to {high:.3f})"
