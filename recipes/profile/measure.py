@@ -378,7 +378,8 @@ def make_table(config: ProfileConfig, seconds: dict[str, list[float]], memory: d
     warmup, cut = schedule_of(config)
     spans = {PHASES[0]: (2, warmup), PHASES[1]: (warmup, cut - 1), PHASES[2]: (cut + 2, config.steps)}
     lines = [
-        "| phase | variant | seconds a step | ratio to all-linear (quartiles, or range of fewer than 8) | peak memory, MB | ratio |",
+        "| phase | variant | seconds a step | ratio to all-linear (quartiles; range if fewer than 8) | peak memory, "
+        "MB | ratio |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     base = seconds["all_linear"]
