@@ -45,7 +45,7 @@ class DiffoRAConfig:
         the backward pass ends at the lowest layer that has a LoRA, so of two sets of equally many modules the one in
         the later layers is faster. At the end of the warm-up steps of different depths are timed, and the search then
         only considers modules with which a step stays under `max_step_time`.
-    max_step_time (`float`, *optional*, defaults to `0.75`):
+    max_step_time (`float`, *optional*, defaults to `0.7`):
         With `cost="time"`: the longest that a step may take after the cut, in (0, 1], as a part of what it would take
         with equally many modules spread over all layers. If no set of the full size is as fast, the fastest depth that
         has room for it is taken.
@@ -211,7 +211,7 @@ class DiffoRAConfig:
         },
     )
     max_step_time: float = field(
-        default=0.75,
+        default=0.7,
         metadata={
             "help": "With `cost='time'`: the longest that a step may take after the cut, as a part of its time with "
             "equally many modules spread over all layers."
