@@ -159,9 +159,9 @@ def _matches(config: Any, every: set[str], wanted: set[str]) -> bool:
 
     if found(wanted) != wanted:
         return False
-    # PEFT shortens long lists to suffixes before it matches them; the short list must find the same modules. It does by
-    # construction, since it only takes suffixes that no other module has; but this is PEFT's affair, so it is checked
-    # as long as that is quick: the time grows with the square of the number of modules.
+    # PEFT shortens long lists to suffixes before it matches them; the short list must find the same modules. It does
+    # by construction, since it only takes suffixes that no other module has; but this is PEFT's affair, so it is
+    # checked as long as that is quick: the time grows with the square of the number of modules.
     if not MIN_TARGET_MODULES_FOR_OPTIMIZATION <= len(wanted) <= _CHECKED_MODULES:
         return True
     return found(_find_minimal_target_modules(wanted, every - wanted)) == wanted

@@ -135,6 +135,21 @@ def test_a_language_model_on_questions_and_answers(folder: Path, tmp_path: Path)
     assert "### answers, 0.3 of the LoRA parameters" in table
 
 
+def test_a_method_that_fails_does_not_end_the_others(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*args):
+        raise OSError("this model has no such layer")
+
+    monkeypatch.setattr(recipe("methods"), "kappa_tune", fail)
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "stars", "workers": 0, "output_dir": tmp_path, "seeds": [0], "budgets": [0.3]}
+    records = run("sst2_minilm.yaml", **base, methods=["kappa_tune", "last_layers"])[1]
+    assert [record["method"] for record in records] == ["last_layers"]
+    assert "FAILED: kappa_tune 0.3 0 0 run: this model has no such layer" in capsys.readouterr().out
+    monkeypatch.undo()
+    records = run("sst2_minilm.yaml", **base, methods=["kappa_tune", "last_layers"])[1]
+    assert [record["method"] for record in records] == ["last_layers", "kappa_tune"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

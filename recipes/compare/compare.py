@@ -176,10 +176,13 @@ def _work(job: Job) -> Job:
 
     assert _task is not None and _grid is not None
     started = time.perf_counter()
-    if job["reading"] != "run":
-        result = train_static(_task, job["ranks"], job["seed"])
-    else:
-        result = run_method(_task, _grid, job["method"], job["budget"], job["seed"], job["draw"])
+    try:
+        if job["reading"] != "run":
+            result = train_static(_task, job["ranks"], job["seed"])
+        else:
+            result = run_method(_task, _grid, job["method"], job["budget"], job["seed"], job["draw"])
+    except Exception as error:  # a rival that cannot take this model must not end the comparison of the others
+        return {**job, "error": error}
     return {"task": _task.name, **job, **result, "seconds": round(time.perf_counter() - started, 2)}
 
 
@@ -197,13 +200,19 @@ def read_results(path: Path) -> list[Job]:
 
 
 def compare(task: TaskConfig, config: CompareConfig) -> Path:
-    """Make all results that are missing. Returns the file."""
+    """
+    Make all results that are missing. Returns the file.
+
+    A run that fails is named and left out, and tried again the next time; if there is no result at all, the first
+    failure is raised.
+    """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / "results.jsonl", fingerprint(task)
     text = path.read_text(encoding="utf-8") if path.is_file() else ""
     if text and not text.endswith("\n"):
         path.write_text(text + "\n", encoding="utf-8")  # the line that a kill cut off must not swallow the next one
+    failures: list[Exception] = []
     with contextlib.ExitStack() as stack:
         if config.workers:
             threads = max(1, (os.cpu_count() or 1) // config.workers)
@@ -224,6 +233,10 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
                 print(f"{stage}: {len(done)} results are there, {len(jobs)} to make.", flush=True)
             started = time.perf_counter()
             for count, record in enumerate(work(_work, jobs), start=1):
+                if "error" in record:
+                    failures.append(record["error"])
+                    print(f"FAILED: {' '.join(str(record[name]) for name in KEY)}: {record['error']}", flush=True)
+                    continue
                 append(path, {"fingerprint": mark, **record})
                 left = (time.perf_counter() - started) / count * (len(jobs) - count)
                 print(
@@ -232,6 +245,8 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
                     f"{record['parameters']:,} parameters, {record['seconds']:.0f} s; about {left / 60:.0f} min left",
                     flush=True,
                 )
+    if failures and not read_results(path):
+        raise failures[0]
     return path
 
 
