@@ -180,9 +180,9 @@ class DiffoRACallback(TrainerCallback):
         self._report = {
             "diffora/held_out_loss_before_closing": self.search.held_out_loss(self._held_out.sample(_GAP_BATCHES))
         }
-        if state.is_world_process_zero:
+        if state.is_world_process_zero and self.search.decided is not None:
             logger.info(
-                f"Step {state.global_step}: {len(self.search.select().selected)} modules are chosen; the gates of the "
+                f"Step {state.global_step}: {int(self.search.decided.sum())} modules are chosen; the gates of the "
                 f"others close until step {self._cut}."
             )
 

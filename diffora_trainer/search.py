@@ -127,8 +127,7 @@ class ArchitectureSearch:
         self.times = times
         budget = self.matrix.budget
         others = times.per_module * (budget.expected_count - 1)
-        deepest = max(times.depth[row] for row in self.grid.row_of)
-        limit = self.config.max_step_time * (deepest + others) - others
+        limit = self.config.max_step_time * times.spread(budget.expected_count) - others
         allowed = budget.within([times.depth[row] for row in self.grid.row_of], limit)
         self.matrix = make_matrix(self.grid, self.config, allowed)
         self.gates.set_evaluation(self.matrix.evaluation_gates())
@@ -281,10 +280,9 @@ class ArchitectureSearch:
         if self.times is None:
             return {}
         rows = [row for row, keep in zip(self.grid.row_of, kept, strict=True) if keep]
-        deepest = max(self.times.depth[row] for row in self.grid.row_of)
         return {
             "all_modules": self.times.all_modules,
-            "spread_over_all_layers": deepest + self.times.per_module * (len(rows) - 1),
+            "spread_over_all_layers": self.times.spread(len(rows)),
             "predicted": self.times.predict(rows),
         }
 

@@ -34,6 +34,10 @@ class StepTimes:
         """Seconds of a step with modules in these rows, one entry a module."""
         return max(self.depth[row] for row in rows) + self.per_module * (len(rows) - 1)
 
+    def spread(self, count: float) -> float:
+        """Seconds of a step with so many modules, spread over all layers."""
+        return max(self.depth) + self.per_module * (count - 1)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         return asdict(self)

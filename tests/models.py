@@ -249,6 +249,22 @@ def bert() -> TinyModel:
     return TinyModel(model, _classification_batch(), "all-linear", "SEQ_CLS", 2, 6, outside=("bert.pooler.dense",))
 
 
+def encoder_for(tokenizer: object, layers: int) -> BertForSequenceClassification:
+    """A tiny classifier for a tokenizer's vocabulary, of some layers, to be saved and named to a recipe."""
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            max_position_embeddings=128,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
 def roberta() -> TinyModel:
     """A RoBERTa classifier: its head is a module with two linear layers of its own."""
     torch.manual_seed(SEED)

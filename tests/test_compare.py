@@ -15,7 +15,6 @@ import tokenizer as tiny
 import torch
 import yaml
 from datasets import Dataset
-from transformers import BertConfig, BertForSequenceClassification
 
 
 FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "compare"
@@ -52,17 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compare")
     tokenizer = tiny.tiny_tokenizer()
     torch.manual_seed(0)
-    encoder = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=64,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    encoder = models.encoder_for(tokenizer, layers=3)
     for name, model in (("encoder", encoder), ("language_model", models.llama(vocab_size=len(tokenizer)).model)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -175,7 +164,7 @@ def test_a_set_of_modules_is_fitted_to_the_budget_to_within_one_module() -> None
         count = rng.randint(1, 40)
         names = tuple(f"layers.{i}.x" for i in range(count))
         widths = tuple(rng.choice([20, 50, 90]) for _ in names)
-        grid = grid_class(names, widths, tuple(range(count)), rng.randint(1, 16), ())
+        grid = grid_class(names, widths, rng.randint(1, 16), ())
         cap = grid.cap(rng.uniform(0.02, 1.0))
         ranks = grid.fill(names, cap)
         assert cap - max(widths) < grid.parameters(ranks) <= cap

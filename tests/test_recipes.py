@@ -25,8 +25,6 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    BertConfig,
-    BertForSequenceClassification,
 )
 
 
@@ -131,17 +129,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = tiny.tiny_tokenizer()
     torch.manual_seed(0)
     language_model = models.llama(vocab_size=len(tokenizer)).model
-    encoder = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=128,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    encoder = models.encoder_for(tokenizer, layers=2)
     for name, model in (("language_model", language_model), ("encoder", encoder)):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

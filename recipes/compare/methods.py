@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,14 +31,12 @@ class Grid:
     Args:
         names (`tuple[str, ...]`): in the order of the model's layers.
         widths (`tuple[int, ...]`): input plus output features: the trainable parameters of a LoRA of rank 1.
-        rows (`tuple[int, ...]`): number of the layer; modules outside the layers have the last one.
         rank (`int`): rank at full size.
         default_targets (`tuple[str, ...]`): ends of the names that PEFT adapts if nothing is said: usually q and v.
     """
 
     names: tuple[str, ...]
     widths: tuple[int, ...]
-    rows: tuple[int, ...]
     rank: int
     default_targets: tuple[str, ...]
 
@@ -55,7 +54,6 @@ class Grid:
         return cls(
             names=grid.names,
             widths=tuple(parameters // task.config.rank for parameters in grid.parameters),
-            rows=tuple(grid.row_of),
             rank=task.config.rank,
             default_targets=targets,
         )
@@ -93,7 +91,7 @@ class Grid:
         left = cap - self.parameters(ranks)
         # Every module once, far apart from each other: steps of about the golden section.
         stride = max(1, round(len(names) * 0.618))
-        while _common_divisor(stride, len(names)) > 1:
+        while math.gcd(stride, len(names)) > 1:
             stride += 1
         for index in range(len(names)):
             name = names[index * stride % len(names)]
@@ -101,12 +99,6 @@ class Grid:
                 ranks[name] += 1
                 left -= width[name]
         return {name: rank for name, rank in ranks.items() if rank}
-
-
-def _common_divisor(a: int, b: int) -> int:
-    while b:
-        a, b = b, a % b
-    return a
 
 
 def lora_config(task: Task, ranks: Ranks | None, **options: Any) -> LoraConfig:
@@ -312,31 +304,22 @@ def train_adalora(
     singular values start at 0 between small factors, so that it learns slowly at a learning rate that suits LoRA:
     `adalora:learning_rate=0.01` gives it one of its own.
     """
-    from peft import AdaLoraConfig
-    from transformers import TrainerCallback
+    from adalora import AdaLoraUpdate, adalora_config
 
     steps = task.config.training["max_steps"]
     count = round(cap * len(grid.names) / sum(grid.widths))  # ranks in all
     start = max(1, -(-3 * count // (2 * len(grid.names))))
-    config = AdaLoraConfig(
-        init_r=start,
+    config = adalora_config(
+        steps,
+        start,
         target_r=1,  # a whole number a module; the true total is set below
-        tinit=steps // 10,
-        tfinal=steps // 3,
-        deltaT=1,
-        total_step=steps,
         lora_alpha=round(task.config.alpha * start),  # PEFT divides it by `init_r`
         target_modules=list(grid.names),
         lora_dropout=task.config.lora_dropout,
         task_type="SEQ_CLS" if task.is_classifier else "CAUSAL_LM",
     )
-    found: dict[str, Any] = {}
-
-    class Update(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            # After the optimizer's step and before the gradients are cleared, as PEFT asks.
-            model.base_model.update_and_allocate(state.global_step + 1)
-            found["updates"] = found.get("updates", 0) + 1
+    found: Ranks = {}
+    update = AdaLoraUpdate()
 
     def prepare(model: PeftModel) -> None:
         model.base_model.rankallocator.target_bgt = count
@@ -344,13 +327,13 @@ def train_adalora(
     def finish(model: PeftModel) -> None:
         pattern = model.peft_config["default"].rank_pattern
         ranks = {_base_name(name.split(".lora_")[0]): int(sum(kept)) for name, kept in pattern.items()}
-        found["ranks"] = {name: rank for name, rank in ranks.items() if rank}
+        found.update({name: rank for name, rank in ranks.items() if rank})
         model.peft_config["default"].orth_reg_weight = 0.0  # no part of the loss that is compared
 
-    result = _train(task, config, seed, prepare, finish, callbacks=[Update()], training=training)
-    if found.get("updates") != steps:
-        raise RuntimeError(f"AdaLoRA's update was called {found.get('updates', 0)} times in {steps} steps.")
-    return found["ranks"], {**result, "parameters": grid.parameters(found["ranks"])}
+    result = _train(task, config, seed, prepare, finish, callbacks=[update], training=training)
+    if update.count != steps:
+        raise RuntimeError(f"AdaLoRA's update was called {update.count} times in {steps} steps.")
+    return found, {**result, "parameters": grid.parameters(found)}
 
 
 def train_diffora(
@@ -409,6 +392,11 @@ FIXED = ("random", "all_linear", "q_and_v", "last_layers", "kappa_tune", "grad_n
 ADAPTIVE = ("eva", "adalora", "diffora")
 """Methods with a run of their own, whose modules and ranks are trained once more for the choice."""
 METHODS = (*FIXED, *ADAPTIVE)
+
+
+def is_adaptive(method: str) -> bool:
+    """Whether a method, named with or without options, has a run of its own besides its choice."""
+    return parse_method(method)[0] in ADAPTIVE
 
 
 def run_method(task: Task, grid: Grid, method: str, budget: float, seed: int, draw: int = 0) -> dict[str, Any]:

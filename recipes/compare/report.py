@@ -17,6 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from methods import is_adaptive
+
 
 Record = dict[str, Any]
 Runs = dict[int, Record]
@@ -45,7 +47,7 @@ class Results:
             kind = {"run": self.runs, "choice": self.choices, "worst": self.worst}[record["reading"]]
             kind[record["method"]][record["seed"]] = record
         for method, runs in self.runs.items():
-            if method.split(":")[0] not in ("eva", "adalora", "diffora"):  # chosen before training: one run is both
+            if not is_adaptive(method):  # chosen before training: one run is both
                 self.choices[method] = runs
 
     def percentile(self, runs: Runs) -> tuple[float, float, float] | None:

@@ -52,7 +52,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `adalora` and `embedded`
 
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a variant. `kept` are the modules of the variant of this name."""
     import torch
-    from peft import AdaLoraConfig, LoraConfig, get_peft_model
-    from transformers import Trainer, TrainerCallback, TrainingArguments, default_data_collator
+    from adalora import AdaLoraUpdate, adalora_config
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments, default_data_collator
 
     from diffora_trainer import DiffoRAConfig, DiffoRATrainer
 
@@ -174,23 +175,10 @@ def make_trainer(
     }
     common = {"lora_alpha": 2 * config.rank, "task_type": "CAUSAL_LM"}
     if variant == "adalora":
-        peft_config = AdaLoraConfig(
-            init_r=-(-3 * config.rank // 2),
-            target_r=config.rank,
-            tinit=config.steps // 10,
-            tfinal=config.steps // 3,
-            deltaT=1,
-            total_step=config.steps,
-            target_modules="all-linear",
-            **common,
-        )
+        start = -(-3 * config.rank // 2)
+        peft_config = adalora_config(config.steps, start, target_r=config.rank, target_modules="all-linear", **common)
         trainer = Trainer(model=get_peft_model(model, peft_config), **arguments)
-
-        class Update(TrainerCallback):
-            def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kw: Any) -> None:
-                model.base_model.update_and_allocate(state.global_step + 1)
-
-        trainer.add_callback(Update())
+        trainer.add_callback(AdaLoraUpdate())
         return trainer
     peft_config = LoraConfig(r=config.rank, target_modules=kept or "all-linear", **common)
     if variant == "diffora":
@@ -207,7 +195,7 @@ def phase_of(schedule: tuple[int, int], step: int) -> str:
 
 
 class Turns:
-    """Lets several threads work one at a time, one piece after the other, and times each piece."""
+    """Lets several threads work one at a time, one piece after the other."""
 
     def __init__(self) -> None:
         self.lock = threading.Condition()
