@@ -20,6 +20,7 @@ from .callbacks import DiffoRACallback, SearchProgressCallback
 from .card import complete_card
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
+from .distributed import rewrap_distributed
 from .plots import plot_to
 from .search import ArchitectureSearch
 from .selection import Selection
@@ -29,7 +30,6 @@ from .trainer_utils import (
     prepare_dataset,
     preserved_bookkeeping,
     read_head,
-    rewrap_distributed,
     steps_of_epoch,
     subset,
     task_type_of_trainer,
@@ -228,7 +228,7 @@ class DiffoRAMixin(_Base):
         return loss
 
     def _after_cut(self) -> None:
-        rewrap_distributed(self)
+        rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)
         self._last_train_batch = self._held_out_rows = None
         if self._split is not None:
             self._split.given_back = True
