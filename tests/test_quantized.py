@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +123,7 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:.*get_apply_tensor_subclass")
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_model(kind: str, folder: Path, tmp_path: Path) -> None:
     load, layer_type, peft_layer = KINDS[kind]
@@ -131,9 +131,7 @@ def test_quantized_model(kind: str, folder: Path, tmp_path: Path) -> None:
     layers = {n: m for n, m in base.named_modules() if n.endswith("_proj")}
     assert {type(module).__name__ for module in layers.values()} == {layer_type}
     start = frozen(base)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type|.*get_apply_tensor_subclass")
-        model = get_peft_model(base, config_of(peft_layer))
+    model = get_peft_model(base, config_of(peft_layer))
     search = ArchitectureSearch(model, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss)
     assert len(search.grid) == 14
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
