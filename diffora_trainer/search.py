@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .budget import Budget
 from .config import DiffoRAConfig
 from .distributed import check_agreement, fingerprint
-from .gates import Gates, as_if_cut
+from .gates import Gates, as_if_cut, checkpoints_activations
 from .grid import OTHER_ROW, ModuleGrid
 from .matrix import DifferentialAdaptationMatrix
 from .selection import Selection, short_names
@@ -98,10 +98,15 @@ class ArchitectureSearch:
         self._closing: Tensor | None = None
 
     def begin(self) -> None:
-        """Attach the gates to the model. From here on the weights train under the gates of [`draw_gates`]."""
+        """
+        Attach the gates to the model. From here on the weights train under the gates of [`draw_gates`].
+
+        Raises:
+            ValueError: if the model checkpoints activations in the reentrant way.
+        """
         # Activation checkpointing only works in training mode, and without it an architecture step needs more memory
         # than a training step has. Otherwise evaluation mode is better: dropout is noise in the gates' gradient.
-        self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        self._checkpointing = checkpoints_activations(self.model)
         self.gates.attach()
         self.gates.set_evaluation(self.matrix.evaluation_gates())
 
@@ -410,6 +415,11 @@ class ArchitectureSearch:
         modes = {module: module.training for module in self.model.modules()}  # some parts may be kept in evaluation
         with isolated_random_state(self.gates.device):
             self.model.train(self._checkpointing if training is None else training)
+            for module in modes:
+                if type(module).__name__ == "Linear4bit":
+                    # On some CPUs bitsandbytes (0.50) repacks the weight at the first call in evaluation mode, for
+                    # good and rounded, into a form that passes no gradient on. It reads the mode for nothing else.
+                    module.training = True
             try:
                 yield
             finally:

@@ -21,6 +21,7 @@ from .card import complete_card
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
 from .distributed import rewrap_distributed
+from .grid import check_not_compiled
 from .plots import plot_to
 from .search import ArchitectureSearch
 from .selection import Selection
@@ -149,6 +150,8 @@ class DiffoRAMixin(_Base):
     def _with_lora(self, arguments: dict[str, Any], peft_config: PeftConfig | None) -> dict[str, Any]:
         """The parent's arguments, with LoRA on the model or its configuration among them."""
         model, args = arguments.get("model"), arguments.get("args")
+        if isinstance(model, nn.Module):
+            check_not_compiled(model)  # before it is changed
         if "peft_config" in self._parent_parameters():
             if not isinstance(model, PeftModel):
                 base = model if isinstance(model, nn.Module) else None
@@ -339,7 +342,13 @@ class DiffoRAMixin(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
         self._callback.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # The parent loads the adapter with PEFT's default, which makes LoRA weights in half precision float32: the
+        # resumed run would round otherwise than the run that made the checkpoint.
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
 
 
 class DiffoRATrainer(DiffoRAMixin, Trainer):

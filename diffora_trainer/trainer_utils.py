@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from peft import TaskType
 from torch.utils.data import Subset
@@ -44,10 +45,11 @@ def check_trainer(trainer: Any) -> None:
             f"{args.n_gpu} GPUs are visible to one process, and `nn.DataParallel` copies the model without its gates. "
             "Please start the script with `accelerate launch`, or make one GPU visible with `CUDA_VISIBLE_DEVICES`."
         )
-    if args.torch_compile:
+    if args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
-            "`torch_compile=True` is not supported: the compiled model would keep the modules that the cut removes. "
-            "Please set `torch_compile=False`."
+            "`torch_compile=True` is not supported, and neither is `accelerate launch --dynamo_backend`: the compiled "
+            "model would not notice the gates of the search. Please train without it, and compile the finished model: "
+            "`model.compile()` after the training."
         )
     if trainer.diffora_config.arch_order == 2 and args.world_size > 1:
         raise ValueError(
