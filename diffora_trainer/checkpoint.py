@@ -183,7 +183,7 @@ def written_whole(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         full = not isinstance(error, RuntimeError) or any(sign in str(error) for sign in _WRITE_ERRORS)
-        if not full or last.is_file() and last.stat().st_size:  # not the disk, or what comes after the writing
+        if not full or _is_json(last):  # not the disk, or not the writing but what comes after it
             raise
         free = shutil.disk_usage(next(path for path in last.parents if path.is_dir())).free
         raise OSError(
@@ -226,6 +226,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return bool(_read_json(path))
+    except (OSError, ValueError):
+        return False
 
 
 def _whole(value: Any) -> bool:
