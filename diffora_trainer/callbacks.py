@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, save_state
+from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
 from .data import HeldOutBatches
 from .logging import get_logger
@@ -312,10 +313,8 @@ class DiffoRACallback(TrainerCallback):
         """
         record, tensors = load_state(folder)
         if record["phase"] == SELECTED:
-            try:
+            with named_errors(Path(folder, STATE_NAME)):
                 selection = Selection.from_json(record["selection"])
-            except ValueError as error:
-                raise ValueError(f"The selection in {folder}/{STATE_NAME} cannot be read: {error}") from error
             if self.is_cut(model) and (self.selection is None or self.selection.adapted != selection.adapted):
                 raise ValueError(
                     f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
@@ -362,10 +361,8 @@ class DiffoRACallback(TrainerCallback):
         self.phase = record["phase"]
         if record["times"] is not None:
             self.search.restrict(StepTimes.from_dict(record["times"]))
-        try:
+        with named_errors(Path(folder, TENSORS_NAME)):
             self.search.matrix.load_state_dict(tensors)
-        except ValueError as error:
-            raise ValueError(f"{folder}/{TENSORS_NAME} cannot be read: {error}") from error
         if record["decided"] is not None:
             self.search.decide(torch.tensor(record["decided"], dtype=torch.bool))
         self.search.skipped_steps = record["skipped_steps"]

@@ -64,10 +64,10 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             "with `save_only_model=True`. The search cannot go on from it; please start a new run, or resume from "
             "another checkpoint."
         )
-    with _named(path):
+    with named_errors(path):
         state = _read_json(path)
         _check_state(state)
-    with _named(tensor_path):
+    with named_errors(tensor_path):
         blob = tensor_path.read_bytes()
         if len(blob) != state["tensor_bytes"]:
             raise ValueError(f"it has {len(blob)} bytes instead of {state['tensor_bytes']}")
@@ -89,7 +89,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"The checkpoint {str(folder)!r} holds no {TRAINER_STATE_NAME}, which is written last: its saving was "
             f"interrupted. {_OTHER}"
         )
-    with _named(path):
+    with named_errors(path):
         step = _read_json(path)["global_step"]
     state, _ = load_state(folder)
     if state["step"] != step:
@@ -100,11 +100,11 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     adapters = [*folder.glob(ADAPTER_NAME), *folder.glob(f"*/{ADAPTER_NAME}")]  # a named adapter has its own folder
     for path in adapters or [folder / ADAPTER_NAME]:
         tensor_shapes(path)
-        with _named(path.with_name(ADAPTER_CONFIG_NAME)):
+        with named_errors(path.with_name(ADAPTER_CONFIG_NAME)):
             _read_json(path.with_name(ADAPTER_CONFIG_NAME))
     randomness = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
     for path in [folder / "optimizer.pt", folder / "scheduler.pt", *randomness]:
-        with _named(path):
+        with named_errors(path):
             if not path.is_file() or not zipfile.is_zipfile(path):  # its directory comes last
                 raise ValueError("it is not whole" if path.is_file() else "it is missing")
 
@@ -196,7 +196,7 @@ def written_whole(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
 def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """The shapes in a safetensors file, by name. Raises a `ValueError` if the file is not whole."""
     path = Path(path)
-    with _named(path), path.open("rb") as file:
+    with named_errors(path), path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= path.stat().st_size - 8:
             raise ValueError("it is not whole")
@@ -209,7 +209,7 @@ def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named_errors(path: Path) -> Iterator[None]:
     """Whatever goes wrong with a file is a `ValueError` that names it."""
     try:
         yield
