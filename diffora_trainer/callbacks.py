@@ -95,6 +95,9 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if state.global_step and hasattr(kwargs["train_dataloader"], "set_epoch"):
+            # On several processes accelerate does not reach the sampler through the batches that a resumed run skips.
+            kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
         if self.is_cut(kwargs["model"]):  # resumed after the cut, or trained again
             if self.resumed_after_cut and self._resume_split is not None and self.selection is not None:
                 self._resume_split(self.selection.step or 0)

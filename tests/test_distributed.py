@@ -67,3 +67,52 @@ def test_two_processes_decide_as_one(tmp_path: Path) -> None:
     assert left["moved"]  # what was kept still learns: the reducer was built anew
     assert left["selected"] == one["selected"]
     assert left["scores"] == pytest.approx(one["scores"], abs=1e-5)
+
+
+RESUMED = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from conftest import classifier, search_config, step_logs
+from test_resume import SaveAt
+from tokenizer import classification_dataset, tiny_tokenizer
+from transformers import TrainingArguments
+from diffora_trainer import DiffoRATrainer
+
+class Save(SaveAt):
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = state.global_step in (5, 10)
+
+trainer = DiffoRATrainer(
+    model=classifier().model,
+    args=TrainingArguments(
+        sys.argv[1], max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
+        report_to="none", use_cpu=True, save_strategy="steps", save_steps=100, disable_tqdm=True,
+    ),
+    train_dataset=classification_dataset(32),
+    processing_class=tiny_tokenizer(),
+    callbacks=[Save()],
+    diffora_config=search_config(),
+)
+trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
+weights = {name: p.flatten().tolist() for name, p in trainer.model.named_parameters() if p.requires_grad}
+report = {"selection": trainer.selection.to_json(), "weights": weights, "logs": step_logs(trainer)}
+with open(f"{sys.argv[1]}.{os.environ['RANK']}.json", "w") as file:
+    json.dump(report, file, sort_keys=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_resume(tmp_path: Path) -> None:
+    """In the second epoch and in the third, in the search and after the cut, bit for bit; also on the second rank."""
+    script = tmp_path / "run.py"
+    script.write_text(RESUMED)
+    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
+    subprocess.run([*launcher, tmp_path / "whole"], check=True, env=env, timeout=240)
+    for step in (5, 10):  # of 4 in an epoch
+        checkpoint = tmp_path / f"whole/checkpoint-{step}"
+        subprocess.run([*launcher, tmp_path / str(step), checkpoint], check=True, env=env, timeout=240)
+        for rank in (0, 1):
+            whole, resumed = ((tmp_path / f"{name}.{rank}.json").read_text() for name in ("whole", step))
+            assert json.loads(resumed) == json.loads(whole), f"rank {rank} from {step}"
