@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .checkpoint import load_state, save_state
+from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
 from .data import HeldOutBatches
-from .grid import ModuleGrid
 from .logging import get_logger
+from .resume import check_model, check_same, describe_base
 from .search import ArchitectureSearch
 from .selection import Selection
 from .surgery import apply_selection
@@ -24,9 +26,8 @@ from .timing import StepTimes
 
 logger = get_logger(__name__)
 
-WARMUP, SEARCH, SELECTED = "warm-up", "search", "selected"
-
 _GAP_BATCHES = 8
+_SPLIT_OPTIONS = ("arch_split", "arch_seed")
 
 
 class DiffoRACallback(TrainerCallback):
@@ -65,13 +66,16 @@ class DiffoRACallback(TrainerCallback):
         self._held_out: HeldOutBatches | None = None
         self._warmup = self._decision = self._cut = 0
         self._report: dict[str, float] = {}
-        self._resumed: tuple[dict[str, Any], dict[str, Any]] | None = None
-        self._cut_model: nn.Module | None = None
+        self._resumed: tuple[str, dict[str, Any], dict[str, Any]] | None = None
+        self._cut_model: weakref.ref[nn.Module] | None = (
+            None  # the trials of a hyperparameter search follow each other
+        )
+        self._began_cut = False
         self.resumed_after_cut = False
 
     def is_cut(self, model: nn.Module) -> bool:
         """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
-        return self._cut_model is model
+        return self._cut_model is not None and self._cut_model() is model
 
     @property
     def searching(self) -> bool:
@@ -92,11 +96,16 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if state.global_step and hasattr(kwargs["train_dataloader"], "set_epoch"):
+            # On several processes accelerate does not reach the sampler through the batches that a resumed run skips.
+            kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
         if self.is_cut(kwargs["model"]):  # resumed after the cut, or trained again
             if self.resumed_after_cut and self._resume_split is not None and self.selection is not None:
                 self._resume_split(self.selection.step or 0)
-            self.resumed_after_cut = False
+            # No rows are held out of a training that begins after the cut, and a checkpoint of it has to say so.
+            self._began_cut, self.resumed_after_cut = not self.resumed_after_cut, False
             return
+        self._began_cut = False
         self._warmup, self._cut = self.config.schedule(state.max_steps)
         self._decision = self.config.decision(state.max_steps)
         if self.searching and self.search is not None:  # a run before this one was interrupted
@@ -230,7 +239,7 @@ class DiffoRACallback(TrainerCallback):
             lr_scheduler,
             adapter_name=search.grid.adapter_name,
         )
-        self.phase, self._cut_model = SELECTED, model
+        self.phase, self._cut_model = SELECTED, weakref.ref(model)
         if self._after_cut is not None:
             self._after_cut()
         after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
@@ -272,12 +281,14 @@ class DiffoRACallback(TrainerCallback):
 
     # State of a checkpoint
 
-    def save(self, folder: str, state: TrainerState) -> None:
-        """Write the state of the search into a checkpoint."""
+    def save(self, folder: str, state: TrainerState, model: nn.Module) -> None:
+        """Write the state of the search into a checkpoint of a model."""
         record: dict[str, Any] = {
             "phase": self.phase,
             "step": state.global_step,
             "config": self.config.to_dict(),
+            "base_model": describe_base(model),
+            "began_cut": self._began_cut,
             "selection": None if self.selection is None else self.selection.to_json(),
         }
         tensors = {}
@@ -303,64 +314,66 @@ class DiffoRACallback(TrainerCallback):
         when training begins.
 
         Raises:
-            ValueError: if the checkpoint has no state, or is from before a cut that this model has already had.
+            ValueError: if the checkpoint has no state, is from before a cut that this model has already had, or from
+                another model.
         """
         record, tensors = load_state(folder)
         if record["phase"] == SELECTED:
-            selection = Selection.from_json(record["selection"])
-            if not self.is_cut(model):
-                apply_selection(model, selection, optimizer, scheduler)
-            elif self.selection is None or self.selection.adapted != selection.adapted:
+            with named_errors(Path(folder, STATE_NAME)):
+                selection = Selection.from_json(record["selection"])
+            if self.is_cut(model) and (self.selection is None or self.selection.adapted != selection.adapted):
                 raise ValueError(
                     f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
                     "cut. Please build a new trainer to resume from it."
                 )
-            self.phase, self.selection, self._cut_model = SELECTED, selection, model
-            self.resumed_after_cut = True
+            check_model(folder, record, model, selection.modules, selection.adapted)
+            # The order of the rows depends on them until the end of the epoch of the cut.
+            split = {f"`{name}`": (record["config"].get(name), getattr(self.config, name)) for name in _SPLIT_OPTIONS}
+            check_same(folder, split)
+            if not self.is_cut(model):
+                apply_selection(model, selection, optimizer, scheduler)
+            self.phase, self.selection, self._cut_model = SELECTED, selection, weakref.ref(model)
+            self.resumed_after_cut = not record["began_cut"]
             return
         if self.is_cut(model):
             raise ValueError(
                 f"The checkpoint {folder!r} was made before the cut, but the model of this trainer has already lost "
                 "the unselected modules. Please build a new trainer to resume from it."
             )
-        names = ModuleGrid.from_model(model).names
-        if tuple(record["modules"]) != names:
-            raise ValueError(
-                f"The checkpoint {folder!r} was made for other LoRA modules ({_short(record['modules'])}) than this "
-                f"model has ({_short(names)}). Please resume with the model and `target_modules` of the run."
-            )
-        self._resumed = (record, tensors)
+        check_model(folder, record, model, record["modules"], record["modules"])
+        self._resumed = (folder, record, tensors)
+
+    def forget_checkpoint(self) -> None:
+        """Drop what a resumption that failed half-way has left, so that the next training starts anew."""
+        self._resumed, self.resumed_after_cut = None, False
 
     def _restore(self) -> None:
         assert self._resumed is not None and self.search is not None and self._held_out is not None
-        record, tensors = self._resumed
+        folder, record, tensors = self._resumed
         self._resumed = None
+        options, present = dict(record["config"]), self.config.to_dict()
+        options["base_model_id"] = present["base_model_id"]
         changed = {
             "the end of the warm-up": (record["warmup"], self._warmup),
             "the step of the cut": (record["cut"], self._cut),
             "the step of the choice": (record["decision"], self._decision),
             "the number of held-out rows": (record["held_out_rows"], len(self._held_out.dataset)),
-            "the options": (
-                {k: v for k, v in record["config"].items() if k != "base_model_id"},
-                {k: v for k, v in self.config.to_dict().items() if k != "base_model_id"},
-            ),
+            "the order of the modules": (tuple(record["modules"]), self.search.grid.names),
+            "the options": (options, present),
         }
-        for what, (saved, present) in changed.items():
-            if saved != present:
-                raise ValueError(
-                    f"The checkpoint's search does not fit this run: {what} differ(s) (saved: {_short(saved)}, now: "
-                    f"{_short(present)}). Please resume with the model, data and options that the run was started "
-                    "with."
-                )
+        if record["times"] is not None:
+            changed["the number of layers"] = (len(record["times"]["depth"]), len(self.search.grid.rows))
+        check_same(folder, changed)
         self.phase = record["phase"]
-        if record.get("times") is not None:
+        if record["times"] is not None:
             self.search.restrict(StepTimes.from_dict(record["times"]))
-        self.search.matrix.load_state_dict(tensors)
+        with named_errors(Path(folder, TENSORS_NAME)):
+            self.search.matrix.load_state_dict(tensors)
         if record["decided"] is not None:
             self.search.decide(torch.tensor(record["decided"], dtype=torch.bool))
-        self.search.skipped_steps = int(record["skipped_steps"])
+        self.search.skipped_steps = record["skipped_steps"]
         self.search.pending_losses = [float(loss) for loss in record["losses"]]
-        self._held_out.position = int(record["held_out_position"])
+        self._held_out.position = record["held_out_position"]
 
 
 class SearchProgressCallback(TrainerCallback):
@@ -391,8 +404,3 @@ class SearchProgressCallback(TrainerCallback):
             if search.last_loss is not None:
                 note += f", arch loss {search.last_loss:.3g}"
         bar.set_postfix_str(note, refresh=False)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."

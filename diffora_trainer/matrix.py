@@ -128,17 +128,24 @@ class DifferentialAdaptationMatrix(ABC):
                 f"The saved matrix has the entries {sorted(state)}, but relaxation {self.name!r} needs "
                 f"{sorted(expected)}. It was made with another relaxation."
             )
-        for name, tensor in own.items():
-            if state[name].shape != tensor.shape:
+        needed = {"steps": torch.tensor(self.steps), "generator": self.generator.get_state(), **own}
+        for name, tensor in needed.items():
+            if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
                 raise ValueError(
-                    f"The saved matrix has {tuple(state[name].shape)} numbers in {name!r}, this model needs "
-                    f"{tuple(tensor.shape)}. It was made for another model or other target modules."
+                    f"The saved matrix has {tuple(state[name].shape)} numbers of {state[name].dtype} in {name!r}, "
+                    f"this model needs {tuple(tensor.shape)} of {tensor.dtype}. It was made for another model or "
+                    "other target modules, or is damaged."
                 )
+            if not torch.isfinite(state[name]).all() or name == "steps" and state[name] < 0:
+                raise ValueError(f"The saved matrix has a number in {name!r} that cannot be. It is damaged.")
+        try:
+            self.generator.set_state(state["generator"])
+        except RuntimeError as error:
+            raise ValueError(f"The saved matrix has no state of a generator in 'generator': {error}.") from error
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])
         self.steps = int(state["steps"])
-        self.generator.set_state(state["generator"])
 
     @abstractmethod
     def _tensors(self) -> dict[str, Tensor]:

@@ -13,15 +13,17 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import ProgressCallback, Trainer, set_seed
-from transformers.trainer_utils import has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .callbacks import DiffoRACallback, SearchProgressCallback
 from .card import complete_card
+from .checkpoint import find_checkpoint, written_whole
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
 from .distributed import rewrap_distributed
 from .grid import check_not_compiled
+from .logging import get_logger
 from .plots import plot_to
 from .search import ArchitectureSearch
 from .selection import Selection
@@ -37,6 +39,8 @@ from .trainer_utils import (
 )
 from .wrapping import complete_lora_config, wrap_model, wrap_model_init
 
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
 
@@ -98,6 +102,7 @@ class DiffoRAMixin(_Base):
         self._split: SplitPlan | None = None
         self._held_out_rows: Any = None
         self._last_train_batch: Any = None
+        self._loop_began = False
         super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
         check_trainer(self)
         if arch_dataset is not None:
@@ -192,14 +197,39 @@ class DiffoRAMixin(_Base):
 
     # Training
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, search and cut. See [`~transformers.Trainer.train`]."""
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """
+        Train, search and cut. See [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest
+        checkpoint that is whole; one whose saving was interrupted is passed over.
+        """
         if self._callback not in self.callback_handler.callbacks:
             raise ValueError(
                 "The `DiffoRACallback` was removed from this trainer, so no module would ever be chosen. Please leave "
                 "it in, or use the parent trainer."
             )
-        return super().train(*args, **kwargs)
+        self._callback.forget_checkpoint()
+        self._loop_began = False
+        if resume_from_checkpoint is not None and resume_from_checkpoint is not False:
+            resume_from_checkpoint, passed = find_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            if passed and self.is_world_process_zero():
+                reasons = "".join(f"\n{name}: {reason}" for name, reason in passed.items())
+                logger.warning(f"Resuming from {resume_from_checkpoint}, because newer ones are not whole.{reasons}")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # `auto_find_batch_size` runs the loop again when memory ran out. The parent reads the checkpoint's weights
+        # once, before the first time, and so is the search restored once.
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if self._loop_began:
+            alone = self._callback.is_cut(self.model) and checkpoint is None
+            logger.warning(
+                f"Memory ran out; training starts again from {checkpoint or 'its first step'} with smaller batches."
+                + (" The modules that were chosen stay, and are trained alone from there." if alone else "")
+            )
+            if checkpoint is not None:
+                self._load_from_checkpoint(checkpoint)
+        self._loop_began = True
+        return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """A training step of the parent, under gates drawn for it while the search lasts."""
@@ -334,10 +364,20 @@ class DiffoRAMixin(_Base):
             self._save_findings(Path(self.args.output_dir))
         super()._push_from_checkpoint(checkpoint_folder)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with written_whole(folder, self.args.should_save):
+            super()._save_checkpoint(model, trial)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self._callback.save(output_dir, self.state)
+            self._callback.save(output_dir, self.state, self.model)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # The file by which a checkpoint is known to be whole comes next, from one process: the others are done first.
+        self.accelerator.wait_for_everyone()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.

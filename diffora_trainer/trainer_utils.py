@@ -72,6 +72,11 @@ def _check_fsdp(trainer: Any) -> None:
             "saves an adapter without any weights. Please set it to false, and `gradient_checkpointing=True` in the "
             "training arguments."
         )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"FSDP is configured with {plugin.state_dict_type}, with which the Trainer writes no adapter. Please set "
+            "`fsdp_state_dict_type: FULL_STATE_DICT`; of an adapter it is small."
+        )
     config = trainer.diffora_config
     for name, value in (("weight_sharing", "none"), ("cost", "parameters")):
         if getattr(config, name) != value:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,17 @@ class SaveAt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         control.should_save = state.global_step in SAVES
+
+
+class StopAt(TrainerCallback):
+    """Ends training at a step as a signal would: nothing is done at its end, so nothing is cut there."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
+        if state.global_step == self.step < state.max_steps:
+            raise KeyboardInterrupt
 
 
 def build(folder: Path, task: str, accumulation: int = 1, **kwargs: object) -> Trainer:
@@ -123,20 +135,41 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, whole_runs
     assert resumed.model.peft_config["default"].target_modules == whole.model.peft_config["default"].target_modules
 
 
-def test_stream_resumes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["cls", "sft"])
+def test_stream_resumes(task: str, tmp_path: Path) -> None:
     def run(folder: Path, checkpoint: str | None = None) -> Trainer:
-        rows = classification_dataset(100).to_iterable_dataset()
-        trainer = build(folder, "cls", train_dataset=rows)
+        trainer = build(folder, task, train_dataset=_rows(task, 100).to_iterable_dataset())
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
     whole = run(tmp_path / "whole")
-    for step in (MOMENTS["search"], MOMENTS["cut"]):
+    for step in SAVES:
         resumed = run(tmp_path / str(step), f"{tmp_path}/whole/checkpoint-{step}")
         assert resumed.selection == whole.selection
-        expected = {at: log for at, log in step_logs(whole).items() if at > step}
-        assert_same({at: log for at, log in step_logs(resumed).items() if at > step}, expected, f"from {step}")
+        expected = {at: log for at, log in step_logs(whole, ("num_tokens",)).items() if at > step}
+        found = {at: log for at, log in step_logs(resumed, ("num_tokens",)).items() if at > step}
+        assert set(expected) == set(range(step + 1, 13))
+        assert_same(found, expected, f"from {step}")
         assert_same(adapter(resumed.model), adapter(whole.model), f"from {step}")
+
+
+def test_rotated_checkpoints_resume(whole_runs, tmp_path: Path) -> None:
+    """With `save_total_limit` alone, whatever is left at any moment continues the run."""
+    whole = whole_runs("classifier")
+
+    def run(**args: object) -> Trainer:
+        settings = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2, **args}
+        return make_trainer(tmp_path, args=settings)
+
+    for stop in (4, CUT, 10, 12):  # each run goes on from what the one before has left
+        trainer = run()
+        trainer.add_callback(StopAt(stop))
+        with suppress(KeyboardInterrupt):
+            trainer.train(resume_from_checkpoint=True if stop > 4 else None)
+        left = sorted(path.name for path in tmp_path.glob("checkpoint-*"))
+        assert left == sorted(f"checkpoint-{step}" for step in (stop - 1, stop))
+    assert trainer.selection == whole.selection
+    assert_same(adapter(trainer.model), adapter(whole.model))
 
 
 def _remove(checkpoint: Path) -> None:
@@ -161,7 +194,7 @@ def test_damaged_state_is_refused(damage, moment: str, whole_runs, tmp_path: Pat
     shutil.copytree(f"{whole.args.output_dir}/checkpoint-{MOMENTS[moment]}", checkpoint)
     damage(checkpoint)
     trainer = build(tmp_path / "resumed", "cls")
-    with pytest.raises(ValueError, match=r"diffora_state\.json"):
+    with pytest.raises(ValueError, match=r"diffora_state\.(json|safetensors)"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     assert trainer.state.global_step == 0
 
