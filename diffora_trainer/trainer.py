@@ -21,6 +21,7 @@ from .card import complete_card
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
 from .plots import plot_to
+from .publish import PublicPushMixin
 from .search import ArchitectureSearch
 from .selection import Selection
 from .surgery import forget_parameters
@@ -50,7 +51,7 @@ else:
     _Base = object
 
 
-class DiffoRAMixin(_Base):
+class DiffoRAMixin(PublicPushMixin, _Base):
     """
     Makes a trainer search for the modules that deserve a LoRA while it trains (DiffoRA,
     https://huggingface.co/papers/2502.08905), drop the others at a set step, go on with the chosen ones in the same
@@ -324,12 +325,6 @@ class DiffoRAMixin(_Base):
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             self._save_findings(Path(self.args.output_dir))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent copies the files that it knows from the checkpoint into the folder that is pushed.
-        if self.is_world_process_zero():
-            self._save_findings(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
