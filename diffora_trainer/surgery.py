@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .grid import lora_layers, lora_parameters
-from .selection import Selection
+from .selection import Selection, readable
 
 
 _CHECKED_MODULES = 1000
@@ -50,7 +50,8 @@ def apply_selection(
         missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
         raise ValueError(
             f"The selection was made for other modules: {len(missing)} of its modules have no LoRA in this model "
-            f"({_some(missing)}), and {len(extra)} LoRA modules of the model are not in it ({_some(extra)})."
+            f"({_some(missing)}), and {len(extra)} LoRA modules of the model are not in it ({_some(extra)}). Please "
+            "pass the model that was searched, with all its LoRA modules."
         )
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     leaders = [group[0] for group in selection.shared]
@@ -184,4 +185,4 @@ def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+    return ", ".join(map(readable, names[:3])) + (", ..." if len(names) > 3 else "") if names else "none"
