@@ -141,7 +141,7 @@ def lora_parameters(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
 def _place(name: str) -> tuple[str, str]:
     # The first number is the layer's: in T5 and in mixtures of experts further ones follow it, and those belong to the
     # kind. A name that *ends* with its first number is itself an element of a list (`classifier.0`), not in a layer.
-    match = re.match(r"(?P<row>(?:.*?\.)?\d+)\.(?P<column>.+)", name)
+    match = re.match(r"(?P<row>(?:.*?\.)?\d+)\.(?P<column>.+)", name, re.DOTALL)
     return (match["row"], match["column"]) if match else (OTHER_ROW, name)
 
 
