@@ -402,7 +402,8 @@ class DiffoRAConfig:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.")
+        quotes = " Please write it without quotes." if isinstance(value, str) else ""
+        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.{quotes}")
     try:
         number = float(value)
     except OverflowError:  # an int beyond all floats

@@ -158,6 +158,11 @@ def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
             "one with `model.set_adapter(name)`."
         )
     adapter_name = adapter_name or active[0]
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
+            "Please pass one of them, or none for the active one."
+        )
     config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig) or config.is_prompt_learning:
         raise TypeError(

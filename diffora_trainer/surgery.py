@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
@@ -42,9 +43,20 @@ def apply_selection(
         adapter_name (`str`, *optional*): the adapter; defaults to the active one.
 
     Raises:
+        TypeError: if the model is not a `PeftModel`, or the selection not a [`Selection`].
         ValueError: if the modules of the model are not those of the selection.
     """
+    if not isinstance(model, PeftModel) or not isinstance(selection, Selection):
+        raise TypeError(
+            f"Expected a `PeftModel` and a `Selection`, got {type(model).__name__} and {type(selection).__name__}. "
+            "Please pass the model that was searched, and what its search found or `Selection.load(folder)` read."
+        )
     adapter_name = str(adapter_name or model.active_adapters[0])
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
+            "Please pass one of them, or none for the active one."
+        )
     layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
     if set(layers) != set(selection.modules):
         missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
