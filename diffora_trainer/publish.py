@@ -35,6 +35,8 @@ else:
 # Vocabularies are left alone, since they may hold any string.
 _TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
+# What a checkpoint holds to resume from, and its card, of which the output has its own.
+_NOT_OF_THE_ADAPTER = ("README", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "diffora_state")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HIDDEN_TOKEN = "<HUB_TOKEN>"
 
@@ -165,7 +167,9 @@ class PublicPushMixin(_Base):
         if not busy:
             self._remove_public_copies()
         own = self.args
-        self._save(own.output_dir)
+        for path in Path(checkpoint_folder).iterdir():  # as the parent does it: the output holds the latest adapter
+            if path.is_file() and not path.name.startswith(_NOT_OF_THE_ADAPTER):
+                shutil.copy(path, own.output_dir)
         try:
             super()._push_from_checkpoint(self._use_public_copies(checkpoint_folder))
         finally:

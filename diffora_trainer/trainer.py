@@ -350,6 +350,12 @@ class DiffoRAMixin(PublicPushMixin, _Base):
         if self.is_world_process_zero():
             self._save_findings(Path(self.args.output_dir))
 
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # The parent copies the files that it knows from the checkpoint into the folder that is pushed.
+        if self.is_world_process_zero():
+            self._save_findings(Path(self.args.output_dir))
+        super()._push_from_checkpoint(checkpoint_folder)
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:

@@ -10,8 +10,10 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 from peft import TaskType
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
@@ -154,8 +156,9 @@ def prepare_dataset(trainer: Any, dataset: Any) -> Any:
 
 
 def check_loaded(model: Any) -> None:
-    """Raise a `ValueError` if a model has no weights. Parts that accelerate has offloaded have them elsewhere."""
-    if hasattr(model, "parameters") and not hasattr(model, "hf_device_map"):
+    """Raise a `ValueError` if a model has no weights. With offloading or FSDP they may be elsewhere."""
+    elsewhere = hasattr(model, "hf_device_map") or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if isinstance(model, nn.Module) and not elsewhere:
         empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
         if empty:
             raise ValueError(
