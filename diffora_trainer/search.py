@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .budget import Budget
 from .config import DiffoRAConfig
+from .distributed import check_agreement, fingerprint
 from .gates import Gates, as_if_cut
 from .grid import OTHER_ROW, ModuleGrid
 from .matrix import DifferentialAdaptationMatrix
@@ -111,6 +112,31 @@ class ArchitectureSearch:
         self.gates.attach()
         self.gates.set_evaluation(self.matrix.evaluation_gates())
 
+    def check_agreement(self, record: str) -> None:
+        """
+        Make sure that all processes hold the same record of what they search, before they wait for each other.
+
+        Args:
+            record (`str`): what must be equal.
+
+        Raises:
+            ValueError: on every process, if any two differ.
+        """
+        check_agreement(
+            fingerprint(record),
+            self._reduce,
+            "what to search: modules, options, schedule or the number of held-out rows",
+            "Please start all of them with the same script, arguments and data.",
+        )
+
+    def _check_choice(self, kept: Tensor) -> None:
+        check_agreement(
+            kept,
+            self._reduce,
+            "which modules to keep",
+            "Please make sure that all of them read the same data and files.",
+        )
+
     def measure_times(self, batch: Any) -> StepTimes:
         """
         Time training steps of different depths, and restrict the search to modules with which a step stays under
@@ -164,8 +190,13 @@ class ArchitectureSearch:
         Args:
             kept (`Tensor` of shape `(n,)` and dtype `torch.bool`, *optional*): a choice that was made before, when a
                 run is resumed.
+
+        Raises:
+            ValueError: on every process, if they would not all keep the same modules.
         """
-        self.decided = self.matrix.choose() if kept is None else kept
+        decided = self.matrix.choose() if kept is None else kept
+        self._check_choice(decided)
+        self.decided = decided
 
     def close(self, progress: float) -> None:
         """
@@ -253,8 +284,12 @@ class ArchitectureSearch:
 
         Args:
             step (`int`, *optional*): present optimizer step, for the record.
+
+        Raises:
+            ValueError: on every process, if they would not all keep the same modules.
         """
         selection = self.select(step)
+        self._check_choice(torch.tensor(selection.kept))
         self.gates.detach()
         return selection
 

@@ -13,6 +13,7 @@ from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
 from torch.optim import Optimizer
 
+from .distributed import forget_shards, reshard
 from .grid import lora_layers, lora_parameters
 from .selection import Selection, readable
 
@@ -57,6 +58,7 @@ def apply_selection(
             f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
             "Please pass one of them, or none for the active one."
         )
+    reshard(model)
     layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
     if set(layers) != set(selection.modules):
         missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
@@ -81,6 +83,7 @@ def apply_selection(
         _remove(model, name, layers[name], adapter_name)
     kept = {p for name in selection.adapted for p in lora_parameters(layers[name], adapter_name)}
     _narrow(model, adapter_name, selection.adapted)
+    forget_shards(model, parameters_before - kept)
     if optimizer is not None:
         forget_parameters(optimizer, parameters_before - kept, scheduler)
         if selection.shared:

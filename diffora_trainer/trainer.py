@@ -20,6 +20,7 @@ from .callbacks import DiffoRACallback, SearchProgressCallback
 from .card import complete_card
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, check_dataset, split_indices
+from .distributed import rewrap_distributed
 from .plots import plot_to
 from .publish import PublicPushMixin
 from .search import ArchitectureSearch
@@ -32,7 +33,6 @@ from .trainer_utils import (
     prepare_dataset,
     preserved_bookkeeping,
     read_head,
-    rewrap_distributed,
     steps_of_epoch,
     subset,
     task_type_of_trainer,
@@ -253,7 +253,7 @@ class DiffoRAMixin(PublicPushMixin, _Base):
         return loss
 
     def _after_cut(self) -> None:
-        rewrap_distributed(self)
+        rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)
         self._last_train_batch = self._held_out_rows = None
         if self._split is not None:
             self._split.given_back = True
