@@ -12,7 +12,6 @@ def write_file(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)  # a link that somebody put there would be followed
-        temporary.touch(exist_ok=False)
         temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:

@@ -66,7 +66,7 @@ class Private:
 
     def __init__(self, trainer: Any) -> None:
         named = [value for value in _strings(vars(trainer.args)) if os.path.isabs(value)]
-        named += [c.base_model_name_or_path or "" for c in trainer.model.peft_config.values()]
+        named += [c.base_model_name_or_path or "" for c in getattr(trainer.model, "peft_config", {}).values()]
         named.append(getattr(trainer.processing_class, "name_or_path", None) or "")
         folders = {Path.home(), *(Path(name).parent for name in named if os.path.isabs(name))}
         folders |= {folder.resolve() for folder in folders}

@@ -166,7 +166,7 @@ HOSTILE_NAMES = {
     "right to left": "a\u202egnp.exe\u200b\u2028\u2066",
     "surrogate": "a\ud800b",
     "long": "x" * 900 + ".weight",
-    "formula": "$\\frac{1}{$ _x^y$",
+    "formula": "$\\frac{1}{$",
     "dunder": "__class__.__init__.__globals__",
     "empty": "",
     "percent": "%s %(name)s {0} {name}",
