@@ -239,7 +239,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**40
 
 
 def _number(value: Any) -> bool:
