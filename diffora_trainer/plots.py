@@ -15,7 +15,7 @@ from .selection import Selection, readable, short_names
 logger = get_logger(__name__)
 
 PICTURE_NAME = "dam.png"
-_MAX_INCHES, _MAX_LABELS = 60.0, 150
+_MAX_INCHES, _MAX_LABELS, _MAX_LABEL = 60.0, 150, 40
 
 
 def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
@@ -51,7 +51,9 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
                 Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=color, linewidth=1.8)
             )
     # A name is no formula, whatever it holds.
-    heads, sides = ([readable(name) for name in names] for names in (short_names(selection.columns), selection.rows))
+    heads, sides = (
+        [readable(name)[-_MAX_LABEL:] for name in names] for names in (short_names(selection.columns), selection.rows)
+    )
     every, skip = math.ceil(columns / _MAX_LABELS), math.ceil(rows / _MAX_LABELS)
     text: dict[str, Any] = {"fontsize": 8, "parse_math": False}
     axes.set_xticks(range(0, columns, every), heads[::every], rotation=40, ha="right", **text)

@@ -75,7 +75,7 @@ class Private:
         longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)"
         self._inside = re.compile(rf"(?:{longest_first})(?:[\\/]+|(?![\w.-]))")
         self._folders = re.compile(rf"(?<![\w.~-]){self._inside.pattern}")  # not in the middle of an address
-        self._tokens = [token for token in (trainer.args.hub_token, get_token()) if token]
+        self._tokens = [token for token in (trainer.args.hub_token, get_token()) if token and len(token) > 5]
 
     def without(self, text: str) -> str:
         """A text without tokens, and with paths from the last folder on that says nothing about this machine."""

@@ -361,7 +361,7 @@ def contents(name: str, data: bytes) -> Iterator[tuple[str, bytes]]:
         yield from ((f"{name}:{part}", archive.read(part)) for part in archive.namelist())
 
 
-@pytest.mark.parametrize("kind", ["sft", "classifier"])
+@pytest.mark.parametrize("kind", ["sft", pytest.param("classifier", marks=pytest.mark.slow)])
 def test_no_token_and_no_home_in_what_is_pushed_or_printed(kind: str, pushed: Any) -> None:
     home, printed, repo, token = pushed(kind)
     step = "last-checkpoint" if kind == "sft" else "checkpoint-4"
