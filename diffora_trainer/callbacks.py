@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -111,6 +112,8 @@ class DiffoRACallback(TrainerCallback):
         self.phase, self.selection = WARMUP, None
         self.search = self._make_search(kwargs["model"])
         self._held_out = self._make_held_out(self._cut)
+        record = [self.config.to_dict(), self.search.grid.names, self.search.grid.parameters, self._warmup, self._cut]
+        self.search.check_agreement(json.dumps([*record, len(self._held_out.dataset)]))
         if self._resumed is not None:
             self._restore()
         self.search.begin()

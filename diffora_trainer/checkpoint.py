@@ -98,15 +98,20 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"{TRAINER_STATE_NAME} from step {step}. {_OTHER}"
         )
     adapters = [*folder.glob(ADAPTER_NAME), *folder.glob(f"*/{ADAPTER_NAME}")]  # a named adapter has its own folder
-    for path in adapters or [folder / ADAPTER_NAME]:
+    shards = [path for path in folder.glob("*_[0-9]*") if path.is_dir()]  # FSDP's, instead of adapter and optimizer
+    for path in adapters or ([] if shards else [folder / ADAPTER_NAME]):
         tensor_shapes(path)
         with named_errors(path.with_name(ADAPTER_CONFIG_NAME)):
             _read_json(path.with_name(ADAPTER_CONFIG_NAME))
+    last = [path / ".metadata" for path in shards]
+    optimizer = [*folder.glob("optimizer.*"), *folder.glob("*fsdp*.bin"), *last] or [folder / "optimizer.pt"]
     randomness = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
-    for path in [folder / "optimizer.pt", folder / "scheduler.pt", *randomness]:
+    for path in [*optimizer, folder / "scheduler.pt", *randomness]:
         with named_errors(path):
-            if not path.is_file() or not zipfile.is_zipfile(path):  # its directory comes last
-                raise ValueError("it is not whole" if path.is_file() else "it is missing")
+            if not path.is_file():
+                raise ValueError("it is missing")
+            if path not in last and not zipfile.is_zipfile(path):  # its directory comes last
+                raise ValueError("it is not whole")
 
 
 def find_checkpoint(wanted: str | os.PathLike | bool, folder: str | os.PathLike) -> tuple[str, dict[str, str]]:

@@ -95,12 +95,9 @@ class Gates:
         gate = values[index]
         if gate.device != output.device:  # a model spread over several devices
             gate = gate.to(output.device)
-        if gate.requires_grad:
-            # In float32 at least: the gate's gradient is a sum over all tokens, and must not be rounded to half
-            # precision.
-            wide = torch.promote_types(output.dtype, torch.float32)
-            return (output.to(wide) * gate).to(output.dtype)
-        return output * gate.to(output.dtype)
+        # In float32 at least: neither the gate nor its gradient, a sum over all tokens, is rounded to half precision.
+        wide = torch.promote_types(output.dtype, torch.float32)
+        return (output.to(wide) * gate).to(output.dtype)
 
 
 @contextmanager
@@ -130,3 +127,22 @@ def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[li
             layer._disable_adapters = disabled
         for parameter in frozen:
             parameter.requires_grad_(True)
+
+
+def checkpoints_activations(model: nn.Module) -> bool:
+    """
+    Whether a model checkpoints activations. The reentrant way is refused: its backward pass gives no gradient of the
+    gates, and none is not told from zero as long as a module outside the checkpointed blocks has one.
+    """
+    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    for block in blocks:
+        function = getattr(block, "_gradient_checkpointing_func", None)
+        # Reentrant is also what PyTorch takes when nothing is said, as in `prepare_model_for_kbit_training(model)`.
+        if isinstance(function, partial) and function.keywords.get("use_reentrant") is not False:
+            raise ValueError(
+                f"The model checkpoints activations with {function.keywords or 'no arguments'}, which is the "
+                "reentrant way: its backward pass cannot give the gradient of the gates alone. Please pass "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}` to `gradient_checkpointing_enable`, to "
+                "`prepare_model_for_kbit_training` or in the training arguments, wherever it was switched on."
+            )
+    return bool(blocks)

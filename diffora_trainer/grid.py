@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from accelerate.utils import is_compiled_module
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
@@ -145,7 +146,23 @@ def _place(name: str) -> tuple[str, str]:
     return (match["row"], match["column"]) if match else (OTHER_ROW, name)
 
 
+def check_not_compiled(model: nn.Module) -> None:
+    """
+    Raise a `ValueError` if a model or a part of it is compiled. What was traced before the gates were attached or set
+    runs on without them, in silence: PyTorch does not look for hooks again.
+    """
+    for name, module in model.named_modules():
+        if is_compiled_module(module) or module._compiled_call_impl is not None:
+            where = f"its part {name!r}" if name else "the model"
+            raise ValueError(
+                f"You passed a compiled model ({where} went through `torch.compile`), which would not notice the "
+                "gates of the search. Please search with the model as it was before, and compile the finished one: "
+                "`model.compile()` after the training."
+            )
+
+
 def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
+    check_not_compiled(model)
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"Expected a `peft.PeftModel` with a LoRA adapter, got {type(model).__name__}. Please wrap the model with "

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .budget import Budget
 from .config import DiffoRAConfig
-from .gates import Gates, as_if_cut
+from .distributed import check_agreement, fingerprint
+from .gates import Gates, as_if_cut, checkpoints_activations
 from .grid import OTHER_ROW, ModuleGrid
 from .matrix import DifferentialAdaptationMatrix
 from .selection import Selection, short_names
@@ -97,12 +98,42 @@ class ArchitectureSearch:
         self._closing: Tensor | None = None
 
     def begin(self) -> None:
-        """Attach the gates to the model. From here on the weights train under the gates of [`draw_gates`]."""
+        """
+        Attach the gates to the model. From here on the weights train under the gates of [`draw_gates`].
+
+        Raises:
+            ValueError: if the model checkpoints activations in the reentrant way.
+        """
         # Activation checkpointing only works in training mode, and without it an architecture step needs more memory
         # than a training step has. Otherwise evaluation mode is better: dropout is noise in the gates' gradient.
-        self._checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        self._checkpointing = checkpoints_activations(self.model)
         self.gates.attach()
         self.gates.set_evaluation(self.matrix.evaluation_gates())
+
+    def check_agreement(self, record: str) -> None:
+        """
+        Make sure that all processes hold the same record of what they search, before they wait for each other.
+
+        Args:
+            record (`str`): what must be equal.
+
+        Raises:
+            ValueError: on every process, if any two differ.
+        """
+        check_agreement(
+            fingerprint(record),
+            self._reduce,
+            "what to search: modules, options, schedule or the number of held-out rows",
+            "Please start all of them with the same script, arguments and data.",
+        )
+
+    def _check_choice(self, kept: Tensor) -> None:
+        check_agreement(
+            kept,
+            self._reduce,
+            "which modules to keep",
+            "Please make sure that all of them read the same data and files.",
+        )
 
     def measure_times(self, batch: Any) -> StepTimes:
         """
@@ -157,8 +188,13 @@ class ArchitectureSearch:
         Args:
             kept (`Tensor` of shape `(n,)` and dtype `torch.bool`, *optional*): a choice that was made before, when a
                 run is resumed.
+
+        Raises:
+            ValueError: on every process, if they would not all keep the same modules.
         """
-        self.decided = self.matrix.choose() if kept is None else kept
+        decided = self.matrix.choose() if kept is None else kept
+        self._check_choice(decided)
+        self.decided = decided
 
     def close(self, progress: float) -> None:
         """
@@ -246,8 +282,12 @@ class ArchitectureSearch:
 
         Args:
             step (`int`, *optional*): present optimizer step, for the record.
+
+        Raises:
+            ValueError: on every process, if they would not all keep the same modules.
         """
         selection = self.select(step)
+        self._check_choice(torch.tensor(selection.kept))
         self.gates.detach()
         return selection
 
@@ -375,6 +415,11 @@ class ArchitectureSearch:
         modes = {module: module.training for module in self.model.modules()}  # some parts may be kept in evaluation
         with isolated_random_state(self.gates.device):
             self.model.train(self._checkpointing if training is None else training)
+            for module in modes:
+                if type(module).__name__ == "Linear4bit":
+                    # On some CPUs bitsandbytes (0.50) repacks the weight at the first call in evaluation mode, for
+                    # good and rounded, into a form that passes no gradient on. It reads the mode for nothing else.
+                    module.training = True
             try:
                 yield
             finally:

@@ -12,6 +12,7 @@ from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
 from torch.optim import Optimizer
 
+from .distributed import forget_shards, reshard
 from .grid import lora_layers, lora_parameters
 from .selection import Selection
 
@@ -45,6 +46,7 @@ def apply_selection(
         ValueError: if the modules of the model are not those of the selection.
     """
     adapter_name = str(adapter_name or model.active_adapters[0])
+    reshard(model)
     layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
     if set(layers) != set(selection.modules):
         missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
@@ -68,6 +70,7 @@ def apply_selection(
         _remove(model, name, layers[name], adapter_name)
     kept = {p for name in selection.adapted for p in lora_parameters(layers[name], adapter_name)}
     _narrow(model, adapter_name, selection.adapted)
+    forget_shards(model, parameters_before - kept)
     if optimizer is not None:
         forget_parameters(optimizer, parameters_before - kept, scheduler)
         if selection.shared:

@@ -21,6 +21,8 @@ from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
+from .distributed import rewrap_distributed
+from .grid import check_not_compiled
 from .logging import get_logger
 from .plots import plot_to
 from .search import ArchitectureSearch
@@ -31,7 +33,6 @@ from .trainer_utils import (
     prepare_dataset,
     preserved_bookkeeping,
     read_head,
-    rewrap_distributed,
     steps_of_epoch,
     subset,
     task_type_of_trainer,
@@ -154,6 +155,8 @@ class DiffoRAMixin(_Base):
     def _with_lora(self, arguments: dict[str, Any], peft_config: PeftConfig | None) -> dict[str, Any]:
         """The parent's arguments, with LoRA on the model or its configuration among them."""
         model, args = arguments.get("model"), arguments.get("args")
+        if isinstance(model, nn.Module):
+            check_not_compiled(model)  # before it is changed
         if "peft_config" in self._parent_parameters():
             if not isinstance(model, PeftModel):
                 base = model if isinstance(model, nn.Module) else None
@@ -223,7 +226,7 @@ class DiffoRAMixin(_Base):
                 f"Memory ran out; training starts again from {checkpoint or 'its first step'} with smaller batches."
                 + (" The modules that were chosen stay, and are trained alone from there." if alone else "")
             )
-            if checkpoint is not None:
+            if checkpoint is not None and not self.is_fsdp_enabled:  # with FSDP the parent reads them in the loop
                 self._load_from_checkpoint(checkpoint)
         self._loop_began = True
         return super()._inner_training_loop(*args, **kwargs)
@@ -258,7 +261,7 @@ class DiffoRAMixin(_Base):
         return loss
 
     def _after_cut(self) -> None:
-        rewrap_distributed(self)
+        rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)
         self._last_train_batch = self._held_out_rows = None
         if self._split is not None:
             self._split.given_back = True
@@ -379,7 +382,13 @@ class DiffoRAMixin(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
         self._callback.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
+        dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # The parent loads the adapter with PEFT's default, which makes LoRA weights in half precision float32: the
+        # resumed run would round otherwise than the run that made the checkpoint.
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != dtypes[name]:
+                parameter.data = parameter.data.to(dtypes[name])
 
 
 class DiffoRATrainer(DiffoRAMixin, Trainer):

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from datasets import Dataset
 from peft import TaskType
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Subset
 
 from .logging import get_logger
@@ -34,29 +34,51 @@ def check_trainer(trainer: Any) -> None:
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
-            "DeepSpeed is not supported: it keeps optimizer states that modules cannot be taken out of during a run. "
-            "Please train on one device, or on several with plain data parallelism (`accelerate launch --multi_gpu`)."
+            "DeepSpeed is not supported: it keeps weights and optimizer states in buffers of its own, which modules "
+            "cannot be taken out of during a run. Instead of ZeRO-2 please use plain data parallelism, and instead of "
+            "ZeRO-3 FSDP2 (`accelerate launch --config_file recipes/accelerate_configs/ddp.yaml` or `fsdp2.yaml`)."
         )
     if trainer.is_fsdp_enabled:
-        raise ValueError(
-            "FSDP is not supported: it shards parameters that modules cannot be taken out of during a run. Please "
-            "train on one device, or on several with plain data parallelism (`accelerate launch --multi_gpu`)."
-        )
+        _check_fsdp(trainer)
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, and `nn.DataParallel` copies the model without its gates. "
             "Please start the script with `accelerate launch`, or make one GPU visible with `CUDA_VISIBLE_DEVICES`."
         )
-    if args.torch_compile:
+    if args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
         raise ValueError(
-            "`torch_compile=True` is not supported: the compiled model would keep the modules that the cut removes. "
-            "Please set `torch_compile=False`."
+            "`torch_compile=True` is not supported, and neither is `accelerate launch --dynamo_backend`: the compiled "
+            "model would not notice the gates of the search. Please train without it, and compile the finished model: "
+            "`model.compile()` after the training."
         )
     if trainer.diffora_config.arch_order == 2 and args.world_size > 1:
         raise ValueError(
             "`arch_order=2` looks ahead along the gradient of one process, so on several they would disagree. Please "
             "set `arch_order=1`."
         )
+
+
+def _check_fsdp(trainer: Any) -> None:
+    plugin = trainer.accelerator.state.fsdp_plugin
+    version = getattr(plugin, "fsdp_version", 1)
+    if version != 2:
+        raise ValueError(
+            f"FSDP{version} is not supported: it flattens parameters together, so that modules cannot be taken out of "
+            "them during a run. Please use FSDP2: set `fsdp_version: 2` in the configuration of accelerate."
+        )
+    if plugin.activation_checkpointing:
+        raise ValueError(
+            "You set `fsdp_activation_checkpointing: true`. It renames the modules of the model, with which PEFT 0.21 "
+            "saves an adapter without any weights. Please set it to false, and `gradient_checkpointing=True` in the "
+            "training arguments."
+        )
+    config = trainer.diffora_config
+    for name, value in (("weight_sharing", "none"), ("cost", "parameters")):
+        if getattr(config, name) != value:
+            raise ValueError(
+                f"You passed `{name}={getattr(config, name)!r}` with FSDP, which holds each parameter in the shards "
+                f"of its own module. Please set `{name}={value!r}`, or use plain data parallelism."
+            )
 
 
 def task_type_of_trainer(trainer: Any) -> TaskType:
@@ -81,25 +103,6 @@ def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
         yield
     finally:
         vars(trainer).update(kept, **records)
-
-
-def rewrap_distributed(trainer: Any) -> None:
-    """
-    Let distributed data parallelism notice that parameters are gone. Its reducer is built once, and would wait for
-    them.
-
-    The training loop holds the wrapper in a local variable, so the wrapper is built anew in its place.
-    """
-    wrapper = trainer.model_wrapped
-    if isinstance(wrapper, DistributedDataParallel):
-        handler = trainer.accelerator.ddp_handler
-        kwargs = handler.to_kwargs() if handler is not None else {}
-        wrapper.__init__(  # type: ignore[misc]
-            wrapper.module,
-            device_ids=wrapper.device_ids,
-            output_device=wrapper.output_device,
-            **kwargs,
-        )
 
 
 def read_head(trainer: Any, stream: Any) -> list[Any]:

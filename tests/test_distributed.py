@@ -1,118 +1,202 @@
-"""Two processes decide as one, and train on after the cut."""
+"""Several processes decide as one, whether each holds the model or a part of it, and none hangs when another fails."""
+
+from __future__ import annotations
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-
-
-RUN = """
-import json, os, sys
 import torch
-torch.set_num_threads(1)
-from models import llama_classifier
-from tokenizer import classification_dataset, tiny_tokenizer
-from transformers import TrainingArguments
-from diffora_trainer import DiffoRAConfig, DiffoRATrainer
+import yaml
+from conftest import lora, make_trainer
+from peft import PeftModel
+from safetensors.torch import load_file
+from tokenizer import chat_dataset, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-world = int(os.environ.get("WORLD_SIZE", 1))
-trainer = DiffoRATrainer(
-    model=llama_classifier(231, 2).model,
-    args=TrainingArguments(
-        sys.argv[1], max_steps=16, per_device_train_batch_size=8 // world, gradient_accumulation_steps=2,
-        activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": False},
-        learning_rate=1e-2, max_grad_norm=0.0, logging_steps=4, report_to="none", use_cpu=True, save_strategy="no",
-        disable_tqdm=True,
-    ),
-    train_dataset=classification_dataset(96),
-    processing_class=tiny_tokenizer(),
-    diffora_config=DiffoRAConfig(arch_batch_size=8 // world, discretize_at=8, arch_warmup=2, arch_every=1),
-)
-at_cut = {}
-after_cut = trainer._after_cut
-trainer._callback._after_cut = lambda: (
-    after_cut(), at_cut.update({n: p.detach().clone() for n, p in trainer.model.named_parameters() if "lora_" in n})
-)
-trainer.train()
-moved = [not torch.equal(p, at_cut[n]) for n, p in trainer.model.named_parameters() if n in at_cut]
-weights = torch.cat([p.detach().flatten() for p in trainer.model.parameters() if p.requires_grad])
-report = {
-    "selected": trainer.selection.selected, "scores": trainer.selection.scores, "moved": all(moved) and len(moved) > 0,
-    "weights": weights.double().sum().item(),
-}
-with open(f"{sys.argv[1]}.{os.environ.get('RANK', 0)}.json", "w") as file:
-    json.dump(report, file)
-"""
+from diffora_trainer.distributed import check_agreement, fingerprint
+
+
+TESTS = Path(__file__).resolve().parent
+RECIPES = TESTS.parent / "recipes"
+CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
+KINDS = [path.stem for path in CONFIGS]
+SAVES = {"warm-up": 2, "search": 5, "closing": 7, "cut": 8, "selected": 10}
+
+
+def launch(kind: str | None, script: Path, *arguments: object, ok: bool = True) -> str:
+    """Run a script alone, or in two processes as one of the recipes' files says. Returns what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    command = [sys.executable, script]
+    if kind is not None:
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        file = RECIPES / "accelerate_configs" / f"{kind}.yaml"
+        command = [*accelerate, "--config_file", file, TESTS / "launch_on_cpu.py", script]
+    command = [str(part) for part in [*command, *arguments]]
+    # What hangs is killed and fails the test.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output[-4000:]
+    return output
+
+
+def train(kind: str | None, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """A run of `distributed_run.py`, and the reports of its processes."""
+    folder.mkdir(exist_ok=True)
+    launch(kind, TESTS / "distributed_run.py", folder, json.dumps(options))
+    return [json.loads((folder / f"report.{rank}.json").read_text()) for rank in range(1 if kind is None else 2)]
+
+
+SIGMOID = {"search": {"relaxation": "sigmoid", "arch_closing": 0}}  # scores that differ by little
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run of a single process that reads the same global batches."""
+    return train(None, tmp_path_factory.mktemp("alone"), **SIGMOID)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path: Path) -> None:
+    """With gradient accumulation and gradient checkpointing."""
+    args = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    reports = train(kind, tmp_path, args=args, **SIGMOID)
+    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModelForCausalLM"}[kind]
+    assert [report["wrapper"] for report in reports] == [wrapper] * 2
+    assert reports[0] == reports[1]  # one decision, and the same weights
+    report = reports[0]
+    assert report["selected"] == alone["selected"]
+    assert report["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+    assert len(set(report["scores"])) > 10
+    assert report["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    for name, weights in alone["weights"].items():
+        assert report["weights"][name] == pytest.approx(weights, abs=1e-4), name
+
+    # After the cut nothing is left of the modules that went: what is wrapped anew learns, and communicates no more
+    # than the model has.
+    assert report["moved"] and all(report["moved"])
+    assert report["gathered"] == report["parameters"]
+    assert report["optimized"] == report["trainable"]
+
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.replace(".weight", ".default.weight") for name in adapter} == set(report["weights"])
+    assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
 
 
 @pytest.mark.slow
-def test_two_processes_decide_as_one(tmp_path: Path) -> None:
-    """DDP on CPU: equal scores and selection on both ranks and on one process with the same global batches."""
-    script = tmp_path / "run.py"
-    script.write_text(RUN)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    alone, launcher = (
-        [sys.executable],
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-    )
-    subprocess.run([*alone, script, tmp_path / "one"], check=True, env=env, timeout=240)
-    subprocess.run([*launcher, script, tmp_path / "two"], check=True, env=env, timeout=240)
-    one, left, right = (
-        json.loads((tmp_path / name).read_text()) for name in ("one.0.json", "two.0.json", "two.1.json")
-    )
-    assert left == right  # the same decision, and the same weights, on both ranks
-    assert left["moved"]  # what was kept still learns: the reducer was built anew
-    assert left["selected"] == one["selected"]
-    assert left["scores"] == pytest.approx(one["scores"], abs=1e-5)
-
-
-RESUMED = """
-import json, os, sys
-import torch
-torch.set_num_threads(1)
-from conftest import classifier, search_config, step_logs
-from test_resume import SaveAt
-from tokenizer import classification_dataset, tiny_tokenizer
-from transformers import TrainingArguments
-from diffora_trainer import DiffoRATrainer
-
-class Save(SaveAt):
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_save = state.global_step in (5, 10)
-
-trainer = DiffoRATrainer(
-    model=classifier().model,
-    args=TrainingArguments(
-        sys.argv[1], max_steps=12, per_device_train_batch_size=4, learning_rate=1e-2, logging_steps=1,
-        report_to="none", use_cpu=True, save_strategy="steps", save_steps=100, disable_tqdm=True,
-    ),
-    train_dataset=classification_dataset(32),
-    processing_class=tiny_tokenizer(),
-    callbacks=[Save()],
-    diffora_config=search_config(),
-)
-trainer.train(resume_from_checkpoint=sys.argv[2] if len(sys.argv) > 2 else None)
-weights = {name: p.flatten().tolist() for name, p in trainer.model.named_parameters() if p.requires_grad}
-report = {"selection": trainer.selection.to_json(), "weights": weights, "logs": step_logs(trainer)}
-with open(f"{sys.argv[1]}.{os.environ['RANK']}.json", "w") as file:
-    json.dump(report, file, sort_keys=True)
-"""
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_is_the_uninterrupted_run(kind: str, tmp_path: Path) -> None:
+    """With four steps in an epoch, so that most checkpoints lie in the middle of a later one."""
+    whole = train(kind, tmp_path / "whole", rows=32, save_at=list(SAVES.values()))[0]
+    for moment, step in SAVES.items():
+        resumed = train(kind, tmp_path / moment, rows=32, resume=f"{tmp_path}/whole/checkpoint-{step}")[0]
+        for key in ("losses", "scores", "selected", "weights"):
+            assert resumed[key] == whole[key], f"{key}, resumed in the phase {moment}"
 
 
 @pytest.mark.slow
-def test_two_processes_resume(tmp_path: Path) -> None:
-    """In the second epoch and in the third, in the search and after the cut, bit for bit; also on the second rank."""
-    script = tmp_path / "run.py"
-    script.write_text(RESUMED)
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    subprocess.run([*launcher, tmp_path / "whole"], check=True, env=env, timeout=240)
-    for step in (5, 10):  # of 4 in an epoch
-        checkpoint = tmp_path / f"whole/checkpoint-{step}"
-        subprocess.run([*launcher, tmp_path / str(step), checkpoint], check=True, env=env, timeout=240)
-        for rank in (0, 1):
-            whole, resumed = ((tmp_path / f"{name}.{rank}.json").read_text() for name in ("whole", step))
-            assert json.loads(resumed) == json.loads(whole), f"rank {rank} from {step}"
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"die_at": 5}, "rank      : 1"),
+        ({"choose_otherwise_at": 5}, "disagree on which modules to keep"),
+        ({"other_search": {"ranks": [1], "search": {"selection_ratio": 0.25}}}, "disagree on what to search"),
+    ],
+    ids=["a process dies", "one would choose otherwise", "one has other options"],
+)
+def test_a_fault_stops_all(kind: str, fault: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """The launcher comes back with an error, which a hanging process would prevent, and no adapter is written."""
+    output = launch(kind, TESTS / "distributed_run.py", tmp_path, json.dumps(fault), ok=False)
+    assert message in output
+    if "disagree" in message:
+        raising = {line.split("]")[0] for line in output.splitlines() if "disagree on" in line}
+        assert raising == {"[rank0", "[rank1"}
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_recipe_in_two_processes(kind: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    trainer = make_trainer(tmp_path, "sft")
+    base = trainer.model.get_base_model()
+    assert isinstance(base, LlamaForCausalLM)
+    trainer.model.unload().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    chat_dataset(48).to_json(tmp_path / "chats.jsonl")
+    options = {
+        "config": RECIPES / "sft" / "demo.yaml",
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "chats.jsonl",
+        "output_dir": tmp_path / "out",
+        **{"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_eval_samples": 4},
+        **{"lora_r": 4, "max_length": 64, "answer_tokens": 4, "use_cpu": True, "report_to": "none"},
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    output = launch(kind, RECIPES / "sft" / "sft.py", *words)
+    assert output.count("Chosen modules") == 1  # printed by one process
+    selection = json.loads((tmp_path / "out" / "diffora_selection.json").read_text())
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    found = {name.split(".lora_A")[0].removeprefix("base_model.model.") for name, _ in loaded.named_parameters()}
+    assert {name for name in found if "lora_" not in name} >= set(selection["selected"])
+    assert any(p.any() for name, p in loaded.named_parameters() if "lora_B" in name)
+
+
+def test_configurations_are_accelerate_ones() -> None:
+    """What the README names is there, and nothing in it turns a precision on by itself."""
+    assert KINDS == ["ddp", "fsdp2"]
+    for path in CONFIGS:
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
+
+
+def test_disagreement_is_seen_by_all_alike() -> None:
+    """Three processes of which two agree: the mean tells each of them, also the majority."""
+    held = [fingerprint("a"), fingerprint("a"), fingerprint("b")]
+    assert len(set(map(tuple, (bits.tolist() for bits in held)))) == 2 and len(held[0]) == 256
+    mean = torch.stack([bits.float() for bits in held]).mean(0)
+    for bits in held:
+        with pytest.raises(ValueError, match="disagree on the plan. Start again."):
+            check_agreement(bits, lambda values: mean, "the plan", "Start again.")
+    check_agreement(held[0], lambda values: values, "the plan", "Start again.")
+
+
+class _Plugin:
+    """What is read of accelerate's FSDP plugin."""
+
+    def __init__(self, fsdp_version: int = 2, activation_checkpointing: bool = False) -> None:
+        self.fsdp_version, self.activation_checkpointing = fsdp_version, activation_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("sharding", "search", "message"),
+    [
+        ("deepspeed", {}, "DeepSpeed is not supported.*ZeRO-2.*ZeRO-3.*fsdp2.yaml"),
+        (_Plugin(fsdp_version=1), {}, "FSDP1 is not supported.*fsdp_version: 2"),
+        (_Plugin(activation_checkpointing=True), {}, "without any weights.*gradient_checkpointing=True"),
+        (_Plugin(), {"weight_sharing": "layer"}, "`weight_sharing='layer'` with FSDP.*`weight_sharing='none'`"),
+        (
+            _Plugin(),
+            {"cost": "time", "selection_scope": "model"},
+            "`cost='time'` with FSDP.*`cost='parameters'`",
+        ),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    sharding: Any, search: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffora_trainer import trainer_utils
+
+    trainer = make_trainer(tmp_path, peft_config=lora(), search=search)
+    if sharding == "deepspeed":
+        trainer.is_deepspeed_enabled = True
+    else:
+        trainer.is_fsdp_enabled = True
+        monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", sharding, raising=False)
+    with pytest.raises(ValueError, match=message):
+        trainer_utils.check_trainer(trainer)

@@ -27,6 +27,12 @@ python recipes/profile/measure.py --config recipes/profile/llama_1b.yaml
 python recipes/profile/measure.py --config recipes/profile/llama_8b.yaml
 ```
 
+# In two processes
+```bash
+accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/profile/measure.py \
+    --config recipes/profile/llama_cpu.yaml --memory false --variants all_linear diffora kept
+```
+
 # How long it takes to score, choose and cut 10,000 modules
 ```bash
 python recipes/profile/measure.py --modules 10000
@@ -39,6 +45,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import statistics
 import sys
@@ -164,6 +171,7 @@ def make_trainer(
             max_steps=config.steps - (schedule_of(config)[1] if variant == "kept" else 0),
             per_device_train_batch_size=config.batch_size,
             learning_rate=1e-4,
+            use_cpu=not torch.cuda.is_available(),
             bf16=model.dtype == torch.bfloat16,
             gradient_checkpointing=config.gradient_checkpointing,
             gradient_checkpointing_kwargs={"use_reentrant": False} if config.gradient_checkpointing else None,
@@ -486,7 +494,7 @@ def main(config: ProfileConfig) -> str:
             with context.Pool(1) as pool:
                 memory[variant] = pool.map(_memory_worker, [(config, variant, kept)])[0]
             kept = memory[variant].pop("modules", kept)  # type: ignore[arg-type]
-    if config.output_file:
+    if config.output_file and os.environ.get("RANK", "0") == "0":
         Path(config.output_file).parent.mkdir(parents=True, exist_ok=True)
         Path(config.output_file).write_text(json.dumps({"seconds": seconds, "peak_bytes": memory}, indent=1) + "\n")
     return make_table(config, seconds, memory)
@@ -500,4 +508,6 @@ def make_parser(prog: str | None = None) -> Any:
 
 
 if __name__ == "__main__":
-    print(main(*make_parser().parse_args_and_config()))
+    table = main(*make_parser().parse_args_and_config())
+    if os.environ.get("RANK", "0") == "0":  # the order of the turns is the same in all processes
+        print(table)

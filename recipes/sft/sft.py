@@ -169,7 +169,9 @@ def main(
         return answer(network, trainer.processing_class, script_args.prompt, script_args.answer_tokens)
 
     # Before, training, after
-    loss_before, answer_before = trainer.evaluate()["eval_loss"], ask()
+    # FSDP2 shards the model when training begins, and accelerate cannot evaluate it before.
+    sharded = trainer.is_fsdp_enabled
+    loss_before, answer_before = (None, None) if sharded else (trainer.evaluate()["eval_loss"], ask())
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     loss_after, answer_after = trainer.evaluate()["eval_loss"], ask()
 
@@ -184,9 +186,10 @@ def main(
     names = ("adapter_model.safetensors", "adapter_config.json", "diffora_selection.json", "dam.png", "README.md")
     files = [str(output_dir / name) for name in names if (output_dir / name).is_file()]
     lines = ["", "Chosen modules", trainer.selection.table(), ""]
-    lines += [f"Held-out loss: {loss_before:.4f} before, {loss_after:.4f} after"]
+    lines += ["Held-out loss: " + ("" if sharded else f"{loss_before:.4f} before, ") + f"{loss_after:.4f} after"]
     if script_args.prompt:
-        lines += ["", f"Prompt: {script_args.prompt}", f"Before: {answer_before}", f"After:  {answer_after}"]
+        lines += ["", f"Prompt: {script_args.prompt}", *([] if sharded else [f"Before: {answer_before}"])]
+        lines += [f"After:  {answer_after}"]
     lines += ["", "Written:", *(f"  {file}" for file in files)]
     trainer.accelerator.print("\n".join(lines))
 

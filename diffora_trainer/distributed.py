@@ -1,0 +1,106 @@
+"""What several processes need: agreement on what is decided, and wrappers that notice when modules leave the model."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def check_agreement(bits: Tensor, mean: Callable[[Tensor], Tensor], what: str, remedy: str) -> None:
+    """
+    Make sure that all processes hold the same bits. If they do not, all of them raise, so that none waits for another.
+
+    Args:
+        bits (`Tensor` of dtype `torch.bool`): what should be equal.
+        mean (`Callable[[Tensor], Tensor]`): averages a float32 CPU tensor over all processes.
+        what (`str`): what the bits stand for, for the message.
+        remedy (`str`): what to do about it.
+
+    Raises:
+        ValueError: on every process, if the bits of any two differ.
+    """
+    # The mean is the same everywhere, and only where all agree it is 0 or 1.
+    average = mean(bits.float())
+    differing = int(((average != 0) & (average != 1)).sum())
+    if differing:
+        raise ValueError(f"The processes of this run disagree on {what}. {remedy}")
+
+
+def fingerprint(text: str) -> Tensor:
+    """The 256 bits of a text's SHA-256, as a bool tensor."""
+    digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)
+    return (digest.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
+
+
+def rewrap_distributed(wrapper: Any, handler: Any = None) -> None:
+    """
+    Let distributed data parallelism notice that parameters are gone. Its reducer is built once, and would wait for
+    them.
+
+    The training loop holds the wrapper in a local variable, so the wrapper is built anew in its place.
+
+    Args:
+        wrapper: the model as it is trained; nothing happens to one that is no `DistributedDataParallel`.
+        handler (`accelerate.DistributedDataParallelKwargs`, *optional*): the options that it was built with.
+    """
+    if not isinstance(wrapper, DistributedDataParallel):
+        return
+    kwargs = handler.to_kwargs() if handler is not None else {}
+    wrapper.__init__(  # type: ignore[misc]
+        wrapper.module,
+        device_ids=wrapper.device_ids,
+        output_device=wrapper.output_device,
+        **kwargs,
+    )
+    if handler is not None:
+        handler.register_comm_hook(wrapper)
+
+
+def reshard(model: nn.Module) -> None:
+    """
+    Put the sharded parameters of FSDP2 back into their modules. After a forward pass without a backward pass some
+    modules still hold gathered ones, and a change of these would be lost.
+    """
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def forget_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """
+    Take parameters that have left a model out of what FSDP2 gathers and scatters for it.
+
+    FSDP2 collects the parameters of a wrapped module once, and would go on to gather those of modules that are gone.
+    It has no public call for this; the attributes are those of torch 2.13.
+
+    Args:
+        model (`nn.Module`): the model; nothing happens to one that is not sharded.
+        parameters (`Iterable[nn.Parameter]`): the sharded parameters that left it.
+    """
+    gone, present = set(parameters), set(model.modules())
+    for module in _sharded_modules(model):
+        state = module._get_fsdp_state()
+        for group in state._fsdp_param_groups:
+            group.fsdp_params = [p for p in group.fsdp_params if p.sharded_param not in gone]
+            for handles in (
+                group._module_to_pre_save_state_dict_hook_handle,
+                group._module_to_pre_load_state_dict_hook_handle,
+            ):
+                for other in [other for other in handles if other not in present]:
+                    handles.pop(other).remove()
+        # A removed module may have been wrapped itself.
+        states = state._state_ctx.all_states
+        states[:] = [other for other in states if any(inner in present for inner in other._modules)]
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:  # not imported for those who do not use it: it takes a while
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
