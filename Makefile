@@ -54,5 +54,5 @@ quality: $(STAMP)
 	$(BIN)/mypy
 
 clean:
-	rm -rf build dist outputs *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist outputs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

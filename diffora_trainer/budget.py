@@ -47,8 +47,12 @@ class Budget:
             )
         if scope not in ("layer", "model"):
             raise ValueError(f"You passed `scope={scope!r}`; it must be 'layer' or 'model'.")
+        if min(parameters) < 1:
+            raise ValueError(f"A module has {min(parameters)} parameters; each must have at least one.")
+        if not ratio > 0:
+            raise ValueError(f"You passed `ratio={ratio}`; it is the share of modules to keep and must be above 0.")
         self.parameters = torch.tensor(parameters, dtype=torch.float64)
-        self.cap = cap
+        self.cap = None if cap is None else min(cap, sum(parameters))
         if cap is not None and min(parameters) > cap:
             raise ValueError(
                 f"You passed `max_trainable_parameters={cap:,}`, but the smallest LoRA module has {min(parameters):,} "
@@ -62,12 +66,12 @@ class Budget:
         self.group = torch.tensor([index[row] if grouped else 0 for row in rows])
         sizes = torch.bincount(self.group, minlength=len(labels)).tolist()
         if cap is None:
-            self.counts = [min(size, max(1, math.floor(ratio * size + 0.5))) for size in sizes]
+            self.counts = [max(1, math.floor(min(ratio, 1.0) * size + 0.5)) for size in sizes]
             self.targets = torch.tensor(self.counts, dtype=torch.float64)
             self.weights = torch.ones(len(rows), dtype=torch.float64)
         else:
             self.counts = []
-            self.targets = torch.tensor([min(cap, sum(parameters))], dtype=torch.float64)
+            self.targets = torch.tensor([self.cap], dtype=torch.float64)
             self.weights = self.parameters
 
     def __len__(self) -> int:

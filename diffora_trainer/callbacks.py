@@ -18,7 +18,7 @@ from .config import DiffoRAConfig
 from .data import HeldOutBatches
 from .logging import get_logger
 from .resume import check_model, check_same, describe_base
-from .search import ArchitectureSearch
+from .search import ArchitectureSearch, isolated_random_state
 from .selection import Selection
 from .surgery import apply_selection
 from .timing import StepTimes
@@ -116,6 +116,9 @@ class DiffoRACallback(TrainerCallback):
         self.search.check_agreement(json.dumps([*record, len(self._held_out.dataset)]))
         if self._resumed is not None:
             self._restore()
+        else:  # what is wrong with the data should be said now
+            with isolated_random_state(self.search.gates.device):
+                self._held_out.batch(0)
         self.search.begin()
         self._close(state.global_step)
         if state.is_world_process_zero:
@@ -227,6 +230,11 @@ class DiffoRACallback(TrainerCallback):
         """Cut: decide, measure, and let the surgery change the model."""
         search, held_out = self.search, self._held_out
         assert search is not None and held_out is not None
+        if not search.matrix.steps and state.is_world_process_zero:
+            logger.warning(
+                f"Not one of the {search.skipped_steps} architecture steps had a finite loss, so the modules are kept "
+                "by their order alone. Please look for the cause of the NaN or infinity, and start again."
+            )
         before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
         seconds_before = None if search.times is None else search.step_seconds(next(held_out.sample(1)))
         self._report = {**self._report, **search.metrics()}

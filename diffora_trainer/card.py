@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
@@ -14,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .files import write_file
 from .plots import PICTURE_NAME
-from .selection import Selection
+from .selection import Selection, readable
 
 
 _BEGIN, _END = "<!-- diffora-trainer: begin -->", "<!-- diffora-trainer: end -->"
@@ -54,13 +55,17 @@ def write_card(
         environment = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, autoescape=False)
         section = environment.get_template("diffora_card.md").render(
             selection=selection,
-            options={k: v for k, v in selection.config.items() if v is not None and k != "base_model_id"},
+            options={
+                readable(name, markdown=True): readable(str(value), markdown=True)
+                for name, value in selection.config.items()
+                if value is not None and name != "base_model_id"
+            },
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             auto_class=_AUTO_CLASSES.get(
                 str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"
             ),
             base_model=base_model,
-            adapter=name,
+            adapter=json.dumps(name, ensure_ascii=False),  # a string of the snippet
         )
         text = f"{text.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n"
     card.text = text

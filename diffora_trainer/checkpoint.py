@@ -98,19 +98,21 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"{TRAINER_STATE_NAME} from step {step}. {_OTHER}"
         )
     adapters = [*folder.glob(ADAPTER_NAME), *folder.glob(f"*/{ADAPTER_NAME}")]  # a named adapter has its own folder
-    shards = [path for path in folder.glob("*_[0-9]*") if path.is_dir()]  # FSDP's, instead of adapter and optimizer
-    for path in adapters or ([] if shards else [folder / ADAPTER_NAME]):
+    # FSDP2 writes files of its own, with the adapter once more, or folders of shards in the place of all.
+    gathered = [folder / name for name in ("optimizer.bin", "pytorch_model_fsdp.bin")]
+    shards = [folder / name / ".metadata" for name in ("optimizer_0", "pytorch_model_fsdp_0")]
+    sharded = any(path.parent.is_dir() for path in shards)
+    for path in adapters or ([] if sharded else [folder / ADAPTER_NAME]):
         tensor_shapes(path)
         with named_errors(path.with_name(ADAPTER_CONFIG_NAME)):
             _read_json(path.with_name(ADAPTER_CONFIG_NAME))
-    last = [path / ".metadata" for path in shards]
-    optimizer = [*folder.glob("optimizer.*"), *folder.glob("*fsdp*.bin"), *last] or [folder / "optimizer.pt"]
+    optimizer = gathered if any(path.is_file() for path in gathered) else [folder / "optimizer.pt"]
     randomness = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
-    for path in [*optimizer, folder / "scheduler.pt", *randomness]:
+    for path in [*(shards if sharded else optimizer), folder / "scheduler.pt", *randomness]:
         with named_errors(path):
             if not path.is_file():
                 raise ValueError("it is missing")
-            if path not in last and not zipfile.is_zipfile(path):  # its directory comes last
+            if path not in shards and not zipfile.is_zipfile(path):  # its directory comes last
                 raise ValueError("it is not whole")
 
 
@@ -241,7 +243,7 @@ def _is_json(path: Path) -> bool:
 
 
 def _whole(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 2**40
 
 
 def _number(value: Any) -> bool:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import InitVar, dataclass, field
 from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .matrix import DifferentialAdaptationMatrix
 
@@ -228,7 +232,9 @@ class DiffoRAConfig:
     seed: InitVar[int | None] = None  # not a field: parsers would see it twice beside `TrainingArguments`
 
     def __post_init__(self, seed: int | None) -> None:
+        self.arch_seed = _integer("arch_seed", self.arch_seed)
         if seed is not None:
+            seed = _integer("seed", seed)
             if self.arch_seed not in (0, seed):
                 raise ValueError(
                     f"You passed `seed={seed!r}` and `arch_seed={self.arch_seed!r}`, which mean the same. Please pass "
@@ -237,7 +243,7 @@ class DiffoRAConfig:
             self.arch_seed = seed
         for name in ("selection_ratio", "max_step_time", "discretize_at", "arch_warmup", "arch_closing", "arch_split"):
             setattr(self, name, _number(name, getattr(self, name)))
-        for name in ("arch_every", "arch_order", "arch_seed"):
+        for name in ("arch_every", "arch_order"):
             setattr(self, name, _integer(name, getattr(self, name)))
         for name in ("max_trainable_parameters", "arch_batch_size"):
             if getattr(self, name) is not None:
@@ -248,12 +254,21 @@ class DiffoRAConfig:
             ("relaxation", tuple(DifferentialAdaptationMatrix.relaxations)),
             ("weight_sharing", WEIGHT_SHARING),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"You passed `{name}={getattr(self, name)!r}`; it must be one of {list(choices)}.")
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in choices:
+                raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
         if not isinstance(self.fold_gates, bool):
             raise TypeError(f"`fold_gates` must be a bool, got {self.fold_gates!r}.")
         if self.base_model_id is not None and not isinstance(self.base_model_id, str):
             raise TypeError(f"`base_model_id` must be a string such as 'org/name', got {self.base_model_id!r}.")
+        if self.base_model_id is not None:
+            try:
+                validate_repo_id(self.base_model_id)
+            except HFValidationError as error:
+                raise ValueError(
+                    f"You passed `base_model_id={self.base_model_id!r}`, which cannot be a model on the Hub. It is "
+                    "published with the adapter; please pass a name such as 'org/name', or leave it out."
+                ) from error
 
         if not 0 < self.selection_ratio <= 1:
             raise ValueError(
@@ -288,6 +303,11 @@ class DiffoRAConfig:
                     f"You passed `arch_learning_rate={self.arch_learning_rate}`; it must be positive, or None for the "
                     "default of the relaxation."
                 )
+            if self.arch_learning_rate > 1000:
+                raise ValueError(
+                    f"You passed `arch_learning_rate={self.arch_learning_rate}`, after one step of which every gate "
+                    "would stand at 0 or 1 for good. Use a value such as 0.05, or None for the relaxation's default."
+                )
             if self.relaxation == "budget" and self.arch_learning_rate > 1:
                 raise ValueError(
                     f"You passed `arch_learning_rate={self.arch_learning_rate}` with `relaxation='budget'`. It is the "
@@ -304,8 +324,8 @@ class DiffoRAConfig:
             raise ValueError(f"You passed `arch_every={self.arch_every}`; it must be 1 or more.")
         if self.arch_batch_size is not None and self.arch_batch_size < 1:
             raise ValueError(f"You passed `arch_batch_size={self.arch_batch_size}`; it must be 1 or more.")
-        if self.arch_seed < 0:
-            raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more.")
+        if not 0 <= self.arch_seed < 2**32:
+            raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more, and below 2**32.")
         _check_moment("discretize_at", self.discretize_at, minimum_open=True)
         _check_moment("arch_warmup", self.arch_warmup, minimum_open=False)
         _check_moment("arch_closing", self.arch_closing, minimum_open=False)
@@ -329,6 +349,9 @@ class DiffoRAConfig:
         Raises:
             ValueError: if the run is too short, the cut comes after its last step or not after the warm-up.
         """
+        total_steps = _integer("total_steps", total_steps)
+        if total_steps > sys.maxsize:
+            raise ValueError(f"You passed `total_steps={total_steps}`; no run is as long. Please set `max_steps`.")
         if total_steps < 2:
             raise ValueError(
                 f"The run has {total_steps} optimizer step(s), but a search needs at least 2: one of warm-up and one "
@@ -379,16 +402,21 @@ class DiffoRAConfig:
 
 def _number(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.")
-    if not math.isfinite(value):
-        raise ValueError(f"You passed `{name}={value}`; it must be finite.")
-    return float(value)
+        quotes = " Please write it without quotes." if isinstance(value, str) else ""
+        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.{quotes}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond all floats
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"You passed `{name}={number}`; it must be finite.")
+    return number
 
 
 def _integer(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an int, got {value!r} of type {type(value).__name__}.")
-    return value
+    return int(value)
 
 
 def _check_moment(name: str, value: float, *, minimum_open: bool) -> None:

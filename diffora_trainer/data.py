@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset, Sampler
+from transformers.trainer_utils import has_length
 
 
 class SplitPlan:
@@ -162,7 +164,10 @@ class HeldOutBatches:
         world_size: int = 1,
     ) -> None:
         if len(dataset) == 0:
-            raise ValueError("The held-out data set is empty, so the matrix has nothing to learn from.")
+            raise ValueError(
+                "The held-out data set is empty, so the matrix has nothing to learn from. Please pass an "
+                "`arch_dataset` with rows, or none, to hold out a part of the training set."
+            )
         self.dataset = dataset
         self.collate = collate
         self.batch_size = max(1, min(batch_size, len(dataset) // world_size))
@@ -181,8 +186,16 @@ class HeldOutBatches:
         start = (number * self.world_size + self.rank) * self.batch_size
         indices = [self._index(position) for position in range(start, start + self.batch_size)]
         if hasattr(self.dataset, "__getitems__"):
-            return self.collate(self.dataset.__getitems__(indices))
-        return self.collate([self.dataset[index] for index in indices])
+            rows = self.dataset.__getitems__(indices)
+        else:
+            rows = [self.dataset[index] for index in indices]
+        batch = self.collate(rows)
+        if batch is None or (isinstance(batch, (Mapping, list, tuple)) and not batch):
+            raise TypeError(
+                f"The data collator made {batch!r} of {len(rows)} held-out rows, so there is nothing to run the model "
+                "on. Please let it return the batch, a dictionary of tensors."
+            )
+        return batch
 
     def sample(self, count: int) -> Iterator[Any]:
         """The first `count` batches, or fewer if the data has fewer: always the same rows, each once."""
@@ -212,3 +225,29 @@ def split_indices(size: int, part: float, seed: int) -> list[int]:
         )
     generator = torch.Generator().manual_seed(seed)
     return sorted(torch.randperm(size, generator=generator)[:held_out].tolist())
+
+
+def check_dataset(name: str, dataset: Any) -> None:
+    """Raise if what was passed as a data set cannot be one, or has no rows. `None` is for others to judge."""
+    if dataset is None:
+        return
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise TypeError(
+            f"You passed `{name}={dataset!r}`, which is a name and not data. Please load it first, for example with "
+            "`datasets.load_dataset`."
+        )
+    if isinstance(dataset, Mapping):
+        raise TypeError(
+            f"You passed a dictionary with {', '.join(map(repr, list(dataset)[:5])) or 'no entry'} as `{name}`, but "
+            f"one data set is needed. Please pass one part, such as `{name}=data['train']`, or turn columns into rows "
+            "with `datasets.Dataset.from_dict`."
+        )
+    if not hasattr(dataset, "__iter__") and not hasattr(dataset, "__getitem__"):
+        raise TypeError(
+            f"You passed `{name}={dataset!r}` of type {type(dataset).__name__}, from which no rows can be read. "
+            "Please pass a `datasets.Dataset`, a `torch.utils.data.Dataset` or a list of rows."
+        )
+    if has_length(dataset) and len(dataset) == 0:
+        raise ValueError(
+            f"The `{name}` that you passed has no rows, so nothing can be learned. Please check how it was made."
+        )

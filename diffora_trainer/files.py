@@ -11,6 +11,7 @@ def write_file(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.unlink(missing_ok=True)  # a link that somebody put there would be followed
         temporary.write_bytes(content)
         os.replace(temporary, path)
     finally:

@@ -142,7 +142,7 @@ def lora_parameters(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
 def _place(name: str) -> tuple[str, str]:
     # The first number is the layer's: in T5 and in mixtures of experts further ones follow it, and those belong to the
     # kind. A name that *ends* with its first number is itself an element of a list (`classifier.0`), not in a layer.
-    match = re.match(r"(?P<row>(?:.*?\.)?\d+)\.(?P<column>.+)", name)
+    match = re.match(r"(?P<row>(?:.*?\.)?\d+)\.(?P<column>.+)", name, re.DOTALL)
     return (match["row"], match["column"]) if match else (OTHER_ROW, name)
 
 
@@ -175,6 +175,11 @@ def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
             "one with `model.set_adapter(name)`."
         )
     adapter_name = adapter_name or active[0]
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
+            "Please pass one of them, or none for the active one."
+        )
     config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig) or config.is_prompt_learning:
         raise TypeError(

@@ -11,6 +11,10 @@ from torch import Tensor
 from .budget import Budget
 
 
+# Gains beyond this are an accident; the sums and squares that are formed of them must stay finite in float32.
+_LARGEST_GAIN = 1e15
+
+
 class DifferentialAdaptationMatrix(ABC):
     """
     A gate for each LoRA module, relaxed from {0, 1} to [0, 1] and learned on held-out data (DiffoRA,
@@ -186,7 +190,7 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
 
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
-        self._gains.lerp_(-gradient, 2.0 / (self.steps + 1.0))
+        self._gains.lerp_(-_bounded(gradient), 2.0 / (self.steps + 1.0))
         length = 2.0 / (self.steps + 2.0) if self.learning_rate is None else self.learning_rate
         self._values.lerp_(self.budget.vertex(self._gains), length).clamp_(0.0, 1.0)
 
@@ -232,6 +236,7 @@ class SampledMatrix(DifferentialAdaptationMatrix):
 
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
+        gradient = _bounded(gradient)
         # The average over the steps so far, so that early steps are not blown up.
         self._mean_square.lerp_(gradient.square().mean(), 1.0 / min(self.steps, 10))
         scale = self._mean_square.sqrt().clamp(min=1e-12)
@@ -268,7 +273,7 @@ class _AdamMatrix(DifferentialAdaptationMatrix):
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
         self._optimizer.zero_grad()
-        self._relax(self._logits).backward(gradient)
+        self._relax(self._logits).backward(_bounded(gradient))
         self._optimizer.step()
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -302,8 +307,15 @@ class SoftmaxMatrix(_AdamMatrix):
 
     def _relax(self, logits: Tensor) -> Tensor:
         budget = self.budget
-        # The same shift for all logits changes no softmax and keeps `exp` in range.
-        weights = (logits - logits.detach().max()).exp()
+        # The same shift for all logits of a group changes no softmax and keeps `exp` in range.
+        largest = torch.zeros(len(budget.targets)).scatter_reduce(
+            0, budget.group, logits.detach(), "amax", include_self=False
+        )
+        weights = (logits - largest[budget.group]).exp()
         totals = torch.zeros(len(budget.targets)).index_add(0, budget.group, weights)
         counts = budget.targets if budget.cap is None else budget.targets / budget.parameters.mean()
         return (weights / totals[budget.group] * counts.float()[budget.group]).clamp(max=1.0)
+
+
+def _bounded(gradient: Tensor) -> Tensor:
+    return gradient.clamp(-_LARGEST_GAIN, _LARGEST_GAIN)

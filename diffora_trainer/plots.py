@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 from .files import write_file
 from .logging import get_logger
-from .selection import Selection, short_names
+from .selection import Selection, readable, short_names
 
 
 logger = get_logger(__name__)
 
 PICTURE_NAME = "dam.png"
+_MAX_INCHES, _MAX_LABELS = 60.0, 150
 
 
 def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
@@ -35,7 +38,8 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
 
     rows, columns = len(selection.rows), len(selection.columns)
     values = [[float("nan") if v is None else v for v in line] for line in selection.matrix(selection.gates)]
-    figure = Figure(figsize=(2.2 + 0.55 * max(columns, 4), 1.6 + 0.32 * max(rows, 3)), layout="constrained")
+    width, height = 2.2 + 0.55 * max(columns, 4), 1.6 + 0.32 * max(rows, 3)
+    figure = Figure(figsize=(min(width, _MAX_INCHES), min(height, _MAX_INCHES)), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: its global state is the user's
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
@@ -46,8 +50,12 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
             axes.add_patch(
                 Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=color, linewidth=1.8)
             )
-    axes.set_xticks(range(columns), short_names(selection.columns), rotation=40, ha="right", fontsize=8)
-    axes.set_yticks(range(rows), selection.rows, fontsize=8)
+    # A name is no formula, whatever it holds.
+    heads, sides = ([readable(name) for name in names] for names in (short_names(selection.columns), selection.rows))
+    every, skip = math.ceil(columns / _MAX_LABELS), math.ceil(rows / _MAX_LABELS)
+    text: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+    axes.set_xticks(range(0, columns, every), heads[::every], rotation=40, ha="right", **text)
+    axes.set_yticks(range(0, rows, skip), sides[::skip], **text)
     axes.set_title(
         f"DAM: {len(selection.selected)} of {len(selection.modules)} modules kept (framed)", fontsize=9, loc="left"
     )

@@ -27,8 +27,8 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 _MAX_LOGGED_KINDS = 16
 _NO_GATE = (
-    "The loss does not depend on any gate, so nothing can be learned about the modules. Does `loss_fn` run the model "
-    "it is given, without `torch.no_grad`?"
+    "The loss does not depend on any gate, so nothing can be learned about the modules. Please let `loss_fn` run "
+    "the model that it is given, without `torch.no_grad`."
 )
 
 
@@ -81,6 +81,13 @@ class ArchitectureSearch:
         reduce: Callable[[Tensor], Tensor] | None = None,
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
+        if not isinstance(config, (DiffoRAConfig, type(None))):
+            raise TypeError(f"`config` must be a `DiffoRAConfig`, got {type(config).__name__}.")
+        if not callable(loss_fn):
+            raise TypeError(
+                f"`loss_fn` must be a function of the model and a batch, got {type(loss_fn).__name__}. Please pass "
+                "one, such as `lambda model, batch: model(**batch).loss`."
+            )
         self.model = model
         self.config = config or DiffoRAConfig()
         self.grid = ModuleGrid.from_model(model, adapter_name)
@@ -174,7 +181,7 @@ class ArchitectureSearch:
 
     def _time(self, batch: Any, weights: list[nn.Parameter]) -> float:
         def step() -> None:
-            loss = self._loss_fn(self.model, batch)
+            loss = self._loss(batch)
             torch.autograd.grad(loss, weights, allow_unused=True)
 
         with self._quiet(training=True), self.gates.override(None):
@@ -272,7 +279,7 @@ class ArchitectureSearch:
         with self._quiet(training=False), torch.no_grad():
             for batch in batches:
                 with self.gates.override(self._training_gates()) if relaxed else nullcontext():
-                    losses.append(self._loss_fn(self.model, batch).detach().float().cpu().reshape(1))
+                    losses.append(self._loss(batch).detach().float().cpu().reshape(1))
         return float(self._reduce(torch.cat(losses).mean().reshape(1)))
 
     def finish(self, step: int | None = None) -> Selection:
@@ -362,11 +369,21 @@ class ArchitectureSearch:
             tuple(self.grid.names[index] for _, index in sorted(group)) for group in groups.values() if len(group) > 1
         )
 
+    def _loss(self, batch: Any) -> Tensor:
+        loss = self._loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                f"The loss function returned {found}, but one number is needed. Please return a tensor of one "
+                "element, such as `model(**batch).loss`."
+            )
+        return loss
+
     def _gradients(self, batch: Any, gates: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
         """Loss of a batch at some gates, and its gradients with respect to the gates and the weights."""
         leaf = gates.clone().to(self.gates.device).requires_grad_()
         with self.gates.override(leaf):
-            loss = self._loss_fn(self.model, batch)
+            loss = self._loss(batch)
             if not loss.requires_grad:
                 raise ValueError(_NO_GATE)
             scale = self._loss_scale()

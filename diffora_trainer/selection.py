@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,12 @@ from .files import write_file
 
 SELECTION_NAME = "diffora_selection.json"
 _FORMAT = 1
+
+_NOT_OURS = "This is not a selection saved by diffora-trainer"
+_PLEASE = f"Please pass the text of a `{SELECTION_NAME}` as a run saved it."
+
+# A selection may come from anywhere. What is shown of it must not be too large to draw up.
+_MAX_CELLS, _MAX_NAME, _MAX_SHOWN = 10_000_000, 1_000, 80
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,8 @@ class Selection:
         versions (`dict`): versions of the libraries that made it.
 
     Raises:
-        ValueError: if the lengths disagree, a number is not finite or a position is outside the grid.
+        ValueError: if the lengths disagree, a number is not finite, a position is outside the grid or taken twice, or
+            a name or the grid is too large for any model.
     """
 
     rows: tuple[str, ...]
@@ -74,9 +82,19 @@ class Selection:
             math.isfinite(number) for number in (*self.scores, *self.gates, *self.factors, *self.times.values())
         ):
             raise ValueError("A selection holds a score, gate, factor or time that is not finite.")
+        if any(count < 1 for count in self.parameters):
+            raise ValueError("A selection has a module without parameters; each must have at least one.")
+        if len(self.rows) * len(self.columns) > _MAX_CELLS:
+            raise ValueError(
+                f"A selection has a grid of {len(self.rows)} x {len(self.columns)}, larger than that of any model."
+            )
+        if any(len(name) > _MAX_NAME for name in (*self.rows, *self.columns, *self.modules)):
+            raise ValueError(f"A selection has a name of more than {_MAX_NAME} characters, as no model has.")
         for row, column in self.positions:
             if not (0 <= row < len(self.rows) and 0 <= column < len(self.columns)):
                 raise ValueError(f"A selection places a module at ({row}, {column}), outside its grid.")
+        if len(set(self.positions)) != count:
+            raise ValueError("A selection places two modules in one cell of its grid.")
         if not all(isinstance(kept, bool) for kept in self.kept):
             raise ValueError("A selection's entries in `kept` must be true or false.")
         if not any(self.kept):
@@ -157,8 +175,8 @@ class Selection:
         cells = [[absent] * len(self.columns) for _ in self.rows]
         for name, (row, column), kept in zip(self.modules, self.positions, self.kept, strict=True):
             cells[row][column] = keep if kept else share if name in sharing else drop
-        heads = ["layer", *short_names(self.columns)]
-        lines = [[row, *line] for row, line in zip(self.rows, cells, strict=True)]
+        heads = ["layer", *(readable(name, markdown) for name in short_names(self.columns))]
+        lines = [[readable(row, markdown), *line] for row, line in zip(self.rows, cells, strict=True)]
         if markdown:
             rule = ["---", *[":-:"] * len(self.columns)]
             return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *lines])
@@ -223,25 +241,29 @@ class Selection:
             data = json.loads(text)
             if not isinstance(data, dict) or data.get("format") != _FORMAT:
                 raise ValueError(f"its `format` is not {_FORMAT}")
-            records = data["modules"]
-            return cls(
-                rows=tuple(str(row) for row in data["rows"]),
-                columns=tuple(str(column) for column in data["columns"]),
-                modules=tuple(str(record["name"]) for record in records),
-                positions=tuple((int(record["row"]), int(record["column"])) for record in records),
-                parameters=tuple(int(record["parameters"]) for record in records),
+            records = _list(data["modules"])
+            selection = cls(
+                rows=tuple(map(_text, _list(data["rows"]))),
+                columns=tuple(map(_text, _list(data["columns"]))),
+                modules=tuple(_text(record["name"]) for record in records),
+                positions=tuple((_whole(record["row"]), _whole(record["column"])) for record in records),
+                parameters=tuple(_whole(record["parameters"]) for record in records),
                 scores=tuple(float(record["score"]) for record in records),
                 gates=tuple(float(record["gate"]) for record in records),
                 factors=tuple(float(record["factor"]) for record in records),
                 kept=tuple(record["kept"] for record in records),
-                shared=tuple(tuple(str(name) for name in group) for group in data["shared"]),
-                step=None if data["step"] is None else int(data["step"]),
-                times={str(name): float(seconds) for name, seconds in data.get("times", {}).items()},
+                shared=tuple(tuple(map(_text, _list(group))) for group in _list(data["shared"])),
+                step=None if data["step"] is None else _whole(data["step"]),
+                times={name: float(seconds) for name, seconds in data.get("times", {}).items()},
                 config=dict(data["config"]),
                 versions=dict(data["versions"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise ValueError(f"This is not a selection saved by diffora-trainer: {error}.") from error
+            selection.to_json()  # what could not be saved again is refused now
+            return selection
+        except KeyError as error:
+            raise ValueError(f"{_NOT_OURS}: it has no {error}. {_PLEASE}") from error
+        except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{_NOT_OURS}: {str(error).rstrip('.')}. {_PLEASE}") from error
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write `diffora_selection.json` into a folder, whole or not at all, and return its path."""
@@ -255,8 +277,15 @@ class Selection:
         path = Path(path)
         if path.is_dir():
             path = path / SELECTION_NAME
+        if not path.exists():
+            raise FileNotFoundError(
+                f"There is no {path}. A run writes it when it saves after its cut. Please pass its output folder, or "
+                "a checkpoint from after the cut."
+            )
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"Could not read {path}: {_NOT_OURS}, it is no text. {_PLEASE}") from error
         except ValueError as error:
             raise ValueError(f"Could not read {path}: {error}") from error
 
@@ -274,3 +303,35 @@ def short_names(names: Sequence[str]) -> list[str]:
             )
         )
     return short
+
+
+def readable(name: str, markdown: bool = False) -> str:
+    """
+    A name as it can be shown: on one line, without control characters, and not too long.
+
+    Args:
+        name (`str`): any text.
+        markdown (`bool`, *optional*, defaults to `False`): for a Markdown table, in which nothing of it is markup.
+    """
+    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
+    if len(text) > _MAX_SHOWN:
+        text = f"{text[: _MAX_SHOWN // 2]}…{text[-_MAX_SHOWN // 2 :]}"
+    return re.sub(r"[^\w .…-]", lambda found: f"&#{ord(found[0])};", text) if markdown else text
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"{readable(repr(value))} should be a list")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{readable(repr(value))} should be a text")
+    return value
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{readable(repr(value))} should be a whole number")
+    return value

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 
 from .distributed import forget_shards, reshard
 from .grid import lora_layers, lora_parameters
-from .selection import Selection
+from .selection import Selection, readable
 
 
 _CHECKED_MODULES = 1000
@@ -43,16 +44,28 @@ def apply_selection(
         adapter_name (`str`, *optional*): the adapter; defaults to the active one.
 
     Raises:
+        TypeError: if the model is not a `PeftModel`, or the selection not a [`Selection`].
         ValueError: if the modules of the model are not those of the selection.
     """
+    if not isinstance(model, PeftModel) or not isinstance(selection, Selection):
+        raise TypeError(
+            f"Expected a `PeftModel` and a `Selection`, got {type(model).__name__} and {type(selection).__name__}. "
+            "Please pass the model that was searched, and what its search found or `Selection.load(folder)` read."
+        )
     adapter_name = str(adapter_name or model.active_adapters[0])
+    if adapter_name not in model.peft_config:
+        raise ValueError(
+            f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
+            "Please pass one of them, or none for the active one."
+        )
     reshard(model)
     layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
     if set(layers) != set(selection.modules):
         missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
         raise ValueError(
             f"The selection was made for other modules: {len(missing)} of its modules have no LoRA in this model "
-            f"({_some(missing)}), and {len(extra)} LoRA modules of the model are not in it ({_some(extra)})."
+            f"({_some(missing)}), and {len(extra)} LoRA modules of the model are not in it ({_some(extra)}). Please "
+            "pass the model that was searched, with all its LoRA modules."
         )
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     leaders = [group[0] for group in selection.shared]
@@ -187,4 +200,4 @@ def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") if names else "none"
+    return ", ".join(map(readable, names[:3])) + (", ..." if len(names) > 3 else "") if names else "none"

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
-from transformers import ProgressCallback, Trainer, set_seed
+from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -20,15 +20,18 @@ from .callbacks import DiffoRACallback, SearchProgressCallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
 from .config import DiffoRAConfig
-from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
+from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, check_dataset, split_indices
 from .distributed import rewrap_distributed
 from .grid import check_not_compiled
 from .logging import get_logger
 from .plots import plot_to
+from .publish import PublicPushMixin
 from .search import ArchitectureSearch
 from .selection import Selection
 from .surgery import forget_parameters
 from .trainer_utils import (
+    check_arch_columns,
+    check_loaded,
     check_trainer,
     prepare_dataset,
     preserved_bookkeeping,
@@ -55,7 +58,7 @@ else:
     _Base = object
 
 
-class DiffoRAMixin(_Base):
+class DiffoRAMixin(PublicPushMixin, _Base):
     """
     Makes a trainer search for the modules that deserve a LoRA while it trains (DiffoRA,
     https://huggingface.co/papers/2502.08905), drop the others at a set step, go on with the chosen ones in the same
@@ -96,8 +99,12 @@ class DiffoRAMixin(_Base):
         **kwargs: Any,
     ) -> None:
         if diffora_config is not None and not isinstance(diffora_config, DiffoRAConfig):
-            raise TypeError(f"`diffora_config` must be a `DiffoRAConfig`, got {type(diffora_config).__name__}.")
+            raise TypeError(
+                f"`diffora_config` must be a `DiffoRAConfig`, got {type(diffora_config).__name__}. "
+                "Please make one of your options: `DiffoRAConfig(selection_ratio=0.5)`."
+            )
         self.diffora_config = diffora_config or DiffoRAConfig()
+        check_dataset("arch_dataset", arch_dataset)
         self.arch_dataset = arch_dataset
         self._split: SplitPlan | None = None
         self._held_out_rows: Any = None
@@ -107,6 +114,7 @@ class DiffoRAMixin(_Base):
         check_trainer(self)
         if arch_dataset is not None:
             self.arch_dataset = prepare_dataset(self, arch_dataset)
+            check_arch_columns(self)
         self._callback = DiffoRACallback(
             self.diffora_config,
             make_search=self._make_search,
@@ -155,9 +163,21 @@ class DiffoRAMixin(_Base):
     def _with_lora(self, arguments: dict[str, Any], peft_config: PeftConfig | None) -> dict[str, Any]:
         """The parent's arguments, with LoRA on the model or its configuration among them."""
         model, args = arguments.get("model"), arguments.get("args")
+        if args is not None and not isinstance(args, TrainingArguments):
+            raise TypeError(
+                f"`args` must be training arguments, got {type(args).__name__}. Please pass a `TrainingArguments`, or "
+                "what belongs to the trainer, such as `SFTConfig`."
+            )
+        check_loaded(model)
+        check_dataset("train_dataset", arguments.get("train_dataset"))
         if isinstance(model, nn.Module):
             check_not_compiled(model)  # before it is changed
         if "peft_config" in self._parent_parameters():
+            if not isinstance(model, (nn.Module, str, Path)) and arguments.get("model_init") is None:
+                raise TypeError(
+                    f"`model` must be a model, or the name or folder of one, got {type(model).__name__}. Please load "
+                    "it, for example with `AutoModelForCausalLM.from_pretrained`."
+                )
             if not isinstance(model, PeftModel):
                 base = model if isinstance(model, nn.Module) else None
                 peft_config = complete_lora_config(peft_config, base, task_type_of_trainer(self))
@@ -206,6 +226,11 @@ class DiffoRAMixin(_Base):
             raise ValueError(
                 "The `DiffoRACallback` was removed from this trainer, so no module would ever be chosen. Please leave "
                 "it in, or use the parent trainer."
+            )
+        if self.train_dataset is None:
+            raise ValueError(
+                "This trainer has `train_dataset=None`, so it can evaluate and predict but not train. Please pass a "
+                "`train_dataset`."
             )
         self._callback.forget_checkpoint()
         self._loop_began = False

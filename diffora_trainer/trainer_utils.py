@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, parse_flag_from_env
 from datasets import Dataset
 from peft import TaskType
+from torch import nn
 from torch.utils.data import Subset
 
 from .logging import get_logger
@@ -72,6 +73,11 @@ def _check_fsdp(trainer: Any) -> None:
             "saves an adapter without any weights. Please set it to false, and `gradient_checkpointing=True` in the "
             "training arguments."
         )
+    if "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"FSDP is configured with {plugin.state_dict_type}, with which the Trainer writes no adapter. Please set "
+            "`fsdp_state_dict_type: FULL_STATE_DICT`; of an adapter it is small."
+        )
     config = trainer.diffora_config
     for name, value in (("weight_sharing", "none"), ("cost", "parameters")):
         if getattr(config, name) != value:
@@ -124,7 +130,9 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
     rows = list(islice(iter(stream), batches * rows_a_batch))
     if not rows:
-        raise ValueError("The stream that held-out rows should be read from is empty.")
+        raise ValueError(
+            "The stream that held-out rows should be read from is empty. Please check its source and its filters."
+        )
     return rows
 
 
@@ -145,7 +153,39 @@ def prepare_dataset(trainer: Any, dataset: Any) -> Any:
         "formatting_func": getattr(trainer, "_formatting_func", None),
         "dataset_name": "arch",
     }
-    return prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+    try:
+        return prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+    except (AttributeError, KeyError, StopIteration) as error:
+        raise ValueError(
+            f"The `arch_dataset` with the columns {getattr(dataset, 'column_names', None)} could not be prepared as "
+            f"the training set was ({type(error).__name__}: {error}). Please pass rows in the same form."
+        ) from error
+
+
+def check_loaded(model: Any) -> None:
+    """Raise a `ValueError` if a model has no weights. With offloading or FSDP they may be elsewhere."""
+    elsewhere = hasattr(model, "hf_device_map") or parse_flag_from_env("ACCELERATE_USE_FSDP")
+    if isinstance(model, nn.Module) and not elsewhere:
+        empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        if empty:
+            raise ValueError(
+                f"You passed a model on the meta device: {len(empty)} of its parameters, such as {empty[0]!r}, have "
+                "no values. Please load it with its weights, outside of `torch.device('meta')`."
+            )
+
+
+def check_arch_columns(trainer: Any) -> None:
+    """Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data."""
+    train, held_out = (getattr(data, "column_names", None) for data in (trainer.train_dataset, trainer.arch_dataset))
+    if not train or not held_out or not trainer.args.remove_unused_columns:
+        return
+    trainer._set_signature_columns_if_needed()
+    missing = [name for name in train if name in trainer._signature_columns and name not in held_out]
+    if missing:
+        raise ValueError(
+            f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too, which it "
+            "lacks. Please pass rows in the form of the training set."
+        )
 
 
 def subset(dataset: Any, indices: list[int]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from .grid import check_lora_config
 
@@ -48,6 +49,13 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
             "it must be a `peft.LoraConfig`."
         )
     check_lora_config(config)
+    linear = model is None or any(isinstance(module, (nn.Linear, Conv1D)) for module in model.modules())
+    if config.target_modules == "all-linear" and not linear:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer, so nothing in it can have a LoRA with "
+            "`target_modules='all-linear'`. Please name its layers in `LoraConfig(target_modules=...)`, or use "
+            "another model."
+        )
     config = copy.deepcopy(config)  # PEFT and the cut write into it
     natural = task_type if model is None else _task_type(model)
     if config.task_type is None:

@@ -62,7 +62,7 @@ def main(folder: Path, options: dict) -> None:
     trainer = make_trainer(
         folder,
         "sft",
-        model=causal_model(attention_dropout=0.0),
+        model=causal_model(attention_dropout=options.get("dropout", 0.0)),
         train_dataset=lm_dataset(options.get("rows", 96)),
         args={
             "per_device_train_batch_size": 4 // world,

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tokenizer import chat_dataset, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from diffora_trainer.checkpoint import check_checkpoint
 from diffora_trainer.distributed import check_agreement, fingerprint
 
 
@@ -91,12 +92,31 @@ def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_is_the_uninterrupted_run(kind: str, tmp_path: Path) -> None:
-    """With four steps in an epoch, so that most checkpoints lie in the middle of a later one."""
-    whole = train(kind, tmp_path / "whole", rows=32, save_at=list(SAVES.values()))[0]
+    """Bit for bit on both processes, with dropout, in the first, second and third epoch of 4 steps each."""
+    run = {"rows": 32, "dropout": 0.1}
+    whole = train(kind, tmp_path / "whole", save_at=list(SAVES.values()), **run)
     for moment, step in SAVES.items():
-        resumed = train(kind, tmp_path / moment, rows=32, resume=f"{tmp_path}/whole/checkpoint-{step}")[0]
+        resumed = train(kind, tmp_path / moment, resume=f"{tmp_path}/whole/checkpoint-{step}", **run)
         for key in ("losses", "scores", "selected", "weights"):
-            assert resumed[key] == whole[key], f"{key}, resumed in the phase {moment}"
+            assert [r[key] for r in resumed] == [w[key] for w in whole], f"{key}, resumed in the phase {moment}"
+
+
+@pytest.mark.slow
+def test_shards_resume(tmp_path: Path) -> None:
+    """With `SHARDED_STATE_DICT` a checkpoint holds folders of shards, and no adapter."""
+    text = (RECIPES / "accelerate_configs" / "fsdp2.yaml").read_text()
+    (tmp_path / "sharded.yaml").write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
+    kind = str(tmp_path / "sharded")
+    whole = train(kind, tmp_path / "whole", save_at=[5, 10], rows=32)
+    assert not list((tmp_path / "whole").glob("checkpoint-*/adapter_model*"))
+    for step in (5, 10):
+        resumed = train(kind, tmp_path / str(step), resume=f"{tmp_path}/whole/checkpoint-{step}", rows=32)
+        for key in ("losses", "scores", "selected", "weights"):
+            assert [r[key] for r in resumed] == [w[key] for w in whole], f"{key}, resumed from {step}"
+    (tmp_path / "whole/checkpoint-10/optimizer_0/.metadata").unlink()
+    with pytest.raises(ValueError, match="optimizer_0/.metadata"):
+        check_checkpoint(tmp_path / "whole/checkpoint-10")
+    check_checkpoint(tmp_path / "whole/checkpoint-5")
 
 
 @pytest.mark.slow
@@ -169,8 +189,14 @@ def test_disagreement_is_seen_by_all_alike() -> None:
 class _Plugin:
     """What is read of accelerate's FSDP plugin."""
 
-    def __init__(self, fsdp_version: int = 2, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self,
+        fsdp_version: int = 2,
+        activation_checkpointing: bool = False,
+        state_dict_type: str = "StateDictType.FULL_STATE_DICT",
+    ) -> None:
         self.fsdp_version, self.activation_checkpointing = fsdp_version, activation_checkpointing
+        self.state_dict_type = state_dict_type
 
 
 @pytest.mark.parametrize(
@@ -179,6 +205,11 @@ class _Plugin:
         ("deepspeed", {}, "DeepSpeed is not supported.*ZeRO-2.*ZeRO-3.*fsdp2.yaml"),
         (_Plugin(fsdp_version=1), {}, "FSDP1 is not supported.*fsdp_version: 2"),
         (_Plugin(activation_checkpointing=True), {}, "without any weights.*gradient_checkpointing=True"),
+        (
+            _Plugin(state_dict_type="StateDictType.SHARDED_STATE_DICT"),
+            {},
+            "SHARDED_STATE_DICT, with which the Trainer writes no adapter.*fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
         (_Plugin(), {"weight_sharing": "layer"}, "`weight_sharing='layer'` with FSDP.*`weight_sharing='none'`"),
         (
             _Plugin(),

@@ -221,6 +221,17 @@ HOSTILE = {
     "gate is infinite": changed_record(gate=float("inf")),
     "gate is null": changed_record(gate=None),
     "kept is a word": changed_record(kept="false"),
+    "rows are a word": changed(rows="layers"),
+    "a row is a number": changed(rows=[0, 1, 2]),
+    "a name is null": changed_record(name=None),
+    "a name without end": changed_record(name="x" * 1001),
+    "row is a fraction": changed_record(row=0.5),
+    "row is a word": changed_record(row="0"),
+    "no parameters": changed_record(parameters=0),
+    "two in a cell": changed_record(column=1),
+    "a grid that no memory holds": changed(rows=["x"] * 5000, columns=["y"] * 5000),
+    "an option is nan": changed(config={"selection_ratio": float("nan")}),
+    "a time is infinite": changed(times={"predicted": float("inf")}),
 }
 
 

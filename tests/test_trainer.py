@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from conftest import (
     step_logs,
 )
 from models import llama_classifier
-from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizer import classification_dataset, lm_dataset, preference_dataset, tiny_tokenizer, vocabulary
 from torch import nn
 from transformers import Trainer
@@ -454,124 +453,6 @@ def test_interrupted_run_is_cut_when_it_ends(tmp_path: Path) -> None:
     trainer.train()
     assert trainer.selection is None and len(lora_layers(trainer.model, "default")) == 13
     assert not any(module._forward_hooks for module in trainer.model.modules())
-
-
-# Bad input
-
-
-def ready_model(**overrides: Any) -> PeftModel:
-    return get_peft_model(classifier().model, lora(task_type="SEQ_CLS", **overrides))
-
-
-def merged() -> PeftModel:
-    model = ready_model()
-    model.merge_adapter()
-    return model
-
-
-def disabled() -> PeftModel:
-    model = ready_model()
-    model.base_model.disable_adapter_layers()
-    return model
-
-
-def without_layers() -> PeftModel:
-    model = ready_model(target_modules=["query"])
-    for name in list(lora_layers(model, "default")):
-        parent, _, child = f"base_model.model.{name}".rpartition(".")
-        setattr(model.get_submodule(parent), child, model.get_submodule(f"base_model.model.{name}").get_base_layer())
-    return model
-
-
-def stream() -> Any:
-    return classification_dataset(24).to_iterable_dataset()
-
-
-CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
-# What is passed, the class of the error, and what its message names.
-BAD = {
-    "no LoRA layer": (lambda: {"model": without_layers(), "peft_config": None}, ValueError, "target_modules"),
-    "no match": (lambda: {"peft_config": lora(target_modules=["nowhere"])}, ValueError, "target_modules"),
-    "IA3": (lambda: {"peft_config": IA3Config(task_type="SEQ_CLS")}, TypeError, "peft_config"),
-    "prompt tuning": (
-        lambda: {"peft_config": PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)},
-        TypeError,
-        "peft_config",
-    ),
-    "IA3 model": (
-        lambda: {
-            "model": get_peft_model(
-                classifier().model,
-                IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[]),
-            ),
-            "peft_config": None,
-        },
-        TypeError,
-        "IA3Config",
-    ),
-    "DoRA": (lambda: {"peft_config": lora(use_dora=True)}, ValueError, "use_dora"),
-    "DoRA model": (lambda: {"model": ready_model(use_dora=True), "peft_config": None}, ValueError, "use_dora"),
-    "lora_bias": (lambda: {"peft_config": lora(lora_bias=True)}, ValueError, "lora_bias"),
-    "bias": (lambda: {"peft_config": lora(bias="all")}, ValueError, "bias='all'"),
-    "pissa": (lambda: {"peft_config": lora(init_lora_weights="pissa")}, ValueError, "init_lora_weights='pissa'"),
-    "target_parameters": (
-        lambda: {"peft_config": lora(target_modules=["query"], target_parameters=["query.weight"])},
-        ValueError,
-        "target_parameters",
-    ),
-    "merged": (lambda: {"model": merged(), "peft_config": None}, ValueError, "unmerge_adapter"),
-    "disabled": (lambda: {"model": disabled(), "peft_config": None}, ValueError, "enable_adapter_layers"),
-    "ratio of zero": (lambda: {"search": {"selection_ratio": 0.0}}, ValueError, "selection_ratio=0.0"),
-    "ratio above one": (lambda: {"search": {"selection_ratio": 1.5}}, ValueError, "selection_ratio=1.5"),
-    "no learning rate": (lambda: {"search": {"arch_learning_rate": 0.0}}, ValueError, "arch_learning_rate=0.0"),
-    "long step": (lambda: {"search": {"arch_learning_rate": 1.5}}, ValueError, "arch_learning_rate=1.5"),
-    "tiny cap": (lambda: {"search": {"max_trainable_parameters": 10}}, ValueError, "max_trainable_parameters=10"),
-    "late cut": (lambda: {"search": {"discretize_at": 13}}, ValueError, "discretize_at=13"),
-    "late cut, in epochs": (
-        lambda: {"search": {"discretize_at": 13}, "args": {"max_steps": -1, "num_train_epochs": 2}},
-        ValueError,
-        "discretize_at=13",
-    ),
-    "early cut": (lambda: {"search": {"discretize_at": 2}}, ValueError, "discretize_at"),
-    "nothing to train on": (lambda: {"train_dataset": classification_dataset(1)}, ValueError, "arch_split"),
-    "empty arch_dataset": (lambda: {"arch_dataset": classification_dataset(2).select([])}, ValueError, "empty"),
-    "endless stream": (lambda: {"train_dataset": stream(), "args": {"max_steps": -1}}, ValueError, "max_steps"),
-    "stream of two workers": (
-        lambda: {"train_dataset": stream(), "args": {"dataloader_num_workers": 2}},
-        ValueError,
-        "dataloader_num_workers=2",
-    ),
-    "whole batches": (
-        lambda: {"args": {"train_sampling_strategy": "batch_rebalance"}},
-        ValueError,
-        "train_sampling_strategy",
-    ),
-    "reentrant": (lambda: {"args": CHECKPOINTING}, ValueError, "use_reentrant"),
-    "compiled": (lambda: {"args": {"torch_compile": True}}, ValueError, "torch_compile"),
-    "options as a dictionary": (lambda: {"diffora_config": {"selection_ratio": 0.5}}, TypeError, "diffora_config"),
-    "model by name": (lambda: {"model": "org/name"}, TypeError, "model"),
-    "model and configuration": (lambda: {"model": ready_model()}, ValueError, "peft_config"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_named_before_the_first_step(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make, error, named = BAD[name]
-    steps = []
-    plain: Callable[..., Any] = Trainer.training_step
-    monkeypatch.setattr(Trainer, "training_step", lambda *args, **kwargs: steps.append(1) or plain(*args, **kwargs))
-    with pytest.raises(error) as found:
-        make_trainer(tmp_path, **make()).train()
-    assert named in str(found.value)
-    assert not steps
-
-
-@pytest.mark.parametrize("name", ["IA3", "DoRA", "bias", "pissa", "tiny cap", "late cut", "options as a dictionary"])
-def test_bad_input_of_the_sft_trainer(name: str, tmp_path: Path) -> None:
-    make, error, named = BAD[name]
-    with pytest.raises(error) as found:
-        make_trainer(tmp_path, "sft", **make())
-    assert named in str(found.value)
 
 
 def test_removed_callback_is_noticed(tmp_path: Path) -> None:
