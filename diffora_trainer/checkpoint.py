@@ -98,22 +98,18 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"{TRAINER_STATE_NAME} from step {step}. {_OTHER}"
         )
     adapters = [*folder.glob(ADAPTER_NAME), *folder.glob(f"*/{ADAPTER_NAME}")]  # a named adapter has its own folder
-    # FSDP2 writes files of its own, with the adapter once more, or folders of shards in the place of all.
-    gathered = [folder / name for name in ("optimizer.bin", "pytorch_model_fsdp.bin")]
-    shards = [folder / name / ".metadata" for name in ("optimizer_0", "pytorch_model_fsdp_0")]
-    sharded = any(path.parent.is_dir() for path in shards)
-    for path in adapters or ([] if sharded else [folder / ADAPTER_NAME]):
+    for path in adapters or [folder / ADAPTER_NAME]:
         tensor_shapes(path)
         with named_errors(path.with_name(ADAPTER_CONFIG_NAME)):
             _read_json(path.with_name(ADAPTER_CONFIG_NAME))
-    optimizer = gathered if any(path.is_file() for path in gathered) else [folder / "optimizer.pt"]
     randomness = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
-    for path in [*(shards if sharded else optimizer), folder / "scheduler.pt", *randomness]:
+    # FSDP2 writes its own files, with the adapter once more.
+    sharded = [folder / name for name in ("optimizer.bin", "pytorch_model_fsdp.bin")]
+    optimizer = sharded if any(path.is_file() for path in sharded) else [folder / "optimizer.pt"]
+    for path in [*optimizer, folder / "scheduler.pt", *randomness]:
         with named_errors(path):
-            if not path.is_file():
-                raise ValueError("it is missing")
-            if path not in shards and not zipfile.is_zipfile(path):  # its directory comes last
-                raise ValueError("it is not whole")
+            if not path.is_file() or not zipfile.is_zipfile(path):  # its directory comes last
+                raise ValueError("it is not whole" if path.is_file() else "it is missing")
 
 
 def find_checkpoint(wanted: str | os.PathLike | bool, folder: str | os.PathLike) -> tuple[str, dict[str, str]]:

@@ -48,8 +48,6 @@ def check_model(
             f"({short(list(layers))}). Please resume with the model and `target_modules` of the run."
         )
     path = Path(folder, "" if adapter_name == "default" else adapter_name, ADAPTER_NAME)
-    if not path.is_file():  # FSDP's shards, which PyTorch compares with the model
-        return
     saved = {name: shape for name, shape in tensor_shapes(path).items() if ".lora_" in name}
     expected = {
         f"base_model.model.{name}.lora_{part}.weight": tuple(

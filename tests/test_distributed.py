@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from tokenizer import chat_dataset, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from diffora_trainer.checkpoint import check_checkpoint
 from diffora_trainer.distributed import check_agreement, fingerprint
 
 
@@ -99,24 +98,6 @@ def test_resumed_run_is_the_uninterrupted_run(kind: str, tmp_path: Path) -> None
         resumed = train(kind, tmp_path / moment, resume=f"{tmp_path}/whole/checkpoint-{step}", **run)
         for key in ("losses", "scores", "selected", "weights"):
             assert [r[key] for r in resumed] == [w[key] for w in whole], f"{key}, resumed in the phase {moment}"
-
-
-@pytest.mark.slow
-def test_shards_resume(tmp_path: Path) -> None:
-    """With `SHARDED_STATE_DICT` a checkpoint holds folders of shards, and no adapter."""
-    text = (RECIPES / "accelerate_configs" / "fsdp2.yaml").read_text()
-    (tmp_path / "sharded.yaml").write_text(text.replace("FULL_STATE_DICT", "SHARDED_STATE_DICT"))
-    kind = str(tmp_path / "sharded")
-    whole = train(kind, tmp_path / "whole", save_at=[5, 10], rows=32)
-    assert not list((tmp_path / "whole").glob("checkpoint-*/adapter_model*"))
-    for step in (5, 10):
-        resumed = train(kind, tmp_path / str(step), resume=f"{tmp_path}/whole/checkpoint-{step}", rows=32)
-        for key in ("losses", "scores", "selected", "weights"):
-            assert [r[key] for r in resumed] == [w[key] for w in whole], f"{key}, resumed from {step}"
-    (tmp_path / "whole/checkpoint-10/optimizer_0/.metadata").unlink()
-    with pytest.raises(ValueError, match="optimizer_0/.metadata"):
-        check_checkpoint(tmp_path / "whole/checkpoint-10")
-    check_checkpoint(tmp_path / "whole/checkpoint-5")
 
 
 @pytest.mark.slow
