@@ -67,9 +67,8 @@ class DiffoRACallback(TrainerCallback):
         self._warmup = self._decision = self._cut = 0
         self._report: dict[str, float] = {}
         self._resumed: tuple[str, dict[str, Any], dict[str, Any]] | None = None
-        self._cut_model: weakref.ref[nn.Module] | None = (
-            None  # the trials of a hyperparameter search follow each other
-        )
+        # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
+        self._cut_model: weakref.ref[nn.Module] | None = None
         self._began_cut = False
         self.resumed_after_cut = False
 

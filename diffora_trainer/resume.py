@@ -18,7 +18,8 @@ _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern"
 def describe_base(model: Any) -> dict[str, Any]:
     """What a checkpoint tells base models apart by: it does not hold their weights."""
     parameters = sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
-    return {"class": type(model.get_base_model()).__name__, "parameters": parameters}
+    # FSDP2 makes a class of its own of a model's.
+    return {"class": type(model.get_base_model()).__name__.removeprefix("FSDP"), "parameters": parameters}
 
 
 def check_model(

@@ -251,7 +251,7 @@ class DiffoRAMixin(PublicPushMixin, _Base):
                 f"Memory ran out; training starts again from {checkpoint or 'its first step'} with smaller batches."
                 + (" The modules that were chosen stay, and are trained alone from there." if alone else "")
             )
-            if checkpoint is not None:
+            if checkpoint is not None and not self.is_fsdp_enabled:  # with FSDP the parent reads them in the loop
                 self._load_from_checkpoint(checkpoint)
         self._loop_began = True
         return super()._inner_training_loop(*args, **kwargs)
