@@ -16,9 +16,10 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
 from .data import HeldOutBatches
+from .isolation import isolated_random_state
 from .logging import get_logger
 from .resume import check_model, check_same, describe_base
-from .search import ArchitectureSearch, isolated_random_state
+from .search import ArchitectureSearch
 from .selection import Selection
 from .surgery import apply_selection
 from .timing import StepTimes

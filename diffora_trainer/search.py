@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +16,7 @@ from .config import DiffoRAConfig
 from .distributed import check_agreement, fingerprint
 from .gates import Gates, as_if_cut, checkpoints_activations
 from .grid import OTHER_ROW, ModuleGrid
+from .isolation import quiet
 from .matrix import DifferentialAdaptationMatrix
 from .selection import Selection, short_names
 from .timing import REPEATS, StepTimes, measure_step_times, timed
@@ -426,22 +425,8 @@ class ArchitectureSearch:
                     weight.copy_(start)
         return loss, gradient - learning_rate * (above - below) / (2 * epsilon)
 
-    @contextmanager
-    def _quiet(self, training: bool | None = None) -> Iterator[None]:
-        """Run without leaving a trace in the random streams or in the model's mode."""
-        modes = {module: module.training for module in self.model.modules()}  # some parts may be kept in evaluation
-        with isolated_random_state(self.gates.device):
-            self.model.train(self._checkpointing if training is None else training)
-            for module in modes:
-                if type(module).__name__ == "Linear4bit":
-                    # On some CPUs bitsandbytes (0.50) repacks the weight at the first call in evaluation mode, for
-                    # good and rounded, into a form that passes no gradient on. It reads the mode for nothing else.
-                    module.training = True
-            try:
-                yield
-            finally:
-                for module, mode in modes.items():
-                    module.training = mode
+    def _quiet(self, training: bool | None = None) -> AbstractContextManager[None]:
+        return quiet(self.model, self.gates.device, self._checkpointing if training is None else training)
 
 
 def make_matrix(
@@ -460,19 +445,6 @@ def make_matrix(
     return DifferentialAdaptationMatrix.create(
         config.relaxation, budget, config.arch_learning_rate, seed=config.arch_seed
     )
-
-
-@contextmanager
-def isolated_random_state(device: torch.device) -> Iterator[None]:
-    """Put the random streams of PyTorch, NumPy and Python back as they were."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = [] if device.type == "cpu" else [device]
-    try:
-        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
 
 
 def library_versions() -> dict[str, str]:

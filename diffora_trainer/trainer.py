@@ -7,22 +7,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.data_loader import SeedableRandomSampler
-from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_trainer import SFTTrainer
 
 from .callbacks import DiffoRACallback, SearchProgressCallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
 from .config import DiffoRAConfig
-from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, check_dataset, split_indices
+from .data import check_dataset
 from .distributed import rewrap_distributed
 from .grid import check_not_compiled
+from .held_out import HeldOutMixin
 from .logging import get_logger
 from .plots import plot_to
 from .publish import PublicPushMixin
@@ -35,9 +33,6 @@ from .trainer_utils import (
     check_trainer,
     prepare_dataset,
     preserved_bookkeeping,
-    read_head,
-    steps_of_epoch,
-    subset,
     task_type_of_trainer,
 )
 from .wrapping import complete_lora_config, wrap_model, wrap_model_init
@@ -58,7 +53,7 @@ else:
     _Base = object
 
 
-class DiffoRAMixin(PublicPushMixin, _Base):
+class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
     """
     Makes a trainer search for the modules that deserve a LoRA while it trains (DiffoRA,
     https://huggingface.co/papers/2502.08905), drop the others at a set step, go on with the chosen ones in the same
@@ -106,8 +101,6 @@ class DiffoRAMixin(PublicPushMixin, _Base):
         self.diffora_config = diffora_config or DiffoRAConfig()
         check_dataset("arch_dataset", arch_dataset)
         self.arch_dataset = arch_dataset
-        self._split: SplitPlan | None = None
-        self._held_out_rows: Any = None
         self._last_train_batch: Any = None
         self._loop_began = False
         super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
@@ -287,81 +280,8 @@ class DiffoRAMixin(PublicPushMixin, _Base):
 
     def _after_cut(self) -> None:
         rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)
-        self._last_train_batch = self._held_out_rows = None
-        if self._split is not None:
-            self._split.given_back = True
-
-    # Held-out data
-
-    def get_train_dataloader(self) -> DataLoader:
-        """The parent's data loader; until the cut it leaves the held-out rows out."""
-        trained_on = self._callback.is_cut(self.model) and not self._callback.resumed_after_cut
-        if trained_on or self.arch_dataset is not None:
-            self._split = None
-            return super().get_train_dataloader()
-        stock = self.train_dataset
-        if has_length(stock):
-            self._split = SplitPlan(
-                split_indices(len(stock), self.diffora_config.arch_split, self.diffora_config.arch_seed),
-                self.diffora_config.arch_seed,
-            )
-            return super().get_train_dataloader()
-        self._split = SplitPlan((), self.diffora_config.arch_seed)
-        self._held_out_rows = read_head(self, stock)
-        self.train_dataset = HeldOutStream(stock, self._held_out_rows, self._split)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = stock
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        sampler = super()._get_train_sampler(train_dataset)
-        if self._split is None or sampler is None:
-            return sampler
-        if self.args.train_sampling_strategy == "batch_rebalance":
-            raise ValueError(
-                f"`train_sampling_strategy={self.args.train_sampling_strategy!r}` makes whole batches, from which "
-                "single rows cannot be held out. Please pass `arch_dataset=` to the trainer, or use another strategy."
-            )
-        if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
-            # What accelerate makes of a random sampler when it is not wrapped: the order of a stock run.
-            sampler = SeedableRandomSampler(
-                data_source=sampler.data_source,
-                replacement=sampler.replacement,
-                num_samples=sampler._num_samples,
-                generator=sampler.generator,
-                data_seed=self.args.data_seed,
-            )
-        return HeldOutSampler(sampler, self._split, len(self.train_dataset))
-
-    def _set_cut(self, cut: int) -> None:
-        if self._split is not None:
-            self._split.set_cut(cut, *steps_of_epoch(self))
-            self._split.given_back = self._callback.is_cut(self.model)
-
-    def _make_held_out(self, cut: int) -> HeldOutBatches:
-        """The held-out batches of a run, and the moment at which their rows go back to training."""
-        if self.arch_dataset is not None:
-            rows = self.arch_dataset if has_length(self.arch_dataset) else read_head(self, self.arch_dataset)
-        elif self._held_out_rows is not None:
-            rows = self._held_out_rows
-        else:
-            assert self._split is not None
-            rows = subset(self.train_dataset, sorted(self._split.held_out))
-        self._set_cut(cut)
-        collate = self.data_collator
-        if isinstance(rows, Dataset):
-            rows = self._remove_unused_columns(rows, description="held-out")
-        else:
-            collate = self._get_collator_with_removed_columns(collate, description="held-out")
-        return HeldOutBatches(
-            rows,
-            collate,
-            batch_size=self.diffora_config.arch_batch_size or self._train_batch_size,
-            seed=self.diffora_config.arch_seed,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-        )
+        self._last_train_batch = None
+        self._give_held_out_back()
 
     # Saving and resuming
 

@@ -1,0 +1,116 @@
+"""How a trainer comes by its held-out data, and leaves it out of training until the cut."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from accelerate.data_loader import SeedableRandomSampler
+from datasets import Dataset
+from torch.utils.data import DataLoader, RandomSampler
+from transformers.trainer_utils import has_length
+
+from .callbacks import DiffoRACallback
+from .config import DiffoRAConfig
+from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
+from .trainer_utils import read_head, steps_of_epoch, subset
+
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    class _Base(Trainer):
+        args: Any
+        data_collator: Any
+        model: Any
+        train_dataset: Any
+
+else:
+    _Base = object
+
+
+class HeldOutMixin(_Base):
+    """
+    A trainer that holds a part of its training data out until the cut, unless it has an `arch_dataset`. What is held
+    out, and when it goes back, is in [`~diffora_trainer.data.SplitPlan`].
+    """
+
+    diffora_config: DiffoRAConfig
+    arch_dataset: Any
+    _callback: DiffoRACallback
+    _split: SplitPlan | None = None
+    _held_out_rows: Any = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The parent's data loader; until the cut it leaves the held-out rows out."""
+        trained_on = self._callback.is_cut(self.model) and not self._callback.resumed_after_cut
+        if trained_on or self.arch_dataset is not None:
+            self._split = None
+            return super().get_train_dataloader()
+        stock = self.train_dataset
+        if has_length(stock):
+            self._split = SplitPlan(
+                split_indices(len(stock), self.diffora_config.arch_split, self.diffora_config.arch_seed),
+                self.diffora_config.arch_seed,
+            )
+            return super().get_train_dataloader()
+        self._split = SplitPlan((), self.diffora_config.arch_seed)
+        self._held_out_rows = read_head(self, stock)
+        self.train_dataset = HeldOutStream(stock, self._held_out_rows, self._split)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stock
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        sampler = super()._get_train_sampler(train_dataset)
+        if self._split is None or sampler is None:
+            return sampler
+        if self.args.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                f"`train_sampling_strategy={self.args.train_sampling_strategy!r}` makes whole batches, from which "
+                "single rows cannot be held out. Please pass `arch_dataset=` to the trainer, or use another strategy."
+            )
+        if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
+            # What accelerate makes of a random sampler when it is not wrapped: the order of a stock run.
+            sampler = SeedableRandomSampler(
+                data_source=sampler.data_source,
+                replacement=sampler.replacement,
+                num_samples=sampler._num_samples,
+                generator=sampler.generator,
+                data_seed=self.args.data_seed,
+            )
+        return HeldOutSampler(sampler, self._split, len(self.train_dataset))
+
+    def _set_cut(self, cut: int) -> None:
+        if self._split is not None:
+            self._split.set_cut(cut, *steps_of_epoch(self))
+            self._split.given_back = self._callback.is_cut(self.model)
+
+    def _make_held_out(self, cut: int) -> HeldOutBatches:
+        """The held-out batches of a run, and the moment at which their rows go back to training."""
+        if self.arch_dataset is not None:
+            rows = self.arch_dataset if has_length(self.arch_dataset) else read_head(self, self.arch_dataset)
+        elif self._held_out_rows is not None:
+            rows = self._held_out_rows
+        else:
+            assert self._split is not None
+            rows = subset(self.train_dataset, sorted(self._split.held_out))
+        self._set_cut(cut)
+        collate = self.data_collator
+        if isinstance(rows, Dataset):
+            rows = self._remove_unused_columns(rows, description="held-out")
+        else:
+            collate = self._get_collator_with_removed_columns(collate, description="held-out")
+        return HeldOutBatches(
+            rows,
+            collate,
+            batch_size=self.diffora_config.arch_batch_size or self._train_batch_size,
+            seed=self.diffora_config.arch_seed,
+            rank=self.args.process_index,
+            world_size=self.args.world_size,
+        )
+
+    def _give_held_out_back(self) -> None:
+        self._held_out_rows = None
+        if self._split is not None:
+            self._split.given_back = True

@@ -1,0 +1,49 @@
+"""Running a model without leaving a trace in the training that it belongs to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def quiet(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
+    """
+    Run a model without leaving a trace in the random streams or in its mode.
+
+    Args:
+        model (`nn.Module`): the model.
+        device (`torch.device`): where it draws random numbers.
+        training (`bool`): in training mode, or in evaluation mode.
+    """
+    modes = {module: module.training for module in model.modules()}  # some parts may be kept in evaluation
+    with isolated_random_state(device):
+        model.train(training)
+        for module in modes:
+            if type(module).__name__ == "Linear4bit":
+                # On some CPUs bitsandbytes (0.50) repacks the weight at the first call in evaluation mode, for good
+                # and rounded, into a form that passes no gradient on. It reads the mode for nothing else.
+                module.training = True
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+
+@contextmanager
+def isolated_random_state(device: torch.device) -> Iterator[None]:
+    """Put the random streams of PyTorch, NumPy and Python back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [] if device.type == "cpu" else [device]
+    try:
+        with torch.random.fork_rng(devices=devices, device_type="cuda" if device.type == "cpu" else device.type):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
