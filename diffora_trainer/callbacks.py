@@ -207,9 +207,10 @@ class DiffoRACallback(TrainerCallback):
         batches = list(self._held_out.sample(self.config.score_batches))
         scores = self.search.score(batches)
         if state.is_world_process_zero:
+            reads = "" if self.config.method in ("synflow", "constant") else f" on {len(batches)} batches"
             logger.info(
-                f"Step {state.global_step}: {len(scores)} modules are scored by {self.config.method}, on "
-                f"{len(batches)} held-out batches if it reads any, from {float(scores.min()):.3g} to {float(scores.max()):.3g}."
+                f"Step {state.global_step}: {len(scores)} modules are scored by {self.config.method}{reads}, from "
+                f"{float(scores.min()):.3g} to {float(scores.max()):.3g}."
             )
 
     def _decide(self, state: TrainerState) -> None:

@@ -373,7 +373,8 @@ class DiffoRAConfig:
         if self.arch_batch_size is not None and self.arch_batch_size < 1:
             raise ValueError(f"You passed `arch_batch_size={self.arch_batch_size}`; it must be 1 or more.")
         if not 0 <= self.arch_seed < 2**32:
-            raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more, and below 2**32.")
+            name = "arch_seed" if seed is None else "seed"
+            raise ValueError(f"You passed `{name}={self.arch_seed}`; it must be 0 or more, and below 2**32.")
         if self.score_batches < 1:
             raise ValueError(f"You passed `score_batches={self.score_batches}`; it must be 1 or more.")
         if self.normalize_scores and self.method in ("diffora", "constant"):

@@ -69,8 +69,9 @@ def synflow(model: Any, grid: ModuleGrid) -> Tensor:
     Sum of `|weight * gradient|` over `lora_A` and `lora_B`, where all weights of the model are replaced by their
     absolute values and the gradient is that of the sum of its outputs, for one row of 32 positions whose embeddings
     are all ones. No data is read. In a model without learned positions all positions are then alike, so that attention
-    does not depend on queries and keys: their modules come last, in an order that is rounding. The signs are put back bit for bit, also when the pass fails; they take a byte for
-    each weight while it runs.
+    does not depend on queries and keys: their modules come last, in an order that is rounding.
+
+    The signs are put back bit for bit, also when the pass fails; they take a byte for each weight while it runs.
 
     Args:
         model (`PeftModel`): the model; it has to take `inputs_embeds`.
