@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from test_resume import SAVES, build
 from tokenizer import lm_dataset
 from torch import Tensor, nn
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection
@@ -272,9 +272,8 @@ def test_what_cannot_be_scored_is_refused() -> None:
         make_search(model, "diffora").score(batches)
     with pytest.raises(ValueError, match="call `score`"):
         make_search(model, "snip").step(batches[0])
-    model.base_model.model.lm_head.weight = nn.Parameter(
-        torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False
-    )  # as a quantized weight
+    quantized = nn.Parameter(torch.zeros(4, 4, dtype=torch.uint8), requires_grad=False)
+    model.base_model.model.lm_head.weight = quantized
     with pytest.raises(ValueError, match="lm_head.weight' is of torch.uint8, as quantized"):
         make_search(model, "synflow").score(batches)
     model.get_input_embeddings().embedding_dim = None
@@ -366,36 +365,35 @@ def test_learning_rate_of_zero_is_explained(tmp_path: Path) -> None:
         trainer.train()
 
 
-def test_run_that_ends_before_the_scores_keeps_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_that_ends_before_the_scores_keeps_all(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, search={"method": "snip"})
-    trainer.add_callback(_stop_at(4))
-    trainer.train()
-    assert trainer.selection is None and not trainer._callback.searching
-
-
-def _stop_at(step: int) -> Any:
-    from transformers import TrainerCallback
+    modules = len(ModuleGrid.from_model(trainer.model))
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step >= step
+            control.should_training_stop = state.global_step >= 4
 
-    return Stop()
+    trainer.add_callback(Stop())
+    trainer.train()
+    assert trainer.selection is None and not trainer._callback.searching
+    assert len(ModuleGrid.from_model(trainer.model)) == modules
 
 
-def test_budget_of_time_and_stream(tmp_path: Path) -> None:
+def test_budget_of_time_and_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    score = ArchitectureSearch.score
+    monkeypatch.setattr(ArchitectureSearch, "score", lambda self, rows: (read.append(len(rows)), score(self, rows))[1])
     trainer = make_trainer(tmp_path, search={"method": "snip", "cost": "time", "selection_scope": "model"})
     trainer.train()
     assert trainer.selection.times["predicted"] > 0
-    rows = lm_dataset(48)
     trainer = make_trainer(
         tmp_path / "stream",
         "sft",
-        train_dataset=Dataset.from_list(list(rows)).to_iterable_dataset(),
+        train_dataset=Dataset.from_list(list(lm_dataset(48))).to_iterable_dataset(),
         search={"method": "snip", "score_batches": 3},
     )
     trainer.train()
-    assert trainer.selection.step == CUT
+    assert trainer.selection.step == CUT and read == [1, 3]
 
 
 def test_function_of_ones_own(tmp_path: Path) -> None:
