@@ -278,6 +278,8 @@ class ArchitectureSearch:
         [`~diffora_trainer.proxies`] for the formulas. Like an architecture step, this leaves no trace in weights,
         gradients, modes and random streams, also when it fails.
 
+        Over several processes the scores are averaged.
+
         Args:
             batches (`Sequence`): the scoring batches, as `loss_fn` takes them.
 
@@ -309,6 +311,7 @@ class ArchitectureSearch:
                 scale=self._loss_scale(),
                 seed=self.config.arch_seed,
                 function=self._score_function,
+                reduce=self._reduce,
             )
         scores, ties = self._reduce(torch.stack([scores, ties]))
         if self.config.normalize_scores:
