@@ -18,6 +18,7 @@ from .config import DiffoRAConfig
 from .data import HeldOutBatches
 from .isolation import isolated_random_state
 from .logging import get_logger
+from .matrix import ScoreMatrix
 from .resume import check_model, check_same, describe_base
 from .search import ArchitectureSearch
 from .selection import Selection
@@ -33,7 +34,8 @@ _SPLIT_OPTIONS = ("arch_split", "arch_seed")
 
 class DiffoRACallback(TrainerCallback):
     """
-    Drives a search through its three phases: warm-up, search, selected.
+    Drives a search through its three phases: warm-up, search, selected. A method that scores the modules once has no
+    search: its warm-up lasts until the cut.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
@@ -82,6 +84,11 @@ class DiffoRACallback(TrainerCallback):
         """Whether the gates act on the model: from the start of training until the cut."""
         return self.search is not None and self.search.gates.attached
 
+    @property
+    def _scores(self) -> bool:
+        """Whether the modules are scored once, right before the cut, and not searched."""
+        return self.config.method != "diffora"
+
     def metrics(self) -> dict[str, float]:
         """What belongs into the next training log."""
         report, self._report = self._report, {}
@@ -124,6 +131,12 @@ class DiffoRACallback(TrainerCallback):
         self._close(state.global_step)
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
+        if state.is_world_process_zero and self._scores:
+            logger.info(
+                f"All modules train until step {self._cut} of {state.max_steps}, are then scored "
+                f"({self.config.method}), and the selected ones go on alone."
+            )
+        elif state.is_world_process_zero:
             logger.info(
                 f"Warm-up until step {self._warmup}, search ({self.config.relaxation}, on "
                 f"{len(self._held_out.dataset):,} held-out rows) until step {self._decision}"
@@ -143,10 +156,12 @@ class DiffoRACallback(TrainerCallback):
         step = state.global_step
         if self._warmup < step <= self._decision and (step - self._warmup - 1) % self.config.arch_every == 0:
             self._architecture_step(state, kwargs.get("lr_scheduler"))
-        if step == self._warmup:
+        if step == self._warmup and self.config.cost == "time":
+            self._measure_times(state)
+        if step == self._warmup and self._scores:
+            self._score(state)
+        elif step == self._warmup:
             self.phase = SEARCH
-            if self.config.cost == "time":
-                self._measure_times(state)
             if state.is_world_process_zero:
                 logger.info(f"Step {step}: warm-up done, the search begins.")
         if step == self._decision < self._cut:
@@ -171,9 +186,9 @@ class DiffoRACallback(TrainerCallback):
             )
             self._discretize(state, control, **kwargs)
         else:
+            before = "the modules were scored" if self._scores else "the first architecture step"
             logger.warning(
-                f"Training ended at step {state.global_step}, before the first architecture step. No module was "
-                "chosen; all of them stay."
+                f"Training ended at step {state.global_step}, before {before}. No module was chosen; all of them stay."
             )
             self.search.gates.detach()
 
@@ -188,6 +203,23 @@ class DiffoRACallback(TrainerCallback):
                 f"near the end. The search considers {len(rows)} of {len(allowed)} modules, those from "
                 f"{self.search.grid.rows[min(rows)]} on."
             )
+
+    def _score(self, state: TrainerState) -> None:
+        assert self.search is not None and self._held_out is not None
+        batches = list(self._held_out.sample(self.config.score_batches))
+        scores = self.search.score(batches)
+        if state.is_world_process_zero:
+            reads = "" if self.config.method in ("synflow", "constant") else f" on {len(batches)} batches"
+            logger.info(
+                f"Step {state.global_step}: {len(scores)} modules are scored by {self.config.method}{reads}, from "
+                f"{float(scores.min()):.3g} to {float(scores.max()):.3g}."
+            )
+            matrix = self.search.matrix
+            if isinstance(matrix, ScoreMatrix) and (undecided := matrix.undecided()):
+                logger.warning(
+                    f"{undecided} modules at the edge of the choice have equal scores. Those that stand first in the "
+                    "model are kept of them."
+                )
 
     def _decide(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None
@@ -386,7 +418,8 @@ class DiffoRACallback(TrainerCallback):
 
 class SearchProgressCallback(TrainerCallback):
     """
-    Shows the phase, the DAM's entropy and gates, and the architecture loss on the Trainer's progress bar.
+    Shows the phase, and of a search the DAM's entropy and gates and the architecture loss, on the Trainer's progress
+    bar.
 
     Args:
         source ([`DiffoRACallback`]): what to show.
@@ -406,7 +439,7 @@ class SearchProgressCallback(TrainerCallback):
             return
         note = self._source.phase
         search = self._source.search
-        if self._source.searching and search is not None:
+        if self._source.searching and search is not None and self._source.config.method == "diffora":
             gates = search.matrix.values()
             note += f", entropy {search.matrix.entropy():.2f}, gates {float(gates.min()):.2f}-{float(gates.max()):.2f}"
             if search.last_loss is not None:

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from .config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
 from .files import write_file
 from .plots import PICTURE_NAME
 from .selection import Selection, readable
@@ -52,14 +53,17 @@ def write_card(
     card.text = _named(_without_placeholders(card.text, name), base_model, name)
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
+        method = selection.config.get("method", "diffora")
+        unread = {"base_model_id", *(SCORE_OPTIONS if method == "diffora" else SEARCH_OPTIONS)}
         environment = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, autoescape=False)
         section = environment.get_template("diffora_card.md").render(
             selection=selection,
             options={
                 readable(name, markdown=True): readable(str(value), markdown=True)
                 for name, value in selection.config.items()
-                if value is not None and name != "base_model_id"
+                if value is not None and name not in unread
             },
+            method=method if method in METHODS else "custom",
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             auto_class=_AUTO_CLASSES.get(
                 str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"

@@ -14,6 +14,13 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from .matrix import DifferentialAdaptationMatrix
 
 
+METHODS = ("diffora", "grad_norm", "snip", "synflow", "alpha_test", "constant", "custom")
+SCORE_OPTIONS = ("score_batches", "normalize_scores")
+"""What only a method that scores reads."""
+SEARCH_OPTIONS = (
+    *("arch_closing", "arch_every", "arch_learning_rate", "arch_order", "arch_warmup", "fold_gates", "relaxation"),
+)
+"""What only `method="diffora"` reads."""
 SELECTION_SCOPES = ("layer", "model")
 COSTS = ("parameters", "time")
 RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
@@ -120,6 +127,32 @@ class DiffoRAConfig:
     base_model_id (`str`, *optional*):
         Hub id of the base model, for the adapter's configuration and model card when the base model was loaded from a
         local folder.
+
+    > Parameters that control by what the modules are chosen
+
+    method (`str`, *optional*, defaults to `"diffora"`):
+        `"diffora"` learns the matrix. The others are zero-cost scores, after HeteroLoRA
+        (https://huggingface.co/papers/2406.14956): all modules train with open gates until `discretize_at`, are then
+        scored once, and the cut follows at once. Budget, surgery, checkpoints and card are the same. `discretize_at=1`
+        scores after the first optimizer step, as near to the start as there is something to score: before it `lora_B`
+        is 0. `relaxation`, `fold_gates` and the `arch_` options on steps (`arch_warmup`, `arch_closing`, `arch_every`,
+        `arch_learning_rate`, `arch_order`) are not read. The scores are explained in
+        [`~diffora_trainer.proxies`]; higher is kept.
+
+        - `"grad_norm"`: norm of the gradient of `lora_A` plus that of `lora_B`.
+        - `"snip"`: sum of `|weight * gradient|` over both.
+        - `"synflow"`: the same with all weights made positive and an input of ones: no data is read.
+        - `"alpha_test"`: how far the module's contribution can be scaled down before the loss rises. It costs about
+          four passes over the scoring batches for each module, all others cost one or none in all.
+        - `"constant"`: a random order drawn from `arch_seed`: the control.
+        - `"custom"`: the function that the trainer or [`ArchitectureSearch`] was given as `score_function`.
+    score_batches (`int`, *optional*, defaults to `32`):
+        Batches that a score is taken on, of `arch_batch_size` rows on each process. They come in random order from the
+        rows of the training set that are held out until the cut (see `arch_split`), each row once: if these are fewer,
+        so are the batches. Not read with `method="diffora"`.
+    normalize_scores (`bool`, *optional*, defaults to `False`):
+        Divide each score by the module's number of LoRA parameters. By default scores are raw, as published, which
+        favours large modules.
 
     > Evidence
 
@@ -228,6 +261,19 @@ class DiffoRAConfig:
             "fraction in [0, 1)."
         },
     )
+    method: str = field(
+        default="diffora",
+        metadata={
+            "help": "Learn the matrix ('diffora'), or score the modules once at `discretize_at`.",
+            "choices": list(METHODS),
+        },
+    )
+    score_batches: int = field(
+        default=32, metadata={"help": "Batches that a score is taken on; not read with `method='diffora'`."}
+    )
+    normalize_scores: bool = field(
+        default=False, metadata={"help": "Divide each score by the module's number of LoRA parameters."}
+    )
 
     seed: InitVar[int | None] = None  # not a field: parsers would see it twice beside `TrainingArguments`
 
@@ -243,7 +289,7 @@ class DiffoRAConfig:
             self.arch_seed = seed
         for name in ("selection_ratio", "max_step_time", "discretize_at", "arch_warmup", "arch_closing", "arch_split"):
             setattr(self, name, _number(name, getattr(self, name)))
-        for name in ("arch_every", "arch_order"):
+        for name in ("arch_every", "arch_order", "score_batches"):
             setattr(self, name, _integer(name, getattr(self, name)))
         for name in ("max_trainable_parameters", "arch_batch_size"):
             if getattr(self, name) is not None:
@@ -253,12 +299,14 @@ class DiffoRAConfig:
             ("cost", COSTS),
             ("relaxation", tuple(DifferentialAdaptationMatrix.relaxations)),
             ("weight_sharing", WEIGHT_SHARING),
+            ("method", METHODS),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
-        if not isinstance(self.fold_gates, bool):
-            raise TypeError(f"`fold_gates` must be a bool, got {self.fold_gates!r}.")
+        for name in ("fold_gates", "normalize_scores"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
         if self.base_model_id is not None and not isinstance(self.base_model_id, str):
             raise TypeError(f"`base_model_id` must be a string such as 'org/name', got {self.base_model_id!r}.")
         if self.base_model_id is not None:
@@ -325,11 +373,25 @@ class DiffoRAConfig:
         if self.arch_batch_size is not None and self.arch_batch_size < 1:
             raise ValueError(f"You passed `arch_batch_size={self.arch_batch_size}`; it must be 1 or more.")
         if not 0 <= self.arch_seed < 2**32:
-            raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more, and below 2**32.")
+            name = "arch_seed" if seed is None else "seed"
+            raise ValueError(f"You passed `{name}={self.arch_seed}`; it must be 0 or more, and below 2**32.")
+        if self.score_batches < 1:
+            raise ValueError(f"You passed `score_batches={self.score_batches}`; it must be 1 or more.")
+        if self.normalize_scores and self.method in ("diffora", "constant"):
+            raise ValueError(
+                f"You passed `normalize_scores=True` with `method={self.method!r}`, which has no score that grows "
+                "with the size of a module. Please leave it out, or use another method."
+            )
+        if self.method != "diffora" and self.discretize_at == 0:
+            raise ValueError(
+                f"You passed `discretize_at=0` with `method={self.method!r}`. Before the first step `lora_B` is 0, "
+                "and so would be most scores. Please use `discretize_at=1`, which scores right after the first step."
+            )
         _check_moment("discretize_at", self.discretize_at, minimum_open=True)
         _check_moment("arch_warmup", self.arch_warmup, minimum_open=False)
         _check_moment("arch_closing", self.arch_closing, minimum_open=False)
-        if (self.arch_warmup < 1) == (self.discretize_at < 1) and self.discretize_at <= self.arch_warmup:
+        same_unit = (self.arch_warmup < 1) == (self.discretize_at < 1)
+        if self.method == "diffora" and same_unit and self.discretize_at <= self.arch_warmup:
             raise ValueError(
                 f"You passed `discretize_at={self.discretize_at}` and `arch_warmup={self.arch_warmup}`, so the matrix "
                 "would be cut before the search starts. Please make `discretize_at` larger than `arch_warmup`."
@@ -344,7 +406,8 @@ class DiffoRAConfig:
 
         Returns:
             `tuple[int, int]`: the last step of the warm-up and the step after which the matrix is cut; the search is
-            made in between, so `1 <= warmup < cut <= total_steps`.
+            made in between, so `1 <= warmup < cut <= total_steps`. With another `method` than `"diffora"` nothing
+            is searched in between, and the warm-up lasts until the cut.
 
         Raises:
             ValueError: if the run is too short, the cut comes after its last step or not after the warm-up.
@@ -359,10 +422,15 @@ class DiffoRAConfig:
             )
         # Fractions bend to a short run (people try their script with 3 steps first); steps that were named do not.
         if self.discretize_at < 1:
-            cut = min(max(2, _round_half_up(self.discretize_at * total_steps)), total_steps)
+            cut = min(
+                max(2 if self.method == "diffora" else 1, _round_half_up(self.discretize_at * total_steps)),
+                total_steps,
+            )
         else:
             cut = int(self.discretize_at)
-        if self.arch_warmup < 1:
+        if self.method != "diffora":
+            warmup = cut
+        elif self.arch_warmup < 1:
             warmup = max(1, _round_half_up(self.arch_warmup * total_steps))
             if self.discretize_at < 1:
                 warmup = min(warmup, cut - 1)
@@ -373,7 +441,7 @@ class DiffoRAConfig:
                 f"You passed `discretize_at={cut}`, but the run has only {total_steps} optimizer steps, so no module "
                 "would ever be chosen. Use a smaller step, or a fraction such as 0.25."
             )
-        if cut <= warmup:
+        if cut <= warmup and self.method == "diffora":
             raise ValueError(
                 f"The matrix would be cut at step {cut} (`discretize_at={self.discretize_at}`), but the warm-up lasts "
                 f"until step {warmup} (`arch_warmup={self.arch_warmup}`), so there is nothing to decide by. Please "
@@ -390,7 +458,7 @@ class DiffoRAConfig:
             total_steps (`int`): optimizer steps of the whole run.
         """
         warmup, cut = self.schedule(total_steps)
-        if self.relaxation not in OPEN_RELAXATIONS or self.weight_sharing != "none":
+        if self.method != "diffora" or self.relaxation not in OPEN_RELAXATIONS or self.weight_sharing != "none":
             return cut
         closing = _round_half_up(self.arch_closing * total_steps) if self.arch_closing < 1 else int(self.arch_closing)
         return max(warmup + 1, cut - closing)

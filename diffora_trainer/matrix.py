@@ -44,9 +44,9 @@ class DifferentialAdaptationMatrix(ABC):
         self.generator = torch.Generator().manual_seed(seed)
         self.steps = 0
 
-    def __init_subclass__(cls, **kwargs: object) -> None:
+    def __init_subclass__(cls, relaxes: bool = True, **kwargs: object) -> None:
         super().__init_subclass__(**kwargs)
-        if "name" in vars(cls):  # helpers between this class and a relaxation have none
+        if relaxes and "name" in vars(cls):  # helpers between this class and a relaxation have none
             cls.relaxations[cls.name] = cls
 
     @classmethod
@@ -315,6 +315,72 @@ class SoftmaxMatrix(_AdamMatrix):
         totals = torch.zeros(len(budget.targets)).index_add(0, budget.group, weights)
         counts = budget.targets if budget.cap is None else budget.targets / budget.parameters.mean()
         return (weights / totals[budget.group] * counts.float()[budget.group]).clamp(max=1.0)
+
+
+class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):
+    """
+    No relaxation, but the place of one for a method that scores the modules once: all gates stay open, so the values
+    are 1, and the choice is made by scores of any range.
+    """
+
+    name = "scores"
+
+    def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
+        super().__init__(budget, learning_rate, seed)
+        self._scores = torch.zeros(len(budget), dtype=torch.float64)
+        self._tie_breaker = torch.zeros(len(budget), dtype=torch.float64)
+
+    def values(self) -> Tensor:
+        return torch.ones(len(self.budget))
+
+    def training_gates(self) -> None:
+        return None
+
+    def evaluation_gates(self) -> None:
+        return None
+
+    def scores(self) -> Tensor:
+        return self._scores.clone()
+
+    def step(self, gradient: Tensor) -> None:
+        raise ValueError(
+            "These modules are scored, not searched: there is no architecture step. Please call `score` once before "
+            "the cut, or set `method='diffora'`."
+        )
+
+    def set_scores(self, scores: Tensor, tie_breaker: Tensor) -> None:
+        """
+        Take over finite scores, `(n,)`, and what decides between equal ones.
+
+        Raises:
+            ValueError: if all scores tie, so that they choose nothing.
+        """
+        if len(scores) > 1 and bool((scores == scores[0]).all()):
+            raise ValueError(
+                f"All {len(scores)} modules have the score {float(scores[0]):g}, so there is nothing to choose by. "
+                "While `lora_B` is still 0, as before the first step or as long as the learning rate is 0, most "
+                "scores are 0. Please score later (`discretize_at`), or by another `method`; a random choice is "
+                "`method='constant'`."
+            )
+        self._scores.copy_(scores)
+        self._tie_breaker.copy_(tie_breaker)
+        self.steps += 1
+
+    def choose(self) -> Tensor:
+        if not self.steps:
+            raise ValueError("The modules have no scores yet. Please call `score` before the choice is made.")
+        return self.budget.choose(self._scores, self._tie_breaker)
+
+    def undecided(self) -> int:
+        """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
+        kept = self.choose().tolist()
+        keys = list(zip(self.budget.group.tolist(), self._scores.tolist(), self._tie_breaker.tolist(), strict=True))
+        ties = {k for k, keep in zip(keys, kept, strict=True) if keep}
+        ties &= {k for k, keep in zip(keys, kept, strict=True) if not keep}
+        return sum(key in ties for key in keys)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"scores": self._scores, "tie_breaker": self._tie_breaker}
 
 
 def _bounded(gradient: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ _MAX_INCHES, _MAX_LABELS, _MAX_LABEL = 60.0, 150, 40
 def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     """
     Draw the matrix at the cut: a row for each layer, a column for each kind of module, the value of each gate as a
-    shade, and a frame around what was kept. Needs Matplotlib (`pip install diffora-trainer[plots]`).
+    shade, and a frame around what was kept. Of a method that scores, the scores are drawn.
+    Needs Matplotlib (`pip install diffora-trainer[plots]`).
 
     Args:
         selection ([`Selection`]): what to draw.
@@ -37,12 +38,19 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     from matplotlib.patches import Rectangle
 
     rows, columns = len(selection.rows), len(selection.columns)
-    values = [[float("nan") if v is None else v for v in line] for line in selection.matrix(selection.gates)]
+    method = selection.config.get("method", "diffora")
+    scale: dict[str, Any]
+    shown, scale, label = selection.gates, {"vmin": 0.0, "vmax": 1.0}, "gate at the cut"
+    if method != "diffora":
+        shown, scale, label = selection.scores, {}, "score"
+        if 0 < 100 * min(shown) < max(shown):
+            scale = {"norm": "log"}
+    values = [[float("nan") if v is None else v for v in line] for line in selection.matrix(shown)]
     width, height = 2.2 + 0.55 * max(columns, 4), 1.6 + 0.32 * max(rows, 3)
     figure = Figure(figsize=(min(width, _MAX_INCHES), min(height, _MAX_INCHES)), layout="constrained")
     FigureCanvasAgg(figure)  # no pyplot: its global state is the user's
     axes = figure.add_subplot()
-    image = axes.imshow(values, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
+    image = axes.imshow(values, cmap="Blues", aspect="auto", **scale)
     sharing = {name for group in selection.shared for name in group}
     for name, (row, column), kept in zip(selection.modules, selection.positions, selection.kept, strict=True):
         if kept or name in sharing:
@@ -59,9 +67,13 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     axes.set_xticks(range(0, columns, every), heads[::every], rotation=40, ha="right", **text)
     axes.set_yticks(range(0, rows, skip), sides[::skip], **text)
     axes.set_title(
-        f"DAM: {len(selection.selected)} of {len(selection.modules)} modules kept (framed)", fontsize=9, loc="left"
+        f"{'DAM' if method == 'diffora' else readable(str(method))}: {len(selection.selected)} of "
+        f"{len(selection.modules)} modules kept (framed)",
+        fontsize=9,
+        loc="left",
+        parse_math=False,
     )
-    figure.colorbar(image, ax=axes, label="gate at the cut", shrink=0.8)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     path = Path(path)

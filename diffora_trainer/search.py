@@ -17,7 +17,8 @@ from .distributed import check_agreement, fingerprint
 from .gates import Gates, as_if_cut, checkpoints_activations
 from .grid import OTHER_ROW, ModuleGrid
 from .isolation import quiet
-from .matrix import DifferentialAdaptationMatrix
+from .matrix import DifferentialAdaptationMatrix, ScoreMatrix
+from .proxies import ScoreFunction, check_finite, check_score_function, module_scores
 from .selection import Selection, short_names
 from .timing import REPEATS, StepTimes, measure_step_times, timed
 
@@ -54,6 +55,8 @@ class ArchitectureSearch:
             apply_selection(model, selection, optimizer, scheduler)
     ```
 
+    With another `method` than `"diffora"` there are no architecture steps: call [`score`] once, before [`finish`].
+
     Args:
         model (`PeftModel`): a model with an active LoRA adapter.
         config ([`DiffoRAConfig`], *optional*): the options; what concerns a Trainer's schedule and data is not read.
@@ -63,11 +66,13 @@ class ArchitectureSearch:
             same decisions. Defaults to the identity.
         loss_scale (`Callable`, *optional*): gives the factor by which the loss is multiplied before its gradient is
             taken, and by which the gradient is divided again: the loss scaler's, in float16. Defaults to 1.
+        score_function (`Callable`, *optional*): for `method="custom"`: `score_function(model, batches)` gives a
+            dictionary from the name of each LoRA module to its score; higher is kept.
 
     Raises:
         TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
-        ValueError: if the adapter cannot be searched (see [`~diffora_trainer.grid.ModuleGrid.from_model`]), or no
-            module fits the budget.
+        ValueError: if the adapter cannot be searched (see [`~diffora_trainer.grid.ModuleGrid.from_model`]), no module
+            fits the budget, or only one of `score_function` and `method="custom"` is passed.
     """
 
     def __init__(
@@ -79,6 +84,7 @@ class ArchitectureSearch:
         adapter_name: str | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
         loss_scale: Callable[[], float] | None = None,
+        score_function: ScoreFunction | None = None,
     ) -> None:
         if not isinstance(config, (DiffoRAConfig, type(None))):
             raise TypeError(f"`config` must be a `DiffoRAConfig`, got {type(config).__name__}.")
@@ -89,6 +95,7 @@ class ArchitectureSearch:
             )
         self.model = model
         self.config = config or DiffoRAConfig()
+        check_score_function(self.config.method, score_function)
         self.grid = ModuleGrid.from_model(model, adapter_name)
         self.matrix = make_matrix(self.grid, self.config)
         self.gates = Gates(model, self.grid)
@@ -98,6 +105,7 @@ class ArchitectureSearch:
         self._loss_fn = loss_fn
         self._reduce = reduce or (lambda values: values)
         self._loss_scale = loss_scale or (lambda: 1.0)
+        self._score_function = score_function
         self.pending_losses: list[float] = []
         self.last_loss: float | None = None
         self._checkpointing = False
@@ -265,6 +273,55 @@ class ArchitectureSearch:
         self.last_loss = value
         return value
 
+    def score(self, batches: Sequence[Any]) -> Tensor:
+        """
+        Score all modules once, by another `method` than `"diffora"`: what is chosen from then on. See
+        [`~diffora_trainer.proxies`] for the formulas. Like an architecture step, this leaves no trace in weights,
+        gradients, modes and random streams, also when it fails.
+
+        Over several processes the scores are averaged.
+
+        Args:
+            batches (`Sequence`): the scoring batches, as `loss_fn` takes them.
+
+        Returns:
+            `Tensor` of shape `(n,)`: the scores in the order of the grid.
+
+        Raises:
+            ValueError: if the method is `"diffora"`, a score is not finite, or all scores tie.
+        """
+        method, matrix, batches = self.config.method, self.matrix, list(batches)
+        if not isinstance(matrix, ScoreMatrix):
+            raise ValueError(
+                "You called `score` with `method='diffora'`, which learns from architecture steps. Please call "
+                "`step`, or choose another `method`."
+            )
+        if not batches:
+            raise ValueError("There is no batch to score the modules on. Please pass at least one.")
+        with self._quiet(training=False), self.gates.override(None):
+            for module in self.model.modules():
+                if getattr(module, "gradient_checkpointing", False):
+                    module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
+            scores, ties = module_scores(
+                method,
+                self.model,
+                self.grid,
+                gates=self.gates,
+                loss=self._loss,
+                batches=batches,
+                scale=self._loss_scale(),
+                seed=self.config.arch_seed,
+                function=self._score_function,
+                reduce=self._reduce,
+            )
+        scores, ties = self._reduce(torch.stack([scores, ties]))
+        if self.config.normalize_scores:
+            sizes = torch.tensor(self.grid.parameters, dtype=torch.float64)
+            scores, ties = scores / sizes, ties / sizes
+        check_finite(method, self.grid, scores)
+        matrix.set_scores(scores, ties)
+        return matrix.scores()
+
     def held_out_loss(self, batches: Iterable[Any], relaxed: bool = False) -> float:
         """
         Mean loss over batches, in evaluation mode and without gradients; it leaves no trace in the training.
@@ -333,20 +390,24 @@ class ArchitectureSearch:
         }
 
     def metrics(self) -> dict[str, float]:
-        """What to log: the DAM's entropy and gates, and the mean architecture loss since the last call."""
-        values = self.matrix.values()
-        report = {
-            "diffora/entropy": self.matrix.entropy(),
-            "diffora/gate_min": float(values.min()),
-            "diffora/gate_mean": float(values.mean()),
-            "diffora/gate_max": float(values.max()),
-        }
+        """
+        What to log: the DAM's entropy and gates, and the mean architecture loss since the last call. Of a method that
+        scores: the scores, once there are any.
+        """
+        scored = isinstance(self.matrix, ScoreMatrix)
+        if scored and not self.matrix.steps:
+            return {}
+        values, what = (self.matrix.scores(), "score") if scored else (self.matrix.values(), "gate")
+        report = {} if scored else {"diffora/entropy": self.matrix.entropy()}
+        report[f"diffora/{what}_min"] = float(values.min())
+        report[f"diffora/{what}_mean"] = float(values.mean())
+        report[f"diffora/{what}_max"] = float(values.max())
         if len(self.grid.columns) <= _MAX_LOGGED_KINDS:
             table = self.matrix.as_matrix(
                 self.grid.position_tensor, (len(self.grid.rows), len(self.grid.columns)), values
             )
             for column, value in zip(short_names(self.grid.columns), table.nanmean(dim=0).tolist(), strict=True):
-                report[f"diffora/gate/{column}"] = value
+                report[f"diffora/{what}/{column}"] = value
         if self.pending_losses:
             report["diffora/arch_loss"] = sum(self.pending_losses) / len(self.pending_losses)
             self.pending_losses.clear()
@@ -442,6 +503,8 @@ def make_matrix(
     )
     if allowed is not None:
         budget.allow(allowed)
+    if config.method != "diffora":
+        return ScoreMatrix(budget, seed=config.arch_seed)
     return DifferentialAdaptationMatrix.create(
         config.relaxation, budget, config.arch_learning_rate, seed=config.arch_seed
     )

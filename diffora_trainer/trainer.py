@@ -23,6 +23,7 @@ from .grid import check_not_compiled
 from .held_out import HeldOutMixin
 from .logging import get_logger
 from .plots import plot_to
+from .proxies import ScoreFunction, check_score_function
 from .publish import PublicPushMixin
 from .search import ArchitectureSearch
 from .selection import Selection
@@ -75,6 +76,10 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         arch_dataset (`Dataset` or `IterableDataset`, *optional*):
             Held-out data for the matrix, in the form of the training data. By default a part of the training set is
             held out until the cut (see `arch_split`). The evaluation set is never used.
+        score_function (`Callable`, *optional*):
+            For `DiffoRAConfig(method="custom")`: `score_function(model, batches)` gives a dictionary from the name of
+            each LoRA module to its score, of which the highest are kept. It is called once, right before the cut, with
+            the model in evaluation mode and a list of held-out batches on its device.
 
     Attributes:
         selection ([`Selection`] or `None`): what was chosen, once the matrix is cut.
@@ -91,6 +96,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         peft_config: PeftConfig | None = None,
         diffora_config: DiffoRAConfig | None = None,
         arch_dataset: Any = None,
+        score_function: ScoreFunction | None = None,
         **kwargs: Any,
     ) -> None:
         if diffora_config is not None and not isinstance(diffora_config, DiffoRAConfig):
@@ -99,6 +105,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 "Please make one of your options: `DiffoRAConfig(selection_ratio=0.5)`."
             )
         self.diffora_config = diffora_config or DiffoRAConfig()
+        check_score_function(self.diffora_config.method, score_function)
+        self.score_function = score_function
         check_dataset("arch_dataset", arch_dataset)
         self.arch_dataset = arch_dataset
         self._last_train_batch: Any = None
@@ -198,7 +206,12 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             loss_fn=self._architecture_loss,
             reduce=self._mean_over_processes,
             loss_scale=None if scaler is None else scaler.get_scale,
+            score_function=None if self.score_function is None else self._custom_scores,
         )
+
+    def _custom_scores(self, model: nn.Module, batches: list[Any]) -> Any:
+        assert self.score_function is not None
+        return self.score_function(model, [self._prepare_inputs(batch) for batch in batches])
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         if self.args.world_size == 1:

@@ -79,6 +79,11 @@ def _check_fsdp(trainer: Any) -> None:
             "`fsdp_state_dict_type: FULL_STATE_DICT`; of an adapter it is small."
         )
     config = trainer.diffora_config
+    if config.method in ("grad_norm", "snip", "synflow", "custom"):
+        raise ValueError(
+            f"You passed `method={config.method!r}` with FSDP, which holds each parameter in shards, whose gradients "
+            "cannot be taken apart from those of training. Please use plain data parallelism, or another method."
+        )
     for name, value in (("weight_sharing", "none"), ("cost", "parameters")):
         if getattr(config, name) != value:
             raise ValueError(
@@ -127,6 +132,8 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
         )
     warmup, decision = config.schedule(args.max_steps)[0], config.decision(args.max_steps)
     batches = min(math.ceil((decision - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
+    if config.method != "diffora":
+        batches = config.score_batches
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
     rows = list(islice(iter(stream), batches * rows_a_batch))
     if not rows:

@@ -33,6 +33,9 @@ OPTIONS: dict[str, Any] = {
     "weight_sharing": "none",
     "fold_gates": False,
     "base_model_id": "org/name",
+    "method": "snip",
+    "score_batches": 8,
+    "normalize_scores": True,
 }
 
 

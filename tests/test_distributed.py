@@ -93,6 +93,19 @@ def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method"), [("ddp", "snip"), ("ddp", "synflow"), ("fsdp2", "alpha_test")])
+def test_two_processes_score_as_one(kind: str, method: str, tmp_path: Path) -> None:
+    """Each scores on rows of its own, with gradient accumulation; what is not sharded can be scored by gradients."""
+    search = {"method": method, "selection_scope": "model"}
+    reports = train(kind, tmp_path / "two", search=search)
+    assert reports[0] == reports[1] and all(reports[0]["moved"])
+    assert len(set(reports[0]["scores"])) > (1 if method == "alpha_test" else 10)
+    if method == "synflow":  # reads no rows
+        single = train(None, tmp_path / "one", search=search)[0]
+        assert reports[0]["scores"] == pytest.approx(single["scores"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_run_is_the_uninterrupted_run(kind: str, tmp_path: Path) -> None:
     """Bit for bit on both processes, with dropout, in the first, second and third epoch of 4 steps each."""
@@ -201,6 +214,7 @@ class _Plugin:
             {"cost": "time", "selection_scope": "model"},
             "`cost='time'` with FSDP.*`cost='parameters'`",
         ),
+        (_Plugin(), {"method": "snip"}, "`method='snip'` with FSDP.*plain data parallelism"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(

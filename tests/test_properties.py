@@ -18,7 +18,7 @@ from torch import nn
 
 from diffora_trainer import DiffoRAConfig, Selection
 from diffora_trainer.budget import Budget
-from diffora_trainer.config import COSTS, RELAXATIONS, SELECTION_SCOPES, WEIGHT_SHARING
+from diffora_trainer.config import COSTS, METHODS, RELAXATIONS, SELECTION_SCOPES, WEIGHT_SHARING
 from diffora_trainer.grid import ModuleGrid
 from diffora_trainer.matrix import DifferentialAdaptationMatrix
 
@@ -66,6 +66,9 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "base_model_id": st.none() | st.sampled_from(["org/name", "gpt2"]),
     "cost": st.sampled_from(COSTS),
     "max_step_time": st.floats(0, 1),
+    "method": st.sampled_from(METHODS),
+    "score_batches": st.integers(1, 99),
+    "normalize_scores": st.booleans(),
 }
 TOTALS = st.one_of(st.integers(-2, 60), st.sampled_from([10**6, 2**53 + 1, 2**63 - 1, 2**63, 10**400, -(10**400)]))
 
@@ -98,7 +101,10 @@ def test_options_are_refused_by_name_or_hold_together(
             with pytest.raises(ValueError):
                 config.decision(total)
             continue
-        assert 1 <= warmup < config.decision(total) <= cut <= total
+        if config.method == "diffora":
+            assert 1 <= warmup < config.decision(total) <= cut <= total
+        else:
+            assert 1 <= warmup == config.decision(total) == cut <= total
 
 
 def test_the_length_of_a_run_is_a_number_of_steps() -> None:
