@@ -25,7 +25,8 @@ layer before it, so no `shortcut2`.
 None of these can be merged into the weights of the model as it stands, so there is no merge:
 
 - In a pre-norm layer `D x` is linear in `x` itself, but every matrix of the layer reads `n(x)`, from which the scale
-  of `x` is gone: twice the `x` is twice the `D x`, and the same output of attention and feed-forward. Nor can `I + s B A` be taken into what writes `x` (the layer before, the embeddings), since `n1` and all later layers would
+  of `x` is gone: twice the `x` is twice the `D x`, and the same output of attention and feed-forward. Nor can
+  `I + s B A` be taken into what writes `x` (the layer before, the embeddings), since `n1` and all later layers would
   read the changed `x`, and a norm commutes with no such map in general.
 - In a post-norm layer `residual1` would have to be part of the attention, which reads `x` as well, but mixes the
   tokens with weights of its own; a change of its value matrix reaches all tokens, and the shortcut only the one.
@@ -39,11 +40,7 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import weakref
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +51,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.hooks import RemovableHandle
 
+from .connections import ATTRIBUTE, LayerShortcuts, plan_layers
 from .files import write_file
 from .grid import check_not_compiled
 
@@ -64,7 +61,6 @@ KINDS = ("residual1", "residual2", "shortcut1", "shortcut2")
 CONFIG_NAME = "shortcut_config.json"
 TENSORS_NAME = "shortcuts.safetensors"
 ADAPTER_FOLDER = "adapter"
-_ATTRIBUTE = "diffora_shortcuts"
 _REFUSAL = "LoRA with shortcuts, which PEFT alone cannot load: use diffora_trainer.ShortcutModel.from_pretrained"
 _FORMAT = 1
 
@@ -140,8 +136,8 @@ class ShortcutConfig:
         names = {"format", *cls.__dataclass_fields__}
         if not isinstance(data, dict) or set(data) != names:
             raise ValueError(
-                f"This is not a `{CONFIG_NAME}`: it must be an object with the keys {sorted(names)}, each once. Please "
-                "pass one as it was saved."
+                f"This is not a `{CONFIG_NAME}`: it must be an object with the keys {sorted(names)}, each once. "
+                "Please pass one as it was saved."
             )
         if data.pop("format") != _FORMAT:
             raise ValueError(f"This `{CONFIG_NAME}` is not of format {_FORMAT}. Please update diffora-trainer.")
@@ -163,225 +159,17 @@ class Shortcut(nn.Module):
         return functional.linear(functional.linear(value, self.A), self.B) * self.scale
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """
-    Where a layer is entered and joined: its attention, the first and last module of its feed-forward, the norms that
-    are its own children, and for BERT's kind the norms inside its output modules, which read the sums.
-    """
-
-    attention: nn.Module
-    enters: nn.Module
-    leaves: nn.Module
-    norms: tuple[nn.Module, ...]
-    sums: tuple[nn.Module, ...]
-    width: int
-
-
-class _Live:
-    """
-    What the hooks of a layer note while it runs. Tensors of its own are held weakly: the layer holds them until its
-    residual is added, and nothing is left over when a checkpointed layer is recomputed in part. Nothing of it is
-    copied or pickled but whether the layer is pre-norm.
-    """
-
-    def __init__(self, pre: bool | None = None) -> None:
-        self.pre = pre
-        self.input: Any = None
-        self.norm: tuple[Any, Any] | None = None
-        self.join: str | None = None
-        self.values: dict[str, Any] = {}
-        self.previous: Tensor | None = None
-        self.carried: Tensor | None = None
-        self.recording = self.grad = False
-        self.checkpoint: Callable[..., Any] | None = None
-
-    def __reduce__(self) -> Any:
-        return _Live, (self.pre,)
-
-
-class _Shortcuts(nn.Module):
-    """
-    The shortcuts of one layer, and the hooks by which they act. Registered on the layer, so that they move, train and
-    are counted with it.
-
-    Gradient checkpointing of transformers wraps a layer's `forward`: the hooks of the layer itself run once, those of
-    its children again at the recomputation. So everything that a child's hook reads is noted by another child's hook
-    of the same run, except what comes from the layer before, which is bound to the checkpointed function.
-    """
-
-    def __init__(
-        self,
-        shortcuts: dict[str, Shortcut],
-        config: ShortcutConfig,
-        name: str,
-        layer: nn.Module,
-        parts: _Parts,
-        owner: nn.Module,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        for kind, shortcut in shortcuts.items():
-            self.add_module(kind, shortcut)
-        self.kinds, self.name, self.live = tuple(shortcuts), name, _Live()
-        self.owner = (owner,)  # in a tuple, or the model would be a part of its own part
-        self.before: tuple[_Shortcuts, ...] = ()
-        self.after = False
-        first: list[tuple[nn.Module, Callable[..., Any]]] = [
-            (layer, self._start),
-            (parts.attention, self._enter_attention),
-            (parts.enters, self._enter_feed_forward),
-        ]
-        last: list[tuple[nn.Module, Callable[..., Any]]] = []
-        if parts.sums:
-            first += [
-                (norm, partial(self._read_sum, join))
-                for norm, join in zip(parts.sums, ("attention", "ffn"), strict=True)
-            ]
-        else:
-            first += [(norm, partial(self._read_sum, None)) for norm in parts.norms]
-            last += [(norm, self._note_norm) for norm in parts.norms]
-            last += [
-                (parts.attention, partial(self._leave, "attention")),
-                (parts.leaves, partial(self._leave, "ffn")),
-            ]
-        self.handles: list[RemovableHandle] = [
-            *(module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in first),
-            *(module.register_forward_hook(hook, with_kwargs=True) for module, hook in last),
-            layer.register_forward_hook(self._end, with_kwargs=True, always_call=True),
-        ]
-
-    @property
-    def _off(self) -> bool:
-        # The adapters of the `PeftModel` are switched off to have the base model, say as the reference of DPO.
-        return getattr(self.owner[0], "_adapters_disabled", False) is True
-
-    def _start(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
-        if getattr(layer, "_is_replica", False):
-            raise RuntimeError(
-                "Shortcuts do not work under `nn.DataParallel`. Please use one process for each device."
-            )
-        live = self.live
-        live.input, live.grad, live.recording = _first(args, kwargs), torch.is_grad_enabled(), self.after
-        if "shortcut2" not in self.kinds:
-            return
-        noted = self.before[0].live
-        live.previous, noted.carried = noted.carried, None
-        if live.previous is None:
-            raise RuntimeError(
-                f"{self.name!r} has a shortcut from the layer before it, which did not run just before it. Layers "
-                "cannot be skipped, and of gradient checkpointing only that of transformers is supported."
-            )
-        if getattr(layer, "gradient_checkpointing", False) and layer.training and live.checkpoint is None:
-            original, previous = layer._gradient_checkpointing_func, live.previous
-            live.checkpoint = original
-            layer._gradient_checkpointing_func = lambda function, *args: original(
-                partial(self._with_previous, previous, function), *args
-            )
-
-    def _with_previous(self, previous: Tensor, function: Callable[..., Any], *args: Any) -> Any:
-        self.live.previous = previous
-        return function(*args)
-
-    def _end(self, layer: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        live = self.live
-        if live.checkpoint is not None:
-            layer._gradient_checkpointing_func = live.checkpoint
-        value = live.input
-        live.input = live.norm = live.join = live.previous = live.checkpoint = None
-        live.values, live.recording = {}, False
-        if output is None or "shortcut1" not in self.kinds or self._off:  # None: the layer has failed
-            return None
-        return _added(output, self.shortcut1(value))
-
-    def _note_norm(self, norm: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.live.norm = weakref.ref(_first(args, kwargs)), weakref.ref(output)
-
-    def _residual(self, value: Tensor, join: str) -> None:
-        # What the residual around this block carries: in a pre-norm layer, what the norm before the block has read.
-        live = self.live
-        norm, live.norm, live.join = live.norm, None, None
-        normed = norm is not None and norm[1]() is value
-        if join == "attention":
-            if live.pre is None and not normed and value is not live.input:
-                raise ValueError(
-                    f"In {self.name!r} the attention reads neither the layer's input nor a norm of it, so it is not "
-                    "known what its residual is. Please leave out the shortcuts for this model."
-                )
-            live.pre = normed if live.pre is None else live.pre
-        if live.pre and not normed:
-            raise RuntimeError(f"In {self.name!r} the {join} no longer reads what the norm before it gives.")
-        source = norm[0]() if live.pre and norm is not None else value
-        live.values[join] = weakref.ref(source)
-        if join == "ffn" and live.recording:
-            if live.grad and not torch.is_grad_enabled():
-                raise ValueError(
-                    "Reentrant gradient checkpointing cuts the gradient of `shortcut2` to the layer before. Please set "
-                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`."
-                )
-            live.carried = source
-
-    def _enter_attention(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._residual(_first(args, kwargs), "attention")
-
-    def _enter_feed_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._residual(_first(args, kwargs), "ffn")
-
-    def _leave(self, join: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        if not self.live.pre:  # the norm that comes next reads the sum
-            self.live.join = join
-            return None
-        return self._joined(join, output)
-
-    def _read_sum(self, join: str | None, norm: nn.Module, args: Any, kwargs: Any) -> Any:
-        join, self.live.join = join or self.live.join, None
-        if join is None:
-            return None
-        return (self._joined(join, _first(args, kwargs)), *args[1:]), {} if not args else kwargs
-
-    def _joined(self, join: str, output: Any) -> Any:
-        live = self.live
-        found = live.values.pop(join)()
-        deltas = []
-        if not self._off:
-            kind = "residual1" if join == "attention" else "residual2"
-            if kind in self.kinds:
-                if found is None:
-                    raise RuntimeError(f"In {self.name!r} the residual of the {join} was gone before it was added.")
-                deltas.append(getattr(self, kind)(found))
-            if join == "attention" and "shortcut2" in self.kinds:
-                if live.previous is None:
-                    raise RuntimeError(
-                        f"{self.name!r} is recomputed without what its shortcut from the layer before read. Of "
-                        "gradient checkpointing only that of transformers is supported with `shortcut2`."
-                    )
-                deltas.append(self.shortcut2(live.previous))
-        if join == "attention":
-            live.previous = None
-        for delta in deltas:
-            output = _added(output, delta)
-        return output
-
-
-def _first(args: Any, kwargs: Any) -> Tensor:
-    value = args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
-    return value  # type: ignore[no-any-return]
-
-
-def _added(output: Any, delta: Tensor) -> Any:
-    if not isinstance(output, Tensor):
-        return (_added(output[0], delta), *output[1:])
-    return output + delta.to(output.dtype).reshape(output.shape)  # OPT flattens the tokens for its feed-forward
-
-
 def add_shortcuts(model: nn.Module, config: ShortcutConfig | None = None) -> dict[str, Shortcut]:
     """
-    Put shortcuts into a model, in place. Its outputs stay what they are, bit for bit, until the shortcuts have trained.
+    Put shortcuts into a model, in place. Its outputs stay what they are, bit for bit, until these have learned.
 
     The layers are found by their structure, in any encoder or decoder of `transformers`: see
     [`~diffora_trainer.shortcuts`]. Call it after `get_peft_model`, which freezes all that it does not know. Nothing
-    but the shortcuts is made trainable or frozen here. Each takes device and data type of its layer. While the adapters of
-    a `PeftModel` are switched off with `disable_adapter()`, so are they.
+    but the shortcuts is made trainable or frozen here. Each takes device and data type of its layer. While the
+    adapters of a `PeftModel` are switched off with `disable_adapter()`, so are they.
+
+    A search does not choose among shortcuts, and neither PEFT nor the trainers save them: please call
+    [`save_shortcuts`] or [`ShortcutModel.save_pretrained`] after the training.
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): the model.
@@ -399,18 +187,18 @@ def add_shortcuts(model: nn.Module, config: ShortcutConfig | None = None) -> dic
     check_not_compiled(model)
     if _blocks(model):
         raise ValueError("The model has shortcuts already. Please call `remove_shortcuts(model)` first.")
-    before: _Shortcuts | None = None
-    plan = _plan(model, config)
+    before: LayerShortcuts | None = None
+    plan = plan_layers(model, config.kinds)
     for name, layer, parts, kinds in plan:
         found = next(p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1)
         made = {kind: Shortcut(parts.width, config, found.device, found.dtype) for kind in kinds}
-        block = _Shortcuts(made, config, name, layer, parts, model)
+        block = LayerShortcuts(made, config, name, layer, parts, model)
         block.train(layer.training)
         if "shortcut2" in kinds:
             assert before is not None
             block.before, before.after = (before,), True
         before = block
-        setattr(layer, _ATTRIBUTE, block)
+        setattr(layer, ATTRIBUTE, block)
     return shortcuts(model)
 
 
@@ -435,11 +223,11 @@ def shortcut_config(model: nn.Module) -> ShortcutConfig:
 def remove_shortcuts(model: nn.Module) -> None:
     """Take all shortcuts out of a model, which is then as it was before them: no hook and no parameter is left."""
     for layer in list(model.modules()):
-        block = layer._modules.get(_ATTRIBUTE)
-        if isinstance(block, _Shortcuts):
+        block = layer._modules.get(ATTRIBUTE)
+        if isinstance(block, LayerShortcuts):
             for handle in block.handles:
                 handle.remove()
-            delattr(layer, _ATTRIBUTE)
+            delattr(layer, ATTRIBUTE)
 
 
 def save_shortcuts(model: nn.Module, folder: str | Path) -> None:
@@ -488,7 +276,7 @@ def load_shortcuts(model: nn.Module, folder: str | Path) -> dict[str, Shortcut]:
         )
     shapes = {
         f"{name}.{kind}.{matrix}": shape
-        for name, _, parts, kinds in _plan(model, config)
+        for name, _, parts, kinds in plan_layers(model, config.kinds)
         for kind in kinds
         for matrix, shape in (("A", (config.r, parts.width)), ("B", (parts.width, config.r)))
     }
@@ -555,7 +343,7 @@ class ShortcutModel(nn.Module):
         """
         folder = Path(folder)
         if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(folder / ADAPTER_FOLDER)
+            self.model.save_pretrained(str(folder / ADAPTER_FOLDER))
         config = getattr(self.model, "config", None)
         told = {"peft_type": _REFUSAL, "base_model_name_or_path": getattr(config, "_name_or_path", None)}
         write_file(folder / "adapter_config.json", (json.dumps(told, indent=2) + "\n").encode())
@@ -584,77 +372,9 @@ class ShortcutModel(nn.Module):
         return loaded if is_trainable else loaded.eval()
 
 
-def _blocks(model: nn.Module) -> dict[str, _Shortcuts]:
-    return {block.name: block for block in model.modules() if isinstance(block, _Shortcuts)}
+def _blocks(model: nn.Module) -> dict[str, LayerShortcuts]:
+    return {block.name: block for block in model.modules() if isinstance(block, LayerShortcuts)}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.{matrix}": getattr(s, matrix) for name, s in shortcuts(model).items() for matrix in "AB"}
-
-
-def _plan(model: nn.Module, config: ShortcutConfig) -> list[tuple[str, nn.Module, _Parts, tuple[str, ...]]]:
-    """The layers with their names, their parts and the kinds that they get."""
-    plan = []
-    for stack, layers in _stacks(model):
-        for index, layer in enumerate(layers):
-            name = f"{stack}.{index}"
-            kinds = tuple(kind for kind in config.kinds if index or kind != "shortcut2")
-            plan.append((name, layer, _parts(name, layer, config), kinds))
-    if not any(kinds for *_, kinds in plan):
-        raise ValueError(
-            f"{type(model).__name__} has no place for shortcuts of the kinds {list(config.kinds)}: it has "
-            f"{len(plan)} numbered layers with attention, and the first has no layer before it."
-        )
-    return plan
-
-
-def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost lists of layers that all hold attention."""
-    done: list[str] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or any(name.startswith(f"{outer}.") for outer in done):
-            continue
-        if len(module) and all(any(_is(m, "Attention") for m in layer.modules()) for layer in module):
-            done.append(name)
-            yield re.sub(r"^(?:base_model\.model\.)", "", name), module
-
-
-def _is(module: nn.Module, *words: str) -> bool:
-    return any(word in type(module).__name__ for word in words)
-
-
-def _parts(name: str, layer: nn.Module, config: ShortcutConfig) -> _Parts:
-    children = {key: child for key, child in layer.named_children() if key != _ATTRIBUTE}
-    attentions = [child for child in children.values() if _is(child, "Attention")]
-    norms = tuple(child for child in children.values() if _is(child, "Norm"))
-    ffns = [c for k, c in children.items() if k == "mlp" or _is(c, "MLP", "FeedForward", "FFN", "SparseMoe")]
-    parts = None
-    if len(attentions) == 1:
-        if len(norms) == 2 and len(ffns) == 1:
-            parts = _Parts(attentions[0], ffns[0], ffns[0], norms, (), _width(norms[0]))
-        elif len(norms) == 2 and not ffns and {"fc1", "fc2"} <= set(children):
-            parts = _Parts(attentions[0], children["fc1"], children["fc2"], norms, (), _width(norms[0]))
-        elif not norms and not ffns and {"intermediate", "output"} <= set(children):
-            outputs = [getattr(attentions[0], "output", None), children["output"]]
-            inner = [[m for m in o.children() if _is(m, "Norm")] if isinstance(o, nn.Module) else [] for o in outputs]
-            if all(len(found) == 1 for found in inner):
-                sums = (inner[0][0], inner[1][0])
-                parts = _Parts(attentions[0], children["intermediate"], children["output"], (), sums, _width(sums[0]))
-    if parts is None or not parts.width:
-        found = ", ".join(f"{key} ({type(child).__name__})" for key, child in children.items())
-        raise ValueError(
-            f"The structure of the layer {name!r} ({type(layer).__name__}) is not understood. Its children are {found}. "
-            "Shortcuts need one attention, one feed-forward (`mlp`, `fc1` and `fc2`, or `intermediate` and `output`) "
-            "and one norm for each of the two; cross-attention and more norms are not supported."
-        )
-    if "shortcut2" in config.kinds and getattr(layer, "chunk_size_feed_forward", 0):
-        raise ValueError(
-            f"The layer {name!r} computes its feed-forward in chunks (`chunk_size_feed_forward`), so `shortcut2` "
-            "would read the last one only. Please set it to 0, or leave `shortcut2` out of `kinds`."
-        )
-    return parts
-
-
-def _width(norm: nn.Module) -> int:
-    shape = getattr(norm, "normalized_shape", None) or getattr(getattr(norm, "weight", None), "shape", ())
-    return int(shape[-1]) if len(shape) == 1 else 0
