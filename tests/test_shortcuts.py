@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same, lora, snapshot
+from conftest import assert_same, classifier, lora, make_trainer, snapshot
 from models import (
     ARCHITECTURES,
     HIDDEN,
@@ -163,12 +164,42 @@ def test_each_kind_computes_its_formula(make: object, kinds: tuple[str, ...]) ->
     model = tiny.model.eval()
     clean, ids = copy.deepcopy(model), tiny.batch["input_ids"][:, :6]
     filled(model, ShortcutConfig(r=4, lora_alpha=8, kinds=kinds))
-    with torch.no_grad():
-        expected = by_hand(clean, ids, shortcuts(model))
-        without = by_hand(clean, ids, {})
-        found = model.base_model(ids).last_hidden_state
+    expected = by_hand(clean, ids, shortcuts(model))
+    found = model.base_model(ids).last_hidden_state
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert (found - without).abs().max() > 0.01, "the formula without shortcuts fits as well"
+    with torch.no_grad():
+        assert (found - by_hand(clean, ids, {})).abs().max() > 0.01, "the formula without shortcuts fits as well"
+    # The gradient takes every path, through the shortcuts to the layers below too.
+    weights = [p for s in shortcuts(model).values() for p in s.parameters()]
+    direction = torch.linspace(-1, 1, found.numel()).view_as(found)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * direction).sum(), [model.get_input_embeddings().weight, *weights]),
+        torch.autograd.grad((expected * direction).sum(), [clean.get_input_embeddings().weight, *weights]),
+        strict=True,
+    ):
+        assert ours.abs().sum() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_in_a_post_norm_layer_no_dropout_acts_on_a_shortcut() -> None:
+    tiny = opt_post_norm()
+    model = filled(tiny.model, ShortcutConfig(kinds=("residual1", "residual2"))).train()
+    layer = model.model.decoder.layers[0]
+    layer.dropout = 0.9
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_pre_hook(lambda m, a: seen.update(residual1=a[0].detach()))
+    layer.fc1.register_forward_pre_hook(lambda m, a: seen.update(residual2=a[0].detach()))
+    layer.self_attn_layer_norm.register_forward_pre_hook(lambda m, a: seen.update(sum1=a[0].detach()))
+    layer.final_layer_norm.register_forward_pre_hook(lambda m, a: seen.update(sum2=a[0].detach()))
+    for number in (2, 1):  # the second first, so that what it reads is the same in both runs
+        shortcut = shortcuts(model)[f"model.decoder.layers.0.residual{number}"]
+        result(model, tiny.batch)
+        read, sums = seen[f"residual{number}"], seen[f"sum{number}"]
+        with torch.no_grad():
+            delta = shortcut(read).view_as(sums)
+            nn.init.zeros_(shortcut.B)
+        result(model, tiny.batch)  # with the same masks
+        torch.testing.assert_close(sums, seen[f"sum{number}"] + delta)
 
 
 @pytest.mark.parametrize("make", [opt, gpt2, llama])
@@ -231,11 +262,13 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     for checkpointing in (False, True):
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
         torch.manual_seed(0)
         first, second = model(**tiny.batch).loss, model(**other).loss
         with torch.no_grad():
             model(**other)
         found.append(gradients(model, first, second))
+        assert functions == [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
     assert_same(found[1], found[0])
     assert any("diffora_shortcuts" in key for key in found[0])
 
@@ -281,10 +314,14 @@ def test_switched_off_adapters_switch_off_the_shortcuts() -> None:
 
 
 def test_a_copied_model_has_shortcuts_of_its_own() -> None:
-    tiny = bert()
-    model = filled(tiny.model).eval()
-    model(**tiny.batch).loss.backward()
-    twin = copy.deepcopy(model)
+    tiny = opt()
+    model = filled(tiny.model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**tiny.batch).loss.backward()  # recomputed in part
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()  # a hook that cannot be pickled
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert_same(result(twin.eval(), tiny.batch), result(model.eval(), tiny.batch))
     expected = result(model, tiny.batch)
     remove_shortcuts(model)
     assert_same(result(twin, tiny.batch), expected)
@@ -390,6 +427,16 @@ def test_structures_that_are_not_understood_are_refused_by_their_children(make: 
     with pytest.raises(ValueError, match=found):
         add_shortcuts(model)
     assert not hooks(model) and not shortcuts(model)
+
+
+def test_a_search_and_its_cut_work_beside_shortcuts(tmp_path: Path) -> None:
+    model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
+    added = add_shortcuts(model, ShortcutConfig(r=2))
+    trainer = make_trainer(tmp_path, model=model, peft_config=None)
+    trainer.train()
+    assert trainer.selection is not None and 0 < len(trainer.selection.dropped)
+    assert shortcuts(model) == added and all(s.B.abs().sum() > 0 for s in added.values())
+    assert not any("lora" in name and "diffora" in name for name, _ in model.named_parameters())
 
 
 def test_bad_use_is_refused() -> None:
