@@ -314,10 +314,10 @@ def test_switched_off_adapters_switch_off_the_shortcuts() -> None:
 
 
 def test_a_copied_model_has_shortcuts_of_its_own() -> None:
-    tiny = opt()
-    model = filled(tiny.model).train()
+    tiny = llama()
+    model = filled(tiny.model, ShortcutConfig(kinds=("residual1", "shortcut2"))).train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model(**tiny.batch).loss.backward()  # recomputed in part
+    model(**tiny.batch).loss.backward()  # recomputed up to the last thing that is needed, not to the end
     model.gradient_checkpointing_disable()
     model.disable_input_require_grads()  # a hook that cannot be pickled
     for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
@@ -405,6 +405,11 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> Non
         with pytest.raises(ValueError):
             load_shortcuts(target, tmp_path)
     (tmp_path / CONFIG_NAME).write_text(text)
+    with torch.no_grad():
+        next(iter(shortcuts(model).values())).B[0, 0] = float("nan")
+    save_shortcuts(model, tmp_path)
+    with pytest.raises(ValueError, match=r"residual1\.B' that are not finite"):
+        load_shortcuts(target, tmp_path)
     (tmp_path / TENSORS_NAME).write_bytes((tmp_path / TENSORS_NAME).read_bytes()[:-5])
     with pytest.raises(ValueError, match="damaged"):
         load_shortcuts(target, tmp_path)
