@@ -17,7 +17,13 @@ _HOMES = {
     "DiffoRATrainer": "trainer",
     "DifferentialAdaptationMatrix": "matrix",
     "Selection": "selection",
+    "ShortcutConfig": "shortcuts",
+    "ShortcutModel": "shortcuts",
+    "add_shortcuts": "shortcuts",
     "apply_selection": "surgery",
+    "load_shortcuts": "shortcuts",
+    "remove_shortcuts": "shortcuts",
+    "save_shortcuts": "shortcuts",
 }
 __all__ = [
     "ArchitectureSearch",
@@ -27,7 +33,13 @@ __all__ = [
     "DiffoRATrainer",
     "DifferentialAdaptationMatrix",
     "Selection",
+    "ShortcutConfig",
+    "ShortcutModel",
+    "add_shortcuts",
     "apply_selection",
+    "load_shortcuts",
+    "remove_shortcuts",
+    "save_shortcuts",
 ]
 
 if TYPE_CHECKING:
@@ -35,6 +47,14 @@ if TYPE_CHECKING:
     from .matrix import DifferentialAdaptationMatrix
     from .search import ArchitectureSearch
     from .selection import Selection
+    from .shortcuts import (
+        ShortcutConfig,
+        ShortcutModel,
+        add_shortcuts,
+        load_shortcuts,
+        remove_shortcuts,
+        save_shortcuts,
+    )
     from .surgery import apply_selection
     from .trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
 

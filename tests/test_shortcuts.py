@@ -1,0 +1,491 @@
+"""Shortcuts: nothing changes when they are put in, and then they compute what their formulas say."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_same, classifier, lora, make_trainer, snapshot
+from models import (
+    ARCHITECTURES,
+    HIDDEN,
+    PAD,
+    VOCAB,
+    TinyModel,
+    bert,
+    deberta_v2,
+    gemma,
+    gpt2,
+    llama,
+    opt,
+    qwen,
+    roberta,
+    t5,
+    vit,
+)
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from diffora_trainer import (
+    ShortcutConfig,
+    ShortcutModel,
+    add_shortcuts,
+    load_shortcuts,
+    remove_shortcuts,
+    save_shortcuts,
+)
+from diffora_trainer.shortcuts import CONFIG_NAME, KINDS, TENSORS_NAME, shortcuts
+
+
+def opt_post_norm() -> TinyModel:
+    """The order of OPT-350m: norms after the sums. With dropout, as all OPT."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN, "ffn_dim": 2 * HIDDEN}
+    config = OPTConfig(
+        **sizes,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=PAD,
+        do_layer_norm_before=False,
+        init_std=0.2,
+    )
+    return TinyModel(OPTForCausalLM(config), opt().batch, "all-linear", "CAUSAL_LM", 2, 6)
+
+
+MODELS = {f.__name__: f for f in (llama, qwen, opt, opt_post_norm, gpt2, bert, roberta, deberta_v2, vit)}
+MODELS["moe"] = ARCHITECTURES["moe"]
+
+
+def filled(model: nn.Module, config: ShortcutConfig | None = None) -> nn.Module:
+    """A model with shortcuts that do something."""
+    generator = torch.Generator().manual_seed(1)
+    for shortcut in add_shortcuts(model, config).values():
+        with torch.no_grad():
+            shortcut.B.copy_(0.1 * torch.randn(shortcut.B.shape, generator=generator))
+    return model
+
+
+def result(model: nn.Module, batch: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    output = model(**batch)
+    return {"loss": output.loss.detach(), "logits": output.logits.detach()}
+
+
+def gradients(model: nn.Module, *losses: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    sum(losses).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_fresh_shortcuts_change_no_bit_and_removed_ones_leave_no_trace(name: str, adapted: bool) -> None:
+    tiny = MODELS[name]()
+    model: nn.Module = tiny.model
+    if adapted:
+        model = get_peft_model(model, lora(target_modules=["mlp.gate"] if name == "moe" else "all-linear"))
+    before, found, names = snapshot(model), hooks(model), [n for n, _ in model.named_modules()]
+    plain = {mode: result(model.train(mode), tiny.batch) for mode in (True, False)}
+    count = sum(p.numel() for p in model.parameters())
+
+    added = add_shortcuts(model, ShortcutConfig(r=3))
+
+    assert len(added) == len(KINDS) * tiny.rows - 1, "the first layer has no layer before it"
+    assert sum(p.numel() for p in model.parameters()) == count + 2 * 3 * HIDDEN * len(added)
+    assert all(min(p.shape) == 3 for s in added.values() for p in s.parameters()), "no dense d x d tensor"
+    for mode in (True, False):
+        assert_same(result(model.train(mode), tiny.batch), plain[mode])
+    for shortcut in added.values():
+        nn.init.ones_(shortcut.B)
+    assert not torch.equal(result(model, tiny.batch)["logits"], plain[False]["logits"])
+    remove_shortcuts(model)
+    assert_same(result(model, tiny.batch), plain[False])
+    assert_same(snapshot(model), before)
+    assert hooks(model) == found and [n for n, _ in model.named_modules()] == names
+
+
+def by_hand(model: PreTrainedModel, ids: Tensor, deltas: dict[str, object]) -> Tensor:
+    """The last hidden states from the formulas of the module's docstring. `deltas` holds the shortcuts that act."""
+    added = {
+        name: lambda v, s=s: 2.0 * (v @ s.A.T @ s.B.T)  # lora_alpha / r
+        for name, s in deltas.items()
+    }
+    zero = torch.zeros_like
+    if model.config.model_type == "llama":
+        base, stack = model.model, "model.layers"
+        x = base.embed_tokens(ids)
+        place = torch.arange(ids.shape[1])[None]
+        rotary = base.rotary_emb(x, place)
+    elif model.config.model_type == "opt":
+        base, stack = model.model.decoder, "model.decoder.layers"
+        mask = torch.ones_like(ids)
+        x = base.embed_tokens(ids) + base.embed_positions(mask, 0)
+    else:
+        base, stack = model.bert, "bert.encoder.layer"
+        x = base.embeddings(ids)
+    f = None
+    for index, layer in enumerate(base.encoder.layer if stack.startswith("bert") else base.layers):
+
+        def delta(kind: str, value: Tensor | None, index: int = index) -> Tensor:
+            return added.get(f"{stack}.{index}.{kind}", zero)(value) if value is not None else 0
+
+        extra = delta("residual1", x) + delta("shortcut2", f)
+        if model.config.model_type == "llama":
+            attended = layer.self_attn(layer.input_layernorm(x), position_embeddings=rotary, attention_mask=None)[0]
+            f = x + attended + extra
+            out = f + layer.mlp(layer.post_attention_layernorm(f)) + delta("residual2", f)
+        elif model.config.model_type == "opt":
+            f = layer.self_attn_layer_norm(x + layer.self_attn(x, attention_mask=None)[0] + extra)
+            fed = layer.fc2(layer.fc1(f).relu())
+            out = layer.final_layer_norm(f + fed + delta("residual2", f))
+        else:
+            attended = layer.attention.output.dense(layer.attention.self(x)[0])
+            f = layer.attention.output.LayerNorm(x + attended + extra)
+            fed = layer.output.dense(layer.intermediate(f))
+            out = layer.output.LayerNorm(f + fed + delta("residual2", f))
+        x = out + delta("shortcut1", x)
+    return base.norm(x) if stack == "model.layers" else x
+
+
+@pytest.mark.parametrize("make", [llama, bert, opt_post_norm])
+@pytest.mark.parametrize("kinds", [*((kind,) for kind in KINDS), KINDS])
+def test_each_kind_computes_its_formula(make: object, kinds: tuple[str, ...]) -> None:
+    tiny = make()
+    model = tiny.model.eval()
+    clean, ids = copy.deepcopy(model), tiny.batch["input_ids"][:, :6]
+    filled(model, ShortcutConfig(r=4, lora_alpha=8, kinds=kinds))
+    expected = by_hand(clean, ids, shortcuts(model))
+    found = model.base_model(ids).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert (found - by_hand(clean, ids, {})).abs().max() > 0.01, "the formula without shortcuts fits as well"
+    # The gradient takes every path, through the shortcuts to the layers below too.
+    weights = [p for s in shortcuts(model).values() for p in s.parameters()]
+    direction = torch.linspace(-1, 1, found.numel()).view_as(found)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * direction).sum(), [model.get_input_embeddings().weight, *weights]),
+        torch.autograd.grad((expected * direction).sum(), [clean.get_input_embeddings().weight, *weights]),
+        strict=True,
+    ):
+        assert ours.abs().sum() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_in_a_post_norm_layer_no_dropout_acts_on_a_shortcut() -> None:
+    tiny = opt_post_norm()
+    model = filled(tiny.model, ShortcutConfig(kinds=("residual1", "residual2"))).train()
+    layer = model.model.decoder.layers[0]
+    layer.dropout = 0.9
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_pre_hook(lambda m, a: seen.update(residual1=a[0].detach()))
+    layer.fc1.register_forward_pre_hook(lambda m, a: seen.update(residual2=a[0].detach()))
+    layer.self_attn_layer_norm.register_forward_pre_hook(lambda m, a: seen.update(sum1=a[0].detach()))
+    layer.final_layer_norm.register_forward_pre_hook(lambda m, a: seen.update(sum2=a[0].detach()))
+    for number in (2, 1):  # the second first, so that what it reads is the same in both runs
+        shortcut = shortcuts(model)[f"model.decoder.layers.0.residual{number}"]
+        result(model, tiny.batch)
+        read, sums = seen[f"residual{number}"], seen[f"sum{number}"]
+        with torch.no_grad():
+            delta = shortcut(read).view_as(sums)
+            nn.init.zeros_(shortcut.B)
+        result(model, tiny.batch)  # with the same masks
+        torch.testing.assert_close(sums, seen[f"sum{number}"] + delta)
+
+
+@pytest.mark.parametrize("make", [opt, gpt2, llama])
+def test_a_pre_norm_layer_reads_the_residual_and_not_the_norm(make: object) -> None:
+    # With A = B.T = e_0 the first shortcut of a layer adds 2 * x_0 to x_0 alone.
+    tiny = make()
+    model = tiny.model.eval()
+    added = add_shortcuts(model, ShortcutConfig(r=1, lora_alpha=2, kinds=("residual1",)))
+    name, shortcut = next(iter(added.items()))
+    layer = model.get_submodule(name.removesuffix(".residual1"))
+    norm = layer.get_submodule(
+        {"opt": "final_layer_norm", "gpt2": "ln_2"}.get(make.__name__, "post_attention_layernorm")
+    )
+    seen: dict[str, Tensor] = {}
+    layer.register_forward_pre_hook(
+        lambda m, a, k: seen.update(x=(a[0] if a else k["hidden_states"]).clone()), with_kwargs=True
+    )
+    norm.register_forward_pre_hook(lambda m, a: seen.update(f=a[0].clone()))
+    model(**tiny.batch)
+    before = seen["f"].reshape(seen["x"].shape)
+    with torch.no_grad():
+        for parameter in shortcut.parameters():
+            parameter.zero_().view(-1)[0] = 1.0
+    model(**tiny.batch)
+    expected = before.clone()
+    expected[..., 0] += 2 * seen["x"][..., 0]
+    torch.testing.assert_close(seen["f"].reshape(before.shape), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "opt_post_norm"])
+def test_training_moves_the_shortcuts_alone(name: str) -> None:
+    tiny = MODELS[name]()
+    model = ShortcutModel(tiny.model, ShortcutConfig(r=4))
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = snapshot(model)
+    optimizer = torch.optim.AdamW(trained.values(), lr=0.01)
+    losses = []
+    for _ in range(6):
+        loss = model.eval()(**tiny.batch).loss
+        found = gradients(model, loss)
+        losses.append(loss.item())
+        if len(losses) == 2:  # B has left zero
+            assert set(found) == set(trained) and all(g.abs().sum() > 0 for g in found.values())
+        optimizer.step()
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != (name in trained), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
+    # Two batches are in flight at once: each recomputation must read what its own forward read.
+    tiny = MODELS[name]()
+    model = filled(tiny.model).train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    other = {k: v.flip(0).roll(1, -1) if v.dim() > 1 else v for k, v in tiny.batch.items()}
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+        torch.manual_seed(0)
+        first, second = model(**tiny.batch).loss, model(**other).loss
+        with torch.no_grad():
+            model(**other)
+        found.append(gradients(model, first, second))
+        assert functions == [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
+    assert_same(found[1], found[0])
+    assert any("diffora_shortcuts" in key for key in found[0])
+
+
+def test_checkpointing_that_would_lose_a_gradient_is_refused() -> None:
+    tiny = llama()
+    model = filled(tiny.model).train()
+    model.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match="use_reentrant"):
+        model(**tiny.batch)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert gradients(model, model(**tiny.batch).loss), "the refusal has left the model unusable"
+
+    # Checkpointing around a layer from outside recomputes it without the layer before.
+    model.gradient_checkpointing_disable()
+    layer = model.model.layers[1]
+    called = layer.__call__
+    wrapped = nn.Module.__call__
+    model.model.layers[1] = outer = nn.Module()
+    outer.forward = lambda *a, **k: torch.utils.checkpoint.checkpoint(wrapped, layer, *a, use_reentrant=False, **k)
+    assert called is not None
+    with pytest.raises(RuntimeError, match="only that of transformers"):
+        gradients(model, model(**tiny.batch).loss)
+
+
+def test_generation_with_a_cache_gives_what_it_gives_without() -> None:
+    tiny = llama()
+    model = filled(tiny.model).eval()
+    settings = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    ids = tiny.batch["input_ids"][:2, :5]
+    assert torch.equal(
+        model.generate(ids, use_cache=True, **settings), model.generate(ids, use_cache=False, **settings)
+    )
+
+
+def test_switched_off_adapters_switch_off_the_shortcuts() -> None:
+    tiny = llama()
+    plain = result(tiny.model.eval(), tiny.batch)
+    model = filled(get_peft_model(tiny.model, lora())).eval()
+    assert not torch.equal(result(model, tiny.batch)["logits"], plain["logits"])
+    with model.disable_adapter():
+        assert_same(result(model, tiny.batch), plain)
+
+
+def test_a_copied_model_has_shortcuts_of_its_own() -> None:
+    tiny = llama()
+    model = filled(tiny.model, ShortcutConfig(kinds=("residual1", "shortcut2"))).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(**tiny.batch).loss.backward()  # recomputed up to the last thing that is needed, not to the end
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()  # a hook that cannot be pickled
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert_same(result(twin.eval(), tiny.batch), result(model.eval(), tiny.batch))
+    expected = result(model, tiny.batch)
+    remove_shortcuts(model)
+    assert_same(result(twin, tiny.batch), expected)
+    remove_shortcuts(twin)
+    assert_same(result(twin, tiny.batch), result(model, tiny.batch))
+    assert not hooks(twin)
+
+
+def test_shortcuts_follow_the_data_type_of_their_layer() -> None:
+    tiny = llama()
+    model = tiny.model.to(torch.bfloat16).eval()
+    plain = result(model, tiny.batch)
+    added = add_shortcuts(model)
+    assert {p.dtype for s in added.values() for p in s.parameters()} == {torch.bfloat16}
+    assert_same(result(model, tiny.batch), plain)
+    for shortcut in added.values():
+        shortcut.float()  # as PEFT holds its own
+        nn.init.ones_(shortcut.B)
+    assert result(model, tiny.batch)["logits"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("adapted", [True, False])
+def test_saved_shortcuts_load_with_one_call(adapted: bool, tmp_path: Path) -> None:
+    tiny = bert()
+    base = copy.deepcopy(tiny.model)
+    inner = get_peft_model(tiny.model, lora(init_lora_weights=False)) if adapted else tiny.model
+    filled(inner, ShortcutConfig(r=2, lora_alpha=3, kinds=["shortcut2", "residual1"], dropout=0.1))
+    model = ShortcutModel(inner).eval()
+    model.save_pretrained(tmp_path)
+    loaded = ShortcutModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    assert_same(result(loaded, tiny.batch), result(model, tiny.batch))
+    assert loaded.shortcut_config == model.shortcut_config and isinstance(loaded.model, PeftModel) == adapted
+    assert not any(p.requires_grad for p in loaded.parameters())
+    again = ShortcutModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True)
+    names = [n for n, p in again.named_parameters() if p.requires_grad]
+    assert sum("diffora_shortcuts" in n for n in names) == 2 * len(shortcuts(again))
+    assert any("lora_" in n for n in names) == adapted and len(names) == sum(
+        "lora_" in n or "diff" in n for n in names
+    )
+
+    # Plain PEFT would leave the shortcuts out in silence.
+    with pytest.raises(KeyError, match=r"use diffora_trainer\.ShortcutModel\.from_pretrained"):
+        PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    if adapted:
+        assert isinstance(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapter"), PeftModel)
+
+
+def test_a_checkpoint_of_the_adapter_stays_plain_peft(tmp_path: Path) -> None:
+    model = get_peft_model(bert().model, lora())
+    model.save_pretrained(tmp_path / "before")
+    filled(model).save_pretrained(tmp_path / "after")
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    model = filled(bert().model, ShortcutConfig(r=2))
+    save_shortcuts(model, tmp_path)
+    fresh = bert().model
+    assert_same(
+        {n: [s.A, s.B] for n, s in load_shortcuts(fresh, tmp_path).items()},
+        {n: [s.A, s.B] for n, s in shortcuts(model).items()},
+    )
+    load_shortcuts(fresh, tmp_path)  # into those that are there
+    other = bert().model
+    add_shortcuts(other, ShortcutConfig(r=3))
+    with pytest.raises(ValueError, match="remove_shortcuts"):
+        load_shortcuts(other, tmp_path)
+    target = roberta().model
+    with pytest.raises(ValueError, match=r"another model: \d+ tensors do not fit.*missing"):
+        load_shortcuts(target, tmp_path)
+    assert not shortcuts(target) and not hooks(target)
+
+    target = bert().model
+    text = (tmp_path / CONFIG_NAME).read_text()
+    (tmp_path / CONFIG_NAME).write_text(text.replace('"r": 2', '"r": 4'))
+    with pytest.raises(ValueError, match=r"\(2, 32\) there, and \(4, 32\)"):
+        load_shortcuts(target, tmp_path)
+    for wrong in ("{", "[]", '{"r": 2}', text.replace('"r": 2', '"r": 0'), text.replace(": 1,", ": 9,", 1)):
+        (tmp_path / CONFIG_NAME).write_text(wrong)
+        with pytest.raises(ValueError):
+            load_shortcuts(target, tmp_path)
+    (tmp_path / CONFIG_NAME).write_text(text)
+    with torch.no_grad():
+        next(iter(shortcuts(model).values())).B[0, 0] = float("nan")
+    save_shortcuts(model, tmp_path)
+    with pytest.raises(ValueError, match=r"residual1\.B' that are not finite"):
+        load_shortcuts(target, tmp_path)
+    (tmp_path / TENSORS_NAME).write_bytes((tmp_path / TENSORS_NAME).read_bytes()[:-5])
+    with pytest.raises(ValueError, match="damaged"):
+        load_shortcuts(target, tmp_path)
+    (tmp_path / TENSORS_NAME).unlink()
+    with pytest.raises(FileNotFoundError):
+        load_shortcuts(target, tmp_path)
+    assert not shortcuts(target) and not hooks(target)
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (t5, r"layer \(ModuleList\)"),
+        (gemma, "pre_feedforward_layernorm"),
+        (lambda: TinyModel(nn.Linear(3, 3), {}, "", None, 0, 0), "0 numbered layers"),
+    ],
+)
+def test_structures_that_are_not_understood_are_refused_by_their_children(make: object, found: str) -> None:
+    model = make().model
+    with pytest.raises(ValueError, match=found):
+        add_shortcuts(model)
+    assert not hooks(model) and not shortcuts(model)
+
+
+def test_a_search_and_its_cut_work_beside_shortcuts(tmp_path: Path) -> None:
+    model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
+    added = add_shortcuts(model, ShortcutConfig(r=2))
+    trainer = make_trainer(tmp_path, model=model, peft_config=None)
+    trainer.train()
+    assert trainer.selection is not None and 0 < len(trainer.selection.dropped)
+    assert shortcuts(model) == added and all(s.B.abs().sum() > 0 for s in added.values())
+    assert not any("lora" in name and "diffora" in name for name, _ in model.named_parameters())
+
+
+def test_bad_use_is_refused() -> None:
+    tiny = bert()
+    with pytest.raises(ValueError, match="no shortcuts"):
+        save_shortcuts(tiny.model, "nowhere")
+    with pytest.raises(TypeError, match="ShortcutConfig"):
+        add_shortcuts(tiny.model, {"r": 2})
+    add_shortcuts(tiny.model)
+    with pytest.raises(ValueError, match="already"):
+        add_shortcuts(tiny.model)
+    remove_shortcuts(tiny.model)
+    tiny.model.bert.encoder.layer[1].chunk_size_feed_forward = 4
+    with pytest.raises(ValueError, match="chunk_size_feed_forward"):
+        add_shortcuts(tiny.model)
+    compiled = copy.deepcopy(tiny.model)
+    compiled.compile()
+    with pytest.raises(ValueError, match="compile"):
+        add_shortcuts(compiled, ShortcutConfig(kinds=("residual1",)))
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"r": 0}, ValueError),
+        ({"r": 2.0}, TypeError),
+        ({"r": True}, TypeError),
+        ({"lora_alpha": 0}, ValueError),
+        ({"lora_alpha": float("inf")}, ValueError),
+        ({"lora_alpha": "16"}, TypeError),
+        ({"dropout": 1.0}, ValueError),
+        ({"kinds": "residual1"}, TypeError),
+        ({"kinds": []}, ValueError),
+        ({"kinds": ["residual3"]}, ValueError),
+        ({"kinds": ["residual1", "residual1"]}, ValueError),
+    ],
+)
+def test_the_configuration_checks_its_values(options: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"`{next(iter(options))}"):
+        ShortcutConfig(**options)
+
+
+def test_the_configuration_is_json_both_ways() -> None:
+    config = ShortcutConfig(r=3, lora_alpha=1.5, kinds=["shortcut1", "residual2"], dropout=0.25)
+    assert config.kinds == ("residual2", "shortcut1")
+    assert ShortcutConfig.from_json(config.to_json()) == config
+    assert json.loads(config.to_json())["kinds"] == ["residual2", "shortcut1"]
