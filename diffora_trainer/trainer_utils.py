@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 
 from .logging import get_logger
+from .shortcuts import shortcuts
 
 
 logger = get_logger(__name__)
@@ -32,6 +33,12 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
             "of the gates alone. Please set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
+        )
+    if shortcuts(trainer.model):
+        raise ValueError(
+            "You passed a model with shortcuts. The trainers do not save them, so they would be lost with the first "
+            "checkpoint. Please call `remove_shortcuts(model)`, or train in a loop of your own with "
+            "`ArchitectureSearch` and save with `ShortcutModel`."
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(

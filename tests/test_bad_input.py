@@ -18,7 +18,7 @@ from tokenizer import classification_dataset, lm_dataset
 from torch import nn
 from transformers import Trainer
 
-from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRATrainer, Selection
+from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRATrainer, Selection, add_shortcuts
 from diffora_trainer.card import write_card
 from diffora_trainer.checkpoint import STATE_NAME, load_state, save_state
 from diffora_trainer.grid import ModuleGrid, lora_layers
@@ -117,6 +117,12 @@ def disabled() -> PeftModel:
     return model
 
 
+def with_shortcuts() -> PeftModel:
+    model = ready_model()
+    add_shortcuts(model)
+    return model
+
+
 def frozen() -> PeftModel:
     model = ready_model()
     return model.requires_grad_(False)
@@ -193,6 +199,7 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     ),
     "merged": (ready(merged), ValueError, "merged.*unmerge_adapter"),
     "disabled": (ready(disabled), ValueError, "disabled.*enable_adapter_layers"),
+    "with shortcuts": (ready(with_shortcuts), ValueError, "shortcuts.*not save them.*remove_shortcuts"),
     "frozen": (ready(frozen), ValueError, "frozen.*is_trainable=True"),
     "two active adapters": (ready(two_adapters), ValueError, "2 active adapters.*set_adapter"),
     "model and configuration": (lambda: {"model": ready_model()}, ValueError, "`PeftModel` together.*peft_config"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same, classifier, lora, make_trainer, snapshot
+from conftest import assert_same, lora, search_config, snapshot
 from models import (
     ARCHITECTURES,
     HIDDEN,
@@ -32,9 +32,11 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from diffora_trainer import (
+    ArchitectureSearch,
     ShortcutConfig,
     ShortcutModel,
     add_shortcuts,
+    apply_selection,
     load_shortcuts,
     remove_shortcuts,
     save_shortcuts,
@@ -434,14 +436,26 @@ def test_structures_that_are_not_understood_are_refused_by_their_children(make: 
     assert not hooks(model) and not shortcuts(model)
 
 
-def test_a_search_and_its_cut_work_beside_shortcuts(tmp_path: Path) -> None:
-    model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
+def test_a_search_and_its_cut_work_beside_shortcuts() -> None:
+    tiny = bert()
+    model = get_peft_model(tiny.model, lora(task_type="SEQ_CLS"))
     added = add_shortcuts(model, ShortcutConfig(r=2))
-    trainer = make_trainer(tmp_path, model=model, peft_config=None)
-    trainer.train()
-    assert trainer.selection is not None and 0 < len(trainer.selection.dropped)
-    assert shortcuts(model) == added and all(s.B.abs().sum() > 0 for s in added.values())
-    assert not any("lora" in name and "diffora" in name for name, _ in model.named_parameters())
+    search = ArchitectureSearch(model, search_config(), loss_fn=lambda model, batch: model(**batch).loss)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    search.begin()
+    for _ in range(3):
+        search.draw_gates()
+        model(**tiny.batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert search.step(tiny.batch) is not None
+    selection = search.finish()
+    apply_selection(model, selection, optimizer)
+    before = {name: shortcut.B.detach().clone() for name, shortcut in added.items()}
+    model(**tiny.batch).loss.backward()
+    optimizer.step()
+    assert selection.dropped and shortcuts(model) == added
+    assert all(not torch.equal(shortcut.B, before[name]) for name, shortcut in added.items())
 
 
 def test_bad_use_is_refused() -> None:
