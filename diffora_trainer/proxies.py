@@ -153,9 +153,13 @@ def alpha_test(gates: Gates, grid: ModuleGrid, loss: BatchLoss, batches: Sequenc
     return scores, rises
 
 
-def constant(grid: ModuleGrid, seed: int) -> Tensor:
-    """Random numbers from a generator of their own: every set of modules is as likely as another of its size."""
-    return torch.rand(len(grid), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def constant(grid: ModuleGrid, seed: int, draw: int = 0) -> Tensor:
+    """
+    Random numbers from a generator of their own: every set of modules is as likely as another of its size. When the
+    modules are scored more than once, each time is another `draw`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(draw + 1, len(grid), dtype=torch.float64, generator=generator)[-1]
 
 
 def custom(model: nn.Module, grid: ModuleGrid, function: ScoreFunction, batches: list[Any]) -> Tensor:
@@ -207,6 +211,7 @@ def module_scores(
     batches: list[Any],
     scale: float,
     seed: int,
+    draw: int,
     function: ScoreFunction | None,
 ) -> tuple[Tensor, Tensor]:
     """The scores of a method, and what decides between equal ones; see its function for what it reads of these."""
@@ -214,7 +219,7 @@ def module_scores(
     if method == "alpha_test":
         return alpha_test(gates, grid, loss, batches)
     if method == "constant":
-        return constant(grid, seed), ties
+        return constant(grid, seed, draw), ties
     if method == "synflow":
         return synflow(model, grid), ties
     if method == "custom":

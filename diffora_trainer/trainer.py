@@ -130,6 +130,7 @@ class DiffoRAMixin(PublicPushMixin, _Base):
             resume_split=self._set_cut,
             after_cut=self._after_cut,
             last_train_batch=lambda: self._last_train_batch,
+            after_switch=lambda: rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler),
         )
         self.add_callback(self._callback)
         self.add_callback(SearchProgressCallback(self._callback, self._find_progress_bar))
@@ -267,6 +268,7 @@ class DiffoRAMixin(PublicPushMixin, _Base):
             if checkpoint is not None and not self.is_fsdp_enabled:  # with FSDP the parent reads them in the loop
                 self._load_from_checkpoint(checkpoint)
         self._loop_began = True
+        self._callback.release()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
