@@ -110,7 +110,13 @@ def synflow(model: Any, grid: ModuleGrid) -> Tensor:
         )
 
 
-def alpha_test(gates: Gates, grid: ModuleGrid, loss: BatchLoss, batches: Sequence[Any]) -> tuple[Tensor, Tensor]:
+def alpha_test(
+    gates: Gates,
+    grid: ModuleGrid,
+    loss: BatchLoss,
+    batches: Sequence[Any],
+    reduce: Callable[[Tensor], Tensor] = lambda values: values,
+) -> tuple[Tensor, Tensor]:
     """
     For each module the smallest `a / 10`, `a` from 0 to 10, such that the loss stays within a tolerance when the
     module's contribution is multiplied by it, found by bisection. The tolerance is an average module's part of what
@@ -124,6 +130,8 @@ def alpha_test(gates: Gates, grid: ModuleGrid, loss: BatchLoss, batches: Sequenc
         grid ([`~diffora_trainer.grid.ModuleGrid`]): its modules.
         loss (`Callable`): gives the scalar loss of a batch.
         batches (`Sequence`): the scoring batches.
+        reduce (`Callable`, *optional*): averages a tensor over all processes. They have to bisect alike: where the
+            model is sharded, one that made more passes than another would wait for it for ever.
 
     Returns:
         `tuple[Tensor, Tensor]`: the scores and the rises, `(n,)` each, float64, on the CPU.
@@ -132,7 +140,8 @@ def alpha_test(gates: Gates, grid: ModuleGrid, loss: BatchLoss, batches: Sequenc
 
     def mean_loss(values: Tensor) -> float:
         with torch.no_grad(), gates.override(values):
-            return float(torch.stack([loss(batch).detach().float().cpu().reshape(()) for batch in batches]).mean())
+            losses = [loss(batch).detach().float().cpu().reshape(1) for batch in batches]
+        return float(reduce(torch.cat(losses).mean().reshape(1)))
 
     def without(index: int, tenths: int) -> float:
         values = torch.ones(count)
@@ -213,11 +222,12 @@ def module_scores(
     seed: int,
     draw: int,
     function: ScoreFunction | None,
+    reduce: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """The scores of a method, and what decides between equal ones; see its function for what it reads of these."""
     ties = torch.zeros(len(grid), dtype=torch.float64)
     if method == "alpha_test":
-        return alpha_test(gates, grid, loss, batches)
+        return alpha_test(gates, grid, loss, batches, reduce)
     if method == "constant":
         return constant(grid, seed, draw), ties
     if method == "synflow":

@@ -279,6 +279,8 @@ class ArchitectureSearch:
         [`~diffora_trainer.proxies`] for the formulas. Like an architecture step, this leaves no trace in weights,
         gradients, modes and random streams, also when it fails.
 
+        Over several processes the scores are averaged.
+
         Args:
             batches (`Sequence`): the scoring batches, as `loss_fn` takes them.
 
@@ -311,6 +313,7 @@ class ArchitectureSearch:
                 seed=self.config.arch_seed,
                 draw=matrix.steps,
                 function=self._score_function,
+                reduce=self._reduce,
             )
         scores, ties = self._reduce(torch.stack([scores, ties]))
         if self.config.normalize_scores:
