@@ -83,8 +83,9 @@ class DiffoRAMixin(PublicPushMixin, _Base):
             held out until the cut (see `arch_split`). The evaluation set is never used.
         score_function (`Callable`, *optional*):
             For `DiffoRAConfig(method="custom")`: `score_function(model, batches)` gives a dictionary from the name of
-            each LoRA module to its score, of which the highest are kept. It is called once, right before the cut, with
-            the model in evaluation mode and a list of held-out batches on its device.
+            each LoRA module to its score, of which the highest are kept. It is called once, right before the cut (or
+            at each moment of `reallocate_every`), with the model in evaluation mode and a list of held-out batches on
+            its device.
 
     Attributes:
         selection ([`Selection`] or `None`): what was chosen, once the matrix is cut.

@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from transformers import HfArgumentParser, TrainerCallback
 from trl.trainer.utils import use_adapter
 
-from diffora_trainer import DiffoRAConfig, Selection
+from diffora_trainer import DiffoRAConfig, Selection, apply_selection
 from diffora_trainer.grid import ModuleGrid, lora_layers
 from diffora_trainer.matrix import ScoreMatrix
+from diffora_trainer.plots import plot_selection
 from diffora_trainer.reallocation import Reallocation
 from diffora_trainer.selection import Allocation
 
@@ -153,6 +154,51 @@ def test_scoring_leaves_no_trace(dynamic: Any) -> None:
     assert torch.equal(torch.get_rng_state(), before[2])
 
 
+def test_without_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of one's own, and its state in another model."""
+    rotating(monkeypatch)
+    model, batches = warm()
+    reallocation = Reallocation(make_search(model, "grad_norm", selection_scope="model"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
+    outputs = []
+    for step in range(1, 6):
+        model(**batches[step % 3]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (2, 3, 4):
+            reallocation.reallocate(batches, step)
+        if step == 4:
+            other, _ = warm()
+            other.load_state_dict(model.state_dict())
+            restored = Reallocation(make_search(other, "grad_norm", selection_scope="model"))
+            restored.load_state_list(json.loads(json.dumps(reallocation.state_list())))
+            assert torch.equal(restored.on, reallocation.on) and restored.history == reallocation.history
+            outputs = [m.eval()(**batches[0]).logits for m in (model, other)]
+    assert torch.equal(*outputs)
+    selection = reallocation.finish(5)
+    assert selection.step == 5 and selection.kept == tuple(restored.on.tolist()) and len(selection.history) == 3
+    before = snapshot(model)
+    apply_selection(model, selection, optimizer)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 2 * sum(selection.kept)
+    assert_same(adapter(model), {name: before[_in_model(name)] for name in adapter(model)})
+
+
+def _in_model(name: str) -> str:
+    return name.replace(".weight", ".default.weight")
+
+
+def test_processes_that_disagree_stop(dynamic: Any) -> None:
+    model, batches, _ = dynamic
+
+    def reduce(values: Tensor) -> Tensor:  # scores agree, bits do not
+        return values if values.dtype == torch.float64 else values / 2
+
+    reallocation = Reallocation(make_search(model, "snip", reduce=reduce))
+    with pytest.raises(ValueError, match="disagree on which modules to keep"):
+        reallocation.reallocate(batches, 1)
+    assert reallocation.on.all() and not reallocation.history
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])
 def test_what_is_off_waits(optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, moments and step counters, with weight decay; then it trains on. In steps of two batches."""
@@ -218,6 +264,9 @@ def test_run(tmp_path: Path) -> None:
     assert log["diffora/held_out_loss_before_cut"] == log["diffora/held_out_loss_after_cut"]
     assert step_logs(trainer)[4]["diffora/switched_modules"] >= 0
     assert Selection.load(tmp_path) == selection
+    plain = plot_selection(replace(selection, history=()), tmp_path / "plain.png")
+    assert (tmp_path / "dam.png").read_bytes() == plot_selection(selection, tmp_path / "again.png").read_bytes()
+    assert (tmp_path / "dam.png").read_bytes() != plain.read_bytes()
     card = (tmp_path / "README.md").read_text()
     assert "made 5 times, from step 3 to step 7" in card
     assert "| `arch_warmup` | 3.0 |" in card and "| `reallocate_every` | 1.0 |" in card
