@@ -163,7 +163,7 @@ class Reallocation:
 
 def _passed_by(layer: Any, adapter_name: str, replaced: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of a layer whose LoRA is off. With another adapter active (DPO's reference) it is the usual."""
-    if list(layer.active_adapters) == [adapter_name] and not layer.disable_adapters:
+    if list(layer.active_adapters) == [adapter_name]:
         return layer.base_layer(*args, **kwargs)
     return replaced(*args, **kwargs) if replaced is not None else type(layer).forward(layer, *args, **kwargs)
 

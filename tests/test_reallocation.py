@@ -26,7 +26,7 @@ from conftest import (
 from models import llama
 from peft import PeftModel, get_peft_model
 from test_distributed import train
-from test_proxies import make_search, warm
+from test_proxies import make_search, pairs, warm
 from test_resume import build
 from torch import Tensor, nn
 from transformers import HfArgumentParser, TrainerCallback
@@ -162,9 +162,14 @@ def test_without_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
     outputs = []
     for step in range(1, 6):
+        before = [[w.detach().clone() for w in weights] for weights in pairs(model)]
         model(**batches[step % 3]).loss.backward()
         optimizer.step()
-        optimizer.zero_grad()
+        # A gradient of 0 is not none: the weights would decay.
+        optimizer.zero_grad(set_to_none=False)
+        for weights, old, on in zip(pairs(model), before, reallocation.on.tolist(), strict=True):
+            assert not on or not torch.equal(weights[1], old[1])
+            assert on or all(map(torch.equal, weights, old))
         if step in (2, 3, 4):
             reallocation.reallocate(batches, step)
         if step == 4:
@@ -177,10 +182,10 @@ def test_without_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(*outputs)
     selection = reallocation.finish(5)
     assert selection.step == 5 and selection.kept == tuple(restored.on.tolist()) and len(selection.history) == 3
-    before = snapshot(model)
+    weights = snapshot(model)
     apply_selection(model, selection, optimizer)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 2 * sum(selection.kept)
-    assert_same(adapter(model), {name: before[_in_model(name)] for name in adapter(model)})
+    assert_same(adapter(model), {name: weights[_in_model(name)] for name in adapter(model)})
 
 
 def _in_model(name: str) -> str:
