@@ -43,7 +43,7 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     scale: dict[str, Any]
     shown, scale, label = selection.gates, {"vmin": 0.0, "vmax": 1.0}, "gate at the cut"
     if selection.history:
-        shown, label = selection.frequency, f"share of {len(selection.history)} reallocations in which it was on"
+        shown, label = selection.frequency, "share of choices"
     elif method != "diffora":
         shown, scale, label = selection.scores, {}, "score"
         if 0 < 100 * min(shown) < max(shown):

@@ -160,14 +160,14 @@ def test_without_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
     model, batches = warm()
     reallocation = Reallocation(make_search(model, "grad_norm", selection_scope="model"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.1)
-    outputs = []
+    everything, outputs = pairs(model), []
     for step in range(1, 6):
-        before = [[w.detach().clone() for w in weights] for weights in pairs(model)]
+        before = [[w.detach().clone() for w in weights] for weights in everything]
         model(**batches[step % 3]).loss.backward()
         optimizer.step()
         # A gradient of 0 is not none: the weights would decay.
         optimizer.zero_grad(set_to_none=False)
-        for weights, old, on in zip(pairs(model), before, reallocation.on.tolist(), strict=True):
+        for weights, old, on in zip(everything, before, reallocation.on.tolist(), strict=True):
             assert not on or not torch.equal(weights[1], old[1])
             assert on or all(map(torch.equal, weights, old))
         if step in (2, 3, 4):
