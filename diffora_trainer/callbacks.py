@@ -17,6 +17,7 @@ from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load
 from .config import DiffoRAConfig
 from .data import HeldOutBatches
 from .logging import get_logger
+from .matrix import ScoreMatrix
 from .reallocation import Reallocation
 from .resume import check_model, check_same, describe_base
 from .search import ArchitectureSearch, isolated_random_state
@@ -240,6 +241,16 @@ class DiffoRACallback(TrainerCallback):
                 f"Step {state.global_step}: {len(scores)} modules are scored by {self.config.method}{reads}, from "
                 f"{float(scores.min()):.3g} to {float(scores.max()):.3g}."
             )
+            self._report_ties()
+
+    def _report_ties(self) -> None:
+        assert self.search is not None
+        matrix = self.search.matrix
+        if isinstance(matrix, ScoreMatrix) and (undecided := matrix.undecided()):
+            logger.warning(
+                f"{undecided} modules at the edge of the choice have equal scores. Those that stand first in the "
+                "model are kept of them."
+            )
 
     def _reallocate(self, state: TrainerState) -> None:
         assert self.reallocation is not None and self._held_out is not None
@@ -254,6 +265,7 @@ class DiffoRACallback(TrainerCallback):
                 f"Step {state.global_step}: reallocation {len(self.reallocation.history)} of {len(self._moments)} by "
                 f"{self.config.method}: {on} of {count} modules are on, {changed} were switched."
             )
+            self._report_ties()
 
     def _decide(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None

@@ -371,6 +371,14 @@ class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):
             raise ValueError("The modules have no scores yet. Please call `score` before the choice is made.")
         return self.budget.choose(self._scores, self._tie_breaker)
 
+    def undecided(self) -> int:
+        """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
+        kept = self.choose().tolist()
+        keys = list(zip(self.budget.group.tolist(), self._scores.tolist(), self._tie_breaker.tolist(), strict=True))
+        ties = {k for k, keep in zip(keys, kept, strict=True) if keep}
+        ties &= {k for k, keep in zip(keys, kept, strict=True) if not keep}
+        return sum(key in ties for key in keys)
+
     def _tensors(self) -> dict[str, Tensor]:
         return {"scores": self._scores, "tie_breaker": self._tie_breaker}
 

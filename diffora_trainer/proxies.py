@@ -69,7 +69,8 @@ def synflow(model: Any, grid: ModuleGrid) -> Tensor:
     Sum of `|weight * gradient|` over `lora_A` and `lora_B`, where all weights of the model are replaced by their
     absolute values and the gradient is that of the sum of its outputs, for one row of 32 positions whose embeddings
     are all ones. No data is read. In a model without learned positions all positions are then alike, so that attention
-    does not depend on queries and keys: their modules come last, in an order that is rounding.
+    does not depend on queries and keys: their modules come last, in an order that is rounding. Where the embeddings
+    besides pass through a layer norm first, as in DeBERTa, it makes zeros of the ones, and all scores are 0.
 
     The signs are put back bit for bit, also when the pass fails; they take a byte for each weight while it runs.
 

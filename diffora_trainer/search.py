@@ -56,6 +56,8 @@ class ArchitectureSearch:
             apply_selection(model, selection, optimizer, scheduler)
     ```
 
+    With another `method` than `"diffora"` there are no architecture steps: call [`score`] once, before [`finish`].
+
     Args:
         model (`PeftModel`): a model with an active LoRA adapter.
         config ([`DiffoRAConfig`], *optional*): the options; what concerns a Trainer's schedule and data is not read.

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import CUT, WARMUP, adapter, assert_same, classifier, lora, make_trainer, search_config, step_logs
 from datasets import Dataset
-from models import bert, llama
+from models import bert, gpt2, llama, opt
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_resume import SAVES, build
@@ -23,6 +23,7 @@ from transformers import HfArgumentParser, TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection
+from diffora_trainer.budget import Budget
 from diffora_trainer.config import METHODS
 from diffora_trainer.grid import ModuleGrid
 from diffora_trainer.matrix import ScoreMatrix
@@ -79,7 +80,7 @@ def by_hand(method: str, model: nn.Module, batches: list[dict[str, Tensor]]) -> 
     return [sum((w * w.grad).abs().sum().item() for w in pair) for pair in pairs(model)]
 
 
-@pytest.mark.parametrize("kind", [llama, bert])
+@pytest.mark.parametrize("kind", [llama, bert, opt, gpt2])
 @pytest.mark.parametrize("method", ["grad_norm", "snip", "synflow"])
 def test_gradient_formulas(method: str, kind: Any) -> None:
     model, batches = warm(kind())
@@ -154,8 +155,10 @@ class Planned(Exception):
     pass
 
 
-@pytest.mark.parametrize("fails", [False, True])
-@pytest.mark.parametrize("method", [*SCORES, "custom"])
+@pytest.mark.parametrize(
+    ("method", "fails"),
+    [(method, fails) for method in METHODS[1:] for fails in (False, True) if method != "constant" or not fails],
+)
 def test_scoring_leaves_no_trace(method: str, fails: bool) -> None:
     model, batches = warm(bert())
     with torch.no_grad():  # zeros of either sign, in the base model and in the LoRA
@@ -186,8 +189,6 @@ def test_scoring_leaves_no_trace(method: str, fails: bool) -> None:
 
     function = {"score_function": backward_everywhere} if method == "custom" else {}
     search = make_search(model, method, loss_fn=noisy, **function)
-    if method == "constant" and fails:
-        pytest.skip("it calls nothing that could fail")
     model.train()
     next(m for m in model.modules() if isinstance(m, nn.LayerNorm)).eval()
     model_loss(model, batches[0]).backward()
@@ -249,6 +250,21 @@ def test_scores_that_tie_choose_nothing(method: str) -> None:
         search.score([tiny.batch])
     with pytest.raises(ValueError, match="no scores yet"):
         search.finish()
+
+
+def test_ties_at_the_edge_of_the_choice_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    matrix = ScoreMatrix(Budget([0, 0, 0, 1, 1, 1], [1] * 6, ratio=0.5))  # keeps two of three in each row
+    matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.zeros(6))
+    assert matrix.choose().tolist() == [True, True, False, True, True, False] and matrix.undecided() == 2
+    matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.arange(6.0))
+    assert matrix.choose().tolist() == [True, False, True, True, True, False] and matrix.undecided() == 0
+
+    def nearly_equal(model: nn.Module, batches: list[Any]) -> dict[str, int]:
+        return {name: int(index == 5) for index, name in enumerate(ModuleGrid.from_model(model).names)}
+
+    search = {"method": "custom", "selection_scope": "model"}
+    make_trainer(tmp_path, score_function=nearly_equal, search=search).train()
+    assert "12 modules at the edge of the choice have equal scores" in caplog.text
 
 
 def test_scores_that_are_not_finite_are_refused() -> None:
