@@ -204,6 +204,19 @@ def test_processes_that_disagree_stop(dynamic: Any) -> None:
     assert reallocation.on.all() and not reallocation.history
 
 
+def test_scoring_leaves_no_trace_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same choices the runs of all methods are one run, with dropout and accumulation."""
+    rotating(monkeypatch)
+    found = []
+    for method in ("constant", "snip", "synflow", "alpha_test"):
+        args = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+        trainer = make_trainer(tmp_path / method, "sft", search={**DYNAMIC, "method": method}, args=args)
+        trainer.train()
+        state = optimizer_state(trainer.model, trainer.optimizer)
+        found.append((step_logs(trainer, ("diffora/score",)), adapter(trainer.model), state))
+        assert_same(found[-1], found[0], method)
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adafactor"])
 def test_what_is_off_waits(optim: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, moments and step counters, with weight decay; then it trains on. In steps of two batches."""
