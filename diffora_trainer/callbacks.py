@@ -19,6 +19,7 @@ from .data import HeldOutBatches
 from .isolation import isolated_random_state
 from .logging import get_logger
 from .matrix import ScoreMatrix
+from .reallocation import Reallocation
 from .resume import check_model, check_same, describe_base
 from .search import ArchitectureSearch
 from .selection import Selection
@@ -35,7 +36,7 @@ _SPLIT_OPTIONS = ("arch_split", "arch_seed")
 class DiffoRACallback(TrainerCallback):
     """
     Drives a search through its three phases: warm-up, search, selected. A method that scores the modules once has no
-    search: its warm-up lasts until the cut.
+    search: its warm-up lasts until the cut. One that reallocates does so in the second phase.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
@@ -46,6 +47,7 @@ class DiffoRACallback(TrainerCallback):
             which step that was: until the end of that epoch the order of the rows depends on it.
         after_cut (`Callable[[], None]`, *optional*): what the trainer does when the modules have changed.
         last_train_batch (`Callable[[], Any]`, *optional*): the latest training batch; for `arch_order=2`.
+        after_switch (`Callable[[], None]`, *optional*): what the trainer does when modules went on or off.
     """
 
     def __init__(
@@ -56,18 +58,22 @@ class DiffoRACallback(TrainerCallback):
         resume_split: Callable[[int], None] | None = None,
         after_cut: Callable[[], None] | None = None,
         last_train_batch: Callable[[], Any] | None = None,
+        after_switch: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.phase = WARMUP
         self.selection: Selection | None = None
         self.search: ArchitectureSearch | None = None
+        self.reallocation: Reallocation | None = None
         self._make_search = make_search
         self._make_held_out = make_held_out
         self._resume_split = resume_split
         self._after_cut = after_cut
         self._last_train_batch = last_train_batch
+        self._after_switch = after_switch or (lambda: None)
         self._held_out: HeldOutBatches | None = None
         self._warmup = self._decision = self._cut = 0
+        self._moments = range(0)
         self._report: dict[str, float] = {}
         self._resumed: tuple[str, dict[str, Any], dict[str, Any]] | None = None
         # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
@@ -96,6 +102,12 @@ class DiffoRACallback(TrainerCallback):
             report = {**self.search.metrics(), **report}
         return report
 
+    def release(self) -> None:
+        """Switch all modules on, if a run that was interrupted has left some off."""
+        if self.reallocation is not None and self.reallocation.release():
+            self._after_switch()
+        self.reallocation = None
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -115,10 +127,12 @@ class DiffoRACallback(TrainerCallback):
         self._began_cut = False
         self._warmup, self._cut = self.config.schedule(state.max_steps)
         self._decision = self.config.decision(state.max_steps)
+        self._moments = self.config.reallocations(state.max_steps)
         if self.searching and self.search is not None:  # a run before this one was interrupted
             self.search.gates.detach()
         self.phase, self.selection = WARMUP, None
         self.search = self._make_search(kwargs["model"])
+        self.reallocation = Reallocation(self.search) if self._moments else None
         self._held_out = self._make_held_out(self._cut)
         record = [self.config.to_dict(), self.search.grid.names, self.search.grid.parameters, self._warmup, self._cut]
         self.search.check_agreement(json.dumps([*record, len(self._held_out.dataset)]))
@@ -131,7 +145,13 @@ class DiffoRACallback(TrainerCallback):
         self._close(state.global_step)
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
-        if state.is_world_process_zero and self._scores:
+        if state.is_world_process_zero and self._moments:
+            logger.info(
+                f"All modules train until step {self._warmup} of {state.max_steps}. Then they are scored "
+                f"({self.config.method}) every {self._moments.step} steps, {len(self._moments)} times, the best ones "
+                f"are on in between, and those that are on at step {self._cut} are kept."
+            )
+        elif state.is_world_process_zero and self._scores:
             logger.info(
                 f"All modules train until step {self._cut} of {state.max_steps}, are then scored "
                 f"({self.config.method}), and the selected ones go on alone."
@@ -154,16 +174,19 @@ class DiffoRACallback(TrainerCallback):
         if not self.searching or self.search is None:
             return
         step = state.global_step
-        if self._warmup < step <= self._decision and (step - self._warmup - 1) % self.config.arch_every == 0:
+        searched = self._warmup < step <= self._decision and not self._scores
+        if searched and (step - self._warmup - 1) % self.config.arch_every == 0:
             self._architecture_step(state, kwargs.get("lr_scheduler"))
         if step == self._warmup and self.config.cost == "time":
             self._measure_times(state)
-        if step == self._warmup and self._scores:
+        if step == self._warmup == self._cut:
             self._score(state)
         elif step == self._warmup:
             self.phase = SEARCH
-            if state.is_world_process_zero:
+            if state.is_world_process_zero and not self._scores:
                 logger.info(f"Step {step}: warm-up done, the search begins.")
+        if step in self._moments:
+            self._reallocate(state)
         if step == self._decision < self._cut:
             self._decide(state)
         self._close(step)
@@ -181,8 +204,13 @@ class DiffoRACallback(TrainerCallback):
             return
         if self.search.matrix.steps:
             logger.warning(
-                f"Training ended at step {state.global_step}, before the cut at step {self._cut}. The modules are "
-                "chosen now, from what the search has found so far, and were not trained alone."
+                f"Training ended at step {state.global_step}, before the cut at step {self._cut}. "
+                + (
+                    "The modules that are on now are kept."
+                    if self._moments
+                    else "The modules are chosen now, from what the search has found so far, and were not trained "
+                    "alone."
+                )
             )
             self._discretize(state, control, **kwargs)
         else:
@@ -214,12 +242,31 @@ class DiffoRACallback(TrainerCallback):
                 f"Step {state.global_step}: {len(scores)} modules are scored by {self.config.method}{reads}, from "
                 f"{float(scores.min()):.3g} to {float(scores.max()):.3g}."
             )
-            matrix = self.search.matrix
-            if isinstance(matrix, ScoreMatrix) and (undecided := matrix.undecided()):
-                logger.warning(
-                    f"{undecided} modules at the edge of the choice have equal scores. Those that stand first in the "
-                    "model are kept of them."
-                )
+            self._report_ties()
+
+    def _report_ties(self) -> None:
+        assert self.search is not None
+        matrix = self.search.matrix
+        if isinstance(matrix, ScoreMatrix) and (undecided := matrix.undecided()):
+            logger.warning(
+                f"{undecided} modules at the edge of the choice have equal scores. Those that stand first in the "
+                "model are kept of them."
+            )
+
+    def _reallocate(self, state: TrainerState) -> None:
+        assert self.reallocation is not None and self._held_out is not None
+        batches = list(self._held_out.take(self.config.score_batches))
+        changed = self.reallocation.reallocate(batches, state.global_step)
+        if changed:
+            self._after_switch()
+        on, count = int(self.reallocation.on.sum()), len(self.reallocation.on)
+        self._report.update({"diffora/modules_on": float(on), "diffora/switched_modules": float(changed)})
+        if state.is_world_process_zero:
+            logger.info(
+                f"Step {state.global_step}: reallocation {len(self.reallocation.history)} of {len(self._moments)} by "
+                f"{self.config.method}: {on} of {count} modules are on, {changed} were switched."
+            )
+            self._report_ties()
 
     def _decide(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None
@@ -269,9 +316,12 @@ class DiffoRACallback(TrainerCallback):
                 "by their order alone. Please look for the cause of the NaN or infinity, and start again."
             )
         before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
+        finish = search.finish if self.reallocation is None else self.reallocation.finish
+        if self.reallocation is not None:  # what follows compares with all modules
+            self.reallocation.release()
         seconds_before = None if search.times is None else search.step_seconds(next(held_out.sample(1)))
         self._report = {**self._report, **search.metrics()}
-        self.selection = selection = search.finish(state.global_step)
+        self.selection = selection = finish(state.global_step)
         apply_selection(
             model,
             selection,
@@ -300,7 +350,7 @@ class DiffoRACallback(TrainerCallback):
         control.should_log = True
         if state.is_world_process_zero:
             self._announce(selection, before, after)
-        self.search = self._held_out = None
+        self.search = self.reallocation = self._held_out = None
 
     def _announce(self, selection: Selection, before: float, after: float) -> None:
         logger.info(f"Step {selection.step}: {selection.summary()}.\n{selection.table()}")
@@ -343,6 +393,7 @@ class DiffoRACallback(TrainerCallback):
                 decision=self._decision,
                 decided=None if self.search.decided is None else self.search.decided.tolist(),
                 losses=self.search.pending_losses,
+                history=[] if self.reallocation is None else self.reallocation.state_list(),
                 times=None if self.search.times is None else self.search.times.to_dict(),
             )
             tensors = self.search.matrix.state_dict()
@@ -409,6 +460,12 @@ class DiffoRACallback(TrainerCallback):
             self.search.restrict(StepTimes.from_dict(record["times"]))
         with named_errors(Path(folder, TENSORS_NAME)):
             self.search.matrix.load_state_dict(tensors)
+        if self.reallocation is not None:
+            with named_errors(Path(folder, STATE_NAME)):
+                self.reallocation.load_state_list(record["history"])
+            self.search.check_choice(self.reallocation.on)
+            if not self.reallocation.on.all():
+                self._after_switch()
         if record["decided"] is not None:
             self.search.decide(torch.tensor(record["decided"], dtype=torch.bool))
         self.search.skipped_steps = record["skipped_steps"]

@@ -55,6 +55,13 @@ def write_card(
     if selection is not None:
         method = selection.config.get("method", "diffora")
         unread = {"base_model_id", *(SCORE_OPTIONS if method == "diffora" else SEARCH_OPTIONS)}
+        if selection.history:
+            unread.remove("arch_warmup")
+        shares = {
+            keep: [share for share, kept in zip(selection.frequency, selection.kept, strict=True) if kept == keep]
+            for keep in (True, False)
+            if selection.history
+        }
         environment = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, autoescape=False)
         section = environment.get_template("diffora_card.md").render(
             selection=selection,
@@ -65,6 +72,7 @@ def write_card(
             },
             method=method if method in METHODS else "custom",
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
+            on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             auto_class=_AUTO_CLASSES.get(
                 str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"
             ),

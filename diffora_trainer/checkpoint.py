@@ -66,6 +66,8 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         )
     with named_errors(path):
         state = _read_json(path)
+        if state.get("phase") in (WARMUP, SEARCH):
+            state.setdefault("history", [])  # as written before there were reallocations
         _check_state(state)
     with named_errors(tensor_path):
         blob = tensor_path.read_bytes()
@@ -254,6 +256,12 @@ def _is(*kinds: type) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kinds)
 
 
+def _allocation(value: Any) -> bool:
+    if not isinstance(value, dict) or not _whole(value.get("step")) or not _all(_number)(value.get("scores")):
+        return False
+    return _all(_is(bool))(value.get("on")) and any(value["on"]) and len(value["on"]) == len(value["scores"])
+
+
 def _times(value: Any) -> bool:
     if value is None:
         return True
@@ -281,6 +289,7 @@ _FIELDS_SEARCHING = {
     "decided": lambda value: value is None or _all(_is(bool))(value),
     "losses": _all(_number),
     "times": _times,
+    "history": _all(_allocation),
 }
 
 
@@ -305,3 +314,9 @@ def _check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"its `decided` has {len(state['decided'])} entries for {len(state['modules'])} modules")
     if (state["times"] is not None) != (state["phase"] == SEARCH and state["config"].get("cost") == "time"):
         raise ValueError(f"in phase {state['phase']!r} its `times` cannot be {repr(state['times'])[:100]}")
+    allocated = [entry["step"] for entry in state["history"]]
+    reallocates = state["phase"] == SEARCH and state["config"].get("reallocate_every") is not None
+    if bool(allocated) != reallocates or any(not warmup <= at <= step for at in allocated):
+        raise ValueError(f"at step {step} its `history` cannot be one of the steps {allocated}")
+    if any(len(entry["on"]) != len(state["modules"]) for entry in state["history"]):
+        raise ValueError(f"its `history` is not one of {len(state['modules'])} modules")

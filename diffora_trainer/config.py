@@ -15,12 +15,12 @@ from .matrix import DifferentialAdaptationMatrix
 
 
 METHODS = ("diffora", "grad_norm", "snip", "synflow", "alpha_test", "constant", "custom")
-SCORE_OPTIONS = ("score_batches", "normalize_scores")
+SCORE_OPTIONS = ("score_batches", "normalize_scores", "reallocate_every")
 """What only a method that scores reads."""
 SEARCH_OPTIONS = (
     *("arch_closing", "arch_every", "arch_learning_rate", "arch_order", "arch_warmup", "fold_gates", "relaxation"),
 )
-"""What only `method="diffora"` reads."""
+"""What only `method="diffora"` reads; `arch_warmup` is also read with `reallocate_every`."""
 SELECTION_SCOPES = ("layer", "model")
 COSTS = ("parameters", "time")
 RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
@@ -133,10 +133,11 @@ class DiffoRAConfig:
     method (`str`, *optional*, defaults to `"diffora"`):
         `"diffora"` learns the matrix. The others are zero-cost scores, after HeteroLoRA
         (https://huggingface.co/papers/2406.14956): all modules train with open gates until `discretize_at`, are then
-        scored once, and the cut follows at once. Budget, surgery, checkpoints and card are the same. `discretize_at=1`
-        scores after the first optimizer step, as near to the start as there is something to score: before it `lora_B`
-        is 0. `relaxation`, `fold_gates` and the `arch_` options on steps (`arch_warmup`, `arch_closing`, `arch_every`,
-        `arch_learning_rate`, `arch_order`) are not read. The scores are explained in
+        scored once, and the cut follows at once (see `reallocate_every` for more than once). Budget, surgery,
+        checkpoints and card are the same. `discretize_at=1` scores after the first optimizer step, as near to the
+        start as there is something to score: before it `lora_B` is 0. `relaxation`, `fold_gates` and the `arch_`
+        options on steps (`arch_warmup`, `arch_closing`, `arch_every`, `arch_learning_rate`, `arch_order`) are not
+        read. The scores are explained in
         [`~diffora_trainer.proxies`]; higher is kept.
 
         - `"grad_norm"`: norm of the gradient of `lora_A` plus that of `lora_B`.
@@ -153,6 +154,15 @@ class DiffoRAConfig:
     normalize_scores (`bool`, *optional*, defaults to `False`):
         Divide each score by the module's number of LoRA parameters. By default scores are raw, as published, which
         favours large modules.
+    reallocate_every (`float`, *optional*):
+        With a method that scores: choose anew every so many optimizer steps (a whole number of 1 or more), or after
+        each such fraction of all steps of the run, not of an epoch (a number in (0, 1)). From the end of the warm-up
+        (`arch_warmup`, which is read then) until `discretize_at` all modules are switched on and scored at each of
+        these moments, on held-out batches that go on through the rows from moment to moment; the best under the
+        budget stay on, and the others are switched off. These keep their weights and their state in the optimizer,
+        take no part in a step, and go on as they were when they are chosen again. `discretize_at` cuts to the set
+        that is in force: `discretize_at=0.999`, or the number of the last step, goes on to the end. It does not
+        combine with `weight_sharing`. Each moment costs `score_batches` passes. By default modules are scored once.
 
     > Evidence
 
@@ -274,6 +284,13 @@ class DiffoRAConfig:
     normalize_scores: bool = field(
         default=False, metadata={"help": "Divide each score by the module's number of LoRA parameters."}
     )
+    reallocate_every: float | None = field(
+        default=None,
+        metadata={
+            "help": "With a method that scores: choose anew every so many steps, or after each such fraction of all "
+            "steps, from the end of the warm-up until `discretize_at`."
+        },
+    )
 
     seed: InitVar[int | None] = None  # not a field: parsers would see it twice beside `TrainingArguments`
 
@@ -387,14 +404,47 @@ class DiffoRAConfig:
                 f"You passed `discretize_at=0` with `method={self.method!r}`. Before the first step `lora_B` is 0, "
                 "and so would be most scores. Please use `discretize_at=1`, which scores right after the first step."
             )
+        if self.reallocate_every is not None:
+            self._check_reallocation()
         _check_moment("discretize_at", self.discretize_at, minimum_open=True)
         _check_moment("arch_warmup", self.arch_warmup, minimum_open=False)
         _check_moment("arch_closing", self.arch_closing, minimum_open=False)
         same_unit = (self.arch_warmup < 1) == (self.discretize_at < 1)
-        if self.method == "diffora" and same_unit and self.discretize_at <= self.arch_warmup:
+        if self._chooses_before_cut and same_unit and self.discretize_at <= self.arch_warmup:
             raise ValueError(
                 f"You passed `discretize_at={self.discretize_at}` and `arch_warmup={self.arch_warmup}`, so the matrix "
                 "would be cut before the search starts. Please make `discretize_at` larger than `arch_warmup`."
+            )
+
+    @property
+    def _chooses_before_cut(self) -> bool:
+        """Whether something is chosen between the end of the warm-up and the cut."""
+        return self.method == "diffora" or self.reallocate_every is not None
+
+    def _check_reallocation(self) -> None:
+        self.reallocate_every = every = _number("reallocate_every", self.reallocate_every)
+        if every <= 0 or (every >= 1 and not every.is_integer()):
+            raise ValueError(
+                f"You passed `reallocate_every={every}`. A whole number of 1 or more is a number of optimizer steps "
+                "and a number in (0, 1) a fraction of all steps; this is neither."
+            )
+        if self.method == "diffora":
+            raise ValueError(
+                f"You passed `reallocate_every={every}` with `method='diffora'`, which learns one choice and scores "
+                "nothing anew. Please leave it out, or use a method that scores, such as 'snip'."
+            )
+        if self.weight_sharing != "none":
+            raise ValueError(
+                f"You passed `reallocate_every={every}` with `weight_sharing={self.weight_sharing!r}`, which would "
+                "switch the modules that are off on again at the cut. Please set `weight_sharing='none'`."
+            )
+        units = {value < 1 for value in (every, self.discretize_at, self.arch_warmup or every)}
+        warmup = max(self.arch_warmup, 1.0) if every >= 1 else self.arch_warmup
+        if len(units) == 1 and warmup + every >= self.discretize_at:
+            raise ValueError(
+                f"You passed `reallocate_every={every}` with `arch_warmup={self.arch_warmup}` and "
+                f"`discretize_at={self.discretize_at}`, so the modules would be chosen once and never anew. Please "
+                "make `discretize_at` larger (0.999 is the end of the run) or `reallocate_every` smaller."
             )
 
     def schedule(self, total_steps: int) -> tuple[int, int]:
@@ -406,8 +456,8 @@ class DiffoRAConfig:
 
         Returns:
             `tuple[int, int]`: the last step of the warm-up and the step after which the matrix is cut; the search is
-            made in between, so `1 <= warmup < cut <= total_steps`. With another `method` than `"diffora"` nothing
-            is searched in between, and the warm-up lasts until the cut.
+            made in between, so `1 <= warmup < cut <= total_steps`. With another `method` than `"diffora"` and no
+            `reallocate_every` nothing is chosen in between, and the warm-up lasts until the cut.
 
         Raises:
             ValueError: if the run is too short, the cut comes after its last step or not after the warm-up.
@@ -423,12 +473,12 @@ class DiffoRAConfig:
         # Fractions bend to a short run (people try their script with 3 steps first); steps that were named do not.
         if self.discretize_at < 1:
             cut = min(
-                max(2 if self.method == "diffora" else 1, _round_half_up(self.discretize_at * total_steps)),
+                max(2 if self._chooses_before_cut else 1, _round_half_up(self.discretize_at * total_steps)),
                 total_steps,
             )
         else:
             cut = int(self.discretize_at)
-        if self.method != "diffora":
+        if not self._chooses_before_cut:
             warmup = cut
         elif self.arch_warmup < 1:
             warmup = max(1, _round_half_up(self.arch_warmup * total_steps))
@@ -441,7 +491,7 @@ class DiffoRAConfig:
                 f"You passed `discretize_at={cut}`, but the run has only {total_steps} optimizer steps, so no module "
                 "would ever be chosen. Use a smaller step, or a fraction such as 0.25."
             )
-        if cut <= warmup and self.method == "diffora":
+        if cut <= warmup and self._chooses_before_cut:
             raise ValueError(
                 f"The matrix would be cut at step {cut} (`discretize_at={self.discretize_at}`), but the warm-up lasts "
                 f"until step {warmup} (`arch_warmup={self.arch_warmup}`), so there is nothing to decide by. Please "
@@ -462,6 +512,21 @@ class DiffoRAConfig:
             return cut
         closing = _round_half_up(self.arch_closing * total_steps) if self.arch_closing < 1 else int(self.arch_closing)
         return max(warmup + 1, cut - closing)
+
+    def reallocations(self, total_steps: int) -> range:
+        """
+        The steps after which the modules are chosen anew, the end of the warm-up first; none without
+        `reallocate_every`.
+
+        Args:
+            total_steps (`int`): optimizer steps of the whole run.
+        """
+        if self.reallocate_every is None:
+            return range(0)
+        every = self.reallocate_every
+        steps = max(1, _round_half_up(every * total_steps)) if every < 1 else int(every)
+        warmup, cut = self.schedule(total_steps)
+        return range(warmup, cut, steps)
 
     def to_dict(self) -> dict[str, Any]:
         """All options as a dictionary of JSON values."""

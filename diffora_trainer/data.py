@@ -199,8 +199,17 @@ class HeldOutBatches:
 
     def sample(self, count: int) -> Iterator[Any]:
         """The first `count` batches, or fewer if the data has fewer: always the same rows, each once."""
-        for number in range(min(count, max(1, len(self.dataset) // (self.batch_size * self.world_size)))):
+        for number in range(min(count, self._epoch)):
             yield self.batch(number)
+
+    def take(self, count: int) -> Iterator[Any]:
+        """The next `count` batches, or fewer if the data has fewer: other rows at each call, until all were read."""
+        for _ in range(min(count, self._epoch)):
+            yield next(self)
+
+    @property
+    def _epoch(self) -> int:
+        return max(1, len(self.dataset) // (self.batch_size * self.world_size))
 
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.dataset))

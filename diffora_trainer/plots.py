@@ -21,7 +21,8 @@ _MAX_INCHES, _MAX_LABELS, _MAX_LABEL = 60.0, 150, 40
 def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     """
     Draw the matrix at the cut: a row for each layer, a column for each kind of module, the value of each gate as a
-    shade, and a frame around what was kept. Of a method that scores, the scores are drawn.
+    shade, and a frame around what was kept. Of a method that scores, the scores are drawn; if it chose more than once,
+    how often each module was on.
     Needs Matplotlib (`pip install diffora-trainer[plots]`).
 
     Args:
@@ -41,7 +42,9 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     method = selection.config.get("method", "diffora")
     scale: dict[str, Any]
     shown, scale, label = selection.gates, {"vmin": 0.0, "vmax": 1.0}, "gate at the cut"
-    if method != "diffora":
+    if selection.history:
+        shown, label = selection.frequency, "share of choices"
+    elif method != "diffora":
         shown, scale, label = selection.scores, {}, "score"
         if 0 < 100 * min(shown) < max(shown):
             scale = {"norm": "log"}

@@ -163,9 +163,13 @@ def alpha_test(
     return scores, rises
 
 
-def constant(grid: ModuleGrid, seed: int) -> Tensor:
-    """Random numbers from a generator of their own: every set of modules is as likely as another of its size."""
-    return torch.rand(len(grid), dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+def constant(grid: ModuleGrid, seed: int, draw: int = 0) -> Tensor:
+    """
+    Random numbers from a generator of their own: every set of modules is as likely as another of its size. When the
+    modules are scored more than once, each time is another `draw`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(draw + 1, len(grid), dtype=torch.float64, generator=generator)[-1]
 
 
 def custom(model: nn.Module, grid: ModuleGrid, function: ScoreFunction, batches: list[Any]) -> Tensor:
@@ -217,6 +221,7 @@ def module_scores(
     batches: list[Any],
     scale: float,
     seed: int,
+    draw: int,
     function: ScoreFunction | None,
     reduce: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
@@ -225,7 +230,7 @@ def module_scores(
     if method == "alpha_test":
         return alpha_test(gates, grid, loss, batches, reduce)
     if method == "constant":
-        return constant(grid, seed), ties
+        return constant(grid, seed, draw), ties
     if method == "synflow":
         return synflow(model, grid), ties
     if method == "custom":

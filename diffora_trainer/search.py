@@ -141,7 +141,8 @@ class ArchitectureSearch:
             "Please start all of them with the same script, arguments and data.",
         )
 
-    def _check_choice(self, kept: Tensor) -> None:
+    def check_choice(self, kept: Tensor) -> None:
+        """Raise a `ValueError` on every process if they would not all keep the same modules, `(n,)` bools."""
         check_agreement(
             kept,
             self._reduce,
@@ -207,7 +208,7 @@ class ArchitectureSearch:
             ValueError: on every process, if they would not all keep the same modules.
         """
         decided = self.matrix.choose() if kept is None else kept
-        self._check_choice(decided)
+        self.check_choice(decided)
         self.decided = decided
 
     def close(self, progress: float) -> None:
@@ -311,6 +312,7 @@ class ArchitectureSearch:
                 batches=batches,
                 scale=self._loss_scale(),
                 seed=self.config.arch_seed,
+                draw=matrix.steps,
                 function=self._score_function,
                 reduce=self._reduce,
             )
@@ -350,7 +352,7 @@ class ArchitectureSearch:
             ValueError: on every process, if they would not all keep the same modules.
         """
         selection = self.select(step)
-        self._check_choice(torch.tensor(selection.kept))
+        self.check_choice(torch.tensor(selection.kept))
         self.gates.detach()
         return selection
 

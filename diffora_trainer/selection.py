@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,30 @@ _PLEASE = f"Please pass the text of a `{SELECTION_NAME}` as a run saved it."
 
 # A selection may come from anywhere. What is shown of it must not be too large to draw up.
 _MAX_CELLS, _MAX_NAME, _MAX_SHOWN = 10_000_000, 1_000, 80
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """
+    Which modules were on from some step until the next reallocation, and by which scores (see `reallocate_every`).
+
+    Args:
+        step (`int`): the optimizer step after which they were chosen.
+        scores (`tuple[float, ...]`): the score of each module, in the order of the grid.
+        on (`tuple[bool, ...]`): whether it was on.
+    """
+
+    step: int
+    scores: tuple[float, ...]
+    on: tuple[bool, ...]
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> Allocation:
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        scores, on = tuple(map(float, _list(record["scores"]))), tuple(_list(record["on"]))
+        if not all(map(math.isfinite, scores)) or not all(isinstance(bit, bool) for bit in on) or not any(on):
+            raise ValueError("an allocation needs finite scores, and at least one module that is on")
+        return cls(_whole(record["step"]), scores, on)
 
 
 @dataclass(frozen=True)
@@ -48,6 +72,7 @@ class Selection:
             `cost="time"`).
         config (`dict`): the options of the run.
         versions (`dict`): versions of the libraries that made it.
+        history (`tuple[Allocation, ...]`, *optional*): what was on before the cut, one entry a reallocation.
 
     Raises:
         ValueError: if the lengths disagree, a number is not finite, a position is outside the grid or taken twice, or
@@ -68,6 +93,7 @@ class Selection:
     times: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    history: tuple[Allocation, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.modules)
@@ -76,6 +102,8 @@ class Selection:
         for name in ("positions", "parameters", "scores", "gates", "factors", "kept"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")
+        if any(len(entry.scores) != count or len(entry.on) != count for entry in self.history):
+            raise ValueError(f"A selection of {count} modules has a history of another number of modules.")
         if len(set(self.modules)) != count:
             raise ValueError("A selection names a module twice.")
         if not all(
@@ -128,6 +156,12 @@ class Selection:
         """LoRA parameters that are trained after the cut; a shared pair counts once."""
         size = dict(zip(self.modules, self.parameters, strict=True))
         return sum(size[name] for name in self.selected) + sum(size[group[0]] for group in self.shared)
+
+    @property
+    def frequency(self) -> tuple[float, ...]:
+        """For each module the share of the reallocations that switched it on; nothing without a history."""
+        times = (sum(entry.on[index] for entry in self.history) for index in range(len(self.modules)))
+        return tuple(count / len(self.history) for count in times) if self.history else ()
 
     @property
     def lowest_row(self) -> str:
@@ -224,6 +258,8 @@ class Selection:
                 "times": self.times,
                 "config": self.config,
                 "versions": self.versions,
+                "history": [asdict(entry) for entry in self.history],
+                "frequency": self.frequency,
             },
             indent=2,
             allow_nan=False,
@@ -252,6 +288,7 @@ class Selection:
                 gates=tuple(float(record["gate"]) for record in records),
                 factors=tuple(float(record["factor"]) for record in records),
                 kept=tuple(record["kept"] for record in records),
+                history=tuple(map(Allocation.from_dict, _list(data.get("history", [])))),
                 shared=tuple(tuple(map(_text, _list(group))) for group in _list(data["shared"])),
                 step=None if data["step"] is None else _whole(data["step"]),
                 times={name: float(seconds) for name, seconds in data.get("times", {}).items()},

@@ -78,8 +78,9 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             held out until the cut (see `arch_split`). The evaluation set is never used.
         score_function (`Callable`, *optional*):
             For `DiffoRAConfig(method="custom")`: `score_function(model, batches)` gives a dictionary from the name of
-            each LoRA module to its score, of which the highest are kept. It is called once, right before the cut, with
-            the model in evaluation mode and a list of held-out batches on its device.
+            each LoRA module to its score, of which the highest are kept. It is called once, right before the cut (or
+            at each moment of `reallocate_every`), with the model in evaluation mode and a list of held-out batches on
+            its device.
 
     Attributes:
         selection ([`Selection`] or `None`): what was chosen, once the matrix is cut.
@@ -123,6 +124,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             resume_split=self._set_cut,
             after_cut=self._after_cut,
             last_train_batch=lambda: self._last_train_batch,
+            after_switch=lambda: rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler),
         )
         self.add_callback(self._callback)
         self.add_callback(SearchProgressCallback(self._callback, self._find_progress_bar))
@@ -260,6 +262,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             if checkpoint is not None and not self.is_fsdp_enabled:  # with FSDP the parent reads them in the loop
                 self._load_from_checkpoint(checkpoint)
         self._loop_began = True
+        self._callback.release()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -91,6 +91,12 @@ def _check_fsdp(trainer: Any) -> None:
             f"You passed `method={config.method!r}` with FSDP, which holds each parameter in shards, whose gradients "
             "cannot be taken apart from those of training. Please use plain data parallelism, or another method."
         )
+    if config.reallocate_every is not None:
+        raise ValueError(
+            f"You passed `reallocate_every={config.reallocate_every}` with FSDP, which gathers and scatters the "
+            "parameters of all modules, also of those that are off. Please use plain data parallelism (`accelerate "
+            "launch --config_file recipes/accelerate_configs/ddp.yaml`), or leave it out to score once."
+        )
     for name, value in (("weight_sharing", "none"), ("cost", "parameters")):
         if getattr(config, name) != value:
             raise ValueError(
@@ -140,7 +146,8 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
     warmup, decision = config.schedule(args.max_steps)[0], config.decision(args.max_steps)
     batches = min(math.ceil((decision - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
     if config.method != "diffora":
-        batches = config.score_batches
+        moments = max(1, len(config.reallocations(args.max_steps)))
+        batches = max(config.score_batches, min(moments * config.score_batches, _MAX_STREAM_BATCHES))
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
     rows = list(islice(iter(stream), batches * rows_a_batch))
     if not rows:

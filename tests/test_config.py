@@ -36,6 +36,7 @@ OPTIONS: dict[str, Any] = {
     "method": "snip",
     "score_batches": 8,
     "normalize_scores": True,
+    "reallocate_every": 10.0,
 }
 
 
