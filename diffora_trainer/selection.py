@@ -292,8 +292,8 @@ class Selection:
                 shared=tuple(tuple(map(_text, _list(group))) for group in _list(data["shared"])),
                 step=None if data["step"] is None else _whole(data["step"]),
                 times={name: float(seconds) for name, seconds in data.get("times", {}).items()},
-                config=dict(data["config"]),
-                versions=dict(data["versions"]),
+                config=_object(data["config"]),
+                versions=_object(data["versions"]),
             )
             selection.to_json()  # what could not be saved again is refused now
             return selection
@@ -359,6 +359,12 @@ def readable(name: str, markdown: bool = False) -> str:
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"{readable(repr(value))} should be a list")
+    return value
+
+
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"{readable(repr(value))} should be an object")
     return value
 
 

@@ -69,6 +69,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "method": st.sampled_from(METHODS),
     "score_batches": st.integers(1, 99),
     "normalize_scores": st.booleans(),
+    "reallocate_every": st.none() | MOMENTS,
 }
 TOTALS = st.one_of(st.integers(-2, 60), st.sampled_from([10**6, 2**53 + 1, 2**63 - 1, 2**63, 10**400, -(10**400)]))
 
@@ -103,6 +104,9 @@ def test_options_are_refused_by_name_or_hold_together(
             continue
         if config.method == "diffora":
             assert 1 <= warmup < config.decision(total) <= cut <= total
+        elif config.reallocate_every is not None:
+            assert 1 <= warmup < config.decision(total) == cut <= total
+            assert config.reallocations(total)[0] == warmup and config.reallocations(total)[-1] < cut
         else:
             assert 1 <= warmup == config.decision(total) == cut <= total
 
