@@ -186,6 +186,19 @@ def step_logs(trainer: Trainer, ignored: tuple[str, ...] = ()) -> dict[int, dict
     }
 
 
+def assert_continues(resumed: Trainer, whole: Trainer, step: int) -> None:
+    """A run resumed from a step is the one that was not interrupted: selection, logs from there on, and adapter."""
+    assert resumed.selection == whole.selection
+    # TRL counts tokens from 0 again when it resumes.
+    expected, found = (
+        {at: log for at, log in step_logs(trainer, ("num_tokens",)).items() if at > step}
+        for trainer in (whole, resumed)
+    )
+    assert set(expected) == set(range(step + 1, whole.state.max_steps + 1))
+    assert_same(found, expected, f"logs from step {step}")
+    assert_same(adapter(resumed.model), adapter(whole.model), f"adapter from step {step}")
+
+
 def rows_of(count: int, start: int = 0) -> Dataset:
     """Rows for the classifier of one length, with a number in `row` to know them by."""
     rows = classification_dataset(count)

@@ -11,7 +11,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CUT, WARMUP, adapter, assert_same, classifier, lora, make_trainer, search_config, step_logs
+from conftest import (
+    CUT,
+    WARMUP,
+    adapter,
+    assert_continues,
+    assert_same,
+    classifier,
+    lora,
+    make_trainer,
+    search_config,
+    step_logs,
+)
 from datasets import Dataset
 from models import bert, gpt2, llama, opt
 from peft import PeftModel, get_peft_model
@@ -362,13 +373,7 @@ def test_resumed_run_is_the_uninterrupted_run(task: str, method: str, tmp_path: 
         assert state["phase"] == ("warm-up" if step < CUT else "selected")
         resumed = build(tmp_path / str(step), task, 2, search=search)
         resumed.train(resume_from_checkpoint=checkpoint)
-        assert resumed.selection == whole.selection
-        expected, found = (
-            {at: log for at, log in step_logs(trainer, ("num_tokens",)).items() if at > step}
-            for trainer in (whole, resumed)
-        )
-        assert_same(found, expected, f"logs from step {step}")
-        assert_same(adapter(resumed.model), adapter(whole.model), f"adapter from step {step}")
+        assert_continues(resumed, whole, step)
 
 
 def test_scored_after_the_first_step(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from conftest import (
     WARMUP,
     Probe,
     adapter,
+    assert_continues,
     assert_same,
     lora,
     make_trainer,
@@ -334,13 +335,7 @@ def _resume(whole: Any, task: str, folder: Path, step: int, phase: str, **search
     assert state["phase"] == phase
     resumed = build(folder / str(step), task, 2, search={**DYNAMIC, **search})
     resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.selection == whole.selection
-    expected, found = (
-        {at: log for at, log in step_logs(trainer, ("num_tokens",)).items() if at > step}
-        for trainer in (whole, resumed)
-    )
-    assert_same(found, expected, f"logs from step {step}")
-    assert_same(adapter(resumed.model), adapter(whole.model), f"adapter from step {step}")
+    assert_continues(resumed, whole, step)
     first, second = (optimizer_state(t.model, t.optimizer) for t in (whole, resumed))
     assert_same(first, second, f"moments from step {step}")
 

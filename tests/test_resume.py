@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CUT, adapter, assert_same, classifier, lora, make_trainer, step_logs
+from conftest import CUT, adapter, assert_continues, assert_same, classifier, lora, make_trainer, step_logs
 from peft import get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tokenizer import classification_dataset, lm_dataset
@@ -125,13 +125,7 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, whole_runs
             patch.setattr(BudgetMatrix, "scores", lambda self: torch.arange(len(self.budget)).float())
         resumed.train(resume_from_checkpoint=checkpoint)
 
-    assert resumed.selection == whole.selection
-    # TRL counts tokens from 0 again when it resumes.
-    expected = {at: log for at, log in step_logs(whole, ("num_tokens",)).items() if at > step}
-    found = {at: log for at, log in step_logs(resumed, ("num_tokens",)).items() if at > step}
-    assert set(expected) == set(range(step + 1, 13))
-    assert_same(found, expected, "logs")
-    assert_same(adapter(resumed.model), adapter(whole.model), "adapter")
+    assert_continues(resumed, whole, step)
     assert resumed.model.peft_config["default"].target_modules == whole.model.peft_config["default"].target_modules
 
 
@@ -145,12 +139,7 @@ def test_stream_resumes(task: str, tmp_path: Path) -> None:
     whole = run(tmp_path / "whole")
     for step in SAVES:
         resumed = run(tmp_path / str(step), f"{tmp_path}/whole/checkpoint-{step}")
-        assert resumed.selection == whole.selection
-        expected = {at: log for at, log in step_logs(whole, ("num_tokens",)).items() if at > step}
-        found = {at: log for at, log in step_logs(resumed, ("num_tokens",)).items() if at > step}
-        assert set(expected) == set(range(step + 1, 13))
-        assert_same(found, expected, f"from {step}")
-        assert_same(adapter(resumed.model), adapter(whole.model), f"from {step}")
+        assert_continues(resumed, whole, step)
 
 
 def test_rotated_checkpoints_resume(whole_runs, tmp_path: Path) -> None:
