@@ -18,12 +18,12 @@ _HOMES = {
     "DifferentialAdaptationMatrix": "matrix",
     "Selection": "selection",
     "ShortcutConfig": "shortcuts",
-    "ShortcutModel": "shortcuts",
+    "ShortcutModel": "shortcut_model",
     "add_shortcuts": "shortcuts",
     "apply_selection": "surgery",
-    "load_shortcuts": "shortcuts",
+    "load_shortcuts": "shortcut_model",
     "remove_shortcuts": "shortcuts",
-    "save_shortcuts": "shortcuts",
+    "save_shortcuts": "shortcut_model",
 }
 __all__ = [
     "ArchitectureSearch",
@@ -47,14 +47,8 @@ if TYPE_CHECKING:
     from .matrix import DifferentialAdaptationMatrix
     from .search import ArchitectureSearch
     from .selection import Selection
-    from .shortcuts import (
-        ShortcutConfig,
-        ShortcutModel,
-        add_shortcuts,
-        load_shortcuts,
-        remove_shortcuts,
-        save_shortcuts,
-    )
+    from .shortcut_model import ShortcutModel, load_shortcuts, save_shortcuts
+    from .shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
     from .surgery import apply_selection
     from .trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
 

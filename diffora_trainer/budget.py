@@ -22,6 +22,10 @@ class Budget:
         ratio (`float`, *optional*, defaults to `0.5`): share of the modules to keep.
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` or `"model"`.
         cap (`int`, *optional*): exact cap on the kept parameters; overrides `ratio` and `scope`.
+        kinds (`Sequence[int]` of length `n`, *optional*): modules of different kinds are ranked apart, each kind by
+            the same ratio, or under its part of the cap, in proportion to its parameters.
+        required (`Sequence[bool]` of length `n`, *optional*): at least one of these is kept, the best-scored one, in
+            place of the last that would be.
 
     Attributes:
         allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`allow`] said
@@ -38,6 +42,8 @@ class Budget:
         ratio: float = 0.5,
         scope: str = "layer",
         cap: int | None = None,
+        kinds: Sequence[int] | None = None,
+        required: Sequence[bool] | None = None,
     ) -> None:
         if not len(rows):
             raise ValueError("There is no module to choose from.")
@@ -59,20 +65,31 @@ class Budget:
                 "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
             )
         self.allowed = torch.ones(len(rows), dtype=torch.bool)
-        # Modules compete within their group: a row, or the whole model.
+        kinds = [0] * len(rows) if kinds is None else kinds
+        self.required = None if required is None or all(required) else torch.tensor(required)
+        # Modules compete within their group: a row or the whole model, and there within their kind.
         grouped = cap is None and scope == "layer"
-        labels = sorted(set(rows)) if grouped else [0]
-        index = {row: group for group, row in enumerate(labels)}
-        self.group = torch.tensor([index[row] if grouped else 0 for row in rows])
-        sizes = torch.bincount(self.group, minlength=len(labels)).tolist()
-        if cap is None:
+        places = [(row if grouped else 0, kind) for row, kind in zip(rows, kinds, strict=True)]
+        index = {place: group for group, place in enumerate(sorted(set(places)))}
+        self.group = torch.tensor([index[place] for place in places])
+        sizes = torch.bincount(self.group, minlength=len(index)).tolist()
+        if self.cap is None:
             self.counts = [max(1, math.floor(min(ratio, 1.0) * size + 0.5)) for size in sizes]
             self.targets = torch.tensor(self.counts, dtype=torch.float64)
             self.weights = torch.ones(len(rows), dtype=torch.float64)
         else:
             self.counts = []
-            self.targets = torch.tensor([self.cap], dtype=torch.float64)
+            totals = [
+                sum(p for p, g in zip(parameters, self.group.tolist(), strict=True) if g == group)
+                for group in range(len(index))
+            ]
+            self.targets = torch.tensor([self.cap * total // sum(totals) for total in totals], dtype=torch.float64)
             self.weights = self.parameters
+            if not (self.parameters <= self.targets[self.group]).any():
+                raise ValueError(
+                    f"You passed `max_trainable_parameters={cap:,}`, but divided among {len(index)} kinds of module "
+                    "that are ranked apart it has room for none. Please raise the cap, or rank them together."
+                )
 
     def __len__(self) -> int:
         return len(self.group)
@@ -87,14 +104,16 @@ class Budget:
         Raises:
             ValueError: if no affordable module would be left.
         """
-        if not (allowed & (self.parameters <= (self.cap or math.inf))).any():
+        room = self.targets[self.group] if self.cap is not None else math.inf
+        if not (allowed & (self.parameters <= room)).any():
             raise ValueError("Not one affordable module would be allowed.")
         self.allowed = allowed.clone()
 
     def size(self, allowed: Tensor) -> float:
         """How much of the budget the allowed modules, `(n,)` bools, can use up: 1 if all of it."""
         room = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights * allowed)
-        return float((torch.minimum(room, self.targets) / self.targets).min())
+        used = self.targets > 0  # a part of a cap may be too small for one parameter
+        return float((torch.minimum(room, self.targets)[used] / self.targets[used]).min())
 
     @property
     def share(self) -> Tensor:
@@ -107,7 +126,8 @@ class Budget:
         The best affordable set.
 
         With a count for each group these are the top scores of the group. Under a cap modules are taken by falling
-        score, and those that do not fit any more are passed over, so that no other module would still fit.
+        score, and those that do not fit any more are passed over, so that no other module would still fit. If none of
+        the `required` ones is among them, the best of these is taken first.
 
         Args:
             scores (`Tensor` of shape `(n,)`): higher is better; finite.
@@ -127,13 +147,24 @@ class Budget:
             order = order[torch.sort(tie_breaker, descending=True, stable=True).indices]
         order = order[torch.sort(scores[order], descending=True, stable=True).indices]
         order = order[torch.sort((~self.allowed[order]).int(), stable=True).indices]  # the others come last
+        kept = self._first(order)
+        if self.required is not None and not (kept & self.required).any():
+            fits = self.required & self.allowed
+            if self.cap is not None:
+                fits &= self.parameters <= self.targets[self.group]
+            if best := [module for module in order.tolist() if fits[module]][:1]:
+                kept = self._first(torch.tensor([*best, *(module for module in order.tolist() if module != best[0])]))
+        return kept
+
+    def _first(self, order: Tensor) -> Tensor:
+        """Which modules are kept if they are taken in some order, `(n,)` bools."""
         kept = torch.zeros(len(self), dtype=torch.bool)
         if self.cap is not None:
-            left = float(self.cap)
-            for module, cost in zip(order.tolist(), self.parameters[order].tolist(), strict=True):
-                if cost <= left:
+            left, groups = self.targets.tolist(), self.group[order].tolist()
+            for module, group, cost in zip(order.tolist(), groups, self.parameters[order].tolist(), strict=True):
+                if cost <= left[group]:
                     kept[module] = True
-                    left -= cost
+                    left[group] -= cost
             return kept & self.allowed
         # Group the order without losing it, then take the first `count` of each group.
         order = order[torch.sort(self.group[order], stable=True).indices]
@@ -161,7 +192,14 @@ class Budget:
     @property
     def expected_count(self) -> float:
         """How many modules will be kept, on average over sets."""
-        return float(sum(self.counts) if self.cap is None else self.targets[0] / self.parameters.mean())
+        return float(self.counts_of_groups().sum())
+
+    def counts_of_groups(self) -> Tensor:
+        """How many modules of each group will be kept, on average over sets."""
+        if self.cap is None:
+            return self.targets
+        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.parameters)
+        return self.targets / totals * torch.bincount(self.group, minlength=len(self.targets))
 
     def vertex(self, gains: Tensor) -> Tensor:
         """

@@ -345,6 +345,8 @@ class DiffoRACallback(TrainerCallback):
                 "diffora/lora_parameters": float(selection.trainable_parameters),
             }
         )
+        if selection.shortcuts:
+            self._report["diffora/selected_shortcuts"] = float(len(selection.selected_shortcuts))
         # A checkpoint from before the cut holds other modules, so the best one is looked for from here on.
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         control.should_log = True

@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
-from .files import write_file
+from .files import SHORTCUT_CONFIG_NAME, write_file
 from .plots import PICTURE_NAME
 from .selection import Selection, readable
 
@@ -48,9 +48,13 @@ def write_card(
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     base_model = public_model_id(peft_config.base_model_name_or_path)
-    _complete_metadata(card, base_model)
+    has_shortcuts = (folder / SHORTCUT_CONFIG_NAME).is_file()
+    # By the library's name the Hub shows how to load it, and finds the base model of a PEFT adapter.
+    _complete_metadata(card, base_model, "diffora-trainer" if has_shortcuts else "peft")
     name = adapter or folder.resolve().name
     card.text = _named(_without_placeholders(card.text, name), base_model, name)
+    if has_shortcuts:  # TRL's example loads it with PEFT, which refuses it
+        card.text = re.sub(r"## Quick start\n.*?(?=\n## )", "", card.text, flags=re.DOTALL)
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
         method = selection.config.get("method", "diffora")
@@ -66,10 +70,11 @@ def write_card(
         section = environment.get_template("diffora_card.md").render(
             selection=selection,
             options={
-                readable(name, markdown=True): readable(str(value), markdown=True)
+                readable(name, markdown=True): readable(_option(value), markdown=True)
                 for name, value in selection.config.items()
                 if value is not None and name not in unread
             },
+            has_shortcuts=has_shortcuts,
             method=method if method in METHODS else "custom",
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
@@ -83,6 +88,10 @@ def write_card(
     card.text = text
     write_file(path, str(card).encode())
     return path
+
+
+def _option(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def complete_card(trainer: Any, folder: Path) -> None:
@@ -120,9 +129,9 @@ def _named(text: str, base_model: str | None, adapter: str) -> str:
     return text.replace("[None](https://huggingface.co/None)", link).replace('model="None"', f'model="{adapter}"')
 
 
-def _complete_metadata(card: ModelCard, base_model: str | None) -> None:
+def _complete_metadata(card: ModelCard, base_model: str | None, library: str) -> None:
     data: Any = card.data
-    data.library_name = "peft"  # TRL's card says transformers, by which the Hub would not find the base model
+    data.library_name = library  # TRL's card says transformers
     named = [data.base_model] if isinstance(data.base_model, str) else list(data.base_model or ())
     named = [name for name in named if public_model_id(name)]
     if base_model is not None and base_model not in named:

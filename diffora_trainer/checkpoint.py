@@ -18,7 +18,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from .files import write_file
+from .files import SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME, write_file
 
 
 STATE_NAME = "diffora_state.json"
@@ -104,6 +104,11 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
         tensor_shapes(path)
         with named_errors(path.with_name(ADAPTER_CONFIG_NAME)):
             _read_json(path.with_name(ADAPTER_CONFIG_NAME))
+    shortcuts = [folder / name for name in (SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME)]
+    if any(path.is_file() for path in shortcuts):
+        with named_errors(shortcuts[0]):
+            _read_json(shortcuts[0])
+        tensor_shapes(shortcuts[1])
     randomness = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
     # FSDP2 writes its own files, with the adapter once more.
     sharded = [folder / name for name in ("optimizer.bin", "pytorch_model_fsdp.bin")]

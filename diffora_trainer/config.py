@@ -23,6 +23,8 @@ SEARCH_OPTIONS = (
 """What only `method="diffora"` reads; `arch_warmup` is also read with `reallocate_every`."""
 SELECTION_SCOPES = ("layer", "model")
 COSTS = ("parameters", "time")
+SHORTCUTS = ("residual1", "residual2", "shortcut1", "shortcut2")
+SHORTCUT_RANKINGS = ("combined", "separated")
 RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
 OPEN_RELAXATIONS = ("budget", "softmax")
 WEIGHT_SHARING = ("none", "layer", "model")
@@ -164,6 +166,22 @@ class DiffoRAConfig:
         that is in force: `discretize_at=0.999`, or the number of the last step, goes on to the end. It does not
         combine with `weight_sharing`. Each moment costs `score_batches` passes. By default modules are scored once.
 
+    > Parameters that control shortcuts
+
+    shortcuts (`list[str]`, *optional*):
+        Which kinds of shortcut are put into each layer and chosen among beside the LoRA modules, after HeteroLoRA:
+        `"residual1"`, `"residual2"`, `"shortcut1"` and `"shortcut2"`, explained in [`~diffora_trainer.shortcuts`].
+        They have the rank, scale and dropout of the LoRA configuration, and count in the budget as modules do. PEFT
+        cannot hold them: an adapter that keeps one needs [`~diffora_trainer.ShortcutModel`] to be loaded, and says so;
+        one that keeps none is a plain PEFT adapter. By default there are none. A model that was given shortcuts by
+        [`~diffora_trainer.add_shortcuts`] keeps its own.
+    shortcut_ranking (`str`, *optional*, defaults to `"combined"`):
+        `"combined"` lets shortcuts and LoRA modules compete for one budget, by scores in units of the mean of their
+        kind, which are free of scale (see [`~diffora_trainer.proxies.scale_free`]); with `method="diffora"` by their
+        gates, whose gradient is a change of the loss for either. `"separated"` ranks them apart: the same ratio of
+        each is kept, or each has its part of `max_trainable_parameters` in proportion to its size. At least one LoRA
+        module is always kept.
+
     > Evidence
 
     `recipes/compare`, `recipes/profile` and `recipes/ablation` (MiniLM on SST-2, 150 steps; their READMEs have the
@@ -291,6 +309,20 @@ class DiffoRAConfig:
             "steps, from the end of the warm-up until `discretize_at`."
         },
     )
+    shortcuts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Kinds of shortcut to choose among too; an adapter that keeps one is no plain PEFT adapter.",
+            "choices": list(SHORTCUTS),
+        },
+    )
+    shortcut_ranking: str = field(
+        default="combined",
+        metadata={
+            "help": "Whether shortcuts and LoRA modules compete for one budget, or are ranked apart.",
+            "choices": list(SHORTCUT_RANKINGS),
+        },
+    )
 
     seed: InitVar[int | None] = None  # not a field: parsers would see it twice beside `TrainingArguments`
 
@@ -317,6 +349,7 @@ class DiffoRAConfig:
             ("relaxation", tuple(DifferentialAdaptationMatrix.relaxations)),
             ("weight_sharing", WEIGHT_SHARING),
             ("method", METHODS),
+            ("shortcut_ranking", SHORTCUT_RANKINGS),
         ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
@@ -406,6 +439,8 @@ class DiffoRAConfig:
             )
         if self.reallocate_every is not None:
             self._check_reallocation()
+        if self.shortcuts is not None:
+            self._check_shortcuts()
         _check_moment("discretize_at", self.discretize_at, minimum_open=True)
         _check_moment("arch_warmup", self.arch_warmup, minimum_open=False)
         _check_moment("arch_closing", self.arch_closing, minimum_open=False)
@@ -420,6 +455,22 @@ class DiffoRAConfig:
     def _chooses_before_cut(self) -> bool:
         """Whether something is chosen between the end of the warm-up and the cut."""
         return self.method == "diffora" or self.reallocate_every is not None
+
+    def _check_shortcuts(self) -> None:
+        if not isinstance(self.shortcuts, (list, tuple)):
+            raise TypeError(f"`shortcuts` must be a list of kinds of shortcut, got {self.shortcuts!r}.")
+        self.shortcuts = list(self.shortcuts)
+        known = all(isinstance(kind, str) and kind in SHORTCUTS for kind in self.shortcuts)
+        if not known or not self.shortcuts or len(set(self.shortcuts)) != len(self.shortcuts):
+            raise ValueError(
+                f"You passed `shortcuts={self.shortcuts!r}`; it must name one or more of {list(SHORTCUTS)}, each "
+                "once. Please leave it out to have none."
+            )
+        if self.weight_sharing != "none":
+            raise ValueError(
+                f"You passed `shortcuts` together with `weight_sharing={self.weight_sharing!r}`. What is saved beside "
+                "shortcuts shares no matrices. Please set `weight_sharing='none'`."
+            )
 
     def _check_reallocation(self) -> None:
         self.reallocate_every = every = _number("reallocate_every", self.reallocate_every)

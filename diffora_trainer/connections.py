@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -110,6 +110,9 @@ class LayerShortcuts(nn.Module):
         # The adapters of the `PeftModel` are switched off to have the base model, say as the reference of DPO.
         return getattr(self.owner[0], "_adapters_disabled", False) is True
 
+    def _acts(self, kind: str) -> bool:
+        return kind in self.kinds and getattr(self, kind).enabled and not self._off
+
     def _start(self, layer: Any, args: Any, kwargs: Any) -> None:
         if getattr(layer, "_is_replica", False):
             raise RuntimeError(
@@ -144,7 +147,7 @@ class LayerShortcuts(nn.Module):
         value = live.input
         live.input = live.norm = live.join = live.previous = live.checkpoint = None
         live.values, live.recording = {}, False
-        if output is None or "shortcut1" not in self.kinds or self._off:  # None: the layer has failed
+        if output is None or not self._acts("shortcut1"):  # None: the layer has failed
             return None
         return _added(output, self._modules["shortcut1"](value))  # type: ignore[misc]
 
@@ -197,19 +200,18 @@ class LayerShortcuts(nn.Module):
         live = self.live
         found = live.values.pop(join)()
         deltas = []
-        if not self._off:
-            kind = "residual1" if join == "attention" else "residual2"
-            if kind in self.kinds:
-                if found is None:
-                    raise RuntimeError(f"In {self.name!r} the residual of the {join} was gone before it was added.")
-                deltas.append(self._modules[kind](found))  # type: ignore[misc]
-            if join == "attention" and "shortcut2" in self.kinds:
-                if live.previous is None:
-                    raise RuntimeError(
-                        f"{self.name!r} is recomputed without what its shortcut from the layer before read. Of "
-                        "gradient checkpointing only that of transformers is supported with `shortcut2`."
-                    )
-                deltas.append(self._modules["shortcut2"](live.previous))  # type: ignore[misc]
+        kind = "residual1" if join == "attention" else "residual2"
+        if self._acts(kind):
+            if found is None:
+                raise RuntimeError(f"In {self.name!r} the residual of the {join} was gone before it was added.")
+            deltas.append(self._modules[kind](found))  # type: ignore[misc]
+        if join == "attention" and self._acts("shortcut2"):
+            if live.previous is None:
+                raise RuntimeError(
+                    f"{self.name!r} is recomputed without what its shortcut from the layer before read. Of gradient "
+                    "checkpointing only that of transformers is supported with `shortcut2`."
+                )
+            deltas.append(self._modules["shortcut2"](live.previous))  # type: ignore[misc]
         if join == "attention":
             live.previous = None
         for delta in deltas:
@@ -228,18 +230,28 @@ def _added(output: Any, delta: Tensor) -> Any:
     return output + delta.to(output.dtype).reshape(output.shape)  # OPT flattens the tokens for its feed-forward
 
 
-def plan_layers(model: nn.Module, kinds: Sequence[str]) -> list[tuple[str, nn.Module, Parts, tuple[str, ...]]]:
-    """The layers with their names, their parts and the kinds that they get."""
+def plan_layers(
+    model: nn.Module, kinds: Sequence[str], names: Collection[str] | None = None
+) -> list[tuple[str, nn.Module, Parts, tuple[str, ...]]]:
+    """
+    The layers with their names, their parts and the kinds that they get: all of `kinds`, or the named ones of them.
+    """
     plan = []
     for stack, layers in _stacks(model):
         for index, layer in enumerate(layers):
             name = f"{stack}.{index}"
-            given = tuple(kind for kind in kinds if index or kind != "shortcut2")
+            possible = (kind for kind in kinds if index or kind != "shortcut2")
+            given = tuple(kind for kind in possible if names is None or f"{name}.{kind}" in names)
             plan.append((name, layer, _parts(name, layer, "shortcut2" in kinds), given))
     if not any(given for *_, given in plan):
         raise ValueError(
             f"{type(model).__name__} has no place for shortcuts of the kinds {list(kinds)}: it has "
             f"{len(plan)} numbered layers with attention, and the first has no layer before it."
+        )
+    if unknown := sorted(set(names or ()) - {f"{name}.{kind}" for name, *_, given in plan for kind in given}):
+        raise ValueError(
+            f"{type(model).__name__} has no place for {len(unknown)} of the shortcuts that are named, such as "
+            f"{unknown[0]!r}. Please use the model that they were chosen in."
         )
     return plan
 

@@ -6,6 +6,12 @@ import os
 from pathlib import Path
 
 
+SHORTCUT_CONFIG_NAME = "shortcut_config.json"
+SHORTCUT_TENSORS_NAME = "shortcuts.safetensors"
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter lies beside shortcuts: one level down, so that nobody loads it without them."""
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and move it into place, so that nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

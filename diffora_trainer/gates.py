@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .grid import ModuleGrid, lora_layers, lora_parameters
+from .grid import ModuleGrid, parameters_of, searched_modules
+from .shortcuts import Shortcut
 
 
 class Gates:
     """
     Multiplies the output of each module's `lora_A` by a gate: `r` numbers a token, so almost free, and exact, since
-    nothing but `lora_B`, which has no bias, follows.
+    nothing but `lora_B`, which has no bias, follows. Of a shortcut it multiplies the output.
 
     The gates are plain tensors held here, not on the tuner layer, because PEFT saves whatever is registered there.
     Which of two vectors applies is read from the module's own mode, training or evaluation.
@@ -28,12 +29,18 @@ class Gates:
     """
 
     def __init__(self, model: nn.Module, grid: ModuleGrid) -> None:
-        layers = lora_layers(model, grid.adapter_name)
-        self._modules: list[nn.Module] = [layers[name].lora_A[grid.adapter_name] for name in grid.names]
+        found = searched_modules(model, grid.adapter_name)
+        layers: list[Any] = [found[name] for name in grid.names]
+        self._modules: list[nn.Module] = []
         self._shapes: list[tuple[Any, ...]] = []
-        for name in grid.names:
-            pair: list[Any] = [layers[name].lora_A[grid.adapter_name], layers[name].lora_B[grid.adapter_name]]
-            self._shapes.append(tuple((type(module).__name__, *module.weight.shape) for module in pair))
+        for layer in layers:
+            if isinstance(layer, Shortcut):
+                self._modules.append(layer)
+                self._shapes.append((type(layer).__name__, *layer.A.shape))
+            else:
+                pair: list[Any] = [layer.lora_A[grid.adapter_name], layer.lora_B[grid.adapter_name]]
+                self._modules.append(pair[0])
+                self._shapes.append(tuple((type(module).__name__, *module.weight.shape) for module in pair))
         self._handles: list[RemovableHandle] = []
         self._training: Sequence[Tensor] | None = None
         self._evaluation: Sequence[Tensor] | None = None
@@ -41,7 +48,7 @@ class Gates:
     @property
     def device(self) -> torch.device:
         """Where the gates are applied; the first module's device in a model spread over several."""
-        return self._modules[0].weight.device  # type: ignore[return-value]
+        return next(self._modules[0].parameters()).device
 
     @property
     def shapes(self) -> list[tuple[Any, ...]]:
@@ -111,20 +118,26 @@ def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[li
         adapter_name (`str`): the adapter.
     """
     names = set(kept)
-    layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
-    off = [layer for name, layer in layers.items() if name not in names]
-    frozen = [p for layer in off for p in lora_parameters(layer, adapter_name) if p.requires_grad]
+    layers: dict[str, Any] = dict(searched_modules(model, adapter_name))
+    others = [layer for name, layer in layers.items() if name not in names]
+    frozen = [p for layer in others for p in parameters_of(layer, adapter_name) if p.requires_grad]
+    off = [layer for layer in others if not isinstance(layer, Shortcut)]
+    passed = [layer for layer in others if isinstance(layer, Shortcut) and layer.enabled]
     before = [layer._disable_adapters for layer in off]
     try:
         # Not `enable_adapters`, which would also change what is trainable in other adapters of the layer.
         for layer in off:
             layer._disable_adapters = True
+        for layer in passed:
+            layer.enabled = False
         for parameter in frozen:
             parameter.requires_grad_(False)
-        yield [p for name in names for p in lora_parameters(layers[name], adapter_name)]
+        yield [p for name in names for p in parameters_of(layers[name], adapter_name)]
     finally:
         for layer, disabled in zip(off, before, strict=True):
             layer._disable_adapters = disabled
+        for layer in passed:
+            layer.enabled = True
         for parameter in frozen:
             parameter.requires_grad_(True)
 

@@ -1,18 +1,22 @@
-"""The LoRA layers of a PEFT model as a grid of layers x kinds of module. The one reader of PEFT's structure."""
+"""The LoRA modules and shortcuts of a PEFT model as a grid of layers x kinds. The one reader of PEFT's structure."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from accelerate.utils import is_compiled_module
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn, tensor
 
+from .compiled import check_not_compiled
+from .connections import ATTRIBUTE
+from .shortcuts import Shortcut
+
 
 OTHER_ROW = "other"
+_PREFIX = "base_model.model."
 
 # A gate multiplies the output of `lora_A`. These layers never call it, so a gate there would have no effect.
 _UNGATEABLE: dict[type[nn.Module], str] = {
@@ -35,15 +39,17 @@ _CHANGES_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 @dataclass(frozen=True)
 class ModuleGrid:
     """
-    Where the LoRA modules of a model stand: a row for each numbered layer, a column for each kind of module.
+    Where the LoRA modules of a model stand, and its shortcuts, if it has any (see [`~diffora_trainer.shortcuts`]): a
+    row for each numbered layer, a column for each kind of module.
 
     Args:
         names (`tuple[str, ...]`): full names in the base model, row by row.
         rows (`tuple[str, ...]`): names of the rows; modules without a layer number stand in a row of their own.
         columns (`tuple[str, ...]`): names of the columns: what follows the layer number.
         positions (`tuple[tuple[int, int], ...]`): row and column of each module.
-        parameters (`tuple[int, ...]`): trainable LoRA parameters of each module.
+        parameters (`tuple[int, ...]`): trainable parameters of each module.
         adapter_name (`str`): the PEFT adapter they belong to.
+        shortcuts (`tuple[str, ...]`, *optional*): names of those modules that are shortcuts.
     """
 
     names: tuple[str, ...]
@@ -52,6 +58,7 @@ class ModuleGrid:
     positions: tuple[tuple[int, int], ...]
     parameters: tuple[int, ...]
     adapter_name: str
+    shortcuts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -73,8 +80,8 @@ class ModuleGrid:
         config = _check_adapter(model, adapter_name)
         assert isinstance(model, PeftModel)
         adapter_name = adapter_name or model.active_adapters[0]
-        layers = lora_layers(model, adapter_name)
-        if not layers:
+        layers = searched_modules(model, adapter_name)
+        if not any(isinstance(layer, LoraLayer) for layer in layers.values()):
             raise ValueError(
                 f"The adapter {adapter_name!r} has no LoRA layer in this model, so there is nothing to choose from. "
                 f"Please check `target_modules` (it is {config.target_modules!r}); 'all-linear' fits most models."
@@ -98,14 +105,21 @@ class ModuleGrid:
             rows=tuple(rows),
             columns=tuple(columns),
             positions=tuple(position for position, _ in found),
-            parameters=tuple(sum(p.numel() for p in lora_parameters(layers[name], adapter_name)) for _, name in found),
+            parameters=tuple(sum(p.numel() for p in parameters_of(layers[name], adapter_name)) for _, name in found),
             adapter_name=adapter_name,
+            shortcuts=tuple(name for _, name in found if isinstance(layers[name], Shortcut)),
         )
 
     @property
     def row_of(self) -> tuple[int, ...]:
         """Row of each module."""
         return tuple(row for row, _ in self.positions)
+
+    @property
+    def is_shortcut(self) -> tuple[bool, ...]:
+        """Whether each module is a shortcut, and not a LoRA module."""
+        found = set(self.shortcuts)
+        return tuple(name in found for name in self.names)
 
     @property
     def position_tensor(self) -> Tensor:
@@ -117,26 +131,43 @@ class ModuleGrid:
         layers = sum(row != OTHER_ROW for row in self.rows)
         cells = len(self.rows) * len(self.columns)
         outside = sum(self.rows[row] == OTHER_ROW for row, _ in self.positions)
-        text = f"{len(self)} LoRA modules in {layers} layers x {len(self.columns)} kinds"
+        text = f"{len(self) - len(self.shortcuts)} LoRA modules"
+        if self.shortcuts:
+            text += f" and {len(self.shortcuts)} shortcuts"
+        text += f" in {layers} layers x {len(self.columns)} kinds"
         if outside:
             text += f", {outside} of them outside the numbered layers"
-        return f"{text} ({len(self) / cells:.0%} of the grid), {sum(self.parameters):,} LoRA parameters"
+        kind = "" if self.shortcuts else "LoRA "
+        return f"{text} ({len(self) / cells:.0%} of the grid), {sum(self.parameters):,} {kind}parameters"
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:
     """The LoRA layers of an adapter by their full name in the base model, in the model's order."""
-    found = {}
+    found = searched_modules(model, adapter_name)
+    return {name: module for name, module in found.items() if isinstance(module, LoraLayer)}
+
+
+def searched_modules(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer | Shortcut]:
+    """
+    What a search chooses among: the LoRA layers of an adapter by their full name in the base model, and the shortcuts
+    by theirs, in the model's order.
+    """
+    found: dict[str, LoraLayer | Shortcut] = {}
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and (
+        if isinstance(module, Shortcut):
+            found[name.removeprefix(_PREFIX).replace(f".{ATTRIBUTE}.", ".")] = module
+        elif isinstance(module, LoraLayer) and (
             adapter_name in module.lora_A or adapter_name in module.lora_embedding_A
         ):
-            found[name.removeprefix("base_model.model.")] = module
+            found[name.removeprefix(_PREFIX)] = module
     return found
 
 
-def lora_parameters(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
-    """The parameters of one LoRA: `lora_A` and `lora_B`."""
-    return [*layer.lora_A[adapter_name].parameters(), *layer.lora_B[adapter_name].parameters()]
+def parameters_of(module: LoraLayer | Shortcut, adapter_name: str) -> list[nn.Parameter]:
+    """The parameters of one LoRA, `lora_A` and `lora_B`, or of one shortcut, `A` and `B`."""
+    if isinstance(module, Shortcut):
+        return [module.A, module.B]
+    return [*module.lora_A[adapter_name].parameters(), *module.lora_B[adapter_name].parameters()]
 
 
 def _place(name: str) -> tuple[str, str]:
@@ -144,21 +175,6 @@ def _place(name: str) -> tuple[str, str]:
     # kind. A name that *ends* with its first number is itself an element of a list (`classifier.0`), not in a layer.
     match = re.match(r"(?P<row>(?:.*?\.)?\d+)\.(?P<column>.+)", name, re.DOTALL)
     return (match["row"], match["column"]) if match else (OTHER_ROW, name)
-
-
-def check_not_compiled(model: nn.Module) -> None:
-    """
-    Raise a `ValueError` if a model or a part of it is compiled. What was traced before the gates were attached or set
-    runs on without them, in silence: PyTorch does not look for hooks again.
-    """
-    for name, module in model.named_modules():
-        if is_compiled_module(module) or module._compiled_call_impl is not None:
-            where = f"its part {name!r}" if name else "the model"
-            raise ValueError(
-                f"You passed a compiled model ({where} went through `torch.compile`), which would not notice the "
-                "gates of the search. Please search with the model as it was before, and compile the finished one: "
-                "`model.compile()` after the training."
-            )
 
 
 def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
@@ -227,7 +243,14 @@ def check_lora_config(config: LoraConfig) -> None:
         )
 
 
-def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
+def _check_layer(name: str, layer: LoraLayer | Shortcut, adapter_name: str) -> None:
+    if isinstance(layer, Shortcut):
+        if not all(parameter.requires_grad for parameter in layer.parameters()):
+            raise ValueError(
+                f"The shortcut {name!r} is frozen, so it cannot be trained. Please load it with `is_trainable=True`, "
+                "and call `add_shortcuts` after `get_peft_model`, which freezes all that it does not know."
+            )
+        return
     for kind, reason in _UNGATEABLE.items():
         if isinstance(layer, kind):
             raise ValueError(f"The LoRA of {name!r} cannot be gated: {reason}")
@@ -243,7 +266,7 @@ def _check_layer(name: str, layer: LoraLayer, adapter_name: str) -> None:
         )
     if layer.disable_adapters:
         raise ValueError(f"The adapters of {name!r} are disabled. Please call `model.enable_adapter_layers()` first.")
-    if not all(parameter.requires_grad for parameter in lora_parameters(layer, adapter_name)):
+    if not all(parameter.requires_grad for parameter in parameters_of(layer, adapter_name)):
         raise ValueError(
             f"The LoRA of {name!r} is frozen, so it cannot be trained. Load the adapter with `is_trainable=True`, or "
             "call `model.set_adapter(name)`."

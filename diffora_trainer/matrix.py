@@ -313,8 +313,8 @@ class SoftmaxMatrix(_AdamMatrix):
         )
         weights = (logits - largest[budget.group]).exp()
         totals = torch.zeros(len(budget.targets)).index_add(0, budget.group, weights)
-        counts = budget.targets if budget.cap is None else budget.targets / budget.parameters.mean()
-        return (weights / totals[budget.group] * counts.float()[budget.group]).clamp(max=1.0)
+        counts = budget.counts_of_groups().float()
+        return (weights / totals[budget.group] * counts[budget.group]).clamp(max=1.0)
 
 
 class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):

@@ -1,8 +1,8 @@
 """
 Zero-cost scores of LoRA modules, after HeteroLoRA (https://huggingface.co/papers/2406.14956); higher is kept.
 
-With `A` and `B` the matrices of one LoRA, and `gA` and `gB` the gradients of the mean loss of the scoring batches with
-respect to them:
+With `A` and `B` the matrices of one LoRA, or of one shortcut, and `gA` and `gB` the gradients of the mean loss of the
+scoring batches with respect to them:
 
 - [`grad_norm`]: `||gA|| + ||gB||`.
 - [`snip`]: `sum |A * gA| + sum |B * gB|`.
@@ -10,6 +10,8 @@ respect to them:
   for an input of ones.
 - [`alpha_test`]: the smallest part of the module's contribution at which the loss stays within a tolerance.
 - [`constant`]: random numbers, the control.
+
+LoRA modules and shortcuts that compete with each other are compared in units of their own kind, see [`scale_free`].
 
 None of them touches a gradient that is accumulated in `.grad`. Random streams and the model's mode are left to the
 caller, [`~diffora_trainer.ArchitectureSearch.score`].
@@ -26,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .gates import Gates
-from .grid import ModuleGrid, lora_layers, lora_parameters
+from .grid import ModuleGrid, parameters_of, searched_modules
 
 
 BatchLoss = Callable[[Any], Tensor]
@@ -206,7 +208,7 @@ def custom(model: nn.Module, grid: ModuleGrid, function: ScoreFunction, batches:
     if missing or extra:
         raise ValueError(
             f"`score_function` gave no score to {len(missing)} of {len(grid)} modules {missing[:3]}, and {len(extra)} "
-            f"to names that are no LoRA modules {extra[:3]}. Please return one for each module, by its full name."
+            f"to names that are no modules of this search {extra[:3]}. Please return one for each, by its full name."
         )
     return torch.tensor([scores[name] for name in grid.names], dtype=torch.float64)
 
@@ -238,6 +240,30 @@ def module_scores(
         return custom(model, grid, function, batches), ties
     formula = {"grad_norm": grad_norm, "snip": snip}[method]
     return formula(model, grid, loss, batches, scale), ties
+
+
+def scale_free(method: str, grid: ModuleGrid, scores: Tensor) -> Tensor:
+    """
+    Scores of LoRA modules and shortcuts that can be compared: each divided by the mean magnitude of its kind. A
+    gradient or a weight of a shortcut is of another size than one of a LoRA module for reasons that say nothing of its
+    use: it reads the residual stream, which no norm has scaled. `"alpha_test"` is a fraction and `"constant"` random,
+    so these are left as they are.
+
+    Args:
+        method (`str`): what the scores are by.
+        grid ([`~diffora_trainer.grid.ModuleGrid`]): the modules.
+        scores (`Tensor` of shape `(n,)`): finite.
+
+    Returns:
+        `Tensor` of shape `(n,)`. A kind whose scores are all 0 stays at 0.
+    """
+    if method in ("alpha_test", "constant"):
+        return scores
+    found, shortcut = scores.clone(), torch.tensor(grid.is_shortcut)
+    for kind in (shortcut, ~shortcut):
+        if kind.any() and (mean := scores[kind].abs().mean()) > 0:
+            found[kind] = scores[kind] / mean
+    return found
 
 
 def check_score_function(method: str, function: Any) -> None:
@@ -323,9 +349,9 @@ def _trainable_weights_kept(model: nn.Module) -> Iterator[None]:
 
 
 def _weights(model: nn.Module, grid: ModuleGrid) -> list[nn.Parameter]:
-    """`lora_A` and `lora_B` of each module in turn."""
-    layers = lora_layers(model, grid.adapter_name)
-    return list(itertools.chain(*(lora_parameters(layers[name], grid.adapter_name) for name in grid.names)))
+    """`lora_A` and `lora_B` of each module in turn, or `A` and `B` of a shortcut."""
+    layers = searched_modules(model, grid.adapter_name)
+    return list(itertools.chain(*(parameters_of(layers[name], grid.adapter_name) for name in grid.names)))
 
 
 def _mean_gradients(

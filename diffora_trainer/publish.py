@@ -18,6 +18,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .card import public_model_id
 from .files import write_file
+from .shortcut_model import copy_inner_adapter
 
 
 if TYPE_CHECKING:
@@ -170,6 +171,7 @@ class PublicPushMixin(_Base):
         for path in Path(checkpoint_folder).iterdir():  # as the parent does it: the output holds the latest adapter
             if path.is_file() and not path.name.startswith(_NOT_OF_THE_ADAPTER):
                 shutil.copy(path, own.output_dir)
+        copy_inner_adapter(checkpoint_folder, own.output_dir)
         try:
             super()._push_from_checkpoint(self._use_public_copies(checkpoint_folder))
         finally:

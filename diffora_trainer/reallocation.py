@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .grid import lora_layers, lora_parameters
+from .grid import parameters_of, searched_modules
 from .search import ArchitectureSearch
 from .selection import Allocation, Selection
+from .shortcuts import Shortcut
 
 
 class Reallocation:
@@ -58,9 +59,9 @@ class Reallocation:
             )
         self.search = search
         grid = search.grid
-        layers: dict[str, Any] = dict(lora_layers(search.model, grid.adapter_name))
+        layers: dict[str, Any] = dict(searched_modules(search.model, grid.adapter_name))
         self._layers = [layers[name] for name in grid.names]
-        self._weights: list[list[nn.Parameter]] = [lora_parameters(layer, grid.adapter_name) for layer in self._layers]
+        self._weights: list[list[nn.Parameter]] = [parameters_of(layer, grid.adapter_name) for layer in self._layers]
         self.on = torch.ones(len(grid), dtype=torch.bool)
         self.history: list[Allocation] = []
 
@@ -98,7 +99,9 @@ class Reallocation:
         for layer, weights, before, after in zip(
             self._layers, self._weights, self.on.tolist(), on.tolist(), strict=True
         ):
-            if before and not after:
+            if isinstance(layer, Shortcut):
+                layer.enabled = after
+            elif before and not after:
                 # Not PEFT's own switches: they work on all adapters of a layer, and every `disable_adapter` of the
                 # model, by which TRL's trainers take the base model for a reference, turns them on again.
                 layer.forward = partial(

@@ -18,7 +18,7 @@ from .gates import Gates, as_if_cut, checkpoints_activations
 from .grid import OTHER_ROW, ModuleGrid
 from .isolation import quiet
 from .matrix import DifferentialAdaptationMatrix, ScoreMatrix
-from .proxies import ScoreFunction, check_finite, check_score_function, module_scores
+from .proxies import ScoreFunction, check_finite, check_score_function, module_scores, scale_free
 from .selection import Selection, short_names
 from .timing import REPEATS, StepTimes, measure_step_times, timed
 
@@ -56,6 +56,7 @@ class ArchitectureSearch:
     ```
 
     With another `method` than `"diffora"` there are no architecture steps: call [`score`] once, before [`finish`].
+    Shortcuts that the model has (see [`~diffora_trainer.add_shortcuts`]) are chosen among as well.
 
     Args:
         model (`PeftModel`): a model with an active LoRA adapter.
@@ -97,6 +98,12 @@ class ArchitectureSearch:
         self.config = config or DiffoRAConfig()
         check_score_function(self.config.method, score_function)
         self.grid = ModuleGrid.from_model(model, adapter_name)
+        if self.grid.shortcuts and self.config.weight_sharing != "none":
+            raise ValueError(
+                f"You passed `weight_sharing={self.config.weight_sharing!r}` for a model with shortcuts. What is "
+                "saved beside shortcuts shares no matrices. Please set `weight_sharing='none'`, or call "
+                "`remove_shortcuts(model)`."
+            )
         self.matrix = make_matrix(self.grid, self.config)
         self.gates = Gates(model, self.grid)
         self.skipped_steps = 0
@@ -321,6 +328,8 @@ class ArchitectureSearch:
             sizes = torch.tensor(self.grid.parameters, dtype=torch.float64)
             scores, ties = scores / sizes, ties / sizes
         check_finite(method, self.grid, scores)
+        if self.grid.shortcuts and self.config.shortcut_ranking == "combined":
+            scores = scale_free(method, self.grid, scores)
         matrix.set_scores(scores, ties)
         return matrix.scores()
 
@@ -379,6 +388,7 @@ class ArchitectureSearch:
             times=self._predicted_times(kept),
             config=self.config.to_dict(),
             versions=library_versions(),
+            shortcuts=self.grid.shortcuts,
         )
 
     def _predicted_times(self, kept: Sequence[bool]) -> dict[str, float]:
@@ -502,6 +512,9 @@ def make_matrix(
         ratio=config.selection_ratio,
         scope=config.selection_scope,
         cap=config.max_trainable_parameters,
+        kinds=grid.is_shortcut if config.shortcut_ranking == "separated" else None,
+        # A PEFT adapter has to have a module, or it could not be loaded.
+        required=[not shortcut for shortcut in grid.is_shortcut],
     )
     if allowed is not None:
         budget.allow(allowed)

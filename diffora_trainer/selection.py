@@ -73,6 +73,8 @@ class Selection:
         config (`dict`): the options of the run.
         versions (`dict`): versions of the libraries that made it.
         history (`tuple[Allocation, ...]`, *optional*): what was on before the cut, one entry a reallocation.
+        shortcuts (`tuple[str, ...]`, *optional*): those of the modules that are shortcuts and not LoRA modules (see
+            [`~diffora_trainer.add_shortcuts`]). At least one LoRA module is kept.
 
     Raises:
         ValueError: if the lengths disagree, a number is not finite, a position is outside the grid or taken twice, or
@@ -94,6 +96,7 @@ class Selection:
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     history: tuple[Allocation, ...] = ()
+    shortcuts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.modules)
@@ -127,6 +130,10 @@ class Selection:
             raise ValueError("A selection's entries in `kept` must be true or false.")
         if not any(self.kept):
             raise ValueError("A selection keeps no module at all, so there would be nothing to train.")
+        if len(set(self.shortcuts)) != len(self.shortcuts) or not set(self.shortcuts) <= set(self.modules):
+            raise ValueError("A selection names a shortcut that is not one of its modules, or one of them twice.")
+        if not set(self.selected) - set(self.shortcuts):
+            raise ValueError("A selection keeps shortcuts alone, so there would be no LoRA adapter to save.")
         members = [name for group in self.shared for name in group]
         if any(len(group) < 2 for group in self.shared) or len(set(members)) != len(members):
             raise ValueError("A selection shares a pair among fewer than two modules, or a module shares two pairs.")
@@ -140,8 +147,20 @@ class Selection:
         return tuple(name for name, kept in zip(self.modules, self.kept, strict=True) if kept)
 
     @property
+    def selected_shortcuts(self) -> tuple[str, ...]:
+        """Names of the shortcuts that are kept."""
+        shortcuts = set(self.shortcuts)
+        return tuple(name for name in self.selected if name in shortcuts)
+
+    @property
+    def lora_modules(self) -> tuple[str, ...]:
+        """Names of all modules with a LoRA after the cut: [`adapted`] without the shortcuts."""
+        shortcuts = set(self.shortcuts)
+        return tuple(name for name in self.adapted if name not in shortcuts)
+
+    @property
     def adapted(self) -> tuple[str, ...]:
-        """Names of all modules with a LoRA after the cut: the selected ones and those that share one."""
+        """Names of all modules that are trained after the cut: the selected ones and those that share a LoRA."""
         sharing = {name for group in self.shared for name in group}
         return tuple(n for n, kept in zip(self.modules, self.kept, strict=True) if kept or n in sharing)
 
@@ -192,10 +211,13 @@ class Selection:
         before = sum(self.parameters)
         after = self.trainable_parameters
         shared = f", {sum(map(len, self.shared))} share {len(self.shared)} pair(s)" if self.shared else ""
-        return (
-            f"kept {len(self.selected)} of {len(self.modules)} LoRA modules{shared}: {after:,} of {before:,} LoRA "
-            f"parameters ({after / before:.1%})"
-        )
+        if not self.shortcuts:
+            what, kind = f"{len(self.selected)} of {len(self.modules)} LoRA modules", "LoRA "
+        else:
+            lora, kind = len(self.selected) - len(self.selected_shortcuts), ""
+            what = f"{lora} of {len(self.modules) - len(self.shortcuts)} LoRA modules"
+            what += f" and {len(self.selected_shortcuts)} of {len(self.shortcuts)} shortcuts"
+        return f"kept {what}{shared}: {after:,} of {before:,} {kind}parameters ({after / before:.1%})"
 
     def table(self, markdown: bool = False) -> str:
         """
@@ -253,6 +275,7 @@ class Selection:
                 "columns": self.columns,
                 "modules": records,
                 "selected": self.selected,
+                "shortcuts": self.shortcuts,
                 "shared": self.shared,
                 "step": self.step,
                 "times": self.times,
@@ -294,6 +317,7 @@ class Selection:
                 times={name: float(seconds) for name, seconds in data.get("times", {}).items()},
                 config=_object(data["config"]),
                 versions=_object(data["versions"]),
+                shortcuts=tuple(map(_text, _list(data.get("shortcuts", [])))),
             )
             selection.to_json()  # what could not be saved again is refused now
             return selection

@@ -40,28 +40,21 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 
 import torch
-from peft import PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
-from safetensors.torch import save as serialize_tensors
+from peft import LoraConfig, PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .compiled import check_not_compiled
+from .config import SHORTCUTS
 from .connections import ATTRIBUTE, LayerShortcuts, plan_layers
-from .files import write_file
-from .grid import check_not_compiled
+from .files import SHORTCUT_CONFIG_NAME
 
 
-KINDS = ("residual1", "residual2", "shortcut1", "shortcut2")
-CONFIG_NAME = "shortcut_config.json"
-TENSORS_NAME = "shortcuts.safetensors"
-ADAPTER_FOLDER = "adapter"
-_REFUSAL = "LoRA with shortcuts, which PEFT alone cannot load: use diffora_trainer.ShortcutModel.from_pretrained"
+KINDS = SHORTCUTS
 _FORMAT = 1
 
 
@@ -80,6 +73,9 @@ class ShortcutConfig:
         dropout (`float`, *optional*, defaults to `0.0`):
             Dropout of what a shortcut reads, in training. It draws from PyTorch's random stream, so that with it the
             other dropouts of the model draw other masks than without shortcuts.
+        names (`tuple[str, ...]`, *optional*):
+            Only these of them, by name, `"<layer>.<kind>"`: what a cut has left. By default every layer has all kinds,
+            but the first, which has no layer before it, no `"shortcut2"`.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -90,6 +86,7 @@ class ShortcutConfig:
     lora_alpha: float = 16
     kinds: tuple[str, ...] = KINDS
     dropout: float = 0.0
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int):
@@ -112,6 +109,28 @@ class ShortcutConfig:
                 f"You passed `kinds={list(self.kinds)!r}`; it must name one or more of {list(KINDS)}, each once."
             )
         self.kinds = tuple(kind for kind in KINDS if kind in self.kinds)
+        if self.names is not None:
+            if not isinstance(self.names, (list, tuple)) or not all(isinstance(name, str) for name in self.names):
+                raise TypeError(f"`names` must be a list of names of shortcuts, got {self.names!r}.")
+            wrong = [name for name in self.names if name.rpartition(".")[2] not in self.kinds]
+            if wrong or not self.names or len(set(self.names)) != len(self.names):
+                raise ValueError(
+                    f"You passed {len(self.names)} `names`{f', such as {wrong[0]!r}' if wrong else ''}; each must end "
+                    f"in one of the kinds {list(self.kinds)}, and stand once. Please leave it out to have them all."
+                )
+            self.names = tuple(self.names)
+
+    @classmethod
+    def like(cls, config: LoraConfig, kinds: Sequence[str] = KINDS) -> ShortcutConfig:
+        """
+        Shortcuts of the rank, scale and dropout of a LoRA.
+
+        Args:
+            config (`LoraConfig`): the LoRA.
+            kinds (`Sequence[str]`, *optional*): which kinds; all of them by default.
+        """
+        alpha = config.lora_alpha * (math.sqrt(config.r) if config.use_rslora else 1.0)
+        return cls(r=config.r, lora_alpha=alpha, kinds=tuple(kinds), dropout=config.lora_dropout)
 
     def to_json(self) -> str:
         """The text of a `shortcut_config.json`."""
@@ -132,26 +151,34 @@ class ShortcutConfig:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"This is not a `{CONFIG_NAME}`: {error}. Please pass one as it was saved.") from error
+            raise ValueError(
+                f"This is not a `{SHORTCUT_CONFIG_NAME}`: {error}. Please pass one as it was saved."
+            ) from error
         names = {"format", *cls.__dataclass_fields__}
         if not isinstance(data, dict) or set(data) != names:
             raise ValueError(
-                f"This is not a `{CONFIG_NAME}`: it must be an object with the keys {sorted(names)}, each once. "
-                "Please pass one as it was saved."
+                f"This is not a `{SHORTCUT_CONFIG_NAME}`: it must be an object with the keys {sorted(names)}, each "
+                "once. Please pass one as it was saved."
             )
         if data.pop("format") != _FORMAT:
-            raise ValueError(f"This `{CONFIG_NAME}` is not of format {_FORMAT}. Please update diffora-trainer.")
+            raise ValueError(
+                f"This `{SHORTCUT_CONFIG_NAME}` is not of format {_FORMAT}. Please update diffora-trainer."
+            )
         return cls(**data)
 
 
 class Shortcut(nn.Module):
-    """One shortcut, `s * B(A v)`. The parameters have names that neither PEFT's targets nor its saving look for."""
+    """
+    One shortcut, `s * B(A v)`. The parameters have names that neither PEFT's targets nor its saving look for. While
+    `enabled` is false it is passed by, and costs nothing.
+    """
 
     def __init__(self, width: int, config: ShortcutConfig, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         self.A = nn.Parameter(torch.empty(config.r, width, device=device, dtype=dtype))
         self.B = nn.Parameter(torch.zeros(width, config.r, device=device, dtype=dtype))
         self.scale, self.dropout = config.lora_alpha / config.r, config.dropout
+        self.enabled = True
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # as PEFT starts `lora_A`
 
     def forward(self, value: Tensor) -> Tensor:
@@ -165,11 +192,12 @@ def add_shortcuts(model: nn.Module, config: ShortcutConfig | None = None) -> dic
 
     The layers are found by their structure, in any encoder or decoder of `transformers`: see
     [`~diffora_trainer.shortcuts`]. Call it after `get_peft_model`, which freezes all that it does not know. Nothing
-    but the shortcuts is made trainable or frozen here. Each takes device and data type of its layer. While the
-    adapters of a `PeftModel` are switched off with `disable_adapter()`, so are they.
+    but the shortcuts is made trainable or frozen here. Each takes device and data type of its layer, but
+    on a `PeftModel` float32 in place of half precision. While the adapters of a `PeftModel` are switched off with
+    `disable_adapter()`, so are they.
 
-    A search does not choose among shortcuts, and neither PEFT nor the trainers save them: please call
-    [`save_shortcuts`] or [`ShortcutModel.save_pretrained`] after the training.
+    A search that is made afterwards chooses among them as among the LoRA modules, and the trainers save them. In a
+    loop of your own save with [`ShortcutModel.save_pretrained`].
 
     Args:
         model (`PeftModel` or `PreTrainedModel`): the model.
@@ -187,11 +215,51 @@ def add_shortcuts(model: nn.Module, config: ShortcutConfig | None = None) -> dic
     check_not_compiled(model)
     if _blocks(model):
         raise ValueError("The model has shortcuts already. Please call `remove_shortcuts(model)` first.")
+    _install(model, config, {})
+    return shortcuts(model)
+
+
+def keep_shortcuts(model: nn.Module, names: Iterable[str]) -> None:
+    """
+    Take all shortcuts but some out of a model, in place. Those that stay keep their parameters.
+
+    Args:
+        model (`PeftModel` or `PreTrainedModel`): a model with shortcuts.
+        names (`Iterable[str]`): the names of those that stay; none takes all of them out.
+
+    Raises:
+        ValueError: if the model has no shortcuts, or not one of a name.
+    """
+    config, there = shortcut_config(model), shortcuts(model)
+    wanted = set(names)
+    if unknown := sorted(wanted - set(there)):
+        raise ValueError(
+            f"The model has no shortcut {unknown[0]!r}, which should be kept. It has {len(there)}, such as "
+            f"{next(iter(there))!r}."
+        )
+    if wanted == set(there):
+        return
+    remove_shortcuts(model)
+    if wanted:
+        kept = tuple(name for name in there if name in wanted)
+        _install(model, replace(config, names=kept), there)
+
+
+def _install(model: nn.Module, config: ShortcutConfig, there: Mapping[str, Shortcut]) -> None:
+    """Connect the shortcuts of a configuration: those that are there already, or new ones."""
     before: LayerShortcuts | None = None
-    plan = plan_layers(model, config.kinds)
-    for name, layer, parts, kinds in plan:
+    plan = plan_layers(model, config.kinds, config.names)
+    following = [kinds for *_, kinds in plan[1:]] + [()]
+    for (name, layer, parts, kinds), next_kinds in zip(plan, following, strict=True):
+        if not kinds and "shortcut2" not in next_kinds:
+            before = None
+            continue
         found = next(p for p in layer.parameters() if p.is_floating_point() and p.element_size() > 1)
-        made = {kind: Shortcut(parts.width, config, found.device, found.dtype) for kind in kinds}
+        # As PEFT holds its own: small updates are lost in half precision.
+        dtype = torch.promote_types(found.dtype, torch.float32) if isinstance(model, PeftModel) else found.dtype
+        made = {
+            kind: there.get(f"{name}.{kind}") or Shortcut(parts.width, config, found.device, dtype) for kind in kinds
+        }
         block = LayerShortcuts(made, config, name, layer, parts, model)
         block.train(layer.training)
         if "shortcut2" in kinds:
@@ -199,7 +267,6 @@ def add_shortcuts(model: nn.Module, config: ShortcutConfig | None = None) -> dic
             block.before, before.after = (before,), True
         before = block
         setattr(layer, ATTRIBUTE, block)
-    return shortcuts(model)
 
 
 def shortcuts(model: nn.Module) -> dict[str, Shortcut]:
@@ -230,151 +297,25 @@ def remove_shortcuts(model: nn.Module) -> None:
             delattr(layer, ATTRIBUTE)
 
 
-def save_shortcuts(model: nn.Module, folder: str | Path) -> None:
-    """
-    Save the shortcuts of a model: `shortcut_config.json` and `shortcuts.safetensors`.
-
-    Args:
-        model (`PeftModel` or `PreTrainedModel`): the model.
-        folder (`str` or `Path`): where to.
-
-    Raises:
-        ValueError: if the model has none.
-    """
-    config = shortcut_config(model)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _tensors(model).items()}
-    write_file(Path(folder) / TENSORS_NAME, serialize_tensors(tensors, {"format": "pt"}))
-    write_file(Path(folder) / CONFIG_NAME, config.to_json().encode())
-
-
-def load_shortcuts(model: nn.Module, folder: str | Path) -> dict[str, Shortcut]:
-    """
-    Put saved shortcuts into a model. If something does not fit, the model is left as it was.
-
-    Args:
-        model (`PeftModel` or `PreTrainedModel`): the model. It may have fresh shortcuts of the same configuration.
-        folder (`str` or `Path`): where they were saved.
-
-    Returns:
-        `dict[str, Shortcut]`: the shortcuts by their names.
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is damaged, or was saved for another model.
-    """
-    folder = Path(folder)
-    config = ShortcutConfig.from_json((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    try:
-        saved = load_tensors((folder / TENSORS_NAME).read_bytes())
-    except SafetensorError as error:
-        raise ValueError(f"{folder / TENSORS_NAME} is damaged: {error}. Please save the shortcuts again.") from error
-    there = bool(_blocks(model))
-    if there and shortcut_config(model) != config:
-        raise ValueError(
-            f"The model has shortcuts of {shortcut_config(model)}, and those in {folder} are of {config}. Please call "
-            "`remove_shortcuts(model)` first."
-        )
-    shapes = {
-        f"{name}.{kind}.{matrix}": shape
-        for name, _, parts, kinds in plan_layers(model, config.kinds)
-        for kind in kinds
-        for matrix, shape in (("A", (config.r, parts.width)), ("B", (parts.width, config.r)))
-    }
-    wrong = [name for name in {*shapes, *saved} if name not in saved or shapes.get(name) != tuple(saved[name].shape)]
-    if wrong:
-        name = min(wrong)
-        found = tuple(saved[name].shape) if name in saved else "missing"
-        raise ValueError(
-            f"The shortcuts in {folder} were saved for another model: {len(wrong)} tensors do not fit. {name!r} is "
-            f"{found} there, and {shapes.get(name, 'missing')} in this {type(model).__name__}."
-        )
-    damaged = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
-    if damaged:
-        raise ValueError(f"{folder / TENSORS_NAME} has numbers in {min(damaged)!r} that are not finite.")
-    if not there:
-        add_shortcuts(model, config)
-    with torch.no_grad():
-        for name, tensor in _tensors(model).items():
-            tensor.copy_(saved[name])
-    return shortcuts(model)
-
-
-class ShortcutModel(nn.Module):
-    """
-    A model with shortcuts, saved and loaded as PEFT does it.
-
-    The folder holds the shortcuts and, of a `PeftModel`, its adapter in `adapter/`, which is plain PEFT. A LoRA file
-    cannot hold a shortcut, so in place of an `adapter_config.json` stands one that PEFT refuses, naming this class:
-    an adapter trained beside shortcuts would else be loaded without them in silence.
-
-    Args:
-        model (`PeftModel` or `PreTrainedModel`): the model. Unless it is a `PeftModel`, its own weights are frozen.
-        config ([`ShortcutConfig`], *optional*): what to add; left out, a model with shortcuts keeps them.
-    """
-
-    def __init__(self, model: nn.Module, config: ShortcutConfig | None = None) -> None:
-        super().__init__()
-        if config is not None or not shortcuts(model):
-            add_shortcuts(model, config)
-        if not isinstance(model, PeftModel):
-            model.requires_grad_(False)
-            for shortcut in shortcuts(model).values():
-                shortcut.requires_grad_()
-        self.model = model
-
-    @property
-    def shortcut_config(self) -> ShortcutConfig:
-        """The configuration of the shortcuts."""
-        return shortcut_config(self.model)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model's own `generate` gives."""
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """
-        Save the shortcuts, and the adapter of a `PeftModel`.
-
-        Args:
-            folder (`str` or `Path`): where to.
-        """
-        folder = Path(folder)
-        if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder / ADAPTER_FOLDER))
-        config = getattr(self.model, "config", None)
-        told = {"peft_type": _REFUSAL, "base_model_name_or_path": getattr(config, "_name_or_path", None)}
-        write_file(folder / "adapter_config.json", (json.dumps(told, indent=2) + "\n").encode())
-        save_shortcuts(self.model, folder)
-
-    @classmethod
-    def from_pretrained(cls, model: nn.Module, folder: str | Path, is_trainable: bool = False) -> ShortcutModel:
-        """
-        Load what [`~ShortcutModel.save_pretrained`] saved.
-
-        Args:
-            model (`PreTrainedModel`): the base model.
-            folder (`str` or `Path`): where it was saved.
-            is_trainable (`bool`, *optional*, defaults to `False`): whether it is to be trained on.
-
-        Raises:
-            FileNotFoundError: if a file is missing.
-            ValueError: if a file is damaged, or was saved for another model.
-        """
-        if (Path(folder) / ADAPTER_FOLDER).is_dir():
-            model = PeftModel.from_pretrained(model, Path(folder) / ADAPTER_FOLDER, is_trainable=is_trainable)
-        load_shortcuts(model, folder)
-        loaded = cls(model)
-        for shortcut in shortcuts(model).values():
-            shortcut.requires_grad_(is_trainable)
-        return loaded if is_trainable else loaded.eval()
-
-
 def _blocks(model: nn.Module) -> dict[str, LayerShortcuts]:
     return {block.name: block for block in model.modules() if isinstance(block, LayerShortcuts)}
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def shortcut_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of a model's shortcuts, by the names that they are saved under."""
     return {f"{name}.{matrix}": getattr(s, matrix) for name, s in shortcuts(model).items() for matrix in "AB"}
+
+
+def shortcut_shapes(model: nn.Module, config: ShortcutConfig) -> dict[str, tuple[int, int]]:
+    """
+    The shapes of the parameters that the shortcuts of a configuration have in a model, by their names.
+
+    Raises:
+        ValueError: if the model has no place for them.
+    """
+    return {
+        f"{name}.{kind}.{matrix}": shape
+        for name, _, parts, kinds in plan_layers(model, config.kinds, config.names)
+        for kind in kinds
+        for matrix, shape in (("A", (config.r, parts.width)), ("B", (parts.width, config.r)))
+    }

@@ -14,8 +14,9 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .distributed import forget_shards, reshard
-from .grid import lora_layers, lora_parameters
+from .grid import parameters_of, searched_modules
 from .selection import Selection, readable
+from .shortcuts import keep_shortcuts
 
 
 _CHECKED_MODULES = 1000
@@ -34,6 +35,7 @@ def apply_selection(
 
     The selected modules keep their parameters, and these their moments in the optimizer; the others leave the model,
     the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
+    Shortcuts that are not selected leave the model and the optimizer in the same way.
 
     Args:
         model (`PeftModel`): the model that was searched. Its gates must be off (see [`ArchitectureSearch.finish`]).
@@ -59,7 +61,7 @@ def apply_selection(
             "Please pass one of them, or none for the active one."
         )
     reshard(model)
-    layers: dict[str, Any] = dict(lora_layers(model, adapter_name))
+    layers: dict[str, Any] = dict(searched_modules(model, adapter_name))
     if set(layers) != set(selection.modules):
         missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
         raise ValueError(
@@ -71,18 +73,22 @@ def apply_selection(
     leaders = [group[0] for group in selection.shared]
     with torch.no_grad():
         for name in [*selection.selected, *leaders]:
-            layers[name].lora_B[adapter_name].weight.mul_(factors[name])
+            parameters_of(layers[name], adapter_name)[1].mul_(factors[name])
 
-    parameters_before = {p for layer in layers.values() for p in lora_parameters(layer, adapter_name)}
+    parameters_before = {p for layer in layers.values() for p in parameters_of(layer, adapter_name)}
     for group in selection.shared:
         leader = layers[group[0]]
         for name in group[1:]:
             layers[name].lora_A[adapter_name].weight = leader.lora_A[adapter_name].weight
             layers[name].lora_B[adapter_name].weight = leader.lora_B[adapter_name].weight
+    shortcuts = set(selection.shortcuts)
     for name in selection.dropped:
-        _remove(model, name, layers[name], adapter_name)
-    kept = {p for name in selection.adapted for p in lora_parameters(layers[name], adapter_name)}
-    _narrow(model, adapter_name, selection.adapted)
+        if name not in shortcuts:
+            _remove(model, name, layers[name], adapter_name)
+    if shortcuts:
+        keep_shortcuts(model, selection.selected_shortcuts)
+    kept = {p for name in selection.adapted for p in parameters_of(layers[name], adapter_name)}
+    _narrow(model, adapter_name, selection.lora_modules)
     forget_shards(model, parameters_before - kept)
     if optimizer is not None:
         forget_parameters(optimizer, parameters_before - kept, scheduler)

@@ -16,10 +16,10 @@ from trl.trainer.sft_trainer import SFTTrainer
 from .callbacks import DiffoRACallback, SearchProgressCallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
+from .compiled import check_not_compiled
 from .config import DiffoRAConfig
 from .data import check_dataset
 from .distributed import rewrap_distributed
-from .grid import check_not_compiled
 from .held_out import HeldOutMixin
 from .logging import get_logger
 from .plots import plot_to
@@ -27,11 +27,14 @@ from .proxies import ScoreFunction, check_score_function
 from .publish import PublicPushMixin
 from .search import ArchitectureSearch
 from .selection import Selection
+from .shortcut_model import adapter_folder, add_to_adapter, load_shortcuts
+from .shortcuts import shortcuts
 from .surgery import forget_parameters
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
     check_trainer,
+    give_shortcuts,
     prepare_dataset,
     preserved_bookkeeping,
     task_type_of_trainer,
@@ -114,6 +117,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self._loop_began = False
         super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
         check_trainer(self)
+        give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
             self.arch_dataset = prepare_dataset(self, arch_dataset)
             check_arch_columns(self)
@@ -196,6 +200,10 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         if args is not None:
             set_seed(args.seed)  # LoRA weights are drawn here, before the parent sets the seed
         return {**arguments, "model": wrap_model(model, peft_config, checkpointing)}
+
+    def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The parent's, with the shortcuts that the options ask for."""
+        return give_shortcuts(super().call_model_init(*args, **kwargs), self.diffora_config)
 
     def _make_search(self, model: nn.Module) -> ArchitectureSearch:
         if self.diffora_config.base_model_id is not None:
@@ -304,7 +312,9 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            self._save_findings(Path(output_dir if output_dir is not None else self.args.output_dir))
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            add_to_adapter(self.model, folder)
+            self._save_findings(folder)
 
     def _save_findings(self, folder: Path) -> None:
         """What the search found, beside the adapter: the selection, its picture and the card."""
@@ -344,12 +354,26 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
         self._callback.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(str(adapter_folder(resume_from_checkpoint)), model)
+        if shortcuts(self.model):
+            load_shortcuts(self.model, resume_from_checkpoint)
         # The parent loads the adapter with PEFT's default, which makes LoRA weights in half precision float32: the
         # resumed run would round otherwise than the run that made the checkpoint.
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is None or not shortcuts(self.model):
+            super()._load_best_model()
+            return
+        self.state.best_model_checkpoint = str(adapter_folder(best))
+        try:
+            super()._load_best_model()
+        finally:
+            self.state.best_model_checkpoint = best
+        load_shortcuts(self.model, best)
 
 
 class DiffoRATrainer(DiffoRAMixin, Trainer):

@@ -12,12 +12,13 @@ from typing import Any
 
 from accelerate.utils import DynamoBackend, parse_flag_from_env
 from datasets import Dataset
-from peft import TaskType
+from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
 from torch.utils.data import Subset
 
+from .config import DiffoRAConfig
 from .logging import get_logger
-from .shortcuts import shortcuts
+from .shortcuts import ShortcutConfig, add_shortcuts, shortcuts
 
 
 logger = get_logger(__name__)
@@ -34,11 +35,11 @@ def check_trainer(trainer: Any) -> None:
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
             "of the gates alone. Please set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
         )
-    if shortcuts(trainer.model):
+    if (shortcuts(trainer.model) or trainer.diffora_config.shortcuts) and len(trainer.model.peft_config) > 1:
         raise ValueError(
-            "You passed a model with shortcuts. The trainers do not save them, so they would be lost with the first "
-            "checkpoint. Please call `remove_shortcuts(model)`, or train in a loop of your own with "
-            "`ArchitectureSearch` and save with `ShortcutModel`."
+            f"The model has {len(trainer.model.peft_config)} adapters ({sorted(trainer.model.peft_config)}) and is to "
+            "have shortcuts, which are saved with one. Please pass the base model and a `peft_config` (a DPO trainer "
+            "then takes the model without its adapter for the reference), or leave the shortcuts out."
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -91,6 +92,12 @@ def _check_fsdp(trainer: Any) -> None:
             f"You passed `method={config.method!r}` with FSDP, which holds each parameter in shards, whose gradients "
             "cannot be taken apart from those of training. Please use plain data parallelism, or another method."
         )
+    if config.shortcuts is not None or shortcuts(trainer.model):
+        raise ValueError(
+            "You asked for shortcuts with FSDP, which gathers the parameters of a layer for the calls of its own "
+            "modules, and not for what is added between them. Please use plain data parallelism (`accelerate launch "
+            "--config_file recipes/accelerate_configs/ddp.yaml`), or leave them out."
+        )
     if config.reallocate_every is not None:
         raise ValueError(
             f"You passed `reallocate_every={config.reallocate_every}` with FSDP, which gathers and scatters the "
@@ -103,6 +110,15 @@ def _check_fsdp(trainer: Any) -> None:
                 f"You passed `{name}={getattr(config, name)!r}` with FSDP, which holds each parameter in the shards "
                 f"of its own module. Please set `{name}={value!r}`, or use plain data parallelism."
             )
+
+
+def give_shortcuts(model: Any, config: DiffoRAConfig) -> Any:
+    """The model with the shortcuts that a configuration asks for, like its LoRA, unless it has some already."""
+    lora = model.peft_config[model.active_adapters[0]] if isinstance(model, PeftModel) else None
+    # What is not LoRA is refused by the search.
+    if config.shortcuts is not None and not shortcuts(model) and isinstance(lora, LoraConfig):
+        add_shortcuts(model, ShortcutConfig.like(lora, config.shortcuts))
+    return model
 
 
 def task_type_of_trainer(trainer: Any) -> TaskType:

@@ -117,8 +117,9 @@ def disabled() -> PeftModel:
     return model
 
 
-def with_shortcuts() -> PeftModel:
+def with_shortcuts_and_a_reference() -> PeftModel:
     model = ready_model()
+    model.add_adapter("ref", lora())
     add_shortcuts(model)
     return model
 
@@ -199,7 +200,11 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     ),
     "merged": (ready(merged), ValueError, "merged.*unmerge_adapter"),
     "disabled": (ready(disabled), ValueError, "disabled.*enable_adapter_layers"),
-    "with shortcuts": (ready(with_shortcuts), ValueError, "shortcuts.*not save them.*remove_shortcuts"),
+    "shortcuts and two adapters": (
+        ready(with_shortcuts_and_a_reference),
+        ValueError,
+        r"2 adapters \(\['default', 'ref'\]\).*leave the shortcuts out",
+    ),
     "frozen": (ready(frozen), ValueError, "frozen.*is_trainable=True"),
     "two active adapters": (ready(two_adapters), ValueError, "2 active adapters.*set_adapter"),
     "model and configuration": (lambda: {"model": ready_model()}, ValueError, "`PeftModel` together.*peft_config"),

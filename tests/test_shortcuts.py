@@ -41,7 +41,9 @@ from diffora_trainer import (
     remove_shortcuts,
     save_shortcuts,
 )
-from diffora_trainer.shortcuts import CONFIG_NAME, KINDS, TENSORS_NAME, shortcuts
+from diffora_trainer.files import SHORTCUT_CONFIG_NAME as CONFIG_NAME
+from diffora_trainer.files import SHORTCUT_TENSORS_NAME as TENSORS_NAME
+from diffora_trainer.shortcuts import KINDS, shortcuts
 
 
 def opt_post_norm() -> TinyModel:
@@ -271,8 +273,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
             model(**other)
         found.append(gradients(model, first, second))
         assert functions == [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules()]
-    assert_same(found[1], found[0])
-    assert any("diffora_shortcuts" in key for key in found[0])
+    assert found[1].keys() == found[0].keys() and any("diffora_shortcuts" in key for key in found[0])
+    for key, gradient in found[0].items():  # to rounding: the sum of the two passes may be taken in another order
+        torch.testing.assert_close(found[1][key], gradient, rtol=1e-4, atol=1e-6, msg=key)
 
 
 def test_checkpointing_that_would_lose_a_gradient_is_refused() -> None:
