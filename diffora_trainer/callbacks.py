@@ -23,6 +23,7 @@ from .reallocation import Reallocation
 from .resume import check_model, check_same, describe_base
 from .search import ArchitectureSearch
 from .selection import Selection
+from .shortcuts import shortcuts
 from .surgery import apply_selection
 from .timing import StepTimes
 
@@ -380,6 +381,7 @@ class DiffoRACallback(TrainerCallback):
             "step": state.global_step,
             "config": self.config.to_dict(),
             "base_model": describe_base(model),
+            "shortcuts": bool(shortcuts(model)),
             "began_cut": self._began_cut,
             "selection": None if self.selection is None else self.selection.to_json(),
         }

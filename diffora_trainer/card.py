@@ -14,7 +14,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from .config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
-from .files import SHORTCUT_CONFIG_NAME, write_file
+from .files import holds_shortcuts, write_file
 from .plots import PICTURE_NAME
 from .selection import Selection, readable
 
@@ -48,7 +48,7 @@ def write_card(
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     base_model = public_model_id(peft_config.base_model_name_or_path)
-    has_shortcuts = (folder / SHORTCUT_CONFIG_NAME).is_file()
+    has_shortcuts = holds_shortcuts(folder)
     # By the library's name the Hub shows how to load it, and finds the base model of a PEFT adapter.
     _complete_metadata(card, base_model, "diffora-trainer" if has_shortcuts else "peft")
     name = adapter or folder.resolve().name

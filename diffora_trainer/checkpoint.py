@@ -18,14 +18,13 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from .files import SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME, write_file
+from .files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME, write_file
 
 
 STATE_NAME = "diffora_state.json"
 TENSORS_NAME = "diffora_state.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 ADAPTER_NAME = "adapter_model.safetensors"
-ADAPTER_CONFIG_NAME = "adapter_config.json"
 WARMUP, SEARCH, SELECTED = "warm-up", "search", "selected"
 
 _FORMAT = 2
@@ -66,6 +65,7 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         )
     with named_errors(path):
         state = _read_json(path)
+        state.setdefault("shortcuts", False)  # as written before a search could choose among them
         if state.get("phase") in (WARMUP, SEARCH):
             state.setdefault("history", [])  # as written before there were reallocations
         _check_state(state)
@@ -104,11 +104,16 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
         tensor_shapes(path)
         with named_errors(path.with_name(ADAPTER_CONFIG_NAME)):
             _read_json(path.with_name(ADAPTER_CONFIG_NAME))
-    shortcuts = [folder / name for name in (SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME)]
-    if any(path.is_file() for path in shortcuts):
-        with named_errors(shortcuts[0]):
-            _read_json(shortcuts[0])
-        tensor_shapes(shortcuts[1])
+    if state["shortcuts"]:
+        with named_errors(folder / SHORTCUT_CONFIG_NAME):
+            _read_json(folder / SHORTCUT_CONFIG_NAME)
+        tensor_shapes(folder / SHORTCUT_TENSORS_NAME)
+    elif (folder / SHORTCUT_CONFIG_NAME).is_file():  # the Trainer would read the adapter that was saved with them
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is a mixture: its model has no shortcuts, so {SHORTCUT_CONFIG_NAME} is "
+            f"left of an earlier one, as uploads to the Hub remove nothing. Please delete it, {SHORTCUT_TENSORS_NAME} "
+            f"and {ADAPTER_FOLDER}/ there."
+        )
     randomness = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
     # FSDP2 writes its own files, with the adapter once more.
     sharded = [folder / name for name in ("optimizer.bin", "pytorch_model_fsdp.bin")]
@@ -281,6 +286,7 @@ _FIELDS = {
     "config": _is(dict),
     "began_cut": _is(bool),
     "base_model": _is(dict),
+    "shortcuts": _is(bool),
 }
 _FIELDS_SELECTED = {"selection": _is(str)}
 _FIELDS_SEARCHING = {

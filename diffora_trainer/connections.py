@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .selection import readable
+
 
 ATTRIBUTE = "diffora_shortcuts"
 """Name under which the shortcuts of a layer are registered on it."""
@@ -251,7 +253,7 @@ def plan_layers(
     if unknown := sorted(set(names or ()) - {f"{name}.{kind}" for name, *_, given in plan for kind in given}):
         raise ValueError(
             f"{type(model).__name__} has no place for {len(unknown)} of the shortcuts that are named, such as "
-            f"{unknown[0]!r}. Please use the model that they were chosen in."
+            f"{readable(repr(unknown[0]))}. Please use the model that they were chosen in."
         )
     return plan
 

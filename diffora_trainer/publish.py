@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         args: Any
         push_in_progress: Any
 
+        def _save_findings(self, folder: Path) -> None: ...
+
 else:
     _Base = object
 
@@ -172,6 +174,7 @@ class PublicPushMixin(_Base):
             if path.is_file() and not path.name.startswith(_NOT_OF_THE_ADAPTER):
                 shutil.copy(path, own.output_dir)
         copy_inner_adapter(checkpoint_folder, own.output_dir)
+        self._save_findings(Path(own.output_dir))  # with a card of what was copied
         try:
             super()._push_from_checkpoint(self._use_public_copies(checkpoint_folder))
         finally:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ADAPTER_CONFIG_NAME, ADAPTER_NAME, STATE_NAME, named_errors, tensor_shapes
+from .checkpoint import ADAPTER_NAME, STATE_NAME, named_errors, tensor_shapes
 from .connections import ATTRIBUTE
-from .files import SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
+from .files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
 from .grid import searched_modules
-from .shortcut_model import adapter_folder
 from .shortcuts import Shortcut, ShortcutConfig, shortcut_config
 
 
@@ -56,7 +55,7 @@ def check_model(
     shortcuts = [name for name in adapted if isinstance(layers[name], Shortcut)]
     if shortcuts:
         _check_shortcuts(folder, model, {name: layers[name] for name in shortcuts})
-        path = adapter_folder(folder) / ADAPTER_NAME
+        path = Path(folder, ADAPTER_FOLDER, ADAPTER_NAME)
     else:
         path = Path(folder, "" if adapter_name == "default" else adapter_name, ADAPTER_NAME)
     saved = {name: shape for name, shape in tensor_shapes(path).items() if ".lora_" in name}
@@ -88,7 +87,10 @@ def _check_shortcuts(folder: str, model: Any, shortcuts: dict[str, Shortcut]) ->
     present = shortcut_config(model)
     check_same(
         folder,
-        {f"`{name}` of the shortcuts": (getattr(config, name), getattr(present, name)) for name in _SHORTCUT_OPTIONS},
+        {
+            f"`{name}` of the shortcuts in {SHORTCUT_CONFIG_NAME}": (getattr(config, name), getattr(present, name))
+            for name in _SHORTCUT_OPTIONS
+        },
     )
     expected = {f"{name}.{part}": tuple(getattr(s, part).shape) for name, s in shortcuts.items() for part in "AB"}
     saved = tensor_shapes(path)

@@ -17,7 +17,16 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import nn
 
-from .files import ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME, write_file
+from .files import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FOLDER,
+    SHORTCUT_CONFIG_NAME,
+    SHORTCUT_TENSORS_NAME,
+    holds_plain_adapter,
+    holds_shortcuts,
+    write_file,
+)
+from .selection import readable
 from .shortcuts import (
     Shortcut,
     ShortcutConfig,
@@ -30,8 +39,14 @@ from .shortcuts import (
 
 
 _REFUSAL = "LoRA with shortcuts, which PEFT alone cannot load: use diffora_trainer.ShortcutModel.from_pretrained"
-_ADAPTER_CONFIG, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_READ = (SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME, f"{ADAPTER_FOLDER}/*.json", f"{ADAPTER_FOLDER}/*.safetensors")
+_ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_READ = (
+    ADAPTER_CONFIG_NAME,
+    SHORTCUT_CONFIG_NAME,
+    SHORTCUT_TENSORS_NAME,
+    f"{ADAPTER_FOLDER}/*.json",
+    f"{ADAPTER_FOLDER}/*.safetensors",
+)
 
 
 def save_shortcuts(model: nn.Module, folder: str | Path) -> None:
@@ -71,13 +86,13 @@ def load_shortcuts(model: nn.Module, folder: str | Path) -> dict[str, Shortcut]:
     path = folder / SHORTCUT_TENSORS_NAME
     try:
         saved = load_tensors(path.read_bytes())
-    except SafetensorError as error:
+    except (SafetensorError, KeyError) as error:  # KeyError: a data type that PyTorch has not
         raise ValueError(f"{path} is damaged: {error}. Please save the shortcuts again.") from error
     there = bool(shortcuts(model))
     if there and shortcut_config(model) != config:
         raise ValueError(
-            f"The model has shortcuts of {shortcut_config(model)}, and those in {folder} are of {config}. Please call "
-            "`remove_shortcuts(model)` first."
+            f"The model has shortcuts of {shortcut_config(model)!r:.300}, and those in {folder} are of "
+            f"{config!r:.300}. Please call `remove_shortcuts(model)` first."
         )
     shapes = shortcut_shapes(model, config)
     wrong = [name for name in {*shapes, *saved} if name not in saved or shapes.get(name) != tuple(saved[name].shape)]
@@ -85,12 +100,15 @@ def load_shortcuts(model: nn.Module, folder: str | Path) -> dict[str, Shortcut]:
         name = min(wrong)
         found = tuple(saved[name].shape) if name in saved else "missing"
         raise ValueError(
-            f"The shortcuts in {folder} were saved for another model: {len(wrong)} tensors do not fit. {name!r} is "
-            f"{found} there, and {shapes.get(name, 'missing')} in this {type(model).__name__}."
+            f"The shortcuts in {path} were saved for another model: {len(wrong)} tensors do not fit. "
+            f"{readable(repr(name))} is "
+            f"{found} there, and {shapes.get(name, 'missing')!s:.100} in this {type(model).__name__}."
         )
-    damaged = [name for name, tensor in saved.items() if not tensor.isfinite().all()]
+    damaged = [n for n, t in saved.items() if not t.is_floating_point() or not t.float().isfinite().all()]
     if damaged:
-        raise ValueError(f"{path} has numbers in {min(damaged)!r} that are not finite.")
+        raise ValueError(
+            f"{path} has numbers in {min(damaged)!r} that are not finite. Please use what was saved before them."
+        )
     if not there:
         add_shortcuts(model, config)
     with torch.no_grad():
@@ -109,22 +127,14 @@ def read_shortcut_config(folder: str | Path) -> ShortcutConfig:
     """
     path = Path(folder) / SHORTCUT_CONFIG_NAME
     if not path.is_file():
-        plain = (Path(folder) / _ADAPTER_CONFIG).is_file()
         raise FileNotFoundError(
-            f"There is no {path}, so no shortcuts were saved there. "
-            + (
-                "It is a plain PEFT adapter: please load it with `PeftModel.from_pretrained`."
-                if plain
-                else "Please pass the folder that `ShortcutModel.save_pretrained` or a trainer saved."
-            )
+            f"There is no {path}, so no shortcuts were saved there. Please pass the folder that "
+            "`ShortcutModel.save_pretrained` or a trainer saved."
         )
-    return ShortcutConfig.from_json(path.read_text(encoding="utf-8"))
-
-
-def adapter_folder(folder: str | os.PathLike) -> Path:
-    """Where the files of the adapter lie in what was saved: beside shortcuts one level down."""
-    folder = Path(folder)
-    return folder / ADAPTER_FOLDER if (folder / SHORTCUT_CONFIG_NAME).is_file() else folder
+    try:
+        return ShortcutConfig.from_json(path.read_text(encoding="utf-8"))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def add_to_adapter(model: Any, folder: str | os.PathLike) -> None:
@@ -136,34 +146,42 @@ def add_to_adapter(model: Any, folder: str | os.PathLike) -> None:
         model (`PeftModel`): the model.
         folder (`str` or `os.PathLike`): where PEFT has saved it.
     """
-    folder = Path(folder)
+    folder, name = Path(folder), str(model.active_adapters[0])
     if not shortcuts(model):
-        remove_saved_shortcuts(folder)
+        remove_saved_shortcuts(folder, with_adapter=name != ADAPTER_FOLDER)
         return
-    name = str(model.active_adapters[0])
     saved, inner = folder if name == "default" else folder / name, folder / ADAPTER_FOLDER
-    config = (saved / _ADAPTER_CONFIG).read_bytes()
+    config = (saved / ADAPTER_CONFIG_NAME).read_bytes()
     # What would be loaded without the shortcuts goes first.
-    write_file(folder / _ADAPTER_CONFIG, _refusing_config(model))
+    write_file(folder / ADAPTER_CONFIG_NAME, _refusing_config(model))
     inner.mkdir(exist_ok=True)
     if saved != inner:
         os.replace(saved / _ADAPTER_WEIGHTS, inner / _ADAPTER_WEIGHTS)
-        write_file(inner / _ADAPTER_CONFIG, config)
+        write_file(inner / ADAPTER_CONFIG_NAME, config)
         if saved != folder:
             shutil.rmtree(saved)
     save_shortcuts(model, folder)
 
 
-def remove_saved_shortcuts(folder: str | os.PathLike) -> None:
-    """Remove the shortcuts of an earlier save from a folder in which a plain adapter stands now."""
+def remove_saved_shortcuts(folder: str | os.PathLike, with_adapter: bool = True) -> None:
+    """
+    Remove the shortcuts of an earlier save from a folder in which a plain adapter stands now.
+
+    Args:
+        folder (`str` or `os.PathLike`): where they were saved.
+        with_adapter (`bool`, *optional*, defaults to `True`): and the adapter that was saved with them.
+    """
     folder = Path(folder)
-    if (folder / SHORTCUT_CONFIG_NAME).is_file():
-        (folder / SHORTCUT_CONFIG_NAME).unlink()
-        (folder / SHORTCUT_TENSORS_NAME).unlink(missing_ok=True)
-        for name in (_ADAPTER_CONFIG, _ADAPTER_WEIGHTS):
-            (folder / ADAPTER_FOLDER / name).unlink(missing_ok=True)
-        if not any((folder / ADAPTER_FOLDER).iterdir()):
-            (folder / ADAPTER_FOLDER).rmdir()
+    if not (folder / SHORTCUT_CONFIG_NAME).is_file():
+        return
+    (folder / SHORTCUT_CONFIG_NAME).unlink()
+    (folder / SHORTCUT_TENSORS_NAME).unlink(missing_ok=True)
+    inner = folder / ADAPTER_FOLDER
+    if with_adapter and inner.is_dir():
+        for name in (ADAPTER_CONFIG_NAME, _ADAPTER_WEIGHTS):
+            (inner / name).unlink(missing_ok=True)
+        if not any(inner.iterdir()):
+            inner.rmdir()
 
 
 def copy_inner_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -175,12 +193,11 @@ def copy_inner_adapter(source: str | os.PathLike, target: str | os.PathLike) -> 
         source (`str` or `os.PathLike`): where a model was saved.
         target (`str` or `os.PathLike`): where its files were copied to.
     """
-    inner = adapter_folder(source)
-    if inner == Path(source):
+    if not holds_shortcuts(source):
         remove_saved_shortcuts(target)
         return
     (Path(target) / _ADAPTER_WEIGHTS).unlink(missing_ok=True)
-    shutil.copytree(inner, Path(target) / ADAPTER_FOLDER, dirs_exist_ok=True)
+    shutil.copytree(Path(source) / ADAPTER_FOLDER, Path(target) / ADAPTER_FOLDER, dirs_exist_ok=True)
 
 
 class ShortcutModel(nn.Module):
@@ -229,7 +246,7 @@ class ShortcutModel(nn.Module):
         folder = Path(folder)
         if isinstance(self.model, PeftModel):
             self.model.save_pretrained(str(folder / ADAPTER_FOLDER))
-        write_file(folder / _ADAPTER_CONFIG, _refusing_config(self.model))
+        write_file(folder / ADAPTER_CONFIG_NAME, _refusing_config(self.model))
         save_shortcuts(self.model, folder)
 
     @classmethod
@@ -258,6 +275,11 @@ class ShortcutModel(nn.Module):
                     f"{str(folder)!r} is neither a folder nor the id of a model on the Hub. Please pass the folder "
                     "that `ShortcutModel.save_pretrained` or a trainer saved."
                 ) from error
+        if holds_plain_adapter(local):
+            raise FileNotFoundError(
+                f"What was saved last in {str(folder)!r} is a plain PEFT adapter without shortcuts. Please load it "
+                "with `PeftModel.from_pretrained`."
+            )
         read_shortcut_config(local)  # what is missing should be said before the model is changed
         if (local / ADAPTER_FOLDER).is_dir():
             model = PeftModel.from_pretrained(model, local / ADAPTER_FOLDER, is_trainable=is_trainable)

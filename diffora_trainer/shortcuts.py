@@ -40,6 +40,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -52,6 +53,7 @@ from .compiled import check_not_compiled
 from .config import SHORTCUTS
 from .connections import ATTRIBUTE, LayerShortcuts, plan_layers
 from .files import SHORTCUT_CONFIG_NAME
+from .selection import readable
 
 
 KINDS = SHORTCUTS
@@ -90,33 +92,37 @@ class ShortcutConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int):
-            raise TypeError(f"`r` must be an int, got {self.r!r}.")
+            raise TypeError(f"`r` must be an int, got {readable(repr(self.r))}.")
         if self.r < 1:
             raise ValueError(f"You passed `r={self.r}`; a rank must be 1 or more.")
         for name in ("lora_alpha", "dropout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number, got {value!r}.")
-        if not math.isfinite(self.lora_alpha) or self.lora_alpha <= 0:
-            raise ValueError(f"You passed `lora_alpha={self.lora_alpha}`; it must be positive and finite.")
+                raise TypeError(f"`{name}` must be a number, got {readable(repr(value))}.")
+        if not 0 < self.lora_alpha <= sys.float_info.max:
+            raise ValueError(
+                f"You passed `lora_alpha={readable(str(self.lora_alpha))}`; it must be positive and finite."
+            )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"You passed `dropout={self.dropout}`; it must be in [0, 1).")
+            raise ValueError(f"You passed `dropout={readable(str(self.dropout))}`; it must be in [0, 1).")
         if not isinstance(self.kinds, (list, tuple)):
-            raise TypeError(f"`kinds` must be a list of names, got {self.kinds!r}.")
+            raise TypeError(f"`kinds` must be a list of names, got {readable(repr(self.kinds))}.")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds or len(set(self.kinds)) != len(self.kinds):
             raise ValueError(
-                f"You passed `kinds={list(self.kinds)!r}`; it must name one or more of {list(KINDS)}, each once."
+                f"You passed `kinds={readable(repr(list(self.kinds)))}`; it must name one or more of {list(KINDS)}, "
+                "each once."
             )
         self.kinds = tuple(kind for kind in KINDS if kind in self.kinds)
         if self.names is not None:
             if not isinstance(self.names, (list, tuple)) or not all(isinstance(name, str) for name in self.names):
-                raise TypeError(f"`names` must be a list of names of shortcuts, got {self.names!r}.")
+                raise TypeError(f"`names` must be a list of names of shortcuts, got {readable(repr(self.names))}.")
             wrong = [name for name in self.names if name.rpartition(".")[2] not in self.kinds]
             if wrong or not self.names or len(set(self.names)) != len(self.names):
+                found = f", such as {readable(repr(wrong[0]))}" if wrong else ""
                 raise ValueError(
-                    f"You passed {len(self.names)} `names`{f', such as {wrong[0]!r}' if wrong else ''}; each must end "
-                    f"in one of the kinds {list(self.kinds)}, and stand once. Please leave it out to have them all."
+                    f"You passed {len(self.names)} `names`{found}; each must end in one of the kinds "
+                    f"{list(self.kinds)}, and stand once. Please leave it out to have them all."
                 )
             self.names = tuple(self.names)
 

@@ -20,6 +20,7 @@ from .compiled import check_not_compiled
 from .config import DiffoRAConfig
 from .data import check_dataset
 from .distributed import rewrap_distributed
+from .files import ADAPTER_FOLDER
 from .held_out import HeldOutMixin
 from .logging import get_logger
 from .plots import plot_to
@@ -27,7 +28,7 @@ from .proxies import ScoreFunction, check_score_function
 from .publish import PublicPushMixin
 from .search import ArchitectureSearch
 from .selection import Selection
-from .shortcut_model import adapter_folder, add_to_adapter, load_shortcuts
+from .shortcut_model import add_to_adapter, load_shortcuts
 from .shortcuts import shortcuts
 from .surgery import forget_parameters
 from .trainer_utils import (
@@ -329,12 +330,6 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         if self.is_world_process_zero():
             self._save_findings(Path(self.args.output_dir))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # The parent copies the files that it knows from the checkpoint into the folder that is pushed.
-        if self.is_world_process_zero():
-            self._save_findings(Path(self.args.output_dir))
-        super()._push_from_checkpoint(checkpoint_folder)
-
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with written_whole(folder, self.args.should_save):
@@ -354,7 +349,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
         self._callback.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
-        super()._load_from_checkpoint(str(adapter_folder(resume_from_checkpoint)), model)
+        folder = "" if not shortcuts(self.model) else ADAPTER_FOLDER
+        super()._load_from_checkpoint(str(Path(resume_from_checkpoint, folder)), model)
         if shortcuts(self.model):
             load_shortcuts(self.model, resume_from_checkpoint)
         # The parent loads the adapter with PEFT's default, which makes LoRA weights in half precision float32: the
@@ -368,7 +364,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         if best is None or not shortcuts(self.model):
             super()._load_best_model()
             return
-        self.state.best_model_checkpoint = str(adapter_folder(best))
+        self.state.best_model_checkpoint = str(Path(best, ADAPTER_FOLDER))
         try:
             super()._load_best_model()
         finally:

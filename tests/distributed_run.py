@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from diffora_trainer.connections import ATTRIBUTE
+
 
 class At(TrainerCallback):
     """Calls a function at the end of a step."""
@@ -40,9 +42,10 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def lora_weights(model) -> dict[str, Tensor]:
-    """The LoRA weights, gathered from all processes."""
-    return {name: full(p.detach()).clone() for name, p in model.named_parameters() if "lora_" in name}
+def trained_weights(model) -> dict[str, Tensor]:
+    """The weights of the LoRA modules and shortcuts, gathered from all processes."""
+    added = {name: p for name, p in model.named_parameters() if "lora_" in name or f".{ATTRIBUTE}." in name}
+    return {name: full(p.detach()).clone() for name, p in added.items()}
 
 
 def gathered_parameters(model) -> int:
@@ -89,17 +92,18 @@ def main(folder: Path, options: dict) -> None:
 
     def keep_weights() -> None:
         after_cut()
-        at_cut.update(lora_weights(trainer.model))
+        at_cut.update(trained_weights(trainer.model))
 
     trainer._callback._after_cut = keep_weights
     trainer.train(resume_from_checkpoint=options.get("resume"))
-    weights = lora_weights(trainer.model)
+    weights = trained_weights(trainer.model)
     trainer.save_model(str(folder))
     groups = raw_optimizer(trainer.optimizer).param_groups
     report = {
         "wrapper": type(trainer.model_wrapped).__name__,
         "scores": trainer.selection.scores,
         "selected": trainer.selection.selected,
+        "selected_shortcuts": trainer.selection.selected_shortcuts,
         "losses": {step: log["loss"] for step, log in step_logs(trainer).items()},
         "moved": [not torch.equal(weights[name], start) for name, start in at_cut.items()],
         "weights": {name: weight.flatten().tolist() for name, weight in weights.items()},

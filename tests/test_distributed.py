@@ -215,6 +215,7 @@ class _Plugin:
             "`cost='time'` with FSDP.*`cost='parameters'`",
         ),
         (_Plugin(), {"method": "snip"}, "`method='snip'` with FSDP.*plain data parallelism"),
+        (_Plugin(), {"shortcuts": ["residual1"]}, "shortcuts with FSDP.*plain data parallelism.*ddp.yaml"),
     ],
 )
 def test_what_cannot_be_sharded_is_refused(
