@@ -101,8 +101,8 @@ def load_shortcuts(model: nn.Module, folder: str | Path) -> dict[str, Shortcut]:
         found = tuple(saved[name].shape) if name in saved else "missing"
         raise ValueError(
             f"The shortcuts in {path} were saved for another model: {len(wrong)} tensors do not fit. "
-            f"{readable(repr(name))} is "
-            f"{found} there, and {shapes.get(name, 'missing')!s:.100} in this {type(model).__name__}."
+            f"{readable(repr(name))} is {found} there, and {shapes.get(name, 'missing')!s:.100} in this "
+            f"{type(model).__name__}."
         )
     damaged = [n for n, t in saved.items() if not t.is_floating_point() or not t.float().isfinite().all()]
     if damaged:
@@ -150,17 +150,22 @@ def add_to_adapter(model: Any, folder: str | os.PathLike) -> None:
     if not shortcuts(model):
         remove_saved_shortcuts(folder, with_adapter=name != ADAPTER_FOLDER)
         return
-    saved, inner = folder if name == "default" else folder / name, folder / ADAPTER_FOLDER
-    config = (saved / ADAPTER_CONFIG_NAME).read_bytes()
-    # What would be loaded without the shortcuts goes first.
+    _move_adapter(name, folder, folder / ADAPTER_FOLDER)
     write_file(folder / ADAPTER_CONFIG_NAME, _refusing_config(model))
-    inner.mkdir(exist_ok=True)
-    if saved != inner:
-        os.replace(saved / _ADAPTER_WEIGHTS, inner / _ADAPTER_WEIGHTS)
-        write_file(inner / ADAPTER_CONFIG_NAME, config)
-        if saved != folder:
-            shutil.rmtree(saved)
     save_shortcuts(model, folder)
+
+
+def _move_adapter(name: str, folder: Path, target: Path) -> None:
+    """Move the adapter that PEFT has saved in a folder: one of another name than "default" is in one of its own."""
+    saved = folder if name == "default" else folder / name
+    if saved == target:
+        return
+    target.mkdir(exist_ok=True)
+    # What is loaded by its configuration must not be there without the shortcuts, so this goes first.
+    for file in (ADAPTER_CONFIG_NAME, _ADAPTER_WEIGHTS):
+        os.replace(saved / file, target / file)
+    if saved != folder and not any(saved.iterdir()):  # it may have been there before, with other things in it
+        saved.rmdir()
 
 
 def remove_saved_shortcuts(folder: str | os.PathLike, with_adapter: bool = True) -> None:
@@ -245,7 +250,9 @@ class ShortcutModel(nn.Module):
         """
         folder = Path(folder)
         if isinstance(self.model, PeftModel):
-            self.model.save_pretrained(str(folder / ADAPTER_FOLDER))
+            name, inner = str(self.model.active_adapters[0]), folder / ADAPTER_FOLDER
+            self.model.save_pretrained(str(inner), selected_adapters=[name])
+            _move_adapter(name, inner, inner)
         write_file(folder / ADAPTER_CONFIG_NAME, _refusing_config(self.model))
         save_shortcuts(self.model, folder)
 
