@@ -132,7 +132,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     ("name", "moment"),
     [
         *(("classifier", moment) for moment in MOMENTS),
-        *(("sft, accumulated", moment) for moment in ("search", "closing", "cut")),
+        ("sft, accumulated", "search"),
+        ("sft, accumulated", "cut"),
+        pytest.param("sft, accumulated", "closing", marks=pytest.mark.slow),
         ("scored once", "cut"),
         ("reallocated", "search"),
         ("reallocated", "cut"),
@@ -306,18 +308,49 @@ def test_saved_results_load_with_one_call_or_with_plain_peft(runs: Any, tmp_path
     assert report[-1]["PeftModel"] is True
 
 
-def test_an_adapter_named_as_the_folder_of_adapters_is_not_lost(tmp_path: Path) -> None:
-    """PEFT saves it in `adapter/`, where the adapter beside shortcuts lies too."""
-    model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"), adapter_name=ADAPTER_FOLDER)
+@pytest.mark.parametrize("name", ["mine", ADAPTER_FOLDER])
+def test_an_adapter_of_another_name_is_not_lost(name: str, tmp_path: Path) -> None:
+    """PEFT saves it in a folder of its own, which may be that of the adapter beside shortcuts, or hold more."""
+    model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"), adapter_name=name)
     trainer = build(tmp_path, model=model, peft_config=None, callbacks=[], args={"save_strategy": "no"}, **PLAIN)
-    trainer.save_model()
-    loaded = ShortcutModel.from_pretrained(classifier().model, tmp_path)
-    assert torch.equal(logits(loaded), logits(trainer.model))
+    for _ in range(2):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "notes.txt").write_text("precious")
+        trainer.save_model()
+        ShortcutModel(trainer.model).save_pretrained(tmp_path / "by hand")
+        for folder in (tmp_path, tmp_path / "by hand"):
+            loaded = ShortcutModel.from_pretrained(classifier().model, folder)
+            assert torch.equal(logits(loaded), logits(trainer.model))
     trainer.train()
     trainer.save_model()
     assert not (tmp_path / SHORTCUT_CONFIG_NAME).exists()
-    loaded = PeftModel.from_pretrained(classifier().model, tmp_path / ADAPTER_FOLDER)
+    loaded = PeftModel.from_pretrained(classifier().model, tmp_path / name)
     assert torch.equal(logits(loaded), logits(trainer.model))
+    assert (tmp_path / name / "notes.txt").read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_a_loaded_model_is_trained_on(runs: Any, tmp_path: Path) -> None:
+    """The shortcuts that it has are chosen among, and its checkpoints resume."""
+    folder = runs("classifier").args.output_dir
+
+    def run(checkpoint: str | None = None) -> Trainer:
+        model = ShortcutModel.from_pretrained(classifier().model, folder, is_trainable=True).model
+        trainer = build(tmp_path / str(checkpoint is None), model=model, peft_config=None)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    runs("classifier").save_model()
+    whole = run()
+    assert set(whole.selection.shortcuts) == set(runs("classifier").selection.selected_shortcuts)
+    assert_chose(whole)
+    for step in (5, 10):
+        resumed = run(f"{tmp_path}/True/checkpoint-{step}")
+        assert_continues(resumed, whole, step)
+        assert_same(tensors(resumed.model), tensors(whole.model))
+    whole.save_model()
+    loaded = ShortcutModel.from_pretrained(classifier().model, tmp_path / "True")
+    assert torch.equal(logits(loaded), logits(whole.model))
 
 
 # The Trainer's own ways
@@ -370,6 +403,7 @@ def test_second_training_is_that_of_the_chosen_ones(tmp_path: Path) -> None:
     assert_same(*(optimizer_state(t.model, t.optimizer) for t in (trainer, resumed)))
 
 
+@pytest.mark.slow
 def test_each_trial_of_a_hyperparameter_search_has_its_own_shortcuts(tmp_path: Path) -> None:
     rates, found = [1e-2, 1e-3], []
     settings = {"eval_strategy": "steps", "eval_steps": 12, "save_strategy": "no"}
@@ -402,7 +436,7 @@ def test_each_trial_of_a_hyperparameter_search_has_its_own_shortcuts(tmp_path: P
     assert_same((weights, logs), (tensors(alone.model), step_logs(alone)))
 
 
-@pytest.mark.parametrize("begun", [5, 10])
+@pytest.mark.parametrize("begun", [5, pytest.param(10, marks=pytest.mark.slow)])
 def test_smaller_batches_are_those_of_a_run_begun_with_them(begun: int, runs: Any, tmp_path: Path) -> None:
     """Memory runs out in the search, or after the cut."""
     checkpoint = f"{runs('classifier').args.output_dir}/checkpoint-{begun}"
@@ -419,7 +453,10 @@ def test_smaller_batches_are_those_of_a_run_begun_with_them(begun: int, runs: An
     assert_same(tensors(found.model), tensors(asked.model))
 
 
-@pytest.mark.parametrize("search", [SEARCHED, DYNAMIC], ids=["searched", "reallocated"])
+@pytest.mark.parametrize(
+    "search",
+    [pytest.param(SEARCHED, id="searched", marks=pytest.mark.slow), pytest.param(DYNAMIC, id="reallocated")],
+)
 def test_gradient_checkpointing_changes_nothing(search: dict[str, Any], tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):
@@ -727,7 +764,8 @@ else:
 """
 
 
-@pytest.mark.parametrize("kind", ["kept", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["kept", "plain"])
 def test_what_is_pushed_loads_with_one_call(kind: str, tmp_path: Path) -> None:
     """At each checkpoint and at the end; and nothing private is pushed."""
     home = tmp_path / "home" / "alice"
