@@ -3,8 +3,8 @@ The run that the tests of crashes kill: a server that imports once, and forks a 
 
 Each line on standard input is a JSON object: `output_dir`, `log`, `report` (where the final findings go), `events` (a
 file to which the life appends a line when it begins, and before and after it writes a checkpoint), and perhaps
-`save_total_limit`, and `file_limit`, the largest file that it may write once it is at step 9. The answer is the
-process id of the life, and at its end its exit status.
+`save_total_limit`, `shortcuts`, the kinds to choose among too, and `file_limit`, the largest file that it may write
+once it is at step 9. The answer is the process id of the life, and at its end its exit status.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers import TrainerCallback, set_seed
 
 from diffora_trainer import DiffoRATrainer
 from diffora_trainer.checkpoint import newest_checkpoint
+from diffora_trainer.shortcuts import shortcut_tensors
 
 
 STEPS, EVERY, CUT = 100, 2, 24
@@ -64,7 +65,13 @@ def live(order: dict) -> None:
             "save_steps": EVERY,
             "save_total_limit": order.get("save_total_limit"),
         },
-        search={"arch_warmup": 6, "discretize_at": CUT, "arch_closing": 8, "arch_every": 2},
+        search={
+            "arch_warmup": 6,
+            "discretize_at": CUT,
+            "arch_closing": 8,
+            "arch_every": 2,
+            "shortcuts": order.get("shortcuts"),
+        },
     )
     trainer.events = os.open(order["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     trainer.add_callback(Circumstances(trainer, order.get("file_limit")))
@@ -73,6 +80,7 @@ def live(order: dict) -> None:
     torch.save(
         {
             "adapter": adapter(trainer.model),
+            "shortcuts": {name: tensor.detach() for name, tensor in shortcut_tensors(trainer.model).items()},
             "selection": trainer.selection.to_json(),
             "logs": {step: dict(sorted(log.items())) for step, log in step_logs(trainer).items()},
         },

@@ -86,12 +86,14 @@ def whole(lives: Lives) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_run_is_the_uninterrupted_run(whole: dict, lives: Lives) -> None:
+@pytest.mark.parametrize("shortcuts", [None, ["residual1", "residual2", "shortcut1", "shortcut2"]])
+def test_killed_run_is_the_uninterrupted_run(shortcuts: list[str] | None, lives: Lives) -> None:
     chance = random.Random(3)
-    run, inside, begun = lives.folder / "killed", 0, []
+    name = f"killed-{shortcuts is not None}"
+    run, inside, begun = lives.folder / name, 0, []
     for life in range(KILLS):
         before, passed = newest_checkpoint(run)
-        process = lives.begin("killed", save_total_limit=3)
+        process = lives.begin(name, save_total_limit=3, shortcuts=shortcuts)
         lives.wait_for("begins", 1)
         begun += lives.told("begins")
         assert begun[-1] == (0 if before is None else int(before.rpartition("-")[2]))
@@ -110,10 +112,14 @@ def test_killed_run_is_the_uninterrupted_run(whole: dict, lives: Lives) -> None:
     # No life fell behind the one before it, and they came through all phases without ever reaching the end.
     assert begun == sorted(begun) and len(set(begun)) > KILLS // 4 and begun[-1] > CUT
     last = Lives(lives.folder)  # in a new interpreter
-    last.begin("killed", save_total_limit=3)
+    last.begin(name, save_total_limit=3, shortcuts=shortcuts)
     assert last.end() == 0, last.log.read_text()
     last.close()
     assert begun[-1] <= last.told("begins")[0] < STEPS
+    lives.begin(f"whole-{name}", shortcuts=shortcuts)
+    assert lives.end() == 0, lives.log.read_text()
+    whole = torch.load(lives.report, weights_only=True)
+    assert bool(whole["shortcuts"]) == (shortcuts is not None)
     assert_same(torch.load(last.report, weights_only=True), whole)
     assert _is_whole(run / f"checkpoint-{STEPS}")
 
