@@ -118,7 +118,7 @@ def test_options_are_refused_by_name_or_hold_together(
             assert 1 <= warmup < config.decision(total) == cut <= total
             assert config.reallocations(total)[0] == warmup and config.reallocations(total)[-1] < cut
         else:
-            assert 1 <= warmup == config.decision(total) == cut <= total
+            assert (config.discretize_at > 0) <= warmup == config.decision(total) == cut <= total
 
 
 def test_the_length_of_a_run_is_a_number_of_steps() -> None:
