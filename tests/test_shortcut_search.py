@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, lora, make_trainer, optimizer_state, search_config, snapshot
+from conftest import (
+    assert_same,
+    causal_model,
+    classifier,
+    lora,
+    make_trainer,
+    optimizer_state,
+    search_config,
+    snapshot,
+)
 from matplotlib.image import imread
 from models import bert, llama, opt
 from peft import PeftModel, get_peft_model
@@ -23,6 +32,7 @@ from diffora_trainer import (
     DiffoRAConfig,
     Selection,
     ShortcutConfig,
+    ShortcutModel,
     add_shortcuts,
     apply_selection,
 )
@@ -360,6 +370,25 @@ def test_rank_and_scale_are_those_of_the_lora(tmp_path: Path) -> None:
     own = add_shortcuts(model, ShortcutConfig(r=2, kinds=("residual2",)))
     trainer = make_trainer(tmp_path, model=model, peft_config=None, search={"shortcuts": ["shortcut1"]})
     assert shortcuts(trainer.model) == own
+
+
+@pytest.mark.parametrize("task", ["cls", "sft"])
+def test_a_loaded_model_is_trained_on(task: str, tmp_path: Path) -> None:
+    options = {"shortcuts": list(KINDS), "selection_scope": "model"}
+    first = make_trainer(tmp_path / "first", task, search=options)
+    first.train()
+    first.save_model()
+    kept = first.selection
+    assert 0 < len(kept.selected_shortcuts) < len(kept.shortcuts)
+    clean = classifier().model if task == "cls" else causal_model()
+    loaded = ShortcutModel.from_pretrained(clean, tmp_path / "first", is_trainable=True)
+    second = make_trainer(tmp_path / "second", task, model=loaded, peft_config=None, search=options)
+    assert set(ModuleGrid.from_model(second.model).names) == set(kept.selected)
+    before = {name: [p.clone() for p in pair] for name, pair in pairs(second.model).items()}
+    second.train()
+    assert set(second.selection.selected) < set(kept.selected)
+    for name, pair in pairs(second.model).items():
+        assert not any(torch.equal(a, b) for a, b in zip(pair, before[name], strict=True)), name
 
 
 def test_half_precision_models_have_shortcuts_in_float32() -> None:
