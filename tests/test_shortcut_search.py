@@ -22,7 +22,7 @@ from conftest import (
 from matplotlib.image import imread
 from models import bert, llama, opt
 from peft import PeftModel, get_peft_model
-from test_proxies import make_search, model_loss, warm
+from test_proxies import by_hand, make_search, model_loss, warm
 from test_shortcuts import hooks
 from torch import Tensor, nn
 from transformers import HfArgumentParser
@@ -89,22 +89,8 @@ def test_formulas_hold_for_shortcuts(method: str, kind: Any) -> None:
     model, batches = ready(kind())
     raw = make_search(model, method, shortcut_ranking="separated", loss_scale=lambda: 64.0)
     found = raw.score(batches)
-    twin = copy.deepcopy(model).eval()
-    if method == "synflow":
-        for tensor in twin.state_dict().values():
-            tensor.abs_()
-        size = twin.get_input_embeddings().embedding_dim
-        length = min(32, twin.config.max_position_embeddings // 2)
-        twin(
-            inputs_embeds=torch.ones(1, length, size), attention_mask=torch.ones(1, length).long()
-        ).logits.sum().backward()
-    else:
-        (sum(model_loss(twin, batch) for batch in batches) / len(batches)).backward()
-    direct = {
-        name: sum(float((w.grad.norm() if method == "grad_norm" else (w * w.grad).abs().sum()).detach()) for w in pair)
-        for name, pair in pairs(twin).items()
-    }
-    expected = torch.tensor([direct[name] for name in raw.grid.names], dtype=torch.float64)
+    direct = by_hand(method, model, batches, lambda twin: [pairs(twin)[name] for name in raw.grid.names])
+    expected = torch.tensor(direct, dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(expected.max()) * 1e-6)
     ours = torch.tensor(raw.grid.is_shortcut)
     assert (expected[ours] > 0).all() and len(expected[ours].unique()) > 4
