@@ -160,13 +160,14 @@ class DiffoRAConfig:
         favours large modules.
     reallocate_every (`float`, *optional*):
         With a method that scores: choose anew every so many optimizer steps (a whole number of 1 or more), or after
-        each such fraction of all steps of the run, not of an epoch (a number in (0, 1)). From the end of the warm-up
-        (`arch_warmup`, which is read then) until `discretize_at` all modules are switched on and scored at each of
-        these moments, on held-out batches that go on through the rows from moment to moment; the best under the
-        budget stay on, and the others are switched off. These keep their weights and their state in the optimizer,
-        take no part in a step, and go on as they were when they are chosen again. `discretize_at` cuts to the set
-        that is in force: `discretize_at=0.999`, or the number of the last step, goes on to the end. It does not
-        combine with `weight_sharing`. Each moment costs `score_batches` passes. By default modules are scored once.
+        each such fraction of all steps of the run (a number in (0, 1)); each fifth of an epoch, as HeteroLoRA has it,
+        is `0.2 / num_train_epochs`. From the end of the warm-up (`arch_warmup`, which is read then) until
+        `discretize_at` all modules are switched on and scored at each of these moments, on held-out batches that go on
+        through the rows from moment to moment; the best under the budget stay on, and the others are switched off.
+        These keep their weights and their state in the optimizer, take no part in a step, and go on as they were when
+        they are chosen again. `discretize_at` cuts to the set that is in force: `discretize_at=0.999`, or the number
+        of the last step, goes on to the end. It does not combine with `weight_sharing`. Each moment costs
+        `score_batches` passes. By default modules are scored once.
 
     > Parameters that control shortcuts
 
