@@ -153,9 +153,10 @@ class DiffoRACallback(TrainerCallback):
                 f"are on in between, and those that are on at step {self._cut} are kept."
             )
         elif state.is_world_process_zero and self._scores:
+            begin = f"All modules train until step {self._cut} of {state.max_steps}, are then scored"
             logger.info(
-                f"All modules train until step {self._cut} of {state.max_steps}, are then scored "
-                f"({self.config.method}), and the selected ones go on alone."
+                f"{begin if self._cut else 'All modules are scored now'} ({self.config.method}), and the selected "
+                "ones go on alone."
             )
         elif state.is_world_process_zero:
             logger.info(
@@ -164,6 +165,11 @@ class DiffoRACallback(TrainerCallback):
                 + (f", the others closed until step {self._cut}" if self._decision < self._cut else "")
                 + f" of {state.max_steps}, then the selected modules alone."
             )
+        if not self._cut:
+            if self.config.cost == "time":
+                self._measure_times(state)
+            self._score(state)
+            self._discretize(state, control, **kwargs)
 
     def on_step_end(
         self,

@@ -137,7 +137,9 @@ class DiffoRAConfig:
         (https://huggingface.co/papers/2406.14956): all modules train with open gates until `discretize_at`, are then
         scored once, and the cut follows at once (see `reallocate_every` for more than once). Budget, surgery,
         checkpoints and card are the same. `discretize_at=1` scores after the first optimizer step, as near to the
-        start as there is something to score: before it `lora_B` is 0. `relaxation`, `fold_gates` and the `arch_`
+        start as there is something to score in a new adapter, whose `lora_B` is 0 before it. `discretize_at=0` scores
+        and cuts before the first step: for an adapter that was trained before, or for `"grad_norm"`, which sees the
+        gradient of `lora_B`. `relaxation`, `fold_gates` and the `arch_`
         options on steps (`arch_warmup`, `arch_closing`, `arch_every`, `arch_learning_rate`, `arch_order`) are not
         read. The scores are explained in
         [`~diffora_trainer.proxies`]; higher is kept.
@@ -158,13 +160,14 @@ class DiffoRAConfig:
         favours large modules.
     reallocate_every (`float`, *optional*):
         With a method that scores: choose anew every so many optimizer steps (a whole number of 1 or more), or after
-        each such fraction of all steps of the run, not of an epoch (a number in (0, 1)). From the end of the warm-up
-        (`arch_warmup`, which is read then) until `discretize_at` all modules are switched on and scored at each of
-        these moments, on held-out batches that go on through the rows from moment to moment; the best under the
-        budget stay on, and the others are switched off. These keep their weights and their state in the optimizer,
-        take no part in a step, and go on as they were when they are chosen again. `discretize_at` cuts to the set
-        that is in force: `discretize_at=0.999`, or the number of the last step, goes on to the end. It does not
-        combine with `weight_sharing`. Each moment costs `score_batches` passes. By default modules are scored once.
+        each such fraction of all steps of the run (a number in (0, 1)); each fifth of an epoch, as HeteroLoRA has it,
+        is `0.2 / num_train_epochs`. From the end of the warm-up (`arch_warmup`, which is read then) until
+        `discretize_at` all modules are switched on and scored at each of these moments, on held-out batches that go on
+        through the rows from moment to moment; the best under the budget stay on, and the others are switched off.
+        These keep their weights and their state in the optimizer, take no part in a step, and go on as they were when
+        they are chosen again. `discretize_at` cuts to the set that is in force: `discretize_at=0.999`, or the number
+        of the last step, goes on to the end. It does not combine with `weight_sharing`. Each moment costs
+        `score_batches` passes. By default modules are scored once.
 
     > Parameters that control shortcuts
 
@@ -432,16 +435,11 @@ class DiffoRAConfig:
                 f"You passed `normalize_scores=True` with `method={self.method!r}`, which has no score that grows "
                 "with the size of a module. Please leave it out, or use another method."
             )
-        if self.method != "diffora" and self.discretize_at == 0:
-            raise ValueError(
-                f"You passed `discretize_at=0` with `method={self.method!r}`. Before the first step `lora_B` is 0, "
-                "and so would be most scores. Please use `discretize_at=1`, which scores right after the first step."
-            )
         if self.reallocate_every is not None:
             self._check_reallocation()
         if self.shortcuts is not None:
             self._check_shortcuts()
-        _check_moment("discretize_at", self.discretize_at, minimum_open=True)
+        _check_moment("discretize_at", self.discretize_at, minimum_open=self._chooses_before_cut)
         _check_moment("arch_warmup", self.arch_warmup, minimum_open=False)
         _check_moment("arch_closing", self.arch_closing, minimum_open=False)
         same_unit = (self.arch_warmup < 1) == (self.discretize_at < 1)
@@ -508,7 +506,7 @@ class DiffoRAConfig:
         Returns:
             `tuple[int, int]`: the last step of the warm-up and the step after which the matrix is cut; the search is
             made in between, so `1 <= warmup < cut <= total_steps`. With another `method` than `"diffora"` and no
-            `reallocate_every` nothing is chosen in between, and the warm-up lasts until the cut.
+            `reallocate_every` nothing is chosen in between, and the warm-up lasts until the cut, which may be at 0.
 
         Raises:
             ValueError: if the run is too short, the cut comes after its last step or not after the warm-up.
@@ -522,7 +520,9 @@ class DiffoRAConfig:
                 "of search. Please raise `max_steps` or `num_train_epochs`."
             )
         # Fractions bend to a short run (people try their script with 3 steps first); steps that were named do not.
-        if self.discretize_at < 1:
+        if self.discretize_at == 0:
+            cut = 0
+        elif self.discretize_at < 1:
             cut = min(
                 max(2 if self._chooses_before_cut else 1, _round_half_up(self.discretize_at * total_steps)),
                 total_steps,

@@ -359,8 +359,8 @@ class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):
             raise ValueError(
                 f"All {len(scores)} modules have the score {float(scores[0]):g}, so there is nothing to choose by. "
                 "While `lora_B` is still 0, as before the first step or as long as the learning rate is 0, most "
-                "scores are 0. Please score later (`discretize_at`, or `arch_warmup` with `reallocate_every`), or by "
-                "another `method`; a random choice is `method='constant'`."
+                "scores are 0. Please score later (`discretize_at`, or `arch_warmup` with `reallocate_every`), load "
+                "an adapter that was trained before, or use another `method`; 'constant' is a random choice."
             )
         self._scores.copy_(scores)
         self._tie_breaker.copy_(tie_breaker)

@@ -26,6 +26,7 @@ from .files import (
     holds_shortcuts,
     write_file,
 )
+from .merging import merge_shortcuts
 from .selection import readable
 from .shortcuts import (
     Shortcut,
@@ -240,6 +241,25 @@ class ShortcutModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """What the model's own `generate` gives."""
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    def merge_and_unload(self) -> Any:
+        """
+        A plain model of transformers with the shortcuts and the LoRA of a `PeftModel` merged into its weights, which
+        needs neither PEFT nor this package.
+
+        Only `residual2` of post-norm layers can be merged, and not with every activation: see
+        [`~diffora_trainer.merging`]. The feed-forward of every layer becomes `2 r` wider, and the configuration says
+        so. The merge is done and compared in float64 on a copy, and this model stays as it is: for a moment that
+        takes the memory of the model and of one in float64. In training, the model's own dropouts act on what was
+        merged as on the rest.
+
+        Returns:
+            `PreTrainedModel`: the merged model.
+
+        Raises:
+            ValueError: if a shortcut cannot be merged, or the merged model would not give what this one gives.
+        """
+        return merge_shortcuts(self.model)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """

@@ -22,18 +22,24 @@ the residual around the feed-forward carries and `f'` that of the layer before; 
 No norm is ever applied a second time, and `shortcut1` comes after everything in both cases. The first layer has no
 layer before it, so no `shortcut2`.
 
-None of these can be merged into the weights of the model as it stands, so there is no merge:
+`residual2` of a post-norm layer can be merged into the weights, by [`ShortcutModel.merge_and_unload`]: its
+feed-forward reads `f`, and `2 r` more hidden units with the rows `A` and `-A` and the columns `s B` and `-s B` give
+`D_residual2 f` exactly, as `g(u) - g(-u) = u` for ReLU, GELU, SiLU and their like. The others cannot be merged within
+the model's own class:
 
-- In a pre-norm layer `D x` is linear in `x` itself, but every matrix of the layer reads `n(x)`, from which the scale
-  of `x` is gone: twice the `x` is twice the `D x`, and the same output of attention and feed-forward. Nor can
-  `I + s B A` be taken into what writes `x` (the layer before, the embeddings), since `n1` and all later layers would
-  read the changed `x`, and a norm commutes with no such map in general.
-- In a post-norm layer `residual1` would have to be part of the attention, which reads `x` as well, but mixes the
-  tokens with weights of its own; a change of its value matrix reaches all tokens, and the shortcut only the one.
-- The feed-forward of a post-norm layer reads `f`, and `residual2` could be `2 r` more hidden units with the rows `A`
-  and `-A` and the columns `s B` and `-s B`, as `g(u) - g(-u) = u` for ReLU, GELU and SiLU. That is exact, but it is a
-  wider feed-forward than the configuration of the model has, so not a merge.
-- `shortcut1` and `shortcut2` pass by at least one nonlinear block, so no single matrix stands for them.
+- In a pre-norm layer `D x` grows with `x`. Every matrix of the layer reads `n(x)` instead, which is bounded, also
+  where the norm has no weights, and so is all that attention, feed-forward or one more layer, however wide, make of
+  it. No model that is known here has layers without norms. Nor can `I + s B A` be taken into what writes `x`: `n1` and
+  all later layers would read the changed `x`, and a norm commutes with such a map only if that is orthogonal up to a
+  factor, which no training makes it.
+- `residual1` of a post-norm layer would have to be part of the attention, which reads `x`, but mixes the tokens by
+  weights that depend on them. It would take one more head, which attends to the token itself alone, and the heads of
+  these classes are together as wide as the model, so that there is room for none. Attention could read
+  `x' = (I + s B A) x` by matrices times the inverse, with `x'` in the residual; but `x` comes from a norm, whose
+  weights are diagonal. Only the first layer of OPT-350m reads no norm, but the embeddings. There that would be exact
+  where the inverse exists, for this one shortcut, and is not done.
+- `shortcut1` of a post-norm layer comes after the norm that ends it, where no matrix is. `shortcut2` reads `f'`, of
+  which the layer is given nothing but `x = n2(f' + ffn(f'))`.
 """
 
 from __future__ import annotations

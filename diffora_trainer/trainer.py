@@ -28,7 +28,7 @@ from .proxies import ScoreFunction, check_score_function
 from .publish import PublicPushMixin
 from .search import ArchitectureSearch
 from .selection import Selection
-from .shortcut_model import add_to_adapter, load_shortcuts
+from .shortcut_model import ShortcutModel, add_to_adapter, load_shortcuts
 from .shortcuts import shortcuts
 from .surgery import forget_parameters
 from .trainer_utils import (
@@ -170,6 +170,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def _with_lora(self, arguments: dict[str, Any], peft_config: PeftConfig | None) -> dict[str, Any]:
         """The parent's arguments, with LoRA on the model or its configuration among them."""
+        if isinstance(arguments.get("model"), ShortcutModel):  # as `from_pretrained` gave it, to be trained on
+            arguments = {**arguments, "model": arguments["model"].model}
         model, args = arguments.get("model"), arguments.get("args")
         if args is not None and not isinstance(args, TrainingArguments):
             raise TypeError(

@@ -37,12 +37,18 @@ OPTIONS: dict[str, Any] = {
     "score_batches": 8,
     "normalize_scores": True,
     "reallocate_every": 10.0,
+    "shortcuts": ["residual1", "shortcut2"],
+    "shortcut_ranking": "separated",
 }
 
 
 def test_every_option_is_parsed_from_the_command_line() -> None:
     assert set(OPTIONS) == {field.name for field in dataclasses.fields(DiffoRAConfig)}
-    line = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
+    line = [
+        part
+        for name, value in OPTIONS.items()
+        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
+    ]
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(line)
     assert config.to_dict() == OPTIONS
     assert {name: type(value) for name, value in config.to_dict().items()} == {
@@ -148,11 +154,13 @@ def test_every_option_is_documented() -> None:
     types = get_type_hints(DiffoRAConfig)
     for option in dataclasses.fields(DiffoRAConfig):
         assert len(option.metadata["help"]) > 20, option.name
-        entry = re.search(rf"^    {option.name} \(`(\w+)`, \*optional\*(?:, defaults to `(.+)`)?\):$", text, re.M)
+        entry = re.search(
+            rf"^    {option.name} \(`([\w\[\]]+)`, \*optional\*(?:, defaults to `(.+)`)?\):$", text, re.M
+        )
         assert entry is not None, option.name
         kind, default = entry.groups()
         plain = [t for t in get_args(types[option.name]) if t is not type(None)] or [types[option.name]]
-        assert [t.__name__ for t in plain] == [kind]
+        assert [str(t) if get_args(t) else t.__name__ for t in plain] == [kind]
         assert (None if default is None else default.strip('"')) == (
             None if option.default is None else str(option.default)
         )

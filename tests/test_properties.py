@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from test_selection import make_selection
@@ -18,7 +18,15 @@ from torch import nn
 
 from diffora_trainer import DiffoRAConfig, Selection
 from diffora_trainer.budget import Budget
-from diffora_trainer.config import COSTS, METHODS, RELAXATIONS, SELECTION_SCOPES, WEIGHT_SHARING
+from diffora_trainer.config import (
+    COSTS,
+    METHODS,
+    RELAXATIONS,
+    SELECTION_SCOPES,
+    SHORTCUT_RANKINGS,
+    SHORTCUTS,
+    WEIGHT_SHARING,
+)
 from diffora_trainer.grid import ModuleGrid
 from diffora_trainer.matrix import DifferentialAdaptationMatrix
 
@@ -70,6 +78,8 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "score_batches": st.integers(1, 99),
     "normalize_scores": st.booleans(),
     "reallocate_every": st.none() | MOMENTS,
+    "shortcuts": st.none() | st.lists(st.sampled_from(SHORTCUTS), max_size=4),
+    "shortcut_ranking": st.sampled_from(SHORTCUT_RANKINGS),
 }
 TOTALS = st.one_of(st.integers(-2, 60), st.sampled_from([10**6, 2**53 + 1, 2**63 - 1, 2**63, 10**400, -(10**400)]))
 
@@ -108,7 +118,7 @@ def test_options_are_refused_by_name_or_hold_together(
             assert 1 <= warmup < config.decision(total) == cut <= total
             assert config.reallocations(total)[0] == warmup and config.reallocations(total)[-1] < cut
         else:
-            assert 1 <= warmup == config.decision(total) == cut <= total
+            assert (config.discretize_at > 0) <= warmup == config.decision(total) == cut <= total
 
 
 def test_the_length_of_a_run_is_a_number_of_steps() -> None:
@@ -120,15 +130,25 @@ def test_the_length_of_a_run_is_a_number_of_steps() -> None:
 # Budgets
 
 
+def fits(budget: Budget) -> torch.Tensor:
+    """Which modules fit into the budget of their group."""
+    return budget.weights <= budget.targets[budget.group]
+
+
 @st.composite
 def budgets(draw: st.DrawFn) -> Budget:
     rows = draw(st.lists(st.integers(0, 5), min_size=1, max_size=24))
     sizes = draw(st.lists(st.sampled_from([1, 8, 16, 24, 100, 10**9]), min_size=len(rows), max_size=len(rows)))
     cap = draw(st.none() | st.integers(min(sizes), sum(sizes) + 9) | st.just(10**400))
     ratio = draw(st.floats(0, 1, exclude_min=True) | st.sampled_from([1, 0.5, 1 / 3, 1e-9]))
-    budget = Budget(rows, sizes, ratio=ratio, scope=draw(st.sampled_from(SELECTION_SCOPES)), cap=cap)
+    kinds = draw(st.none() | st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
+    try:
+        budget = Budget(rows, sizes, ratio=ratio, scope=draw(st.sampled_from(SELECTION_SCOPES)), cap=cap, kinds=kinds)
+    except ValueError as error:
+        assert kinds is not None and "divided among" in str(error)
+        reject()
     allowed = torch.tensor(draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
-    if draw(st.booleans()) and (allowed & (budget.parameters <= (budget.cap or math.inf))).any():
+    if draw(st.booleans()) and (allowed & fits(budget)).any():
         budget.allow(allowed)
     return budget
 
@@ -148,9 +168,11 @@ def assert_exact(budget: Budget, kept: torch.Tensor) -> None:
             inside = budget.group == group
             assert int(kept[inside].sum()) == min(count, int(budget.allowed[inside].sum()))
     else:
-        spent = budget.parameters[kept].sum()
-        assert spent <= budget.cap
-        assert (spent + budget.parameters[budget.allowed & ~kept] > budget.cap).all()
+        assert budget.targets.sum() <= budget.cap
+        for group, room in enumerate(budget.targets.tolist()):
+            inside = budget.group == group
+            spent = budget.parameters[kept & inside].sum()
+            assert spent <= room and (spent + budget.parameters[budget.allowed & ~kept & inside] > room).all()
 
 
 @given(data=st.data())
@@ -176,7 +198,7 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
         order = data.draw(st.permutations(range(count)))
         rows = [int(budget.group[i]) for i in order]
         sizes = [int(budget.parameters[i]) for i in order]
-        other = Budget(rows, sizes, cap=budget.cap)
+        other = Budget(rows, sizes, cap=budget.cap, kinds=None if budget.cap is None else rows)
         if budget.cap is None:
             other.group = budget.group[torch.tensor(order)]
             other.counts, other.targets = budget.counts, budget.targets
@@ -187,6 +209,26 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
         broken[data.draw(st.integers(0, count - 1))] = bad
         with pytest.raises(ValueError, match="finite"):
             budget.choose(broken)
+
+
+@given(data=st.data())
+def test_one_of_those_that_are_required_is_kept(data: st.DataObject) -> None:
+    budget = data.draw(budgets())
+    count = len(budget)
+    scores = vectors(data.draw, count)
+    before = budget.choose(scores)
+    required = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
+    budget.required = required
+    kept = budget.choose(scores)
+    assert_exact(budget, kept)
+    possible = required & budget.allowed & fits(budget)
+    if (before & required).any() or not possible.any():
+        assert kept.equal(before)
+    else:
+        assert int((kept & required).sum()) >= 1 and kept[possible & (scores == scores[possible].max())].any()
+        changed = (kept != before).nonzero().flatten()
+        if budget.cap is None:  # it has taken the place of the last one
+            assert len(changed) == 2 and len({int(budget.group[i]) for i in changed}) == 1
 
 
 @given(data=st.data())

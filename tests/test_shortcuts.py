@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same, lora, search_config, snapshot
+from conftest import assert_same, lora, snapshot
 from models import (
     ARCHITECTURES,
     HIDDEN,
@@ -32,11 +32,9 @@ from torch import Tensor, nn
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from diffora_trainer import (
-    ArchitectureSearch,
     ShortcutConfig,
     ShortcutModel,
     add_shortcuts,
-    apply_selection,
     load_shortcuts,
     remove_shortcuts,
     save_shortcuts,
@@ -437,29 +435,6 @@ def test_structures_that_are_not_understood_are_refused_by_their_children(make: 
     with pytest.raises(ValueError, match=found):
         add_shortcuts(model)
     assert not hooks(model) and not shortcuts(model)
-
-
-def test_a_search_and_its_cut_choose_among_shortcuts() -> None:
-    tiny = bert()
-    model = get_peft_model(tiny.model, lora(task_type="SEQ_CLS"))
-    added = add_shortcuts(model, ShortcutConfig(r=2))
-    search = ArchitectureSearch(model, search_config(), loss_fn=lambda model, batch: model(**batch).loss)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    search.begin()
-    for _ in range(3):
-        search.draw_gates()
-        model(**tiny.batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        assert search.step(tiny.batch) is not None
-    selection = search.finish()
-    apply_selection(model, selection, optimizer)
-    before = {name: shortcut.B.detach().clone() for name, shortcut in added.items()}
-    model(**tiny.batch).loss.backward()
-    optimizer.step()
-    kept = {name: added[name] for name in selection.selected_shortcuts}
-    assert 0 < len(kept) < len(added) and shortcuts(model) == kept
-    assert all(torch.equal(shortcut.B, before[name]) != (name in kept) for name, shortcut in added.items())
 
 
 def test_bad_use_is_refused() -> None:
