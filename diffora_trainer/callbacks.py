@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from . import messages
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
 from .data import HeldOutBatches
@@ -146,25 +147,7 @@ class DiffoRACallback(TrainerCallback):
         self._close(state.global_step)
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
-        if state.is_world_process_zero and self._moments:
-            logger.info(
-                f"All modules train until step {self._warmup} of {state.max_steps}. Then they are scored "
-                f"({self.config.method}) every {self._moments.step} steps, {len(self._moments)} times, the best ones "
-                f"are on in between, and those that are on at step {self._cut} are kept."
-            )
-        elif state.is_world_process_zero and self._scores:
-            begin = f"All modules train until step {self._cut} of {state.max_steps}, are then scored"
-            logger.info(
-                f"{begin if self._cut else 'All modules are scored now'} ({self.config.method}), and the selected "
-                "ones go on alone."
-            )
-        elif state.is_world_process_zero:
-            logger.info(
-                f"Warm-up until step {self._warmup}, search ({self.config.relaxation}, on "
-                f"{len(self._held_out.dataset):,} held-out rows) until step {self._decision}"
-                + (f", the others closed until step {self._cut}" if self._decision < self._cut else "")
-                + f" of {state.max_steps}, then the selected modules alone."
-            )
+            logger.info(messages.plan(self.config, state.max_steps, len(self._held_out.dataset)))
         if not self._cut:
             if self.config.cost == "time":
                 self._measure_times(state)
@@ -231,24 +214,14 @@ class DiffoRACallback(TrainerCallback):
         assert self.search is not None and self._held_out is not None
         times = self.search.measure_times(next(self._held_out.sample(1)))
         if state.is_world_process_zero:
-            allowed = self.search.matrix.budget.allowed.tolist()
-            rows = [row for row, yes in zip(self.search.grid.row_of, allowed, strict=True) if yes]
-            logger.info(
-                f"A step takes {times.all_modules:.3g} s with all modules and {min(times.depth):.3g} s with one "
-                f"near the end. The search considers {len(rows)} of {len(allowed)} modules, those from "
-                f"{self.search.grid.rows[min(rows)]} on."
-            )
+            logger.info(messages.times(times, self.search))
 
     def _score(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None
         batches = list(self._held_out.sample(self.config.score_batches))
         scores = self.search.score(batches)
         if state.is_world_process_zero:
-            reads = "" if self.config.method in ("synflow", "constant") else f" on {len(batches)} batches"
-            logger.info(
-                f"Step {state.global_step}: {len(scores)} modules are scored by {self.config.method}{reads}, from "
-                f"{float(scores.min()):.3g} to {float(scores.max()):.3g}."
-            )
+            logger.info(f"Step {state.global_step}: {messages.scores(self.config.method, scores, len(batches))}")
             self._report_ties()
 
     def _report_ties(self) -> None:
@@ -358,25 +331,11 @@ class DiffoRACallback(TrainerCallback):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         control.should_log = True
         if state.is_world_process_zero:
-            self._announce(selection, before, after)
+            for line in messages.cut(selection, before, after):
+                logger.info(line)
+            for line in messages.uncovered(selection):
+                logger.warning(line)
         self.search = self.reallocation = self._held_out = None
-
-    def _announce(self, selection: Selection, before: float, after: float) -> None:
-        logger.info(f"Step {selection.step}: {selection.summary()}.\n{selection.table()}")
-        logger.info(f"Held-out loss {before:.4f} just before the cut, {after:.4f} just after it.")
-        if times := selection.times:
-            logger.info(
-                f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "
-                f"{times['all_modules'] / times['predicted']:.2f} times as fast as with all modules by prediction, "
-                f"{times['before_cut'] / times['after_cut']:.2f} times measured; "
-                f"{times['spread_over_all_layers'] / times['predicted']:.2f} times as fast as with equally many "
-                "modules spread over all layers by prediction."
-            )
-        rows, columns = selection.uncovered()
-        if rows:
-            logger.warning(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")
-        if columns:
-            logger.warning(f"No module was kept of {len(columns)} kind(s): {', '.join(columns)}.")
 
     # State of a checkpoint
 
@@ -481,34 +440,3 @@ class DiffoRACallback(TrainerCallback):
         self.search.skipped_steps = record["skipped_steps"]
         self.search.pending_losses = [float(loss) for loss in record["losses"]]
         self._held_out.position = record["held_out_position"]
-
-
-class SearchProgressCallback(TrainerCallback):
-    """
-    Shows the phase, and of a search the DAM's entropy and gates and the architecture loss, on the Trainer's progress
-    bar.
-
-    Args:
-        source ([`DiffoRACallback`]): what to show.
-        find_bar (`Callable[[], ProgressCallback | None]`): the Trainer's own progress callback.
-    """
-
-    def __init__(self, source: DiffoRACallback, find_bar: Callable[[], ProgressCallback | None]) -> None:
-        self._source = source
-        self._find_bar = find_bar
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        progress = self._find_bar()
-        bar = getattr(progress, "training_bar", None)
-        if bar is None:
-            return
-        note = self._source.phase
-        search = self._source.search
-        if self._source.searching and search is not None and self._source.config.method == "diffora":
-            gates = search.matrix.values()
-            note += f", entropy {search.matrix.entropy():.2f}, gates {float(gates.min()):.2f}-{float(gates.max()):.2f}"
-            if search.last_loss is not None:
-                note += f", arch loss {search.last_loss:.3g}"
-        bar.set_postfix_str(note, refresh=False)

@@ -13,7 +13,7 @@ from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.sft_trainer import SFTTrainer
 
-from .callbacks import DiffoRACallback, SearchProgressCallback
+from .callbacks import DiffoRACallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
 from .compiled import check_not_compiled
@@ -24,6 +24,7 @@ from .files import ADAPTER_FOLDER
 from .held_out import HeldOutMixin
 from .logging import get_logger
 from .plots import plot_to
+from .progress import SearchProgressCallback
 from .proxies import ScoreFunction, check_score_function
 from .publish import PublicPushMixin
 from .search import ArchitectureSearch

@@ -1,0 +1,80 @@
+"""What a run says of itself in the log, as text. When it says so is in `callbacks`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .config import DiffoRAConfig
+from .search import ArchitectureSearch
+from .selection import Selection
+from .timing import StepTimes
+
+
+def plan(config: DiffoRAConfig, total_steps: int, held_out_rows: int) -> str:
+    """What will happen when in a run of so many steps."""
+    (warmup, cut), decision = config.schedule(total_steps), config.decision(total_steps)
+    if moments := config.reallocations(total_steps):
+        return (
+            f"All modules train until step {warmup} of {total_steps}. Then they are scored ({config.method}) every "
+            f"{moments.step} steps, {len(moments)} times, the best ones are on in between, and those that are on at "
+            f"step {cut} are kept."
+        )
+    if config.method != "diffora":
+        begin = f"All modules train until step {cut} of {total_steps}, are then scored"
+        return (
+            f"{begin if cut else 'All modules are scored now'} ({config.method}), and the selected ones go on alone."
+        )
+    return (
+        f"Warm-up until step {warmup}, search ({config.relaxation}, on {held_out_rows:,} held-out rows) until step "
+        f"{decision}"
+        + (f", the others closed until step {cut}" if decision < cut else "")
+        + f" of {total_steps}, then the selected modules alone."
+    )
+
+
+def times(measured: StepTimes, search: ArchitectureSearch) -> str:
+    """What the measured step times leave to choose from."""
+    allowed = search.matrix.budget.allowed.tolist()
+    rows = [row for row, yes in zip(search.grid.row_of, allowed, strict=True) if yes]
+    return (
+        f"A step takes {measured.all_modules:.3g} s with all modules and {min(measured.depth):.3g} s with one near "
+        f"the end. The search considers {len(rows)} of {len(allowed)} modules, those from "
+        f"{search.grid.rows[min(rows)]} on."
+    )
+
+
+def scores(method: str, found: Tensor, batches: int) -> str:
+    """What the modules were scored by, and the range of the scores."""
+    reads = "" if method in ("synflow", "constant") else f" on {batches} batches"
+    return (
+        f"{len(found)} modules are scored by {method}{reads}, from {float(found.min()):.3g} to "
+        f"{float(found.max()):.3g}."
+    )
+
+
+def cut(selection: Selection, before: float, after: float) -> list[str]:
+    """What was kept, and what that did to the held-out loss and the time of a step."""
+    lines = [
+        f"Step {selection.step}: {selection.summary()}.\n{selection.table()}",
+        f"Held-out loss {before:.4f} just before the cut, {after:.4f} just after it.",
+    ]
+    if seconds := selection.times:
+        lines.append(
+            f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "
+            f"{seconds['all_modules'] / seconds['predicted']:.2f} times as fast as with all modules by prediction, "
+            f"{seconds['before_cut'] / seconds['after_cut']:.2f} times measured; "
+            f"{seconds['spread_over_all_layers'] / seconds['predicted']:.2f} times as fast as with equally many "
+            "modules spread over all layers by prediction."
+        )
+    return lines
+
+
+def uncovered(selection: Selection) -> list[str]:
+    """A warning of layers and of kinds in which nothing was kept."""
+    rows, columns = selection.uncovered()
+    lines = []
+    if rows:
+        lines.append(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")
+    if columns:
+        lines.append(f"No module was kept of {len(columns)} kind(s): {', '.join(columns)}.")
+    return lines
