@@ -208,7 +208,7 @@ def _gradient_norms(task: Task, grid: Grid, seed: int) -> dict[str, float]:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from diffora_trainer.grid import lora_layers, lora_parameters
+    from diffora_trainer.grid import lora_layers, parameters_of
 
     model = task.make_model(seed)
     set_seed(seed)
@@ -219,7 +219,7 @@ def _gradient_norms(task: Task, grid: Grid, seed: int) -> dict[str, float]:
         loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
         (loss / SCORING_BATCHES).backward()
     return {
-        name: sum(float(torch.linalg.norm(p.grad.float())) for p in lora_parameters(layer, "default"))
+        name: sum(float(torch.linalg.norm(p.grad.float())) for p in parameters_of(layer, "default"))
         for name, layer in lora_layers(model, "default").items()
     }
 
