@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 
 # Before the imports: the libraries read these once.
@@ -197,6 +202,27 @@ def assert_continues(resumed: Trainer, whole: Trainer, step: int) -> None:
     assert set(expected) == set(range(step + 1, whole.state.max_steps + 1))
     assert_same(found, expected, f"logs from step {step}")
     assert_same(adapter(resumed.model), adapter(whole.model), f"adapter from step {step}")
+
+
+def elsewhere(program: str, jobs: object, folder: Path, missing: tuple[str, ...] = ("diffora_trainer", "trl")) -> Any:
+    """
+    What a program reports that runs in a process of its own, where some packages cannot be imported. It finds its
+    `jobs`, and leaves its `report`.
+    """
+    program = f"""
+import json, sys
+
+for name in {missing!r}:
+    sys.modules[name] = None
+jobs = json.loads(sys.argv[1])
+{program}
+print("REPORT" + json.dumps(report))
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", program, json.dumps(jobs)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("REPORT")[1])
 
 
 def rows_of(count: int, start: int = 0) -> Dataset:

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import elsewhere
 from hub_server import HubServer, check_card
 from huggingface_hub import ModelCard
 from matplotlib.image import imread
@@ -34,20 +35,12 @@ from diffora_trainer.card import public_model_id, write_card
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}
 
 PLAIN = """
-import json, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("diffora_trainer", "trl"):
-            raise ImportError(f"{name} is not here")
-
-sys.meta_path.insert(0, Blocker())
 import torch, transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 report = []
-for job in json.loads(sys.argv[1]):
+for job in jobs:
     base = getattr(transformers, job["auto_class"]).from_pretrained(job["base"])
     model = PeftModel.from_pretrained(base, job["adapter"]).eval()
     names = [n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, LoraLayer)]
@@ -58,8 +51,6 @@ for job in json.loads(sys.argv[1]):
         gap = float((merged(**known["batch"]).logits - known["logits"]).abs().max())
     plain = type(merged).__name__ == type(base).__name__ and not any("lora" in n for n, _ in merged.named_parameters())
     report.append({"names": sorted(names), "same": same, "gap": gap, "plain": plain})
-assert not any(name.startswith("diffora") for name in sys.modules)
-print("REPORT" + json.dumps(report))
 """
 
 
@@ -129,11 +120,7 @@ def classifier(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def test_plain_peft_loads_it_where_this_package_is_missing(sft: Run, classifier: Run, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PLAIN, json.dumps([sft.job(), classifier.job()])]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.split("REPORT")[1])
+    report = elsewhere(PLAIN, [sft.job(), classifier.job()], tmp_path)
     for run, found in zip((sft, classifier), report, strict=True):
         assert found["names"] == sorted(run.selection.adapted)
         assert found["same"] and found["plain"] and found["gap"] < 1e-4

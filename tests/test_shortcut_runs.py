@@ -24,6 +24,7 @@ from conftest import (
     assert_same,
     causal_model,
     classifier,
+    elsewhere,
     lora,
     make_trainer,
     optimizer_state,
@@ -197,19 +198,11 @@ def test_what_is_left_of_an_earlier_save_is_not_read(tmp_path: Path) -> None:
 # Saving
 
 OUTSIDE = """
-import json, sys
-
-class Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("diffora_trainer", "trl"):
-            raise ImportError(f"{name} is not here")
-
-sys.meta_path.insert(0, Blocker())
 import torch, transformers
 from peft import AutoPeftModel, PeftModel
 
 report = []
-for job in json.loads(sys.argv[1]):
+for job in jobs:
     found = {}
     for way in ("PeftModel", "AutoPeftModel", "load_adapter"):
         base = getattr(transformers, job["auto_class"]).from_pretrained(job["base"])
@@ -229,18 +222,12 @@ for job in json.loads(sys.argv[1]):
                 logits = model.eval()(input_ids=torch.arange(3, 35).reshape(2, 16)).logits
             found[way] = bool(logits.equal(torch.load(job["known"])))
     report.append(found)
-assert not any(name.startswith("diffora") for name in sys.modules)
-print("REPORT" + json.dumps(report))
 """
 
 
 def outside(jobs: list[dict[str, str]], folder: Path) -> list[dict[str, Any]]:
     """What plain PEFT does with adapters where this package is not installed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", OUTSIDE, json.dumps(jobs)]
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=150)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout.split("REPORT")[1])
+    report = elsewhere(OUTSIDE, jobs, folder)
     assert len(report) == len(jobs)
     return report
 
