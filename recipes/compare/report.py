@@ -87,7 +87,7 @@ class Results:
             ]
         if not pairs:
             return None
-        return statistics.fmean(pairs), _half_interval(pairs), len(pairs)
+        return statistics.fmean(pairs), half_interval(pairs), len(pairs)
 
     def overlap(self, runs: Runs) -> float | None:
         """Mean overlap of the sets of two seeds: shared modules over the size of the smaller set."""
@@ -102,7 +102,7 @@ def _beaten(loss: float, draws: Sequence[float]) -> float:
     return 100 * statistics.fmean(1.0 if draw > loss else 0.5 if draw == loss else 0.0 for draw in draws)
 
 
-def _half_interval(values: Sequence[float]) -> float:
+def half_interval(values: Sequence[float]) -> float:
     """Half the 95 % interval of a mean, by Student's t."""
     if len(values) < 2:
         return math.nan
