@@ -182,7 +182,11 @@ def test_differences_are_paired_with_plain_lora_and_with_the_random_control(tmp_
     rows = [record("lora", seed, 0.5 + seed) for seed in (0, 1)]
     rows += [record("constant", seed, 0.7 + seed) for seed in (0, 1)]
     rows += [record("constant" + dynamic, seed, 0.8 + seed) for seed in (0, 1)]
-    rows += [record("snip" + dynamic, 0, 0.4), record("snip" + dynamic, 1, 1.6), record("diffora", 0, 0.3)]
+    rows += [
+        {**record("snip" + dynamic, 0, 0.4), "chosen": ["a", "b"], "changes": [0, 1]},
+        {**record("snip" + dynamic, 1, 1.6), "chosen": ["b", "c"], "changes": [2, 0]},
+        record("diffora", 0, 0.3),
+    ]
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in [*rows, {**rows[0], "fingerprint": "g", "loss": 9.0}]))
     table = recipe("table").write_table([path], tmp_path)
@@ -191,6 +195,7 @@ def test_differences_are_paired_with_plain_lora_and_with_the_random_control(tmp_
     cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in table.splitlines() if line.startswith("| `")}
     # Sample standard deviation; Student's t with one degree of freedom on the differences ∓0.1, then -0.4 and -0.2.
     assert cells[f"| `snip{dynamic}`"][3:6] == ["1.0000 ± 0.8485", "+0.0000 ± 1.2710", "-0.3000 ± 1.2710"]
+    assert cells[f"| `snip{dynamic}`"][8:] == ["0.50", "0.62 |"]
     assert cells["| `diffora`"][4:6] == ["-0.2000", "-0.4000"]
     assert cells["| `constant`"][4:6] == ["+0.2000 ± 0.0000", ""]
     with pytest.raises(ValueError, match="no results"):

@@ -21,7 +21,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
 
 from compare import read_results  # noqa: E402
-from report import half_interval  # noqa: E402
+from report import half_interval, mean_overlap  # noqa: E402
 
 
 Runs = dict[int, dict[str, Any]]
@@ -53,12 +53,19 @@ def difference(runs: Runs, others: Runs, key: str) -> str:
     return f"{statistics.fmean(pairs):+.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")
 
 
+def stays_on(runs: Runs) -> str:
+    """Of the modules that are on, the mean share that the next choice leaves on; empty for a choice made once."""
+    shares = [1 - change / len(run["chosen"]) for run in runs.values() for change in run.get("changes", ())]
+    return f"{statistics.fmean(shares):.2f}" if shares else ""
+
+
 def make_table(task: str, rows: dict[str, Runs]) -> str:
     """The Markdown table of one task, lowest loss first."""
     majority = next(run["majority"] for runs in rows.values() for run in runs.values())
     has_f1 = any("f1" in run for runs in rows.values() for run in runs.values())
     names = ["method", "seeds", "active parameters", "accuracy", *(["F1"] if has_f1 else []), "held-out loss"]
-    names += ["loss minus `lora`", "loss minus random", "accuracy minus `lora`", "accuracy minus random", "seconds"]
+    names += ["loss minus `lora`", "loss minus random", "accuracy minus `lora`", "accuracy minus random"]
+    names += ["overlap of seeds", "stays on"]
     lines = [f"### {task} (a constant answer: {majority:.3f})\n", "| " + " | ".join(names) + " |"]
     lines.append("| " + " | ".join(["---"] * len(names)) + " |")
 
@@ -72,7 +79,8 @@ def make_table(task: str, rows: dict[str, Runs]) -> str:
         cells.append(spread(runs, "loss"))
         for key in ("loss", "accuracy"):
             cells += ["" if method == "lora" else difference(runs, plain, key), difference(runs, control, key)]
-        cells.append(f"{mean(runs, 'seconds'):.0f}")
+        overlap = mean_overlap([set(run["chosen"]) for run in runs.values() if "chosen" in run])
+        cells += ["" if overlap is None else f"{overlap:.2f}", stays_on(runs)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
