@@ -193,10 +193,15 @@ def test_differences_are_paired_with_plain_lora_and_with_the_random_control(tmp_
     assert (tmp_path / "table.md").read_text().strip() == table.strip()
     assert table.count("### t") == 2  # results of another training are not mixed
     cells = {line.split(" | ")[0]: line.split(" | ")[1:] for line in table.splitlines() if line.startswith("| `")}
-    # Sample standard deviation; Student's t with one degree of freedom on the differences ∓0.1, then -0.4 and -0.2.
-    assert cells[f"| `snip{dynamic}`"][3:6] == ["1.0000 ± 0.8485", "+0.0000 ± 1.2710", "-0.3000 ± 1.2710"]
-    assert cells[f"| `snip{dynamic}`"][8:] == ["0.50", "0.62 |"]
-    assert cells["| `diffora`"][4:6] == ["-0.2000", "-0.4000"]
-    assert cells["| `constant`"][4:6] == ["+0.2000 ± 0.0000", ""]
+    # Sample standard deviation; Student's t with one degree of freedom on the differences ∓0.1, and so on.
+    assert cells[f"| `snip{dynamic}`"][3:7] == [
+        "1.0000 ± 0.8485",
+        "+0.0000 ± 1.2710",
+        "-0.2000 ± 1.2710",
+        "-0.3000 ± 1.2710",
+    ]
+    assert cells[f"| `snip{dynamic}`"][9:] == ["0.50", "0.62 |"]
+    assert cells["| `diffora`"][4:7] == ["-0.2000", "-0.4000", ""]
+    assert cells["| `constant`"][4:7] == ["+0.2000 ± 0.0000", "", ""]
     with pytest.raises(ValueError, match="no results"):
         recipe("table").write_table([tmp_path / "none.jsonl"], tmp_path)

@@ -29,11 +29,9 @@ Runs = dict[int, dict[str, Any]]
 
 
 def control_of(method: str) -> str | None:
-    """The row that differs in nothing but that its choice is random."""
+    """For a row with options: the random choice with the same ones, which is made anew as often."""
     name, colon, options = method.partition(":")
-    if name in ("lora", "constant"):
-        return None
-    return "constant" if name == "diffora" else "constant" + colon + options
+    return "constant" + colon + options if options and name not in ("lora", "constant") else None
 
 
 def spread(runs: Runs, key: str) -> str:
@@ -64,8 +62,8 @@ def make_table(task: str, rows: dict[str, Runs]) -> str:
     majority = next(run["majority"] for runs in rows.values() for run in runs.values())
     has_f1 = any("f1" in run for runs in rows.values() for run in runs.values())
     names = ["method", "seeds", "active parameters", "accuracy", *(["F1"] if has_f1 else []), "held-out loss"]
-    names += ["loss minus `lora`", "loss minus random", "accuracy minus `lora`", "accuracy minus random"]
-    names += ["overlap of seeds", "stays on"]
+    names += ["loss minus `lora`", "loss minus `constant`", "loss minus `constant` in the same form"]
+    names += ["accuracy minus `lora`", "accuracy minus `constant`", "overlap of seeds", "stays on"]
     lines = [f"### {task} (a constant answer: {majority:.3f})\n", "| " + " | ".join(names) + " |"]
     lines.append("| " + " | ".join(["---"] * len(names)) + " |")
 
@@ -73,12 +71,12 @@ def make_table(task: str, rows: dict[str, Runs]) -> str:
         return statistics.fmean(run[key] for run in runs.values())
 
     for method in sorted(rows, key=lambda method: mean(rows[method], "loss")):
-        runs, plain, control = rows[method], rows.get("lora", {}), rows.get(control_of(method) or "", {})
+        runs, others = rows[method], ["lora", "constant", control_of(method) or method]
         cells = [f"`{method}`", str(len(runs)), f"{mean(runs, 'parameters'):,.0f}", spread(runs, "accuracy")]
         cells += [spread(runs, "f1")] if has_f1 else []
         cells.append(spread(runs, "loss"))
-        for key in ("loss", "accuracy"):
-            cells += ["" if method == "lora" else difference(runs, plain, key), difference(runs, control, key)]
+        for key, rivals in (("loss", others), ("accuracy", others[:2])):
+            cells += ["" if other == method else difference(runs, rows.get(other, {}), key) for other in rivals]
         overlap = mean_overlap([set(run["chosen"]) for run in runs.values() if "chosen" in run])
         cells += ["" if overlap is None else f"{overlap:.2f}", stays_on(runs)]
         lines.append("| " + " | ".join(cells) + " |")
