@@ -110,6 +110,16 @@ def test_all_rows_have_equal_parameters_and_none_is_made_twice(data: dict[str, A
     assert len(other) == len(more) + 1 and other[-1]["fingerprint"] != other[0]["fingerprint"]
 
 
+def test_a_row_that_fails_does_not_end_the_others(data: dict[str, Any], tmp_path: Path, capsys) -> None:
+    options = {**data, "seeds": [0], "output_dir": tmp_path}
+    late = "snip:discretize_at=1000"  # the run has 24 steps
+    with pytest.raises(ValueError, match="only 24 optimizer steps"):
+        run("small_mrpc.yaml", **options, methods=[late])
+    records = run("small_mrpc.yaml", **options, methods=[late, "lora"])[1]
+    assert [record["method"] for record in records] == ["lora"]
+    assert f"FAILED: {late}, seed 0" in capsys.readouterr().out
+
+
 def test_a_model_from_elsewhere_and_scores_on_held_out_rows(data: dict[str, Any], tmp_path: Path) -> None:
     small_opt = recipe("small_opt")
     options = {**SMALL, "pretraining_data": [data["pretraining_data"]]}

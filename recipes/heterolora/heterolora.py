@@ -283,7 +283,12 @@ def missing_jobs(config: HeteroLoRAConfig, path: Path, mark: str) -> Iterator[tu
 
 
 def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModelConfig) -> Path:
-    """Make all results that are missing. Returns the file."""
+    """
+    Make all results that are missing. Returns the file.
+
+    A run that fails is named and left out, and tried again the next time; if there is no result at all, the first
+    failure is raised.
+    """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
@@ -300,16 +305,22 @@ def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModel
     )
     end_last_line(path)
     task: ClassificationTask | None = None
+    failures: list[Exception] = []
     for method, seed in missing_jobs(config, path, mark):
         if task is None:
             model = small_opt_folder(small) if task_config.model == "small" else task_config.model
             task = ClassificationTask(dataclasses.replace(task_config, model=model))
         started = time.perf_counter()
         name, options = parse_method(method)
-        if name == "lora":
-            result = train_lora(task, config, options.get("rank", task_config.rank), seed)
-        else:
-            result = train_choice(task, config, name, options, seed)
+        try:
+            if name == "lora":
+                result = train_lora(task, config, options.get("rank", task_config.rank), seed)
+            else:
+                result = train_choice(task, config, name, options, seed)
+        except Exception as error:  # such as scores that tie: the other rows must not wait for this one
+            failures.append(error)
+            print(f"FAILED: {method}, seed {seed}: {error}", flush=True)
+            continue
         record = {"fingerprint": mark, "task": task.name, "method": method, "seed": seed, **result}
         record |= {"majority": round(task.majority(), 4), "seconds": round(time.perf_counter() - started, 1)}
         append(path, record)
@@ -318,6 +329,8 @@ def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModel
             f"{record['parameters']:,} parameters, {record['seconds']:.0f} s",
             flush=True,
         )
+    if failures and not read_results(path):
+        raise failures[0]
     return path
 
 
