@@ -29,7 +29,7 @@ python recipes/heterolora/heterolora.py --config recipes/heterolora/small_sst2.y
 
 # The table again, from one or more files of results
 ```bash
-python recipes/heterolora/table.py recipes/heterolora/results/*.jsonl
+python recipes/heterolora/table.py recipes/heterolora/results/*.jsonl --output_dir tables
 ```
 
 Each result is written as soon as it is there, and none is made twice: a run that was killed goes on where it stopped,

@@ -2,7 +2,7 @@
 The table of the runs in the setting of HeteroLoRA, from their results.
 
 ```bash
-python recipes/heterolora/table.py recipes/heterolora/results/*.jsonl
+python recipes/heterolora/table.py recipes/heterolora/results/*.jsonl --output_dir tables
 ```
 """
 
