@@ -112,9 +112,9 @@ class CompareConfig:
         self.budgets = [round(budget, 6) for budget in self.budgets]
 
 
-def fingerprint(config: TaskConfig) -> str:
-    """By what results can be compared: a change of the model, the data or the training gives another one."""
-    settings = {**dataclasses.asdict(config), "task": None}
+def fingerprint(config: TaskConfig, **others: Any) -> str:
+    """By what results can be compared: a change of the model, the data, the training or `others` gives another one."""
+    settings = {**dataclasses.asdict(config), "task": None, **others}
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -209,9 +209,7 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / "results.jsonl", fingerprint(task)
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if text and not text.endswith("\n"):
-        path.write_text(text + "\n", encoding="utf-8")  # the line that a kill cut off must not swallow the next one
+    end_last_line(path)
     failures: list[Exception] = []
     with contextlib.ExitStack() as stack:
         if config.workers:
@@ -270,6 +268,13 @@ def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> It
         elif name_of(job) not in waiting:
             waiting.add(name_of(job))
             yield job
+
+
+def end_last_line(path: Path) -> None:
+    """The line that a kill cut off must not swallow the next one."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if text and not text.endswith("\n"):
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def append(path: Path, record: Job) -> None:

@@ -126,10 +126,10 @@ def _exactly(name: str) -> str:
 
 def train_static(task: Task, ranks: Ranks, seed: int) -> dict[str, Any]:
     """A LoRA of the given modules and ranks, trained from scratch by the stock trainer."""
-    return _train(task, lora_config(task, ranks), seed)
+    return train_peft(task, lora_config(task, ranks), seed)
 
 
-def _train(
+def train_peft(
     task: Task,
     config: PeftConfig,
     seed: int,
@@ -137,6 +137,16 @@ def _train(
     finish: Callable[[PeftModel], None] | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
+    """
+    A run of the stock trainer, and what it ends with.
+
+    Args:
+        task ([`Task`]): what is trained.
+        config (`PeftConfig`): the adapter.
+        seed (`int`): of the head, the adapter and the training.
+        prepare, finish (`Callable`, *optional*): called with the model before and after the training.
+        **arguments: for [`Task.make_trainer`].
+    """
     from peft import get_peft_model
     from transformers import set_seed
 
@@ -265,7 +275,7 @@ def train_eva(task: Task, grid: Grid, cap: int, seed: int) -> tuple[Ranks, dict[
     config = lora_config(
         task, dict.fromkeys(grid.names, start), init_lora_weights="eva", eva_config=EvaConfig(use_label_mask=False)
     )
-    result = _train(task, config, seed, prepare)
+    result = train_peft(task, config, seed, prepare)
     return {name: rank for name, rank in ranks.items() if rank}, result
 
 
@@ -330,7 +340,7 @@ def train_adalora(
         found.update({name: rank for name, rank in ranks.items() if rank})
         model.peft_config["default"].orth_reg_weight = 0.0  # no part of the loss that is compared
 
-    result = _train(task, config, seed, prepare, finish, callbacks=[update], training=training)
+    result = train_peft(task, config, seed, prepare, finish, callbacks=[update], training=training)
     if update.count != steps:
         raise RuntimeError(f"AdaLoRA's update was called {update.count} times in {steps} steps.")
     return found, {**result, "parameters": grid.parameters(found)}

@@ -87,30 +87,31 @@ class Results:
             ]
         if not pairs:
             return None
-        return statistics.fmean(pairs), _half_interval(pairs), len(pairs)
+        return statistics.fmean(pairs), half_interval(pairs), len(pairs)
 
     def overlap(self, runs: Runs) -> float | None:
         """Mean overlap of the sets of two seeds: shared modules over the size of the smaller set."""
-        return _mean_overlap([set(run["ranks"]) for run in runs.values()])
+        return mean_overlap([set(run["ranks"]) for run in runs.values()])
 
     def chance_overlap(self) -> float | None:
         """The overlap of two random sets."""
-        return _mean_overlap([set(draw["ranks"]) for draws in self.random.values() for draw in draws])
+        return mean_overlap([set(draw["ranks"]) for draws in self.random.values() for draw in draws])
 
 
 def _beaten(loss: float, draws: Sequence[float]) -> float:
     return 100 * statistics.fmean(1.0 if draw > loss else 0.5 if draw == loss else 0.0 for draw in draws)
 
 
-def _half_interval(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean, by Student's t."""
+def half_interval(values: Sequence[float]) -> float:
+    """Half the 95 % interval of a mean, by Student's t; not a number for a single value."""
     if len(values) < 2:
         return math.nan
     quantiles = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
     return quantiles.get(len(values) - 1, 2.0) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def _mean_overlap(sets: Sequence[set[str]]) -> float | None:
+def mean_overlap(sets: Sequence[set[str]]) -> float | None:
+    """Mean share of the smaller set that two sets have in common."""
     shares = [len(a & b) / min(len(a), len(b)) for i, a in enumerate(sets) for b in sets[:i] if a and b]
     return statistics.fmean(shares) if shares else None
 
