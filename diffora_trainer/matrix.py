@@ -353,9 +353,10 @@ class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):
         Take over finite scores, `(n,)`, and what decides between equal ones.
 
         Raises:
-            ValueError: if all scores tie, so that they choose nothing.
+            ValueError: if all scores tie, and nothing else decides between them.
         """
-        if len(scores) > 1 and bool((scores == scores[0]).all()):
+        tie = bool((scores == scores[0]).all() and (tie_breaker == tie_breaker[0]).all())
+        if len(scores) > 1 and tie:
             raise ValueError(
                 f"All {len(scores)} modules have the score {float(scores[0]):g}, so there is nothing to choose by. "
                 "While `lora_B` is still 0, as before the first step or as long as the learning rate is 0, most "

@@ -256,6 +256,15 @@ def test_dropout_is_off_also_where_activations_are_checkpointed() -> None:
     assert len(passes) == 2 * len(batches)  # forward, and once more in the backward pass
 
 
+def test_what_decides_between_equal_scores_is_enough() -> None:
+    # ALPHA-TEST gives every module 0 when each of them alone can be spared; the rises of the loss still differ.
+    matrix = ScoreMatrix(Budget([0] * 4, [1] * 4, ratio=0.5))
+    matrix.set_scores(torch.zeros(4), torch.tensor([0.1, 0.3, 0.0, 0.2]))
+    assert matrix.choose().tolist() == [False, True, False, True] and not matrix.undecided()
+    with pytest.raises(ValueError, match="nothing to choose by"):
+        matrix.set_scores(torch.zeros(4), torch.full((4,), 0.1))
+
+
 @pytest.mark.parametrize("method", ["snip", "synflow", "custom"])
 def test_scores_that_tie_choose_nothing(method: str) -> None:
     tiny = llama()
