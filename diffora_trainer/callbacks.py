@@ -148,11 +148,8 @@ class DiffoRACallback(TrainerCallback):
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
             logger.info(messages.plan(self.config, state.max_steps, len(self._held_out.dataset)))
-        if not self._cut:
-            if self.config.cost == "time":
-                self._measure_times(state)
-            self._score(state)
-            self._discretize(state, control, **kwargs)
+        if not self._cut:  # what is done at the end of a step is due before the first one
+            self.on_step_end(args, state, control, **kwargs)
 
     def on_step_end(
         self,

@@ -18,13 +18,19 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
-from .files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME, write_file
+from .files import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FOLDER,
+    ADAPTER_NAME,
+    SHORTCUT_CONFIG_NAME,
+    SHORTCUT_TENSORS_NAME,
+    write_file,
+)
 
 
 STATE_NAME = "diffora_state.json"
 TENSORS_NAME = "diffora_state.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"  # what the Trainer writes last into a checkpoint
-ADAPTER_NAME = "adapter_model.safetensors"
 WARMUP, SEARCH, SELECTED = "warm-up", "search", "selected"
 
 _FORMAT = 2

@@ -12,6 +12,7 @@ SHORTCUT_TENSORS_NAME = "shortcuts.safetensors"
 ADAPTER_FOLDER = "adapter"
 """Where the adapter lies beside shortcuts: one level down, so that nobody loads it without them."""
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_NAME = "adapter_model.safetensors"
 
 
 def holds_plain_adapter(folder: str | os.PathLike) -> bool:

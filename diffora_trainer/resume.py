@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import ADAPTER_NAME, STATE_NAME, named_errors, tensor_shapes
+from .checkpoint import STATE_NAME, named_errors, tensor_shapes
 from .connections import ATTRIBUTE
-from .files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
+from .files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
 from .grid import searched_modules
 from .shortcuts import Shortcut, ShortcutConfig, shortcut_config
 

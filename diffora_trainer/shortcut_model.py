@@ -20,6 +20,7 @@ from torch import nn
 from .files import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_FOLDER,
+    ADAPTER_NAME,
     SHORTCUT_CONFIG_NAME,
     SHORTCUT_TENSORS_NAME,
     holds_plain_adapter,
@@ -40,7 +41,6 @@ from .shortcuts import (
 
 
 _REFUSAL = "LoRA with shortcuts, which PEFT alone cannot load: use diffora_trainer.ShortcutModel.from_pretrained"
-_ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _READ = (
     ADAPTER_CONFIG_NAME,
     SHORTCUT_CONFIG_NAME,
@@ -163,7 +163,7 @@ def _move_adapter(name: str, folder: Path, target: Path) -> None:
         return
     target.mkdir(exist_ok=True)
     # What is loaded by its configuration must not be there without the shortcuts, so this goes first.
-    for file in (ADAPTER_CONFIG_NAME, _ADAPTER_WEIGHTS):
+    for file in (ADAPTER_CONFIG_NAME, ADAPTER_NAME):
         os.replace(saved / file, target / file)
     if saved != folder and not any(saved.iterdir()):  # it may have been there before, with other things in it
         saved.rmdir()
@@ -184,7 +184,7 @@ def remove_saved_shortcuts(folder: str | os.PathLike, with_adapter: bool = True)
     (folder / SHORTCUT_TENSORS_NAME).unlink(missing_ok=True)
     inner = folder / ADAPTER_FOLDER
     if with_adapter and inner.is_dir():
-        for name in (ADAPTER_CONFIG_NAME, _ADAPTER_WEIGHTS):
+        for name in (ADAPTER_CONFIG_NAME, ADAPTER_NAME):
             (inner / name).unlink(missing_ok=True)
         if not any(inner.iterdir()):
             inner.rmdir()
@@ -202,7 +202,7 @@ def copy_inner_adapter(source: str | os.PathLike, target: str | os.PathLike) -> 
     if not holds_shortcuts(source):
         remove_saved_shortcuts(target)
         return
-    (Path(target) / _ADAPTER_WEIGHTS).unlink(missing_ok=True)
+    (Path(target) / ADAPTER_NAME).unlink(missing_ok=True)
     shutil.copytree(Path(source) / ADAPTER_FOLDER, Path(target) / ADAPTER_FOLDER, dirs_exist_ok=True)
 
 

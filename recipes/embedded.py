@@ -16,6 +16,7 @@ import random
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,11 +78,19 @@ def smollm2_folder() -> str:
     if importlib.util.find_spec("gguf") is None:
         raise ImportError("Reading the packaged model needs `gguf`. Install it with `pip install gguf`.")
 
+    build_folder(folder, lambda building: _convert_gguf(files[0], building))
+    return str(folder)
+
+
+def build_folder(folder: Path, build: Callable[[Path], object]) -> None:
+    """
+    Make the folder of a model by a function that writes into the folder it is given. That one has a temporary name and
+    is moved into place, so that a half-written folder is never taken for the model.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built under a temporary name and moved into place, so that a half-written folder is never taken for the model.
     building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        _convert_gguf(files[0], building)
+        build(building)
         building.chmod(0o755)
         try:
             building.rename(folder)
@@ -90,7 +99,6 @@ def smollm2_folder() -> str:
                 raise
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    return str(folder)
 
 
 def minilm_folder() -> str:

@@ -131,7 +131,7 @@ def test_the_gradient_of_a_gate() -> None:
     assert (expected[torch.tensor(search.grid.is_shortcut)] != 0).all()
 
 
-def planted(good: set[str], model: nn.Module, unit: float = 1.0) -> Any:
+def planted(good: set[str], unit: float) -> Any:
     """A score function that gives every name of `good` more than any other of its kind; shortcuts in another unit."""
 
     def scores(model: nn.Module, batches: list[Any]) -> dict[str, float]:
@@ -148,7 +148,7 @@ def planted(good: set[str], model: nn.Module, unit: float = 1.0) -> Any:
 def test_combined_is_free_of_scale(unit: float) -> None:
     model, batches = ready()
     good = {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj", "model.layers.1.residual1"}
-    options = {"selection_scope": "model", "selection_ratio": 3 / 21, "score_function": planted(good, model, unit)}
+    options = {"selection_scope": "model", "selection_ratio": 3 / 21, "score_function": planted(good, unit)}
     search = make_search(model, "custom", **options)
     search.score(batches)
     assert set(search.select().selected) == good
@@ -158,28 +158,19 @@ def test_combined_is_free_of_scale(unit: float) -> None:
 def test_separated_keeps_the_same_part_of_each(scope: str) -> None:
     model, batches = ready()
     good = {name for name in shortcuts(model)}  # by scores alone nothing else would be kept
-    search = make_search(
-        model,
-        "custom",
-        selection_scope=scope,
-        shortcut_ranking="separated",
-        score_function=planted(good, model, 1e6),
-    )
-    search.score(batches)
-    selection = search.select()
+
+    def chosen(**options: Any) -> Selection:
+        options |= {"shortcut_ranking": "separated", "score_function": planted(good, 1e6)}
+        search = make_search(model, "custom", **options)
+        search.score(batches)
+        return search.select()
+
+    selection = chosen(selection_scope=scope)
     assert len(selection.lora_modules) == 7 + (scope == "layer") and len(selection.selected_shortcuts) == 4
     assert set(selection.selected) == {*selection.lora_modules, *selection.selected_shortcuts}
     # Under a cap each has its part of it.
-    cap = sum(search.grid.parameters) // 3
-    search = make_search(
-        model,
-        "custom",
-        max_trainable_parameters=cap,
-        shortcut_ranking="separated",
-        score_function=planted(good, model, 1e6),
-    )
-    search.score(batches)
-    selection = search.select()
+    cap = sum(selection.parameters) // 3
+    selection = chosen(max_trainable_parameters=cap)
     size = dict(zip(selection.modules, selection.parameters, strict=True))
     part = sum(size[name] for name in selection.shortcuts) / sum(selection.parameters)
     kept = sum(size[name] for name in selection.selected_shortcuts)

@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import json
 import random
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -75,25 +73,13 @@ def small_opt_folder(config: SmallModelConfig) -> str:
     Raises:
         ValueError: if no data are named, or a data set lacks a column.
     """
-    from embedded import _cache_folder
+    from embedded import _cache_folder, build_folder
 
     options = json.dumps(dataclasses.asdict(config), sort_keys=True)
     folder = _cache_folder() / f"small-opt-{hashlib.sha256(options.encode()).hexdigest()[:12]}"
     if (folder / "config.json").is_file():
         return str(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # Built under a temporary name and moved into place, so that a half-written folder is never taken for the model.
-    building = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        _pretrain(config, building)
-        building.chmod(0o755)
-        try:
-            building.rename(folder)
-        except OSError:
-            if not (folder / "config.json").is_file():  # otherwise another process was faster: take its result
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    build_folder(folder, lambda building: _pretrain(config, building))
     return str(folder)
 
 
