@@ -64,7 +64,6 @@ class Budget:
                 f"You passed `max_trainable_parameters={cap:,}`, but the smallest LoRA module has {min(parameters):,} "
                 "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
             )
-        self.allowed = torch.ones(len(rows), dtype=torch.bool)
         kinds = [0] * len(rows) if kinds is None else kinds
         self.required = None if required is None or all(required) else torch.tensor(required)
         # Modules compete within their group: a row or the whole model, and there within their kind.
@@ -91,6 +90,10 @@ class Budget:
                     "that are ranked apart it has room for none. Please raise the cap, or rank them together."
                 )
 
+        # A kind whose part of the cap is not one parameter takes no part.
+        self._usable = (self.targets > 0)[self.group]
+        self.allowed = self._usable
+
     def __len__(self) -> int:
         return len(self.group)
 
@@ -107,7 +110,7 @@ class Budget:
         room = self.targets[self.group] if self.cap is not None else math.inf
         if not (allowed & (self.parameters <= room)).any():
             raise ValueError("Not one affordable module would be allowed.")
-        self.allowed = allowed.clone()
+        self.allowed = allowed & self._usable
 
     def size(self, allowed: Tensor) -> float:
         """How much of the budget the allowed modules, `(n,)` bools, can use up: 1 if all of it."""
@@ -119,7 +122,8 @@ class Budget:
     def share(self) -> Tensor:
         """Part of its group that each module may expect if all scores were equal, `(n,)` in [0, 1]."""
         totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights * self.allowed)
-        return (self.targets / totals).clamp(max=1.0)[self.group] * self.allowed
+        # Where nothing is allowed, the total is 0; any other is 1 at least.
+        return (self.targets / totals.clamp(min=1.0)).clamp(max=1.0)[self.group] * self.allowed
 
     def choose(self, scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
         """

@@ -102,6 +102,16 @@ def test_share_is_what_equal_scores_would_get() -> None:
     assert Budget(rows, sizes, cap=5000).share.tolist() == pytest.approx([1.0] * 8)
 
 
+def test_a_kind_without_a_part_of_the_cap_takes_no_part() -> None:
+    budget = Budget([0, 0, 0], [50, 50, 1], cap=60, kinds=[0, 0, 1])
+    assert budget.targets.tolist() == [59, 0] and budget.allowed.tolist() == [True, True, False]
+    assert budget.share.tolist() == pytest.approx([0.59, 0.59, 0.0])
+    assert budget.calibrate(torch.zeros(3)).tolist() == pytest.approx([0.59, 0.59, 0.0])
+    assert budget.choose(torch.tensor([0.0, 1.0, 2.0])).tolist() == [False, True, False]
+    budget.allow(torch.tensor([True, False, True]))
+    assert budget.share.tolist() == [1.0, 0.0, 0.0] and budget.choose(torch.zeros(3)).tolist() == [True, False, False]
+
+
 def test_vertex_is_the_best_affordable_set() -> None:
     rng = random.Random(2)
     for trial in range(60):
