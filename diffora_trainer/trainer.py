@@ -297,14 +297,29 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             logs.update(self._callback.metrics())
         super().log(logs, *args, **kwargs)
 
+    def compute_architecture_loss(self, model: nn.Module, inputs: Any) -> Tensor:
+        """
+        The loss of an architecture step, whose gradient moves the matrix. Override it where `compute_loss` is not the
+        loss that is trained on, or where an architecture step should minimise another one. Counters and metrics of the
+        trainer are put back after the call.
+
+        Args:
+            model (`nn.Module`): the model as it is trained, under the gates of the search.
+            inputs (`dict`): a held-out batch, prepared as the trainer prepares a training batch.
+
+        Returns:
+            `Tensor`: a scalar that depends on the model's LoRA modules.
+        """
+        loss = self.compute_loss(model, inputs)
+        assert isinstance(loss, Tensor)  # a tuple only where outputs are asked for
+        return loss
+
     def _architecture_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The trainer's own loss of a held-out batch; leaves its metrics, counters and the batch as they were."""
+        """The architecture loss of a held-out batch; leaves metrics, counters and the batch as they were."""
         with preserved_bookkeeping(self):
             inputs = self._prepare_inputs(batch)
             with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, dict(inputs))
-        assert isinstance(loss, Tensor)
-        return loss
+                return self.compute_architecture_loss(model, dict(inputs))
 
     def _after_cut(self) -> None:
         rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)

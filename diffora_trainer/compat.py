@@ -1,0 +1,9 @@
+"""
+Every private or version-dependent name of transformers, TRL, PEFT, accelerate and torch that this package touches.
+
+Each entry is one small function or constant. Its docstring says which name it reads, in which versions that name is
+there or differs, and what would let the entry go. Nothing else of this package may name a version or read a private
+name of these libraries.
+"""
+
+from __future__ import annotations
