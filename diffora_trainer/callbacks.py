@@ -81,6 +81,7 @@ class DiffoRACallback(TrainerCallback):
         # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
         self._cut_model: weakref.ref[nn.Module] | None = None
         self._began_cut = False
+        self._first_step = 0
         self.resumed_after_cut = False
 
     def is_cut(self, model: nn.Module) -> bool:
@@ -117,6 +118,7 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        self._first_step = state.global_step
         if state.global_step and hasattr(kwargs["train_dataloader"], "set_epoch"):
             # On several processes accelerate does not reach the sampler through the batches that a resumed run skips.
             kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
@@ -187,6 +189,8 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if state.global_step == self._first_step < state.max_steps:
+            self._refuse_no_step(state)
         if not self.searching or self.search is None:
             return
         if self.search.matrix.steps:
@@ -206,6 +210,19 @@ class DiffoRACallback(TrainerCallback):
                 f"Training ended at step {state.global_step}, before {before}. No module was chosen; all of them stay."
             )
             self.search.gates.detach()
+
+    def _refuse_no_step(self, state: TrainerState) -> None:
+        """An adapter that nothing was trained of should not be saved as if it were."""
+        held_out = 0 if self._held_out is None else len(self._held_out.dataset)
+        beside = f" beside the {held_out:,} rows that are held out" if held_out else ""
+        if self.search is not None:
+            self.search.gates.detach()
+        raise ValueError(
+            f"Training ended at step {state.global_step} of {state.max_steps} without having made a step: the data "
+            f"gave no batch{beside}, or a callback stopped it. The adapter is as it was. Please check that the data "
+            "set, its filters and `dataloader_drop_last` leave rows to train on, and that a stream can be read again "
+            "from its start."
+        )
 
     def _measure_times(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None

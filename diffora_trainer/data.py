@@ -138,6 +138,12 @@ class HeldOutStream(IterableDataset):
                 yield from self.rows
             yield row
             position += 1
+        if position == 0:  # accelerate would say that a batch is `None`
+            raise ValueError(
+                f"The training stream gave no row beside the {len(self.rows)} that are held out, so there is nothing "
+                "to train on. Please pass a longer stream, one that can be read again from its start, or "
+                "`arch_dataset=` to the trainer."
+            )
 
 
 class HeldOutBatches:

@@ -147,13 +147,16 @@ def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
 
 def read_head(trainer: Any, stream: Any) -> list[Any]:
     """
-    The first rows of a stream: as many as the search will read, up to a limit.
+    The first rows of a stream: as many as the search will read, up to a limit. Of the training stream never more than
+    `arch_split` of it or of what the run reads of it, but one at least; to know how long a short stream is, it is read
+    on without keeping the rows.
 
     Raises:
-        ValueError: if the stream is read by several workers, or has no rows.
+        ValueError: if the stream is read by several workers, has no rows, or only one that should be held out.
     """
     args, config = trainer.args, trainer.diffora_config
-    if args.dataloader_num_workers > 1 and stream is trainer.train_dataset:
+    training = stream is trainer.train_dataset
+    if args.dataloader_num_workers > 1 and training:
         raise ValueError(
             f"`dataloader_num_workers={args.dataloader_num_workers}` reads the training stream in an order that "
             "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
@@ -165,12 +168,31 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
         moments = max(1, len(config.reallocations(args.max_steps)))
         batches = max(config.score_batches, min(moments * config.score_batches, _MAX_STREAM_BATCHES))
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
-    rows = list(islice(iter(stream), batches * rows_a_batch))
+    needed, source = batches * rows_a_batch, iter(stream)
+    if training:
+        rows_a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        needed = max(1, min(needed, _part(config.arch_split, args.max_steps * rows_a_step)))
+    rows = list(islice(source, needed))
     if not rows:
         raise ValueError(
             "The stream that held-out rows should be read from is empty. Please check its source and its filters."
         )
+    if training:
+        enough = max(2, math.ceil(len(rows) / config.arch_split))
+        found = len(rows) + sum(1 for _ in islice(source, enough - len(rows)))
+        if found == 1:
+            raise ValueError(
+                "The training stream has 1 row, so nothing is left to train on if it is held out. Please pass a "
+                "longer stream, or `arch_dataset=` to the trainer."
+            )
+        if found < enough:  # that was all of it
+            rows = rows[: max(1, _part(config.arch_split, found))]
     return rows
+
+
+def _part(share: float, size: int) -> int:
+    """So many of `size` rows as make at most a share of them, whatever the product is rounded to."""
+    return math.floor(share * size + 1e-9)
 
 
 def prepare_dataset(trainer: Any, dataset: Any) -> Any:
