@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from . import messages
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
-from .data import HeldOutBatches
+from .data import ArchitectureBatches
 from .isolation import isolated_random_state
 from .logging import get_logger
 from .matrix import ScoreMatrix
@@ -31,7 +31,7 @@ from .timing import StepTimes
 
 logger = get_logger(__name__)
 
-_GAP_BATCHES = 8
+GAP_BATCHES = 8
 _SPLIT_OPTIONS = ("arch_split", "arch_seed")
 
 
@@ -43,8 +43,8 @@ class DiffoRACallback(TrainerCallback):
     Args:
         config ([`DiffoRAConfig`]): the options.
         make_search (`Callable[[nn.Module], ArchitectureSearch]`): makes the search of the trainer's model.
-        make_held_out (`Callable[[int], HeldOutBatches]`): gives the held-out batches of a run that is cut at some
-            step.
+        make_held_out (`Callable[[int], ArchitectureBatches]`): gives the batches that the search of a run reads which
+            is cut at some step.
         resume_split (`Callable[[int], None]`, *optional*): tells the training data of a run resumed after its cut at
             which step that was: until the end of that epoch the order of the rows depends on it.
         after_cut (`Callable[[], None]`, *optional*): what the trainer does when the modules have changed.
@@ -56,7 +56,7 @@ class DiffoRACallback(TrainerCallback):
         self,
         config: DiffoRAConfig,
         make_search: Callable[[nn.Module], ArchitectureSearch],
-        make_held_out: Callable[[int], HeldOutBatches],
+        make_held_out: Callable[[int], ArchitectureBatches],
         resume_split: Callable[[int], None] | None = None,
         after_cut: Callable[[], None] | None = None,
         last_train_batch: Callable[[], Any] | None = None,
@@ -73,7 +73,7 @@ class DiffoRACallback(TrainerCallback):
         self._after_cut = after_cut
         self._last_train_batch = last_train_batch
         self._after_switch = after_switch or (lambda: None)
-        self._held_out: HeldOutBatches | None = None
+        self._held_out: ArchitectureBatches | None = None
         self._warmup = self._decision = self._cut = 0
         self._moments = range(0)
         self._report: dict[str, float] = {}
@@ -144,12 +144,12 @@ class DiffoRACallback(TrainerCallback):
             self._restore()
         else:  # what is wrong with the data should be said now
             with isolated_random_state(self.search.gates.device):
-                self._held_out.batch(0)
+                self._held_out.check()
         self.search.begin()
         self._close(state.global_step)
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
-            logger.info(messages.plan(self.config, state.max_steps, len(self._held_out.dataset)))
+            logger.info(messages.plan(self.config, state.max_steps, self._held_out.describe()))
         if not self._cut:  # what is done at the end of a step is due before the first one
             self.on_step_end(args, state, control, **kwargs)
 
@@ -266,7 +266,7 @@ class DiffoRACallback(TrainerCallback):
         assert self.search is not None and self._held_out is not None
         self.search.decide()
         self._report = {
-            "diffora/held_out_loss_before_closing": self.search.held_out_loss(self._held_out.sample(_GAP_BATCHES))
+            "diffora/held_out_loss_before_closing": self.search.held_out_loss(self._held_out.sample(GAP_BATCHES))
         }
         if state.is_world_process_zero and self.search.decided is not None:
             logger.info(
@@ -309,7 +309,7 @@ class DiffoRACallback(TrainerCallback):
                 f"Not one of the {search.skipped_steps} architecture steps had a finite loss, so the modules are kept "
                 "by their order alone. Please look for the cause of the NaN or infinity, and start again."
             )
-        before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
+        before = search.held_out_loss(held_out.sample(GAP_BATCHES), relaxed=True)
         finish = search.finish if self.reallocation is None else self.reallocation.finish
         if self.reallocation is not None:  # what follows compares with all modules
             self.reallocation.release()
@@ -326,7 +326,7 @@ class DiffoRACallback(TrainerCallback):
         self.phase, self._cut_model = SELECTED, weakref.ref(model)
         if self._after_cut is not None:
             self._after_cut()
-        after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+        after = search.held_out_loss(held_out.sample(GAP_BATCHES))
         if seconds_before is not None:
             seconds = {"before_cut": seconds_before, "after_cut": search.step_seconds(next(held_out.sample(1)))}
             self.selection = selection = replace(selection, times={**selection.times, **seconds})
@@ -345,7 +345,7 @@ class DiffoRACallback(TrainerCallback):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         control.should_log = True
         if state.is_world_process_zero:
-            for line in messages.cut(selection, before, after):
+            for line in messages.cut(selection, before, after, held_out.loss_name):
                 logger.info(line)
             for line in messages.uncovered(selection):
                 logger.warning(line)

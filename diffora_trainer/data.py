@@ -1,9 +1,13 @@
-"""Held-out data: a part of the training set that the matrix learns from, given back to training after the cut."""
+"""
+What the matrix learns from: a part of the training set that is held out and given back to training after the cut, or
+the completions that a trainer made for its own steps.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -182,6 +186,16 @@ class HeldOutBatches:
         self.position = 0
         self._order: tuple[int, list[int]] | None = None
 
+    loss_name = "Held-out loss"
+
+    def describe(self) -> str:
+        """What the gradient of the gates is taken on, as a run says it in the log."""
+        return f"on {len(self.dataset):,} held-out rows"
+
+    def check(self) -> None:
+        """Read a batch, so that what is wrong with the data is said before training."""
+        self.batch(0)
+
     def __next__(self) -> Any:
         batch = self.batch(self.position)
         self.position += 1
@@ -223,6 +237,53 @@ class HeldOutBatches:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.dataset), generator=generator).tolist())
         return self._order[1][offset]
+
+
+class RolloutBatches:
+    """
+    The latest batches of a trainer that makes its own completions (GRPO, RLOO), where [`HeldOutBatches`] are those of
+    other trainers. Nothing is held out: a batch holds completions, rewards and log-probabilities of the training step
+    just made, which a row of the training set lacks.
+
+    Args:
+        count (`int`): how many batches are kept, on the device that they are on.
+    """
+
+    dataset: Sequence[Any] = ()
+    loss_name = "Loss on the latest completions"
+
+    def __init__(self, count: int) -> None:
+        self.position = 0
+        self._batches: deque[Any] = deque(maxlen=count)
+
+    def add(self, batch: Any) -> None:
+        """Keep a copy of a batch as the training step was given it; its tensors are shared."""
+        self._batches.append(dict(batch) if isinstance(batch, Mapping) else batch)
+
+    def describe(self) -> str:
+        """What the gradient of the gates is taken on, as a run says it in the log."""
+        return "on the completions of the training steps, with nothing held out"
+
+    def check(self) -> None:
+        """There is nothing to read before training."""
+
+    def __next__(self) -> Any:
+        if not self._batches:
+            raise ValueError(
+                "No training step has prepared its batch with `_prepare_inputs`, so there are no completions to take "
+                "the gradient of the gates on. Please call the parent's `training_step` in that of your trainer."
+            )
+        self.position += 1
+        return self._batches[-1]
+
+    def sample(self, count: int) -> Iterator[Any]:
+        """The latest `count` batches, or fewer if there are fewer; the last one first."""
+        yield from list(reversed(self._batches))[:count]
+
+    take = sample
+
+
+ArchitectureBatches = HeldOutBatches | RolloutBatches
 
 
 def split_indices(size: int, part: float, seed: int) -> list[int]:

@@ -10,8 +10,8 @@ from .selection import Selection
 from .timing import StepTimes
 
 
-def plan(config: DiffoRAConfig, total_steps: int, held_out_rows: int) -> str:
-    """What will happen when in a run of so many steps."""
+def plan(config: DiffoRAConfig, total_steps: int, data: str) -> str:
+    """What will happen when in a run of so many steps, and on what `data` the search does it."""
     (warmup, cut), decision = config.schedule(total_steps), config.decision(total_steps)
     if moments := config.reallocations(total_steps):
         return (
@@ -25,8 +25,7 @@ def plan(config: DiffoRAConfig, total_steps: int, held_out_rows: int) -> str:
             f"{begin if cut else 'All modules are scored now'} ({config.method}), and the selected ones go on alone."
         )
     return (
-        f"Warm-up until step {warmup}, search ({config.relaxation}, on {held_out_rows:,} held-out rows) until step "
-        f"{decision}"
+        f"Warm-up until step {warmup}, search ({config.relaxation}, {data}) until step {decision}"
         + (f", the others closed until step {cut}" if decision < cut else "")
         + f" of {total_steps}, then the selected modules alone."
     )
@@ -52,11 +51,11 @@ def scores(method: str, found: Tensor, batches: int) -> str:
     )
 
 
-def cut(selection: Selection, before: float, after: float) -> list[str]:
-    """What was kept, and what that did to the held-out loss and the time of a step."""
+def cut(selection: Selection, before: float, after: float, loss_name: str) -> list[str]:
+    """What was kept, and what that did to the loss that it is measured by and the time of a step."""
     lines = [
         f"Step {selection.step}: {selection.summary()}.\n{selection.table()}",
-        f"Held-out loss {before:.4f} just before the cut, {after:.4f} just after it.",
+        f"{loss_name} {before:.4f} just before the cut, {after:.4f} just after it.",
     ]
     if seconds := selection.times:
         lines.append(
