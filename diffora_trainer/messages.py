@@ -52,11 +52,16 @@ def scores(method: str, found: Tensor, batches: int) -> str:
     )
 
 
-def cut(selection: Selection, before: float, after: float) -> list[str]:
-    """What was kept, and what that did to the held-out loss and the time of a step."""
+def cut(selection: Selection, before: float, after: float, before_closing: float | None) -> list[str]:
+    """
+    What was kept, and what that did to the held-out loss and the time of a step. Where gates were closed before the
+    cut, the loss just before it is that of the chosen modules already, so what it is compared with is the loss from
+    before the closing.
+    """
+    start, when = (before, "just before the cut") if before_closing is None else (before_closing, "before the closing")
     lines = [
         f"Step {selection.step}: {selection.summary()}.\n{selection.table()}",
-        f"Held-out loss {before:.4f} just before the cut, {after:.4f} just after it.",
+        f"Held-out loss {start:.4f} {when}, {after:.4f} after the cut.",
     ]
     if seconds := selection.times:
         lines.append(

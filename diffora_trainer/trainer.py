@@ -22,7 +22,7 @@ from .data import check_dataset
 from .distributed import rewrap_distributed
 from .files import ADAPTER_FOLDER
 from .held_out import HeldOutMixin
-from .logging import get_logger
+from .logging import follow_log_level, get_logger
 from .plots import plot_to
 from .progress import SearchProgressCallback
 from .proxies import ScoreFunction, check_score_function
@@ -31,7 +31,7 @@ from .search import ArchitectureSearch
 from .selection import Selection
 from .shortcut_model import ShortcutModel, add_to_adapter, load_shortcuts
 from .shortcuts import shortcuts
-from .surgery import forget_parameters
+from .surgery import forget_parameters, own_config
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
@@ -96,6 +96,16 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             do instead.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(DiffoRAMixin)]
+        if Trainer in before:
+            first = next(base.__name__ for base in before[1:] if issubclass(base, Trainer))
+            raise TypeError(
+                f"`{cls.__name__}` names {first} before the mixin, so that {first} would train without a search, in "
+                f"silence. Please turn them round: `class {cls.__name__}(DiffoRAMixin, {first})`."
+            )
+
     def __init__(
         self,
         *args: Any,
@@ -118,6 +128,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self._last_train_batch: Any = None
         self._loop_began = False
         super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
+        follow_log_level(self.args.log_level)
         check_trainer(self)
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
@@ -211,8 +222,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def _make_search(self, model: nn.Module) -> ArchitectureSearch:
         if self.diffora_config.base_model_id is not None:
-            for config in model.peft_config.values():  # type: ignore[operator]
-                config.base_model_name_or_path = self.diffora_config.base_model_id
+            for name in list(model.peft_config):  # type: ignore[arg-type]
+                own_config(model, name).base_model_name_or_path = self.diffora_config.base_model_id
         scaler = getattr(self.accelerator, "scaler", None)
         return ArchitectureSearch(
             model,
