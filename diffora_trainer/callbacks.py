@@ -243,7 +243,7 @@ class DiffoRACallback(TrainerCallback):
     def _decide(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None
         self.search.decide()
-        loss = self.search.held_out_loss(self._held_out.sample(_GAP_BATCHES))
+        loss = self.search.measure_effect(self._held_out.sample(_GAP_BATCHES))
         self._report = {"diffora/held_out_loss_before_closing": loss}
         self._loss_before_closing = loss if math.isfinite(loss) else None  # a checkpoint can hold it
         if state.is_world_process_zero and self.search.decided is not None:
@@ -283,6 +283,8 @@ class DiffoRACallback(TrainerCallback):
         search, held_out = self.search, self._held_out
         assert search is not None and held_out is not None
         before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
+        if search.decided is None and not self._scores:  # a score need not rest on what was learned
+            search.measure_effect(held_out.sample(_GAP_BATCHES))
         finish = search.finish if self.reallocation is None else self.reallocation.finish
         if self.reallocation is not None:  # what follows compares with all modules
             self.reallocation.release()
@@ -351,6 +353,7 @@ class DiffoRACallback(TrainerCallback):
                 losses=self.search.pending_losses,
                 loss_before_closing=self._loss_before_closing,
                 reached=self.search.reached.tolist(),
+                effect=None if self.search.effect is None else list(self.search.effect),
                 history=[] if self.reallocation is None else self.reallocation.state_list(),
                 times=None if self.search.times is None else self.search.times.to_dict(),
             )
@@ -429,6 +432,7 @@ class DiffoRACallback(TrainerCallback):
         self.search.skipped_steps = record["skipped_steps"]
         self.search.pending_losses = [float(loss) for loss in record["losses"]]
         self._loss_before_closing = record["loss_before_closing"]
+        self.search.effect = None if record["effect"] is None else (record["effect"][0], record["effect"][1])
         if record["reached"] is not None:
             self.search.reached = torch.tensor(record["reached"], dtype=torch.bool)
         else:  # not known of a checkpoint from before it was kept

@@ -118,6 +118,8 @@ class ArchitectureSearch:
         self._score_function = score_function
         self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
         """Which gates ever had a gradient."""
+        self.effect: tuple[float, float] | None = None
+        """Held-out loss without the modules and with all of them, when the choice was made (see `measure_effect`)."""
         self.pending_losses: list[float] = []
         self.last_loss: float | None = None
         self._checkpointing = False
@@ -371,6 +373,26 @@ class ArchitectureSearch:
                     losses.append(self._loss(batch).detach().float().cpu().reshape(1))
         return float(self._reduce(torch.cat(losses).mean().reshape(1)))
 
+    def measure_effect(self, batches: Iterable[Any]) -> float:
+        """
+        Measure what the modules have learned: the held-out loss without them and with all of them. A choice among
+        modules that lower nothing is noise, and the selection says so in its `notes`. Call it right before the choice;
+        like [`held_out_loss`] it leaves no trace.
+
+        Args:
+            batches (`Iterable`): as `loss_fn` takes them.
+
+        Returns:
+            `float`: the held-out loss with all modules, under the gates of evaluation.
+        """
+        batches = list(batches)
+        with_all = self.held_out_loss(batches)
+        with self.gates.override(torch.zeros(len(self.grid))):
+            without = self.held_out_loss(batches)
+        if math.isfinite(without) and math.isfinite(with_all):
+            self.effect = (without, with_all)
+        return with_all
+
     def finish(self, step: int | None = None) -> Selection:
         """
         Discretize the matrix and take the gates off the model. What is kept is decided here; to carry it out, pass the
@@ -459,6 +481,14 @@ class ArchitectureSearch:
                 "minimum the model starts from, they stay there.",
             )
         notes = []
+        if self.effect is not None and not self.effect[1] < self.effect[0]:
+            without, with_all = self.effect
+            notes.append(
+                f"The LoRA did not lower the held-out loss before the choice: {without:.4g} without it, "
+                f"{with_all:.4g} with all {count} modules. The run had nothing to learn, or had not begun to learn "
+                "what carries over to held-out data, so the gates had little to go by. A later choice "
+                "(`discretize_at`) or another learning rate may help."
+            )
         if missed:
             names = ", ".join(readable(self.grid.names[index]) for index in missed[:3])
             notes.append(

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from diffora_trainer import Selection
+from diffora_trainer import DiffoRATrainer, Selection
 from diffora_trainer.budget import Budget
 from diffora_trainer.grid import lora_layers
 from diffora_trainer.matrix import DifferentialAdaptationMatrix
@@ -67,6 +67,26 @@ def test_kernel_that_does_not_call_lora_a(tmp_path: Path, caplog: pytest.LogCapt
     trainer = make_trainer(tmp_path, "sft", model=model, peft_config=None)
     trainer.train()
     assert_told(trainer, tmp_path / "saved", caplog, "gates of 4 of 14 modules never had a gradient.*q_proj.*fused")
+
+
+def test_student_that_is_its_own_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """There is nothing to learn: what the optimizer makes of rounding errors can only raise the loss."""
+
+    class Distilled(DiffoRATrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}
+            with torch.no_grad(), model.disable_adapter():
+                teacher = model(**inputs).logits.softmax(-1)
+            return functional.kl_div(model(**inputs).logits.log_softmax(-1), teacher, reduction="batchmean")
+
+    model = classifier().model.eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    make = {"model": model, "peft_config": lora(exclude_modules=["classifier"], modules_to_save=[])}
+    trainer = make_trainer(tmp_path, cls=Distilled, **make)
+    trainer.train()
+    assert_told(trainer, tmp_path / "saved", caplog, "LoRA did not lower the held-out loss.*all 13 modules")
 
 
 def test_nothing_to_choose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
