@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +20,6 @@ from .config import DiffoRAConfig
 from .data import ArchitectureBatches
 from .isolation import isolated_random_state
 from .logging import get_logger
-from .matrix import ScoreMatrix
 from .reallocation import Reallocation
 from .resume import check_model, check_same, describe_base
 from .search import ArchitectureSearch
@@ -31,7 +31,7 @@ from .timing import StepTimes
 
 logger = get_logger(__name__)
 
-GAP_BATCHES = 8
+_GAP_BATCHES = 8
 _SPLIT_OPTIONS = ("arch_split", "arch_seed")
 
 
@@ -77,6 +77,7 @@ class DiffoRACallback(TrainerCallback):
         self._warmup = self._decision = self._cut = 0
         self._moments = range(0)
         self._report: dict[str, float] = {}
+        self._loss_before_closing: float | None = None
         self._resumed: tuple[str, dict[str, Any], dict[str, Any]] | None = None
         # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
         self._cut_model: weakref.ref[nn.Module] | None = None
@@ -134,7 +135,7 @@ class DiffoRACallback(TrainerCallback):
         self._moments = self.config.reallocations(state.max_steps)
         if self.searching and self.search is not None:  # a run before this one was interrupted
             self.search.gates.detach()
-        self.phase, self.selection = WARMUP, None
+        self.phase, self.selection, self._loss_before_closing = WARMUP, None, None
         self.search = self._make_search(kwargs["model"])
         self.reallocation = Reallocation(self.search) if self._moments else None
         self._held_out = self._make_held_out(self._cut)
@@ -150,6 +151,11 @@ class DiffoRACallback(TrainerCallback):
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
             logger.info(messages.plan(self.config, state.max_steps, self._held_out.describe()))
+            if self.search.keeps_all and self.config.selection_ratio < 1:
+                logger.warning(
+                    f"There is nothing to choose: the budget keeps all {len(self.search.grid)} modules. Please set "
+                    "`selection_scope='model'` where each layer has one module, or a smaller budget."
+                )
         if not self._cut:  # what is done at the end of a step is due before the first one
             self.on_step_end(args, state, control, **kwargs)
 
@@ -236,16 +242,6 @@ class DiffoRACallback(TrainerCallback):
         scores = self.search.score(batches)
         if state.is_world_process_zero:
             logger.info(f"Step {state.global_step}: {messages.scores(self.config.method, scores, len(batches))}")
-            self._report_ties()
-
-    def _report_ties(self) -> None:
-        assert self.search is not None
-        matrix = self.search.matrix
-        if isinstance(matrix, ScoreMatrix) and (undecided := matrix.undecided()):
-            logger.warning(
-                f"{undecided} modules at the edge of the choice have equal scores. Those that stand first in the "
-                "model are kept of them."
-            )
 
     def _reallocate(self, state: TrainerState) -> None:
         assert self.reallocation is not None and self._held_out is not None
@@ -260,14 +256,14 @@ class DiffoRACallback(TrainerCallback):
                 f"Step {state.global_step}: reallocation {len(self.reallocation.history)} of {len(self._moments)} by "
                 f"{self.config.method}: {on} of {count} modules are on, {changed} were switched."
             )
-            self._report_ties()
 
     def _decide(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None
         self.search.decide()
-        self._report = {
-            "diffora/held_out_loss_before_closing": self.search.held_out_loss(self._held_out.sample(GAP_BATCHES))
-        }
+        if self._held_out.comparable:
+            loss = self.search.measure_effect(self._held_out.sample(_GAP_BATCHES))
+            self._report = {"diffora/held_out_loss_before_closing": loss}
+            self._loss_before_closing = loss if math.isfinite(loss) else None  # a checkpoint can hold it
         if state.is_world_process_zero and self.search.decided is not None:
             logger.info(
                 f"Step {state.global_step}: {int(self.search.decided.sum())} modules are chosen; the gates of the "
@@ -304,12 +300,11 @@ class DiffoRACallback(TrainerCallback):
         """Cut: decide, measure, and let the surgery change the model."""
         search, held_out = self.search, self._held_out
         assert search is not None and held_out is not None
-        if not search.matrix.steps and state.is_world_process_zero:
-            logger.warning(
-                f"Not one of the {search.skipped_steps} architecture steps had a finite loss, so the modules are kept "
-                "by their order alone. Please look for the cause of the NaN or infinity, and start again."
-            )
-        before = search.held_out_loss(held_out.sample(GAP_BATCHES), relaxed=True)
+        losses: tuple[float, float] | None = None
+        if held_out.comparable:
+            before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
+            if search.decided is None and not self._scores:  # a score need not rest on what was learned
+                search.measure_effect(held_out.sample(_GAP_BATCHES))
         finish = search.finish if self.reallocation is None else self.reallocation.finish
         if self.reallocation is not None:  # what follows compares with all modules
             self.reallocation.release()
@@ -326,15 +321,21 @@ class DiffoRACallback(TrainerCallback):
         self.phase, self._cut_model = SELECTED, weakref.ref(model)
         if self._after_cut is not None:
             self._after_cut()
-        after = search.held_out_loss(held_out.sample(GAP_BATCHES))
+        if held_out.comparable:
+            after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+            losses = before, after
+            self._report.update(
+                {
+                    "diffora/held_out_loss_before_cut": before,
+                    "diffora/held_out_loss_after_cut": after,
+                    "diffora/gap": after - before,
+                }
+            )
         if seconds_before is not None:
             seconds = {"before_cut": seconds_before, "after_cut": search.step_seconds(next(held_out.sample(1)))}
             self.selection = selection = replace(selection, times={**selection.times, **seconds})
         self._report.update(
             {
-                "diffora/held_out_loss_before_cut": before,
-                "diffora/held_out_loss_after_cut": after,
-                "diffora/gap": after - before,
                 "diffora/selected_modules": float(len(selection.selected)),
                 "diffora/lora_parameters": float(selection.trainable_parameters),
             }
@@ -345,7 +346,7 @@ class DiffoRACallback(TrainerCallback):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         control.should_log = True
         if state.is_world_process_zero:
-            for line in messages.cut(selection, before, after, held_out.loss_name):
+            for line in messages.cut(selection, losses, self._loss_before_closing):
                 logger.info(line)
             for line in messages.uncovered(selection):
                 logger.warning(line)
@@ -376,6 +377,9 @@ class DiffoRACallback(TrainerCallback):
                 decision=self._decision,
                 decided=None if self.search.decided is None else self.search.decided.tolist(),
                 losses=self.search.pending_losses,
+                loss_before_closing=self._loss_before_closing,
+                reached=self.search.reached.tolist(),
+                effect=None if self.search.effect is None else list(self.search.effect),
                 history=[] if self.reallocation is None else self.reallocation.state_list(),
                 times=None if self.search.times is None else self.search.times.to_dict(),
             )
@@ -453,4 +457,10 @@ class DiffoRACallback(TrainerCallback):
             self.search.decide(torch.tensor(record["decided"], dtype=torch.bool))
         self.search.skipped_steps = record["skipped_steps"]
         self.search.pending_losses = [float(loss) for loss in record["losses"]]
+        self._loss_before_closing = record["loss_before_closing"]
+        self.search.effect = None if record["effect"] is None else (record["effect"][0], record["effect"][1])
+        if record["reached"] is not None:
+            self.search.reached = torch.tensor(record["reached"], dtype=torch.bool)
+        else:  # not known of a checkpoint from before it was kept
+            self.search.reached |= self.search.matrix.steps > 0
         self._held_out.position = record["held_out_position"]

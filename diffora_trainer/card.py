@@ -75,6 +75,7 @@ def write_card(
                 if value is not None and name not in unread
             },
             has_shortcuts=has_shortcuts,
+            notes=[readable(note, markdown=True, limit=None) for note in selection.notes],
             method=method if method in METHODS else "custom",
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},

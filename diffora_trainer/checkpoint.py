@@ -74,6 +74,9 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         state.setdefault("shortcuts", False)  # as written before a search could choose among them
         if state.get("phase") in (WARMUP, SEARCH):
             state.setdefault("history", [])  # as written before there were reallocations
+            state.setdefault("loss_before_closing", None)  # as written before these were kept
+            state.setdefault("reached", None)
+            state.setdefault("effect", None)
         _check_state(state)
     with named_errors(tensor_path):
         blob = tensor_path.read_bytes()
@@ -305,6 +308,9 @@ _FIELDS_SEARCHING = {
     "skipped_steps": _whole,
     "decided": lambda value: value is None or _all(_is(bool))(value),
     "losses": _all(_number),
+    "loss_before_closing": lambda value: value is None or _number(value),
+    "effect": lambda value: value is None or _all(_number)(value) and len(value) == 2,
+    "reached": lambda value: value is None or _all(_is(bool))(value),
     "times": _times,
     "history": _all(_allocation),
 }
@@ -329,6 +335,8 @@ def _check_state(state: dict[str, Any]) -> None:
         raise ValueError(f"at step {step} its `decided` cannot be {repr(state['decided'])[:100]}")
     if state["decided"] is not None and len(state["decided"]) != len(state["modules"]):
         raise ValueError(f"its `decided` has {len(state['decided'])} entries for {len(state['modules'])} modules")
+    if state["reached"] is not None and len(state["reached"]) != len(state["modules"]):
+        raise ValueError(f"its `reached` has {len(state['reached'])} entries for {len(state['modules'])} modules")
     if (state["times"] is not None) != (state["phase"] == SEARCH and state["config"].get("cost") == "time"):
         raise ValueError(f"in phase {state['phase']!r} its `times` cannot be {repr(state['times'])[:100]}")
     allocated = [entry["step"] for entry in state["history"]]

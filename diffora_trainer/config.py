@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from dataclasses import InitVar, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
@@ -25,8 +25,8 @@ SELECTION_SCOPES = ("layer", "model")
 COSTS = ("parameters", "time")
 SHORTCUTS = ("residual1", "residual2", "shortcut1", "shortcut2")
 SHORTCUT_RANKINGS = ("combined", "separated")
-RELAXATIONS = ("budget", "sampled", "sigmoid", "softmax")
-OPEN_RELAXATIONS = ("budget", "softmax")
+RELAXATIONS = tuple(DifferentialAdaptationMatrix.relaxations)
+"""Those of this package; a user's own is known from the class that makes it."""
 WEIGHT_SHARING = ("none", "layer", "model")
 
 
@@ -78,8 +78,8 @@ class DiffoRAConfig:
         For how long, in the same two forms, the gates of the modules that go are closed before the cut. The choice is
         made so much earlier, and then these gates fall linearly to 0 while all weights train on, so that the selected
         modules take over and nothing is lost at the cut itself. `0` searches until the cut and drops the others at
-        once. It applies where the weights train with open gates (`"budget"` and `"softmax"`) and the modules that go
-        do not come back as shared pairs.
+        once. It applies where the weights train with open gates (`"budget"`, `"softmax"`, and any relaxation of your
+        own that says so by `trains_open`) and the modules that go do not come back as shared pairs.
     arch_every (`int`, *optional*, defaults to `4`):
         During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
 
@@ -113,8 +113,7 @@ class DiffoRAConfig:
         Held-out rows per device in an architecture step. Defaults to the training batch size per device.
     arch_seed (`int`, *optional*, defaults to `0`):
         Seed of the split, of the order of the held-out batches and of the sampled gates. The search has random streams
-        of its own and does not touch those of training. `DiffoRAConfig(seed=...)` and `config.seed` mean the same; on
-        the command line it has this name, because `--seed` is that of the training arguments.
+        of its own and does not touch those of training.
 
     > Parameters that control the cut
 
@@ -132,6 +131,12 @@ class DiffoRAConfig:
     base_model_id (`str`, *optional*):
         Hub id of the base model, for the adapter's configuration and model card when the base model was loaded from a
         local folder.
+
+    > Parameters that control what is logged
+
+    log_gates_by_kind (`bool`, *optional*, defaults to `False`):
+        Log the mean gate (or score) of each kind of module as well, as `diffora/gate/q_proj` and so on: one more
+        number a kind in each log, if there are at most 16 kinds.
 
     > Parameters that control by what the modules are chosen
 
@@ -240,7 +245,10 @@ class DiffoRAConfig:
     )
     relaxation: str = field(
         default="budget",
-        metadata={"help": "How the entries of the matrix leave {0, 1}.", "choices": list(RELAXATIONS)},
+        metadata={
+            "help": "How the entries of the matrix leave {0, 1}.",
+            "choices": DifferentialAdaptationMatrix.relaxations,  # with those of the user's own, once they are made
+        },
     )
     arch_learning_rate: float | None = field(
         default=None, metadata={"help": "Step size of the matrix. Defaults to the relaxation's own."}
@@ -329,19 +337,12 @@ class DiffoRAConfig:
             "choices": list(SHORTCUT_RANKINGS),
         },
     )
+    log_gates_by_kind: bool = field(
+        default=False, metadata={"help": "Log the mean gate (or score) of each kind of module as well."}
+    )
 
-    seed: InitVar[int | None] = None  # not a field: parsers would see it twice beside `TrainingArguments`
-
-    def __post_init__(self, seed: int | None) -> None:
+    def __post_init__(self) -> None:
         self.arch_seed = _integer("arch_seed", self.arch_seed)
-        if seed is not None:
-            seed = _integer("seed", seed)
-            if self.arch_seed not in (0, seed):
-                raise ValueError(
-                    f"You passed `seed={seed!r}` and `arch_seed={self.arch_seed!r}`, which mean the same. Please pass "
-                    "one."
-                )
-            self.arch_seed = seed
         for name in ("selection_ratio", "max_step_time", "discretize_at", "arch_warmup", "arch_closing", "arch_split"):
             setattr(self, name, _number(name, getattr(self, name)))
         for name in ("arch_every", "arch_order", "score_batches"):
@@ -360,7 +361,7 @@ class DiffoRAConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
-        for name in ("fold_gates", "normalize_scores"):
+        for name in ("fold_gates", "normalize_scores", "log_gates_by_kind"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be a bool, got {getattr(self, name)!r}.")
         if self.base_model_id is not None and not isinstance(self.base_model_id, str):
@@ -429,8 +430,7 @@ class DiffoRAConfig:
         if self.arch_batch_size is not None and self.arch_batch_size < 1:
             raise ValueError(f"You passed `arch_batch_size={self.arch_batch_size}`; it must be 1 or more.")
         if not 0 <= self.arch_seed < 2**32:
-            name = "arch_seed" if seed is None else "seed"
-            raise ValueError(f"You passed `{name}={self.arch_seed}`; it must be 0 or more, and below 2**32.")
+            raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more, and below 2**32.")
         if self.score_batches < 1:
             raise ValueError(f"You passed `score_batches={self.score_batches}`; it must be 1 or more.")
         if self.normalize_scores and self.method in ("diffora", "constant"):
@@ -562,7 +562,8 @@ class DiffoRAConfig:
             total_steps (`int`): optimizer steps of the whole run.
         """
         warmup, cut = self.schedule(total_steps)
-        if self.method != "diffora" or self.relaxation not in OPEN_RELAXATIONS or self.weight_sharing != "none":
+        trains_open = DifferentialAdaptationMatrix.relaxations[self.relaxation].trains_open
+        if self.method != "diffora" or not trains_open or self.weight_sharing != "none":
             return cut
         closing = _round_half_up(self.arch_closing * total_steps) if self.arch_closing < 1 else int(self.arch_closing)
         return max(warmup + 1, cut - closing)
@@ -618,7 +619,3 @@ def _check_moment(name: str, value: float, *, minimum_open: bool) -> None:
 def _round_half_up(value: float) -> int:
     # Python rounds halves to even, so that 2.5 and 3.5 would behave differently.
     return math.floor(value + 0.5)
-
-
-# Set after the class is made, since a property in its body would be taken for the default of `seed`.
-DiffoRAConfig.seed = property(lambda config: config.arch_seed)  # type: ignore[attr-defined]

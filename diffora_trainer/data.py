@@ -162,6 +162,8 @@ class HeldOutBatches:
         seed (`int`): seed of the order.
         rank (`int`, *optional*, defaults to `0`): this process.
         world_size (`int`, *optional*, defaults to `1`): all processes; they read different rows.
+        comparable (`bool`, *optional*, defaults to `True`): whether the losses of two models on the same rows tell
+            which is better. They do not where each loss is taken on completions made for it.
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class HeldOutBatches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        comparable: bool = True,
     ) -> None:
         if len(dataset) == 0:
             raise ValueError(
@@ -183,10 +186,9 @@ class HeldOutBatches:
         self.batch_size = max(1, min(batch_size, len(dataset) // world_size))
         self.seed = seed
         self.rank, self.world_size = rank, world_size
+        self.comparable = comparable
         self.position = 0
         self._order: tuple[int, list[int]] | None = None
-
-    loss_name = "Held-out loss"
 
     def describe(self) -> str:
         """What the gradient of the gates is taken on, as a run says it in the log."""
@@ -250,7 +252,8 @@ class RolloutBatches:
     """
 
     dataset: Sequence[Any] = ()
-    loss_name = "Loss on the latest completions"
+    # Of completions that the model has just made, a policy gradient's loss is the mean advantage, whatever the model.
+    comparable = False
 
     def __init__(self, count: int) -> None:
         self.position = 0

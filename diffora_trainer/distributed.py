@@ -32,6 +32,13 @@ def check_agreement(bits: Tensor, mean: Callable[[Tensor], Tensor], what: str, r
         raise ValueError(f"The processes of this run disagree on {what}. {remedy}")
 
 
+def is_main_process() -> bool:
+    """Whether this is the process that speaks for all of a run."""
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized()) or (
+        torch.distributed.get_rank() == 0
+    )
+
+
 def fingerprint(text: str) -> Tensor:
     """The 256 bits of a text's SHA-256, as a bool tensor."""
     digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)

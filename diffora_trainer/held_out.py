@@ -9,7 +9,7 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_utils import has_length
 
-from .callbacks import GAP_BATCHES, DiffoRACallback
+from .callbacks import DiffoRACallback
 from .compat import makes_completions
 from .config import DiffoRAConfig
 from .data import (
@@ -51,6 +51,7 @@ class HeldOutMixin(_Base):
     _held_out_rows: Any = None
     _rollouts: RolloutBatches | None = None
     _in_training_step = False
+    _generates_for_loss: bool
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the cut it leaves the held-out rows out."""
@@ -112,7 +113,7 @@ class HeldOutMixin(_Base):
         """The batches that a run searches on, and the moment at which held-out rows go back to training."""
         if makes_completions(self):
             config = self.diffora_config
-            self._rollouts = RolloutBatches(GAP_BATCHES if config.method == "diffora" else config.score_batches)
+            self._rollouts = RolloutBatches(1 if config.method == "diffora" else config.score_batches)
             return self._rollouts
         if self.arch_dataset is not None:
             rows = self.arch_dataset if has_length(self.arch_dataset) else read_head(self, self.arch_dataset)
@@ -134,6 +135,7 @@ class HeldOutMixin(_Base):
             seed=self.diffora_config.arch_seed,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            comparable=not self._generates_for_loss,
         )
 
     def _give_held_out_back(self) -> None:

@@ -26,7 +26,9 @@ class DifferentialAdaptationMatrix(ABC):
     hundred numbers, and only their gradient comes from the device, once in each architecture step.
 
     A new relaxation is one subclass with a `name`: it says under which gates the weights train, at which gates the
-    held-out gradient is taken, how that gradient moves the matrix, and which gates the cut would leave.
+    held-out gradient is taken, how that gradient moves the matrix, and which gates the cut would leave. If the weights
+    train with all gates open it also sets `trains_open`, so that the gates of the modules that go are closed before
+    the cut (`arch_closing`).
 
     Args:
         budget ([`~diffora_trainer.budget.Budget`]): what may be kept in the end.
@@ -36,6 +38,9 @@ class DifferentialAdaptationMatrix(ABC):
 
     name: ClassVar[str]
     default_learning_rate: ClassVar[float | None] = None
+    trains_open: ClassVar[bool] = False
+    """Whether the weights train with all gates open, so that at the cut nothing has got used to doing without the
+    modules that go."""
     relaxations: ClassVar[dict[str, type[DifferentialAdaptationMatrix]]] = {}
 
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
@@ -72,15 +77,15 @@ class DifferentialAdaptationMatrix(ABC):
         """
 
     def training_gates(self) -> Tensor | None:
-        """The gates of the next training step, `(n,)`; `None` leaves all of them open."""
-        return self.values()
+        """The gates of the next training step, `(n,)`; `None`, where the class [`trains_open`], leaves all open."""
+        return None if self.trains_open else self.values()
 
     def evaluation_gates(self) -> Tensor | None:
         """
         The gates of evaluation, `(n,)`, which are also folded into the selected modules at the cut; `None` leaves all
         of them open. They should be such that the weights have been trained for them.
         """
-        return self.values()
+        return None if self.trains_open else self.values()
 
     def search_gates(self) -> Tensor:
         """The gates at which the next architecture gradient is taken, `(n,)`."""
@@ -90,9 +95,24 @@ class DifferentialAdaptationMatrix(ABC):
         """What the choice is made by, `(n,)`; higher is better."""
         return self.values()
 
+    def tie_breaker(self) -> Tensor | None:
+        """What decides between equal scores, `(n,)`, higher is better; `None` leaves it to the order of the grid."""
+        return None
+
     def choose(self) -> Tensor:
         """The discretized matrix, `(n,)` bools: the best set under the budget."""
-        return self.budget.choose(self.scores())
+        return self.budget.choose(self.scores(), self.tie_breaker())
+
+    def undecided(self) -> int:
+        """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
+        scores, ties = self.scores(), self.tie_breaker()
+        ties = torch.zeros_like(scores) if ties is None else ties
+        allowed = self.budget.allowed.tolist()
+        keys = list(zip(self.budget.group.tolist(), allowed, scores.tolist(), ties.tolist(), strict=True))
+        kept = self.choose().tolist()
+        tied = {key for key, keep in zip(keys, kept, strict=True) if keep}
+        tied &= {key for key, keep in zip(keys, kept, strict=True) if not keep}
+        return sum(key in tied for key in keys)
 
     def entropy(self) -> float:
         """Mean binary entropy of the entries in bits: 1 when nothing is decided, 0 when everything is."""
@@ -173,6 +193,7 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
     """
 
     name = "budget"
+    trains_open = True
 
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
         super().__init__(budget, learning_rate, seed)
@@ -182,21 +203,15 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
     def values(self) -> Tensor:
         return self._values.clone()
 
-    def training_gates(self) -> None:
-        return None
-
-    def evaluation_gates(self) -> None:
-        return None
-
     def step(self, gradient: Tensor) -> None:
         self.steps += 1
         self._gains.lerp_(-_bounded(gradient), 2.0 / (self.steps + 1.0))
         length = 2.0 / (self.steps + 2.0) if self.learning_rate is None else self.learning_rate
         self._values.lerp_(self.budget.vertex(self._gains), length).clamp_(0.0, 1.0)
 
-    def choose(self) -> Tensor:
+    def tie_breaker(self) -> Tensor:
         # Several modules can stand at exactly 0 or 1; the averaged gain says which of them is worth more.
-        return self.budget.choose(self.scores(), tie_breaker=self._gains)
+        return self._gains.clone()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"values": self._values, "gains": self._gains}
@@ -298,12 +313,7 @@ class SoftmaxMatrix(_AdamMatrix):
     """
 
     name = "softmax"
-
-    def training_gates(self) -> None:
-        return None
-
-    def evaluation_gates(self) -> None:
-        return None
+    trains_open = True
 
     def _relax(self, logits: Tensor) -> Tensor:
         budget = self.budget
@@ -324,6 +334,7 @@ class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):
     """
 
     name = "scores"
+    trains_open = True
 
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
         super().__init__(budget, learning_rate, seed)
@@ -333,14 +344,11 @@ class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):
     def values(self) -> Tensor:
         return torch.ones(len(self.budget))
 
-    def training_gates(self) -> None:
-        return None
-
-    def evaluation_gates(self) -> None:
-        return None
-
     def scores(self) -> Tensor:
         return self._scores.clone()
+
+    def tie_breaker(self) -> Tensor:
+        return self._tie_breaker.clone()
 
     def step(self, gradient: Tensor) -> None:
         raise ValueError(
@@ -370,15 +378,7 @@ class ScoreMatrix(DifferentialAdaptationMatrix, relaxes=False):
     def choose(self) -> Tensor:
         if not self.steps:
             raise ValueError("The modules have no scores yet. Please call `score` before the choice is made.")
-        return self.budget.choose(self._scores, self._tie_breaker)
-
-    def undecided(self) -> int:
-        """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
-        kept = self.choose().tolist()
-        keys = list(zip(self.budget.group.tolist(), self._scores.tolist(), self._tie_breaker.tolist(), strict=True))
-        ties = {k for k, keep in zip(keys, kept, strict=True) if keep}
-        ties &= {k for k, keep in zip(keys, kept, strict=True) if not keep}
-        return sum(key in ties for key in keys)
+        return super().choose()
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"scores": self._scores, "tie_breaker": self._tie_breaker}

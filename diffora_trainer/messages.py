@@ -51,12 +51,19 @@ def scores(method: str, found: Tensor, batches: int) -> str:
     )
 
 
-def cut(selection: Selection, before: float, after: float, loss_name: str) -> list[str]:
-    """What was kept, and what that did to the loss that it is measured by and the time of a step."""
-    lines = [
-        f"Step {selection.step}: {selection.summary()}.\n{selection.table()}",
-        f"{loss_name} {before:.4f} just before the cut, {after:.4f} just after it.",
-    ]
+def cut(selection: Selection, losses: tuple[float, float] | None, before_closing: float | None) -> list[str]:
+    """
+    What was kept, and what that did to the held-out loss and the time of a step. Where gates were closed before the
+    cut, the loss just before it is that of the chosen modules already, so what it is compared with is the loss from
+    before the closing. Without `losses`, just before the cut and after it, nothing is said of them.
+    """
+    lines = [f"Step {selection.step}: {selection.summary()}.\n{selection.table()}"]
+    if losses is not None:
+        before, after = losses
+        start, when = (
+            (before, "just before the cut") if before_closing is None else (before_closing, "before the closing")
+        )
+        lines.append(f"Held-out loss {start:.4f} {when}, {after:.4f} after the cut.")
     if seconds := selection.times:
         lines.append(
             f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "

@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from .budget import Budget
 from .config import DiffoRAConfig
-from .distributed import check_agreement, fingerprint
+from .distributed import check_agreement, fingerprint, is_main_process
 from .gates import Gates, as_if_cut, checkpoints_activations
 from .grid import OTHER_ROW, ModuleGrid
 from .isolation import quiet
+from .logging import get_logger
 from .matrix import DifferentialAdaptationMatrix, ScoreMatrix
 from .proxies import ScoreFunction, check_finite, check_score_function, module_scores, scale_free
-from .selection import Selection, short_names
+from .selection import Selection, readable, short_names
 from .timing import REPEATS, StepTimes, measure_step_times, timed
 
+
+logger = get_logger(__name__)
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -113,6 +116,10 @@ class ArchitectureSearch:
         self._reduce = reduce or (lambda values: values)
         self._loss_scale = loss_scale or (lambda: 1.0)
         self._score_function = score_function
+        self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
+        """Which gates ever had a gradient."""
+        self.effect: tuple[float, float] | None = None
+        """Held-out loss without the modules and with all of them, when the choice was made (see `measure_effect`)."""
         self.pending_losses: list[float] = []
         self.last_loss: float | None = None
         self._checkpointing = False
@@ -234,11 +241,25 @@ class ArchitectureSearch:
         self.gates.set_evaluation(self._closing)
 
     def draw_gates(self) -> None:
-        """Set the gates of the next training step. Call it before each forward pass of a training batch."""
+        """
+        Set the gates of the next training step. Call it before each forward pass of a training batch.
+
+        Raises:
+            TypeError: if the relaxation leaves the gates open and its class does not say so.
+        """
         self.gates.set_training(self._training_gates())
 
     def _training_gates(self) -> Tensor | None:
-        return self.matrix.training_gates() if self._closing is None else self._closing
+        if self._closing is not None:
+            return self._closing
+        gates = self.matrix.training_gates()
+        if gates is None and not self.matrix.trains_open:
+            raise TypeError(
+                f"`training_gates` of {type(self.matrix).__name__} returned None, which leaves all gates open, but "
+                "its `trains_open` is False, so the gates of the modules that go would not be closed before the cut. "
+                "Please set `trains_open = True` in the class, or return gates."
+            )
+        return gates
 
     def step(self, batch: Any, train_batch: Any = None, learning_rate: float | None = None) -> float | None:
         """
@@ -275,6 +296,7 @@ class ArchitectureSearch:
         if not torch.isfinite(report).all():
             self.skipped_steps += 1
             return None
+        self.reached |= gradient != 0
         self.matrix.step(gradient)
         self.gates.set_evaluation(self.matrix.evaluation_gates())
         self.pending_losses.append(value)
@@ -330,6 +352,8 @@ class ArchitectureSearch:
         check_finite(method, self.grid, scores)
         if self.grid.shortcuts and self.config.shortcut_ranking == "combined":
             scores = scale_free(method, self.grid, scores)
+        # Of a score that is a gradient, exactly 0 means that none has arrived.
+        self.reached |= (scores != 0) | torch.tensor(method not in ("grad_norm", "snip"))
         matrix.set_scores(scores, ties)
         return matrix.scores()
 
@@ -349,10 +373,31 @@ class ArchitectureSearch:
                     losses.append(self._loss(batch).detach().float().cpu().reshape(1))
         return float(self._reduce(torch.cat(losses).mean().reshape(1)))
 
+    def measure_effect(self, batches: Iterable[Any]) -> float:
+        """
+        Measure what the modules have learned: the held-out loss without them and with all of them. A choice among
+        modules that lower nothing is noise, and the selection says so in its `notes`. Call it right before the choice;
+        like [`held_out_loss`] it leaves no trace.
+
+        Args:
+            batches (`Iterable`): as `loss_fn` takes them.
+
+        Returns:
+            `float`: the held-out loss with all modules, under the gates of evaluation.
+        """
+        batches = list(batches)
+        with_all = self.held_out_loss(batches)
+        with self.gates.override(torch.zeros(len(self.grid))):
+            without = self.held_out_loss(batches)
+        if math.isfinite(without) and math.isfinite(with_all):
+            self.effect = (without, with_all)
+        return with_all
+
     def finish(self, step: int | None = None) -> Selection:
         """
         Discretize the matrix and take the gates off the model. What is kept is decided here; to carry it out, pass the
-        result to [`~diffora_trainer.surgery.apply_selection`].
+        result to [`~diffora_trainer.surgery.apply_selection`]. What makes the choice doubtful is logged as a warning,
+        and stands in the selection's `notes`.
 
         Args:
             step (`int`, *optional*): present optimizer step, for the record.
@@ -363,6 +408,9 @@ class ArchitectureSearch:
         selection = self.select(step)
         self.check_choice(torch.tensor(selection.kept))
         self.gates.detach()
+        if is_main_process():
+            for note in selection.notes:
+                logger.warning(note)
         return selection
 
     def select(self, step: int | None = None) -> Selection:
@@ -371,6 +419,7 @@ class ArchitectureSearch:
         # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
         # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
         relaxed, trained = self.matrix.values(), self.matrix.evaluation_gates()
+        scores = self.matrix.scores()
         selected = trained if trained is not None and self.config.fold_gates else torch.ones(len(kept))
         factors = torch.where(torch.tensor(kept), selected, relaxed).tolist()
         return Selection(
@@ -379,7 +428,7 @@ class ArchitectureSearch:
             modules=self.grid.names,
             positions=self.grid.positions,
             parameters=self.grid.parameters,
-            scores=tuple(self.matrix.scores().tolist()),
+            scores=tuple(scores.tolist()),
             gates=tuple(self.matrix.values().tolist()),
             factors=tuple(factors),
             kept=tuple(kept),
@@ -389,7 +438,71 @@ class ArchitectureSearch:
             config=self.config.to_dict(),
             versions=library_versions(),
             shortcuts=self.grid.shortcuts,
+            gains=tuple((scores if (ties := self.matrix.tie_breaker()) is None else ties).tolist()),
+            notes=self.doubts(),
         )
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the budget has room for every module, so that there is nothing to choose."""
+        return len(self.grid) == int(self.matrix.budget.choose(torch.zeros(len(self.grid))).sum())
+
+    def doubts(self) -> tuple[str, ...]:
+        """
+        What the choice does not rest on, in sentences: modules of which nothing was learned, equal scores at the edge
+        of the choice, and a budget that leaves nothing to choose. Empty if there is nothing to say.
+        """
+        count, missed = len(self.grid), (~self.reached).nonzero().flatten().tolist()
+        if self.keeps_all:
+            return (
+                f"There was nothing to choose: the budget keeps all {count} modules"
+                + (
+                    ", since at least one of each layer is kept."
+                    if self.config.max_trainable_parameters is None and self.config.selection_ratio < 1
+                    else "."
+                ),
+            )
+        if not self.matrix.steps:
+            return (
+                "The choice is arbitrary: "
+                + (
+                    f"not one of the {self.skipped_steps} architecture steps had a finite loss"
+                    if self.skipped_steps
+                    else "no architecture step was made"
+                )
+                + ", so the modules are kept by their order in the model alone. Please look for the cause of the NaN "
+                "or infinity, and start again.",
+            )
+        if len(missed) == count:
+            return (
+                f"The choice is arbitrary: the loss had a gradient of exactly 0 in all {count} gates, so the modules "
+                "are kept by their order in the model alone. `lora_B` starts at 0, and so do the gradients of the "
+                "gates: with a learning rate of 0, an optimizer that does not hold the LoRA weights, or a loss whose "
+                "minimum the model starts from, they stay there.",
+            )
+        notes = []
+        if self.effect is not None and not self.effect[1] < self.effect[0]:
+            without, with_all = self.effect
+            notes.append(
+                f"The LoRA did not lower the held-out loss before the choice: {without:.4g} without it, "
+                f"{with_all:.4g} with all {count} modules. The run had nothing to learn, or had not begun to learn "
+                "what carries over to held-out data, so the gates had little to go by. A later choice "
+                "(`discretize_at`) or another learning rate may help."
+            )
+        if missed:
+            names = ", ".join(readable(self.grid.names[index]) for index in missed[:3])
+            notes.append(
+                f"The gates of {len(missed)} of {count} modules never had a gradient ({names}"
+                f"{', ...' if len(missed) > 3 else ''}), so nothing was learned of these modules and they were ranked "
+                "without evidence. They take no part in the loss, or a fused kernel computes their LoRA without "
+                "calling `lora_A`."
+            )
+        if undecided := self.matrix.undecided():
+            notes.append(
+                f"{undecided} modules at the edge of the choice have equal scores. Those that stand first in the "
+                "model are kept of them."
+            )
+        return tuple(notes)
 
     def _predicted_times(self, kept: Sequence[bool]) -> dict[str, float]:
         if self.times is None:
@@ -403,8 +516,8 @@ class ArchitectureSearch:
 
     def metrics(self) -> dict[str, float]:
         """
-        What to log: the DAM's entropy and gates, and the mean architecture loss since the last call. Of a method that
-        scores: the scores, once there are any.
+        What to log: the DAM's entropy and gates (of each kind too with `log_gates_by_kind`), and the mean architecture
+        loss since the last call. Of a method that scores: the scores, once there are any.
         """
         scored = isinstance(self.matrix, ScoreMatrix)
         if scored and not self.matrix.steps:
@@ -414,7 +527,7 @@ class ArchitectureSearch:
         report[f"diffora/{what}_min"] = float(values.min())
         report[f"diffora/{what}_mean"] = float(values.mean())
         report[f"diffora/{what}_max"] = float(values.max())
-        if len(self.grid.columns) <= _MAX_LOGGED_KINDS:
+        if self.config.log_gates_by_kind and len(self.grid.columns) <= _MAX_LOGGED_KINDS:
             table = self.matrix.as_matrix(
                 self.grid.position_tensor, (len(self.grid.rows), len(self.grid.columns)), values
             )

@@ -64,6 +64,10 @@ class Selection:
         scores (`tuple[float, ...]`): what the choice was made by; higher is better.
         gates (`tuple[float, ...]`): value of each gate in the relaxed matrix when it was cut.
         kept (`tuple[bool, ...]`): whether the module keeps a LoRA of its own.
+        gains (`tuple[float, ...]`, *optional*): what decided between equal scores; higher is better. Of the matrix
+            that moves by Frank-Wolfe steps, whose entries often stand at exactly 0 or 1, it is the gradient of the
+            held-out loss averaged over the steps, with its sign turned: how much a unit of the gate lowers the loss.
+            Defaults to the scores.
         factors (`tuple[float, ...]`, *optional*): what the cut multiplies into each module's `lora_B`: the gate that
             its weights were trained for. Defaults to 1 for all.
         shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
@@ -75,6 +79,8 @@ class Selection:
         history (`tuple[Allocation, ...]`, *optional*): what was on before the cut, one entry a reallocation.
         shortcuts (`tuple[str, ...]`, *optional*): those of the modules that are shortcuts and not LoRA modules (see
             [`~diffora_trainer.add_shortcuts`]). At least one LoRA module is kept.
+        notes (`tuple[str, ...]`, *optional*): what makes the choice doubtful, in sentences: that nothing was learned
+            of some modules, or that there was nothing to choose.
 
     Raises:
         ValueError: if the lengths disagree, a number is not finite, a position is outside the grid or taken twice, or
@@ -97,12 +103,16 @@ class Selection:
     versions: dict[str, str] = field(default_factory=dict)
     history: tuple[Allocation, ...] = ()
     shortcuts: tuple[str, ...] = ()
+    gains: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.modules)
         if not self.factors:
             object.__setattr__(self, "factors", (1.0,) * count)
-        for name in ("positions", "parameters", "scores", "gates", "factors", "kept"):
+        if not self.gains:
+            object.__setattr__(self, "gains", self.scores)
+        for name in ("positions", "parameters", "scores", "gates", "factors", "kept", "gains"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")
         if any(len(entry.scores) != count or len(entry.on) != count for entry in self.history):
@@ -110,9 +120,10 @@ class Selection:
         if len(set(self.modules)) != count:
             raise ValueError("A selection names a module twice.")
         if not all(
-            math.isfinite(number) for number in (*self.scores, *self.gates, *self.factors, *self.times.values())
+            math.isfinite(number)
+            for number in (*self.scores, *self.gates, *self.factors, *self.gains, *self.times.values())
         ):
-            raise ValueError("A selection holds a score, gate, factor or time that is not finite.")
+            raise ValueError("A selection holds a score, gate, factor, gain or time that is not finite.")
         if any(count < 1 for count in self.parameters):
             raise ValueError("A selection has a module without parameters; each must have at least one.")
         if len(self.rows) * len(self.columns) > _MAX_CELLS:
@@ -175,6 +186,15 @@ class Selection:
         """LoRA parameters that are trained after the cut; a shared pair counts once."""
         size = dict(zip(self.modules, self.parameters, strict=True))
         return sum(size[name] for name in self.selected) + sum(size[group[0]] for group in self.shared)
+
+    def ranking(self) -> tuple[str, ...]:
+        """
+        Names of all modules from the best to the worst, by what the choice was made by: the scores, and the gains
+        between equal ones. What was kept are the first of each group that competes: of each layer, or of the model
+        (see `selection_scope`).
+        """
+        order = sorted(range(len(self.modules)), key=lambda index: (-self.scores[index], -self.gains[index], index))
+        return tuple(self.modules[index] for index in order)
 
     @property
     def frequency(self) -> tuple[float, ...]:
@@ -253,15 +273,17 @@ class Selection:
                 "column": column,
                 "parameters": parameters,
                 "score": score,
+                "gain": gain,
                 "gate": gate,
                 "factor": factor,
                 "kept": kept,
             }
-            for name, (row, column), parameters, score, gate, factor, kept in zip(
+            for name, (row, column), parameters, score, gain, gate, factor, kept in zip(
                 self.modules,
                 self.positions,
                 self.parameters,
                 self.scores,
+                self.gains,
                 self.gates,
                 self.factors,
                 self.kept,
@@ -283,6 +305,7 @@ class Selection:
                 "versions": self.versions,
                 "history": [asdict(entry) for entry in self.history],
                 "frequency": self.frequency,
+                "notes": self.notes,
             },
             indent=2,
             allow_nan=False,
@@ -309,6 +332,8 @@ class Selection:
                 parameters=tuple(_whole(record["parameters"]) for record in records),
                 scores=tuple(float(record["score"]) for record in records),
                 gates=tuple(float(record["gate"]) for record in records),
+                # As written before the gains were kept: the scores alone.
+                gains=tuple(float(record.get("gain", record["score"])) for record in records),
                 factors=tuple(float(record["factor"]) for record in records),
                 kept=tuple(record["kept"] for record in records),
                 history=tuple(map(Allocation.from_dict, _list(data.get("history", [])))),
@@ -318,6 +343,7 @@ class Selection:
                 config=_object(data["config"]),
                 versions=_object(data["versions"]),
                 shortcuts=tuple(map(_text, _list(data.get("shortcuts", [])))),
+                notes=tuple(map(_text, _list(data.get("notes", [])))),
             )
             selection.to_json()  # what could not be saved again is refused now
             return selection
@@ -366,17 +392,18 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short
 
 
-def readable(name: str, markdown: bool = False) -> str:
+def readable(name: str, markdown: bool = False, limit: int | None = _MAX_SHOWN) -> str:
     """
     A name as it can be shown: on one line, without control characters, and not too long.
 
     Args:
         name (`str`): any text.
         markdown (`bool`, *optional*, defaults to `False`): for a Markdown table, in which nothing of it is markup.
+        limit (`int`, *optional*, defaults to `80`): how many characters of it are shown; `None` shows all.
     """
     text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
-    if len(text) > _MAX_SHOWN:
-        text = f"{text[: _MAX_SHOWN // 2]}…{text[-_MAX_SHOWN // 2 :]}"
+    if limit is not None and len(text) > limit:
+        text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
     return re.sub(r"[^\w .…-]", lambda found: f"&#{ord(found[0])};", text) if markdown else text
 
 

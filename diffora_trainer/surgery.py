@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -153,9 +154,19 @@ def _remove(model: nn.Module, name: str, layer: Any, adapter_name: str) -> None:
     setattr(model.get_submodule(parent_name), child, layer.get_base_layer())
 
 
+def own_config(model: Any, adapter_name: str) -> Any:
+    """
+    An adapter's configuration that may be written into: a copy, which the model holds from now on. The one that it
+    held may be the user's, who wraps a second model with it, or another adapter's of this model as well (TRL's DPO
+    gives one object to the adapter that is trained and to its reference).
+    """
+    config = model.peft_config[adapter_name] = copy.deepcopy(model.peft_config[adapter_name])
+    return config
+
+
 def _narrow(model: Any, adapter_name: str, names: tuple[str, ...]) -> None:
     """Make the adapter's configuration name exactly these modules, so that loading re-creates no other."""
-    config: Any = model.peft_config[adapter_name]
+    config = own_config(model, adapter_name)
     config.layers_to_transform = None  # what they restricted is spelled out in the names
     config.layers_pattern = None
     wanted = set(names)

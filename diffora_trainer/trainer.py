@@ -23,7 +23,7 @@ from .data import check_dataset
 from .distributed import rewrap_distributed
 from .files import ADAPTER_FOLDER
 from .held_out import HeldOutMixin
-from .logging import get_logger
+from .logging import follow_log_level, get_logger
 from .plots import plot_to
 from .progress import SearchProgressCallback
 from .proxies import ScoreFunction, check_score_function
@@ -32,7 +32,7 @@ from .search import ArchitectureSearch
 from .selection import Selection
 from .shortcut_model import ShortcutModel, add_to_adapter, load_shortcuts
 from .shortcuts import shortcuts
-from .surgery import forget_parameters
+from .surgery import forget_parameters, own_config
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
@@ -77,12 +77,13 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
     gates on the completions of the micro-batch just trained on. It costs one forward and one backward pass, generates
     nothing and calls no reward function; prompts, groups and their order are the parent's. Of the bi-level idea this
     gives up one thing: the gates learn from completions that the weights have just been stepped on, and not from
-    held-out prompts. The value of such a loss says little, in the log and at the cut: its gradient is what counts. Up
-    to 8 micro-batches are kept for the loss around the cut, or `score_batches` of them for another `method`.
+    held-out prompts. The value of such a loss says nothing (right after a step it is the mean advantage, whatever the
+    model), so no losses are compared around the cut. One micro-batch is kept, or the latest `score_batches` for
+    another `method`.
 
     A trainer whose loss is in its `training_step` (OnlineDPO) runs that step on held-out prompts, up to its backward
-    pass: each architecture step then generates and calls the reward functions or the judge once, as do the up to 24
-    batches on which the loss is taken around the cut, and the `score_batches` of another `method`.
+    pass: each architecture step, or each of the `score_batches` of another `method`, generates and calls the reward
+    functions or the judge once. Here too no losses are compared around the cut.
 
     The trainer takes all that its parent takes, plus:
 
@@ -111,6 +112,16 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             do instead.
     """
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(DiffoRAMixin)]
+        if Trainer in before:
+            first = next(base.__name__ for base in before[1:] if issubclass(base, Trainer))
+            raise TypeError(
+                f"`{cls.__name__}` names {first} before the mixin, so that {first} would train without a search, in "
+                f"silence. Please turn them round: `class {cls.__name__}(DiffoRAMixin, {first})`."
+            )
+
     def __init__(
         self,
         *args: Any,
@@ -134,8 +145,12 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self._loop_began = False
         self._in_architecture_step = False
         super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
+        follow_log_level(self.args.log_level)
         check_trainer(self)
-        if type(self).compute_architecture_loss is DiffoRAMixin.compute_architecture_loss:
+        # Whether an architecture step has to run the parent's `training_step` for its loss.
+        default = type(self).compute_architecture_loss is DiffoRAMixin.compute_architecture_loss
+        self._generates_for_loss = default and own_training_step(self) is not None
+        if self._generates_for_loss:
             check_own_loss(self)
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
@@ -229,8 +244,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def _make_search(self, model: nn.Module) -> ArchitectureSearch:
         if self.diffora_config.base_model_id is not None:
-            for config in model.peft_config.values():  # type: ignore[operator]
-                config.base_model_name_or_path = self.diffora_config.base_model_id
+            for name in list(model.peft_config):  # type: ignore[arg-type]
+                own_config(model, name).base_model_name_or_path = self.diffora_config.base_model_id
         scaler = getattr(self.accelerator, "scaler", None)
         return ArchitectureSearch(
             model,

@@ -100,10 +100,9 @@ def _check_completions(trainer: Any) -> None:
 
 
 def check_own_loss(trainer: Any) -> None:
-    """Raise a `ValueError` if a trainer's loss is out of reach of `compute_architecture_loss` as it is."""
+    """Raise a `ValueError` if the loss of a trainer with its own `training_step` cannot be taken from there."""
     step, name = own_training_step(trainer), type(trainer).__name__
-    if step is None:
-        return
+    assert step is not None
     out = "Please override `compute_architecture_loss`, so that it gives the loss of a batch"
     if makes_completions(trainer) or calls_backward_itself(step):
         how = "prepares its batches" if makes_completions(trainer) else "calls `backward`"

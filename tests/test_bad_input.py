@@ -77,8 +77,7 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"arch_seed": -1}, ValueError, "arch_seed=-1"),
     ({"arch_seed": 2**32}, ValueError, "arch_seed=4294967296.*below"),
     ({"arch_seed": None}, TypeError, "`arch_seed` must be"),
-    ({"seed": "7"}, TypeError, "`seed` must be"),
-    ({"seed": 3, "arch_seed": 4}, ValueError, "seed=3.*arch_seed=4.*pass one"),
+    ({"arch_seed": "7"}, TypeError, "`arch_seed` must be"),
     ({"fold_gates": 1}, TypeError, "`fold_gates` must be"),
     ({"base_model_id": 3}, TypeError, "`base_model_id` must be"),
     ({"base_model_id": "/home/alice/model"}, ValueError, "base_model_id='/home/alice/model'.*such as 'org/name'"),
@@ -455,7 +454,7 @@ def test_a_loss_that_is_never_finite_is_said_at_the_cut(tmp_path: Path, caplog: 
             return super().compute_loss(*args, **kwargs) * float("nan")
 
     make_trainer(tmp_path, cls=Broken).train()
-    assert "Not one of the 5 architecture steps had a finite loss" in caplog.text
+    assert "not one of the 5 architecture steps had a finite loss" in caplog.text
 
 
 def test_there_are_enough_of_them() -> None:

@@ -39,6 +39,7 @@ OPTIONS: dict[str, Any] = {
     "reallocate_every": 10.0,
     "shortcuts": ["residual1", "shortcut2"],
     "shortcut_ranking": "separated",
+    "log_gates_by_kind": True,
 }
 
 
@@ -75,6 +76,15 @@ def test_beside_sft_config_from_yaml_and_command_line(tmp_path: Path) -> None:
     # One more reader of the same words would be a clash: argparse refuses it, but a subclass of SFTConfig would not.
     shared = {f.name for f in dataclasses.fields(SFTConfig)} & {f.name for f in dataclasses.fields(DiffoRAConfig)}
     assert not shared
+
+
+def test_a_copy_with_another_seed() -> None:
+    config = DiffoRAConfig(arch_seed=3)
+    assert dataclasses.replace(config, arch_seed=5).arch_seed == 5
+    assert dataclasses.replace(config, arch_seed=0) == DiffoRAConfig()
+    assert dataclasses.replace(config, selection_ratio=0.25) == DiffoRAConfig(0.25, arch_seed=3)
+    with pytest.raises(TypeError, match="seed"):  # a second name for the same was more trouble than help
+        DiffoRAConfig(seed=3)
 
 
 def test_limits_are_allowed() -> None:

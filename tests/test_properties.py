@@ -71,6 +71,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "arch_seed": st.integers(0, 2**32 - 1),
     "weight_sharing": st.sampled_from(WEIGHT_SHARING),
     "fold_gates": st.booleans(),
+    "log_gates_by_kind": st.booleans(),
     "base_model_id": st.none() | st.sampled_from(["org/name", "gpt2"]),
     "cost": st.sampled_from(COSTS),
     "max_step_time": st.floats(0, 1),
@@ -90,8 +91,8 @@ def test_every_option_is_tried() -> None:
 
 @settings(max_examples=600)
 @given(
-    options=st.fixed_dictionaries({}, optional={**PLAUSIBLE, "seed": st.none() | st.integers(-1, 2**33)}),
-    hostile=st.dictionaries(st.sampled_from([*NAMES, "seed"]), HOSTILE, max_size=2),
+    options=st.fixed_dictionaries({}, optional={**PLAUSIBLE, "arch_seed": st.integers(-1, 2**33)}),
+    hostile=st.dictionaries(st.sampled_from(NAMES), HOSTILE, max_size=2),
     totals=st.lists(TOTALS, min_size=1, max_size=5),
 )
 def test_options_are_refused_by_name_or_hold_together(

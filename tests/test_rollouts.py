@@ -171,7 +171,9 @@ def test_modules_are_chosen(parent: type[Trainer], tmp_path: Path) -> None:
     trainer.train()
     assert trainer.selection.step == CUT
     assert 0 < len(trainer.selection.selected) < len(trainer.selection.modules)
-    assert "diffora/gap" in step_logs(trainer)[CUT]
+    # The values of such a loss tell nothing, so none is shown, and none makes the choice doubtful.
+    assert not any("held_out" in key or "gap" in key for log in step_logs(trainer).values() for key in log)
+    assert trainer.selection.notes == ()
     assert trainer._rollouts is None  # nothing of the completions is kept
 
     trainer.save_model(tmp_path / "saved")
@@ -254,9 +256,9 @@ def test_run_resumes_in_every_phase(parent: type[Trainer], tmp_path: Path) -> No
 
 
 def test_run_with_completions_left_over_resumes(tmp_path: Path) -> None:
-    args = {"save_strategy": "steps", "save_steps": 1, "steps_per_generation": 4, "gradient_accumulation_steps": 2}
-    build(tmp_path, args=args).train()
-    for step in SAVES.values():
+    args = {"steps_per_generation": 4, "gradient_accumulation_steps": 2}
+    build(tmp_path, args={"save_strategy": "steps", "save_steps": 1, **args}).train()
+    for step in (5, 9):
         resumed = build(tmp_path / str(step), args=args)
         resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
         assert resumed.selection.step == CUT and resumed.state.global_step == 12
@@ -345,8 +347,7 @@ def test_online_dpo_searches_without_a_trace(tmp_path: Path) -> None:
     held_out = set(own["prompt"])
     training = [call for call in calls(found) if not set(call[0]) <= held_out]
     assert training == calls(stock)
-    around_the_cut = 2 * 2  # eight held-out rows are two batches, before the cut and after it
-    assert len(calls(found)) - len(training) == ARCHITECTURE_STEPS + around_the_cut
+    assert len(calls(found)) - len(training) == ARCHITECTURE_STEPS
     assert "train" not in vars(found.model) and "backward" not in vars(found.accelerator)
 
 

@@ -333,7 +333,7 @@ def test_select_decides_nothing_and_shares_by_shape() -> None:
 
 def test_metrics_and_the_matrix_of_a_config() -> None:
     model = toy()
-    search = ArchitectureSearch(model, loss_fn=squared_error)
+    search = ArchitectureSearch(model, DiffoRAConfig(log_gates_by_kind=True), loss_fn=squared_error)
     search.begin()
     losses = [search.step(batch(seed)) for seed in (1, 2)]
     metrics = search.metrics()

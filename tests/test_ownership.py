@@ -1,0 +1,77 @@
+"""Objects that the user gave are read, and never written into."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import arguments, causal_model, classifier, lora, make_trainer, search_config
+from peft import PeftModel, get_peft_model
+from test_trainer import dpo_trainer, wake
+from tokenizer import tiny_tokenizer
+from torch import Tensor, nn
+from transformers import Trainer
+from trl import SFTTrainer
+
+from diffora_trainer import DiffoRAMixin, DiffoRATrainer
+from diffora_trainer.grid import lora_layers
+
+
+def test_configuration_is_used_again(tmp_path: Path) -> None:
+    """A second model that is wrapped with the same configuration has all its modules."""
+    config = lora(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], exclude_modules=["pooler.dense"])
+    model = get_peft_model(classifier().model, config)
+    given, count = copy.deepcopy(config.to_dict()), len(lora_layers(model, "default"))
+    trainer = make_trainer(tmp_path, model=model, peft_config=None, search={"base_model_id": "org/base"})
+    trainer.train()
+    assert len(lora_layers(model, "default")) < count
+    assert model.peft_config["default"].base_model_name_or_path == "org/base"
+    assert config.to_dict() == given
+    assert len(lora_layers(get_peft_model(classifier().model, config), "default")) == count
+
+
+def test_saved_reference_of_dpo_is_whole(tmp_path: Path) -> None:
+    """TRL gives one configuration object to the adapter that it trains and to its frozen copy, the reference."""
+    model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
+    wake(model, "default")
+    trainer = dpo_trainer(tmp_path, model, None)
+    modules = len(lora_layers(model, "ref"))
+    trainer.train()
+    model.save_pretrained(tmp_path / "saved")
+
+    def logits(model: nn.Module) -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            return model(input_ids=torch.arange(5, 17).reshape(2, 6)).logits
+
+    for name, folder, count in (
+        ("default", tmp_path / "saved", len(trainer.selection.selected)),
+        ("ref", tmp_path / "saved" / "ref", modules),
+    ):
+        reloaded = PeftModel.from_pretrained(causal_model(), folder)
+        assert len(lora_layers(reloaded, "default")) == count
+        model.set_adapter(name)
+        assert torch.equal(logits(reloaded), logits(model)), name
+
+
+def test_mixin_in_the_wrong_place_is_refused() -> None:
+    class Custom(Trainer):
+        """A trainer of the user's own."""
+
+    for parent in (Trainer, SFTTrainer, Custom):
+        with pytest.raises(TypeError, match=rf"class Wrong\(DiffoRAMixin, {parent.__name__}\)"):
+            type("Wrong", (parent, DiffoRAMixin), {})
+    # It may stand behind classes that come before its own parent, since these hand on to it.
+    right = type("Right", (Custom, DiffoRATrainer), {})
+    trainer = right(
+        model=causal_model(),
+        args=arguments("unused"),
+        train_dataset=[{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 24,
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(),
+        diffora_config=search_config(),
+    )
+    trainer.train()
+    assert trainer.selection is not None

@@ -1,0 +1,54 @@
+"""What the README shows is run as it is written, on models and data that stand where it looks for its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from conftest import causal_model
+from tokenizer import chat_dataset, tiny_tokenizer
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def snippet(heading: str) -> str:
+    """The first Python snippet under a heading."""
+    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1]
+    found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def run(program: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_train_then_load(tmp_path: Path) -> None:
+    """On a CPU and without the Hub; folders of the same names stand in for its model and data."""
+    train, load = snippet("Train"), snippet("Load")
+    model, data = (re.search(pattern, train) for pattern in (r'model="(.+?)"', r'load_dataset\("(.+?)"'))
+    assert model is not None and data is not None
+    causal_model().save_pretrained(tmp_path / model[1])
+    tiny_tokenizer().save_pretrained(tmp_path / model[1])
+    (tmp_path / data[1]).mkdir(parents=True)
+    rows = "".join(json.dumps(row) + "\n" for row in chat_dataset(64))
+    (tmp_path / data[1] / "train.jsonl").write_text(rows)
+
+    said = run(train, tmp_path)
+    assert "[diffora] Step 75: kept" in said and "x kept   . removed" in said
+    alone = "import sys\nsys.modules.update(diffora_trainer=None, trl=None)\n"
+    assert "0" in run(f"{alone}{load}\nprint(sum('lora' in name for name, _ in model.named_modules()))", tmp_path)
