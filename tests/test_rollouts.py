@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import (
     CUT,
+    VOCABULARY,
     WARMUP,
     adapter,
     arguments,
@@ -24,6 +25,7 @@ from conftest import (
     step_logs,
 )
 from datasets import Dataset
+from models import llama_classifier
 from peft import PeftModel
 from tokenizer import prompt_completion_dataset, tiny_tokenizer
 from torch import Tensor, nn
@@ -349,6 +351,36 @@ def test_online_dpo_searches_without_a_trace(tmp_path: Path) -> None:
     assert training == calls(stock)
     assert len(calls(found)) - len(training) == ARCHITECTURE_STEPS
     assert "train" not in vars(found.model) and "backward" not in vars(found.accelerator)
+
+
+@pytest.mark.parametrize(("name", "module"), [("XPO", "xpo"), ("NashMD", "nash_md")])
+def test_its_kin_search_without_a_trace(name: str, module: str, tmp_path: Path) -> None:
+    """They are in TRL 0.28 alone, where they take a model for the reward."""
+    kin = pytest.importorskip(f"trl.experimental.{module}")
+    parent = getattr(kin, f"{name}Trainer")
+
+    class Searching(DiffoRAMixin, parent):  # type: ignore[misc, valid-type]
+        pass
+
+    found: list[Any] = []
+    for cls in (Searching, parent):
+        options = {"diffora_config": search_config(**KEEP_ALL), "arch_dataset": prompts(8, seed=3)}
+        args = {"max_new_tokens": 6, "remove_unused_columns": False}
+        trainer = cls(
+            model=causal_model(),
+            args=arguments(tmp_path, getattr(kin, f"{name}Config"), **args),
+            train_dataset=prompts(),
+            processing_class=tiny_tokenizer(),
+            peft_config=lora(task_type="CAUSAL_LM"),
+            reward_funcs=llama_classifier(VOCABULARY, num_labels=1).model,
+            **(options if cls is Searching else {}),
+            **({} if name == "NashMD" else {"reward_processing_classes": tiny_tokenizer()}),
+        )
+        trainer.train()
+        found.append(trainer)
+    assert_stock_run(*found)
+    losses = [log for log in step_logs(found[0]).values() if "diffora/arch_loss" in log]
+    assert len(losses) == ARCHITECTURE_STEPS and min(found[0].selection.gates) < 1
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
