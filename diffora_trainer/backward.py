@@ -36,14 +36,16 @@ class _Suspended:
 
 def suspend_input_gradients(model: nn.Module) -> list[nn.Module]:
     """
-    Suspend the hooks that make the output of a model's embeddings require a gradient, unless something needs them.
+    Suspend the hooks that make the output of a model's embeddings require a gradient. If something needs them they are
+    left as they are, and those that were suspended before act again.
 
     Returns:
         `list[nn.Module]`: the modules on which a hook was suspended by this call.
     """
-    found = [module for module in model.modules() if _active(module)]
-    if not found or _needs_input_gradients(model):
+    if _needs_input_gradients(model):
+        restore_input_gradients(model)
         return []
+    found = [module for module in model.modules() if _active(module)]
     for module in found:
         _suspend(module)
     return found

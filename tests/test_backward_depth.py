@@ -28,6 +28,7 @@ from models import llama_config
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from tokenizer import preference_dataset, tiny_tokenizer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -361,13 +362,14 @@ def test_a_loop_of_one_s_own(tmp_path: Path) -> None:
 def test_checkpointing_that_may_be_reentrant_keeps_what_it_needs() -> None:
     """A model of someone else's that checkpoints by a function of its own is trained with its hook as without us."""
     model = checkpointed(warm())
-    function = torch.utils.checkpoint.checkpoint
-    for layer in layers_of(model):
-        layer._gradient_checkpointing_func = lambda run, *args: function(run, *args, use_reentrant=True)
-    search = ArchitectureSearch(
-        model, DiffoRAConfig(**LATE), loss_fn=lambda m, b: m(**b).loss, score_function=late_first
-    )
-    search.begin()
-    search.draw_gates()
+    for found in (False, True):
+        search = ArchitectureSearch(
+            model, DiffoRAConfig(**LATE), loss_fn=lambda m, b: m(**b).loss, score_function=late_first
+        )
+        search.begin()
+        assert embeddings_require_gradient(model) == found
+        search.gates.detach()
+        for layer in layers_of(model):
+            layer._gradient_checkpointing_func = lambda run, *args: checkpoint(run, *args, use_reentrant=True)
     model(**batch_of_ids()).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
