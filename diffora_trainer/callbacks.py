@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from . import messages
+from .backward import keep_suspended, restore_input_gradients
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
 from .data import ArchitectureBatches
@@ -83,6 +85,7 @@ class DiffoRACallback(TrainerCallback):
         self._cut_model: weakref.ref[nn.Module] | None = None
         self._began_cut = False
         self._first_step = 0
+        self._suspensions: list[RemovableHandle] = []
         self.resumed_after_cut = False
 
     def is_cut(self, model: nn.Module) -> bool:
@@ -112,6 +115,24 @@ class DiffoRACallback(TrainerCallback):
             self._after_switch()
         self.reallocation = None
 
+    def give_back(self, model: nn.Module) -> None:
+        """
+        Leave a model's embeddings as its user, TRL or PEFT had set them up, at the end of a run or when it fails.
+        Whoever trains the model next may do so in another way, which needs their output to require a gradient.
+        """
+        self._forget_suspensions()
+        restore_input_gradients(model)
+
+    def _suspend(self, model: nn.Module) -> None:
+        """From here on a backward pass goes no deeper than the lowest module that is trained."""
+        self._forget_suspensions()
+        self._suspensions = keep_suspended(model)
+
+    def _forget_suspensions(self) -> None:
+        for handle in self._suspensions:
+            handle.remove()
+        self._suspensions = []
+
     def on_train_begin(
         self,
         args: TrainingArguments,
@@ -123,6 +144,7 @@ class DiffoRACallback(TrainerCallback):
         if state.global_step and hasattr(kwargs["train_dataloader"], "set_epoch"):
             # On several processes accelerate does not reach the sampler through the batches that a resumed run skips.
             kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
+        self._suspend(kwargs["model"])
         if self.is_cut(kwargs["model"]):  # resumed after the cut, or trained again
             if self.resumed_after_cut and self._resume_split is not None and self.selection is not None:
                 self._resume_split(self.selection.step or 0)

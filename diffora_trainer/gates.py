@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .backward import without_input_gradients
 from .grid import ModuleGrid, parameters_of, searched_modules
 from .shortcuts import Shortcut
 
@@ -132,7 +133,8 @@ def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[li
             layer.enabled = False
         for parameter in frozen:
             parameter.requires_grad_(False)
-        yield [p for name in names for p in parameters_of(layers[name], adapter_name)]
+        with without_input_gradients(model):
+            yield [p for name in names for p in parameters_of(layers[name], adapter_name)]
     finally:
         for layer, disabled in zip(off, before, strict=True):
             layer._disable_adapters = disabled

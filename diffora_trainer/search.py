@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .backward import input_embeddings, suspend_input_gradients
 from .budget import Budget
 from .config import DiffoRAConfig
 from .distributed import check_agreement, fingerprint, is_main_process
 from .gates import Gates, as_if_cut, checkpoints_activations
-from .grid import OTHER_ROW, ModuleGrid
+from .grid import OTHER_ROW, ModuleGrid, parameters_of, searched_modules
 from .isolation import quiet
 from .logging import get_logger
 from .matrix import DifferentialAdaptationMatrix, ScoreMatrix
@@ -76,7 +77,8 @@ class ArchitectureSearch:
     Raises:
         TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
         ValueError: if the adapter cannot be searched (see [`~diffora_trainer.grid.ModuleGrid.from_model`]), no module
-            fits the budget, or only one of `score_function` and `method="custom"` is passed.
+            fits the budget, only one of `score_function` and `method="custom"` is passed, or step time is to be saved
+            (`cost="time"`) where the input embeddings are trained too.
     """
 
     def __init__(
@@ -107,6 +109,8 @@ class ArchitectureSearch:
                 "saved beside shortcuts shares no matrices. Please set `weight_sharing='none'`, or call "
                 "`remove_shortcuts(model)`."
             )
+        if self.config.cost == "time":
+            _check_ends_early(model, self.grid.adapter_name)
         self.matrix = make_matrix(self.grid, self.config)
         self.gates = Gates(model, self.grid)
         self.skipped_steps = 0
@@ -129,12 +133,17 @@ class ArchitectureSearch:
         """
         Attach the gates to the model. From here on the weights train under the gates of [`draw_gates`].
 
+        What makes the output of the embeddings require a gradient is suspended, so that a backward pass goes no deeper
+        than the lowest module that is trained. Only reentrant checkpointing would need it: to train the model in that
+        way later, call its `enable_input_require_grads()` again.
+
         Raises:
             ValueError: if the model checkpoints activations in the reentrant way.
         """
         # Activation checkpointing only works in training mode, and without it an architecture step needs more memory
         # than a training step has. Otherwise evaluation mode is better: dropout is noise in the gates' gradient.
         self._checkpointing = checkpoints_activations(self.model)
+        suspend_input_gradients(self.model)
         self.gates.attach()
         self.gates.set_evaluation(self.matrix.evaluation_gates())
 
@@ -198,8 +207,9 @@ class ArchitectureSearch:
         return min(self._time(batch, weights) for _ in range(REPEATS + 1))
 
     def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
-        with as_if_cut(self.model, [self.grid.names[index] for index in kept], self.grid.adapter_name) as weights:
-            return self._time(batch, weights)
+        with as_if_cut(self.model, [self.grid.names[index] for index in kept], self.grid.adapter_name):
+            # With what is trained beside the LoRA, such as a head: the backward pass goes down to the lowest of all.
+            return self._time(batch, [parameter for parameter in self.model.parameters() if parameter.requires_grad])
 
     def _time(self, batch: Any, weights: list[nn.Parameter]) -> float:
         def step() -> None:
@@ -636,6 +646,18 @@ def make_matrix(
     return DifferentialAdaptationMatrix.create(
         config.relaxation, budget, config.arch_learning_rate, seed=config.arch_seed
     )
+
+
+def _check_ends_early(model: nn.Module, adapter_name: str) -> None:
+    """Raise a `ValueError` if the backward pass of a model goes through all layers, whatever is kept."""
+    searched = {p for one in searched_modules(model, adapter_name).values() for p in parameters_of(one, adapter_name)}
+    embeddings = {p for module in input_embeddings(model) for p in module.parameters() if p.requires_grad} - searched
+    if trained := [name for name, parameter in model.named_parameters() if parameter in embeddings]:
+        raise ValueError(
+            f"You passed `cost='time'` for a model whose input embeddings are trained ({trained[0]!r}), so each "
+            "backward pass goes through all layers down to them, and no choice of modules makes it shorter. Please "
+            "set `cost='parameters'`, or leave the embeddings out of `modules_to_save` and `trainable_token_indices`."
+        )
 
 
 def library_versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
 from torch.optim import Optimizer
 
+from .backward import suspend_input_gradients
 from .distributed import forget_shards, reshard
 from .grid import parameters_of, searched_modules
 from .selection import Selection, readable
@@ -36,7 +37,8 @@ def apply_selection(
 
     The selected modules keep their parameters, and these their moments in the optimizer; the others leave the model,
     the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
-    Shortcuts that are not selected leave the model and the optimizer in the same way.
+    Shortcuts that are not selected leave the model and the optimizer in the same way. A backward pass ends at the
+    lowest module that is left, also with (non-reentrant) activation checkpointing.
 
     Args:
         model (`PeftModel`): the model that was searched. Its gates must be off (see [`ArchitectureSearch.finish`]).
@@ -91,6 +93,7 @@ def apply_selection(
     kept = {p for name in selection.adapted for p in parameters_of(layers[name], adapter_name)}
     _narrow(model, adapter_name, selection.lora_modules)
     forget_shards(model, parameters_before - kept)
+    suspend_input_gradients(model)
     if optimizer is not None:
         forget_parameters(optimizer, parameters_before - kept, scheduler)
         if selection.shared:

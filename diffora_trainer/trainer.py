@@ -292,7 +292,10 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             if passed and self.is_world_process_zero():
                 reasons = "".join(f"\n{name}: {reason}" for name, reason in passed.items())
                 logger.warning(f"Resuming from {resume_from_checkpoint}, because newer ones are not whole.{reasons}")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._callback.give_back(self.model)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` runs the loop again when memory ran out. The parent reads the checkpoint's weights
