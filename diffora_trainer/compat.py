@@ -9,14 +9,15 @@ name of these libraries.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from types import CodeType
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Trainer
+
+from .isolation import replaced
 
 
 # torch
@@ -72,11 +73,29 @@ def makes_completions(trainer: Any) -> bool:
     `reward_funcs`. That holds for GRPO, RLOO and distillation, and in TRL's `experimental` for what is derived from
     them, SDPO, SDFT, A2PO and GOLD. A public hook of TRL that is given each training batch would let it go.
     """
+    from transformers import Trainer  # not above: a search without a Trainer need not wait for it
+
     classes = type(trainer).__mro__
     overridden = any("_prepare_inputs" in vars(cls) for cls in classes[: classes.index(Trainer)] if not _is_ours(cls))
     return overridden and any(
         hasattr(trainer, name) for name in ("_buffered_inputs", "num_generations", "reward_funcs")
     )
+
+
+def noted_preparation(trainer: Any, note: Callable[[Any], None]) -> AbstractContextManager[None]:
+    """
+    For a while, hand what a trainer's `_prepare_inputs` returns to a function as well, with all that subclasses do to
+    it. `Trainer.training_step` calls it in transformers 5.2 to 5.23. See [`makes_completions`] for what would let it
+    go.
+    """
+    prepare = trainer._prepare_inputs
+
+    def prepare_and_note(inputs: Any) -> Any:
+        prepared = prepare(inputs)
+        note(prepared)
+        return prepared
+
+    return replaced(trainer, "_prepare_inputs", prepare_and_note)
 
 
 def uses_vllm(trainer: Any) -> bool:
@@ -92,6 +111,8 @@ def own_training_step(trainer: Any) -> Callable[..., Any] | None:
     `training_step`. In TRL 0.28 to 1.16 that is OnlineDPO, in 0.28 also XPO and NashMD. A method for the loss in these
     trainers would let it go.
     """
+    from transformers import Trainer
+
     for cls in type(trainer).__mro__:
         step = vars(cls).get("training_step")
         if cls is Trainer:
@@ -122,8 +143,8 @@ def loss_of_training_step(trainer: Any, model: nn.Module, inputs: Any) -> Tensor
     """
     losses: list[Tensor] = []
     with (
-        _replaced(trainer.accelerator, "backward", lambda loss, **kwargs: losses.append(loss)),
-        _replaced(model, "train", lambda mode=True: model),
+        replaced(trainer.accelerator, "backward", lambda loss, **kwargs: losses.append(loss)),
+        replaced(model, "train", lambda mode=True: model),
     ):
         trainer.training_step(model, inputs, None)
     return None if not losses else sum(losses[1:], losses[0])
@@ -143,19 +164,3 @@ def _names(function: Any) -> set[str]:
             names.update(code.co_names)
             codes.extend(code.co_consts)
     return names
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Give an object another attribute for a while."""
-    own = vars(owner)
-    missing = object()
-    before = own.get(name, missing)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from accelerate.data_loader import SeedableRandomSampler
@@ -10,7 +11,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_utils import has_length
 
 from .callbacks import DiffoRACallback
-from .compat import makes_completions
+from .compat import makes_completions, noted_preparation
 from .config import DiffoRAConfig
 from .data import (
     ArchitectureBatches,
@@ -50,7 +51,6 @@ class HeldOutMixin(_Base):
     _split: SplitPlan | None = None
     _held_out_rows: Any = None
     _rollouts: RolloutBatches | None = None
-    _in_training_step = False
     _generates_for_loss: bool
 
     def get_train_dataloader(self) -> DataLoader:
@@ -99,11 +99,11 @@ class HeldOutMixin(_Base):
             self._split.set_cut(cut, *steps_of_epoch(self))
             self._split.given_back = self._callback.is_cut(self.model)
 
-    def _prepare_inputs(self, inputs: Any) -> Any:
-        prepared = super()._prepare_inputs(inputs)
-        if self._rollouts is not None and self._in_training_step and self._callback.searching:
-            self._rollouts.add(prepared)
-        return prepared
+    def _kept_rollouts(self) -> AbstractContextManager[None]:
+        """While the search lasts, keep for it what a training step is given."""
+        if self._rollouts is None or not self._callback.searching:
+            return nullcontext()
+        return noted_preparation(self, self._rollouts.add)
 
     def _prepare_architecture_batch(self, batch: Any) -> Any:
         """A batch of the search as the loss takes it. One of a training step has been prepared, at some cost."""

@@ -321,11 +321,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             self._callback.search.draw_gates()
             if self.diffora_config.arch_order == 2:
                 self._last_train_batch = inputs
-        self._in_training_step = True
-        try:
+        with self._kept_rollouts():
             return super().training_step(model, inputs, *args, **kwargs)
-        finally:
-            self._in_training_step = False
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The parent's optimizer without its empty parameter groups, which could not be told from emptied ones."""

@@ -194,14 +194,14 @@ def test_gradient_is_taken_on_the_step_just_made(tmp_path: Path) -> None:
         trained: list[Any] = []
         searched: list[Any] = []
 
-        def compute_loss(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
-            if self._in_training_step:
-                self.trained.append((self.state.global_step + 1, inputs))
-            return super().compute_loss(model, inputs, *args, **kwargs)
+        def _prepare_inputs(self, generation_batch: Any) -> Any:
+            inputs = {**super()._prepare_inputs(generation_batch), "column": torch.ones(1)}
+            self.trained.append((self.state.global_step + 1, inputs))
+            return inputs
 
         def compute_architecture_loss(self, model: nn.Module, inputs: Any) -> Tensor:
             if torch.is_grad_enabled():
-                self.searched.append((self.state.global_step, inputs["completion_ids"]))
+                self.searched.append((self.state.global_step, inputs["column"]))
             loss = super().compute_architecture_loss(model, inputs)
             inputs.clear()  # it is the search's own
             return loss
@@ -210,7 +210,7 @@ def test_gradient_is_taken_on_the_step_just_made(tmp_path: Path) -> None:
     trainer.train()
     last = dict(trainer.trained)  # the last micro-batch of each step
     assert [step for step, _ in trainer.searched] == list(range(WARMUP + 1, CUT + 1))
-    assert all(ids is last[step]["completion_ids"] for step, ids in trainer.searched)
+    assert all(column is last[step]["column"] for step, column in trainer.searched)
 
 
 @pytest.mark.parametrize("name", ["snip", "grad_norm", "synflow", "reallocation", "custom", "sigmoid"])
