@@ -11,11 +11,11 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.sft_trainer import SFTTrainer
 
 from .callbacks import DiffoRACallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
+from .compat import activation_checkpointing
 from .compiled import check_not_compiled
 from .config import DiffoRAConfig
 from .data import check_dataset
@@ -117,11 +117,12 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self.arch_dataset = arch_dataset
         self._last_train_batch: Any = None
         self._loop_began = False
-        super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
+        named = self._by_name(args, kwargs)
+        super().__init__(**self._with_lora(named, peft_config))
         check_trainer(self)
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
-            self.arch_dataset = prepare_dataset(self, arch_dataset)
+            self.arch_dataset = prepare_dataset(self, arch_dataset, named.get("formatting_func"))
             check_arch_columns(self)
         self._callback = DiffoRACallback(
             self.diffora_config,
@@ -193,7 +194,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 base = model if isinstance(model, nn.Module) else None
                 peft_config = complete_lora_config(peft_config, base, task_type_of_trainer(self))
             return {**arguments, "peft_config": peft_config}
-        checkpointing = bool(getattr(args, "activation_checkpointing", False))
+        checkpointing = activation_checkpointing(args)
         if arguments.get("model_init") is not None:
             return {**arguments, "model_init": wrap_model_init(arguments["model_init"], peft_config, checkpointing)}
         if not isinstance(model, nn.Module):
@@ -408,18 +409,9 @@ class DiffoRATrainer(DiffoRAMixin, Trainer):
     """
 
 
-class DiffoRASFTTrainer(DiffoRAMixin, SFTTrainer):
-    """
-    A [`~trl.SFTTrainer`] that chooses its LoRA modules while it trains. It takes all that `SFTTrainer` takes, and
-    `diffora_config` and `arch_dataset`; see [`DiffoRAMixin`].
+def __getattr__(name: str) -> Any:
+    if name == "DiffoRASFTTrainer":  # imports TRL, which the trainers of transformers do without
+        from .sft import DiffoRASFTTrainer
 
-    ```python
-    trainer = DiffoRASFTTrainer(
-        model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        args=SFTConfig("out", max_steps=300),
-        train_dataset=dataset,
-        diffora_config=DiffoRAConfig(selection_ratio=0.5),
-    )
-    trainer.train()
-    ```
-    """
+        return DiffoRASFTTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

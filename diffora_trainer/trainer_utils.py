@@ -16,6 +16,7 @@ from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
 from torch.utils.data import Subset
 
+from .compat import activation_checkpointing, activation_checkpointing_kwargs, skips_preparation
 from .config import DiffoRAConfig
 from .logging import get_logger
 from .shortcuts import ShortcutConfig, add_shortcuts, shortcuts
@@ -30,7 +31,7 @@ _MAX_STREAM_BATCHES = 64
 def check_trainer(trainer: Any) -> None:
     """Raise a `ValueError` if the training arguments ask for something that a search cannot run with."""
     args = trainer.args
-    if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    if activation_checkpointing(args) and activation_checkpointing_kwargs(args).get("use_reentrant"):
         raise ValueError(
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
             "of the gates alone. Please set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
@@ -173,21 +174,21 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
     return rows
 
 
-def prepare_dataset(trainer: Any, dataset: Any) -> Any:
+def prepare_dataset(trainer: Any, dataset: Any, formatting_func: Any = None) -> Any:
     """
     A held-out data set of the user's own, prepared as the trainer prepared its training set. TRL's trainers tokenize
     in `_prepare_dataset`, which leaves a tokenized data set as it is; its arguments differ from one trainer to
     another.
     """
     prepare = getattr(trainer, "_prepare_dataset", None)
-    if prepare is None or getattr(trainer, "_skip_prepare_dataset", False):
+    if prepare is None or skips_preparation(trainer):
         return dataset
     known = {
         "dataset": dataset,
         "processing_class": trainer.processing_class,
         "args": trainer.args,
         "packing": getattr(trainer.args, "packing", False),
-        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "formatting_func": formatting_func,
         "dataset_name": "arch",
     }
     try:
