@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .budget import Budget
+from .compat import checkpoints
 from .config import DiffoRAConfig
 from .distributed import check_agreement, fingerprint
 from .gates import Gates, as_if_cut, checkpoints_activations
@@ -308,7 +309,7 @@ class ArchitectureSearch:
             raise ValueError("There is no batch to score the modules on. Please pass at least one.")
         with self._quiet(training=False), self.gates.override(None):
             for module in self.model.modules():
-                if getattr(module, "gradient_checkpointing", False):
+                if checkpoints(module):
                     module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
             scores, ties = module_scores(
                 method,

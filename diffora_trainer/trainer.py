@@ -15,7 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .callbacks import DiffoRACallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
-from .compat import activation_checkpointing
+from .compat import activation_checkpointing, check_trainer_methods, output_dir, prepare_inputs
 from .compiled import check_not_compiled
 from .config import DiffoRAConfig
 from .data import check_dataset
@@ -110,6 +110,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 f"`diffora_config` must be a `DiffoRAConfig`, got {type(diffora_config).__name__}. "
                 "Please make one of your options: `DiffoRAConfig(selection_ratio=0.5)`."
             )
+        check_trainer_methods(type(self))
         self.diffora_config = diffora_config or DiffoRAConfig()
         check_score_function(self.diffora_config.method, score_function)
         self.score_function = score_function
@@ -226,7 +227,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def _custom_scores(self, model: nn.Module, batches: list[Any]) -> Any:
         assert self.score_function is not None
-        return self.score_function(model, [self._prepare_inputs(batch) for batch in batches])
+        return self.score_function(model, [prepare_inputs(self, batch) for batch in batches])
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         if self.args.world_size == 1:
@@ -318,7 +319,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
     def _architecture_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The architecture loss of a held-out batch; leaves metrics, counters and the batch as they were."""
         with preserved_bookkeeping(self):
-            inputs = self._prepare_inputs(batch)
+            inputs = prepare_inputs(self, batch)
             with self.compute_loss_context_manager():
                 return self.compute_architecture_loss(model, dict(inputs))
 
@@ -350,7 +351,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             self._save_findings(Path(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        folder = Path(output_dir(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with written_whole(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
