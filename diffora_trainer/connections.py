@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -129,7 +128,7 @@ class LayerShortcuts(nn.Module):
             layer.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
         if checkpoints_call(layer):
-            around = owner.get_submodule(_stack_holder(owner, name))
+            around = _holder(owner, layer)
             self.handles += [
                 around.register_forward_pre_hook(partial(self._bind, layer)),
                 around.register_forward_hook(partial(self._unbind, layer), always_call=True),
@@ -290,10 +289,10 @@ class LayerShortcuts(nn.Module):
         return output
 
 
-def _stack_holder(owner: nn.Module, layer: str) -> str:
-    """Name in a model of the module that holds the list of a layer, of which `layer` is the name in the base model."""
-    prefix = "base_model.model." if isinstance(owner, PeftModel) else ""
-    return f"{prefix}{layer}".rpartition(".")[0].rpartition(".")[0]
+def _holder(model: nn.Module, layer: nn.Module) -> nn.Module:
+    """The module of a model that holds the list of a layer."""
+    stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and any(each is layer for each in m))
+    return next(module for module in model.modules() if any(child is stack for child in module.children()))
 
 
 def _first(args: Any, kwargs: Any) -> Tensor:
