@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_utils import has_length
 
 from .callbacks import DiffoRACallback
+from .compat import collator_without_unused_columns, train_batch_size, without_unused_columns
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
 from .trainer_utils import read_head, steps_of_epoch, subset
@@ -75,7 +76,7 @@ class HeldOutMixin(_Base):
             sampler = SeedableRandomSampler(
                 data_source=sampler.data_source,
                 replacement=sampler.replacement,
-                num_samples=sampler._num_samples,
+                num_samples=sampler.num_samples,
                 generator=sampler.generator,
                 data_seed=self.args.data_seed,
             )
@@ -98,13 +99,13 @@ class HeldOutMixin(_Base):
         self._set_cut(cut)
         collate = self.data_collator
         if isinstance(rows, Dataset):
-            rows = self._remove_unused_columns(rows, description="held-out")
+            rows = without_unused_columns(self, rows, "held-out")
         else:
-            collate = self._get_collator_with_removed_columns(collate, description="held-out")
+            collate = collator_without_unused_columns(self, collate, "held-out")
         return HeldOutBatches(
             rows,
             collate,
-            batch_size=self.diffora_config.arch_batch_size or self._train_batch_size,
+            batch_size=self.diffora_config.arch_batch_size or train_batch_size(self),
             seed=self.diffora_config.arch_seed,
             rank=self.args.process_index,
             world_size=self.args.world_size,

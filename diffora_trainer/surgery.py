@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
 from torch.optim import Optimizer
 
 from .backward import suspend_input_gradients
+from .compat import SCHEDULER_LISTS, inner_schedulers, shortened_targets
 from .distributed import forget_shards, reshard
 from .grid import parameters_of, searched_modules
 from .selection import Selection, readable
@@ -137,13 +137,11 @@ def _sort_parameters(optimizer: Optimizer, model: nn.Module) -> None:
 def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
     while hasattr(scheduler, "scheduler"):
         scheduler = scheduler.scheduler
-    # PyTorch's schedulers hold what belongs to a group in lists with one entry a group: `base_lrs`, `lr_lambdas`, ...
-    per_group = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
-    for name in per_group:
+    for name in SCHEDULER_LISTS:
         values = getattr(scheduler, name, None)
         if isinstance(values, list) and len(values) == len(filled):
             setattr(scheduler, name, [value for value, keep in zip(values, filled, strict=True) if keep])
-    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+    for inner in inner_schedulers(scheduler):
         _forget_groups(inner, filled)
 
 
@@ -200,7 +198,7 @@ def _matches(config: Any, every: set[str], wanted: set[str]) -> bool:
     # checked as long as that is quick: the time grows with the square of the number of modules.
     if not MIN_TARGET_MODULES_FOR_OPTIMIZATION <= len(wanted) <= _CHECKED_MODULES:
         return True
-    return found(_find_minimal_target_modules(wanted, every - wanted)) == wanted
+    return found(shortened_targets(wanted, every - wanted)) == wanted
 
 
 def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:

@@ -11,11 +11,11 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.sft_trainer import SFTTrainer
 
 from .callbacks import DiffoRACallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
+from .compat import activation_checkpointing, check_trainer_methods, output_dir, prepare_inputs
 from .compiled import check_not_compiled
 from .config import DiffoRAConfig
 from .data import check_dataset
@@ -120,6 +120,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 f"`diffora_config` must be a `DiffoRAConfig`, got {type(diffora_config).__name__}. "
                 "Please make one of your options: `DiffoRAConfig(selection_ratio=0.5)`."
             )
+        check_trainer_methods(type(self))
         self.diffora_config = diffora_config or DiffoRAConfig()
         check_score_function(self.diffora_config.method, score_function)
         self.score_function = score_function
@@ -127,12 +128,13 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self.arch_dataset = arch_dataset
         self._last_train_batch: Any = None
         self._loop_began = False
-        super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
+        named = self._by_name(args, kwargs)
+        super().__init__(**self._with_lora(named, peft_config))
         follow_log_level(self.args.log_level)
         check_trainer(self)
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
-            self.arch_dataset = prepare_dataset(self, arch_dataset)
+            self.arch_dataset = prepare_dataset(self, arch_dataset, named.get("formatting_func"))
             check_arch_columns(self)
         self._callback = DiffoRACallback(
             self.diffora_config,
@@ -204,7 +206,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 base = model if isinstance(model, nn.Module) else None
                 peft_config = complete_lora_config(peft_config, base, task_type_of_trainer(self))
             return {**arguments, "peft_config": peft_config}
-        checkpointing = bool(getattr(args, "activation_checkpointing", False))
+        checkpointing = activation_checkpointing(args)
         if arguments.get("model_init") is not None:
             return {**arguments, "model_init": wrap_model_init(arguments["model_init"], peft_config, checkpointing)}
         if not isinstance(model, nn.Module):
@@ -236,7 +238,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def _custom_scores(self, model: nn.Module, batches: list[Any]) -> Any:
         assert self.score_function is not None
-        return self.score_function(model, [self._prepare_inputs(batch) for batch in batches])
+        return self.score_function(model, [prepare_inputs(self, batch) for batch in batches])
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         if self.args.world_size == 1:
@@ -331,7 +333,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
     def _architecture_loss(self, model: nn.Module, batch: Any) -> Tensor:
         """The architecture loss of a held-out batch; leaves metrics, counters and the batch as they were."""
         with preserved_bookkeeping(self):
-            inputs = self._prepare_inputs(batch)
+            inputs = prepare_inputs(self, batch)
             with self.compute_loss_context_manager():
                 return self.compute_architecture_loss(model, dict(inputs))
 
@@ -363,7 +365,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             self._save_findings(Path(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        folder = Path(output_dir(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with written_whole(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
@@ -422,18 +424,9 @@ class DiffoRATrainer(DiffoRAMixin, Trainer):
     """
 
 
-class DiffoRASFTTrainer(DiffoRAMixin, SFTTrainer):
-    """
-    A [`~trl.SFTTrainer`] that chooses its LoRA modules while it trains. It takes all that `SFTTrainer` takes, and
-    `diffora_config` and `arch_dataset`; see [`DiffoRAMixin`].
+def __getattr__(name: str) -> Any:
+    if name == "DiffoRASFTTrainer":  # imports TRL, which the trainers of transformers do without
+        from .sft import DiffoRASFTTrainer
 
-    ```python
-    trainer = DiffoRASFTTrainer(
-        model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        args=SFTConfig("out", max_steps=300),
-        train_dataset=dataset,
-        diffora_config=DiffoRAConfig(selection_ratio=0.5),
-    )
-    trainer.train()
-    ```
-    """
+        return DiffoRASFTTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -87,7 +87,7 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
 def assert_helpful(message: str, essential: str) -> None:
     """It names what was passed, and says what to do or what would be right."""
     assert re.search(essential, message, re.DOTALL), message
-    assert len(message) > 30 and re.search(r"[Pp]lease|[Uu]se |must|[Pp]ass|[Cc]all|Load ", message), message
+    assert len(message) > 30 and re.search(r"[Pp]lease|[Uu]se |must|[Pp]ass|[Cc]all|Load |has to be", message), message
 
 
 @pytest.mark.parametrize(("options", "error", "message"), CONFIG, ids=[str(options) for options, *_ in CONFIG])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -129,9 +130,9 @@ def test_cut_model_is_a_stock_lora(task: str, scope: str, tmp_path: Path) -> Non
 
 
 OPTIMIZERS = {
-    "adamw": {"optim": "adamw_torch"},
-    "momentum": {"optim": "sgd", "optim_args": "momentum=0.9", "learning_rate": 0.1},
-    "adafactor": {"optim": "adafactor"},
+    "adamw": {},
+    "momentum": {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})},
+    "adafactor": {"args": {"optim": "adafactor"}},
 }
 
 
@@ -147,9 +148,15 @@ def test_survivors_keep_their_optimizer_state(name: str, tmp_path: Path) -> None
             "orphans": len(set(inner.state) - set(model.parameters())),
         }
 
-    args = {**OPTIMIZERS[name], "lr_scheduler_type": "cosine", "warmup_steps": 2, "weight_decay": 0.1}
+    kwargs: dict[str, Any] = dict(OPTIMIZERS[name])
+    kwargs["args"] = {
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.1,
+        **kwargs.get("args", {}),
+    }
     before, after = Probe(look, CUT), Probe(look, CUT)
-    trainer = make_trainer(tmp_path / "a", callbacks=[before], args=args)
+    trainer = make_trainer(tmp_path / "a", callbacks=[before], **kwargs)
     trainer.add_callback(after)
     trainer.train()
     old, new = before.found[CUT], after.found[CUT]
@@ -161,7 +168,7 @@ def test_survivors_keep_their_optimizer_state(name: str, tmp_path: Path) -> None
     assert all(len(state) for state in new["state"].values())
 
     stock_model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
-    stock = make_trainer(tmp_path / "b", cls=Trainer, model=stock_model, args=args)
+    stock = make_trainer(tmp_path / "b", cls=Trainer, model=stock_model, **kwargs)
     stock.train()
     rates = [log["learning_rate"] for log in step_logs(trainer).values()]
     assert len(set(rates)) > 8 and rates == [log["learning_rate"] for log in step_logs(stock).values()]
