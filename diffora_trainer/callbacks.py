@@ -19,7 +19,7 @@ from . import messages
 from .backward import keep_suspended, restore_input_gradients
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
-from .data import HeldOutBatches
+from .data import ArchitectureBatches
 from .isolation import isolated_random_state
 from .logging import get_logger
 from .reallocation import Reallocation
@@ -45,8 +45,8 @@ class DiffoRACallback(TrainerCallback):
     Args:
         config ([`DiffoRAConfig`]): the options.
         make_search (`Callable[[nn.Module], ArchitectureSearch]`): makes the search of the trainer's model.
-        make_held_out (`Callable[[int], HeldOutBatches]`): gives the held-out batches of a run that is cut at some
-            step.
+        make_held_out (`Callable[[int], ArchitectureBatches]`): gives the batches that the search of a run reads which
+            is cut at some step.
         resume_split (`Callable[[int], None]`, *optional*): tells the training data of a run resumed after its cut at
             which step that was: until the end of that epoch the order of the rows depends on it.
         after_cut (`Callable[[], None]`, *optional*): what the trainer does when the modules have changed.
@@ -58,7 +58,7 @@ class DiffoRACallback(TrainerCallback):
         self,
         config: DiffoRAConfig,
         make_search: Callable[[nn.Module], ArchitectureSearch],
-        make_held_out: Callable[[int], HeldOutBatches],
+        make_held_out: Callable[[int], ArchitectureBatches],
         resume_split: Callable[[int], None] | None = None,
         after_cut: Callable[[], None] | None = None,
         last_train_batch: Callable[[], Any] | None = None,
@@ -75,7 +75,7 @@ class DiffoRACallback(TrainerCallback):
         self._after_cut = after_cut
         self._last_train_batch = last_train_batch
         self._after_switch = after_switch or (lambda: None)
-        self._held_out: HeldOutBatches | None = None
+        self._held_out: ArchitectureBatches | None = None
         self._warmup = self._decision = self._cut = 0
         self._moments = range(0)
         self._report: dict[str, float] = {}
@@ -85,6 +85,7 @@ class DiffoRACallback(TrainerCallback):
         self._cut_model: weakref.ref[nn.Module] | None = None
         self._began_cut = False
         self._suspensions: list[RemovableHandle] = []
+        self._first_step = 0
         self.resumed_after_cut = False
 
     def is_cut(self, model: nn.Module) -> bool:
@@ -139,6 +140,7 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        self._first_step = state.global_step
         if state.global_step and hasattr(kwargs["train_dataloader"], "set_epoch"):
             # On several processes accelerate does not reach the sampler through the batches that a resumed run skips.
             kwargs["train_dataloader"].set_epoch(int(state.epoch or 0))
@@ -165,12 +167,12 @@ class DiffoRACallback(TrainerCallback):
             self._restore()
         else:  # what is wrong with the data should be said now
             with isolated_random_state(self.search.gates.device):
-                self._held_out.batch(0)
+                self._held_out.check()
         self.search.begin()
         self._close(state.global_step)
         if state.is_world_process_zero:
             logger.info(f"Grid: {self.search.grid.describe()}.")
-            logger.info(messages.plan(self.config, state.max_steps, len(self._held_out.dataset)))
+            logger.info(messages.plan(self.config, state.max_steps, self._held_out.describe()))
             if self.search.keeps_all and self.config.selection_ratio < 1:
                 logger.warning(
                     f"There is nothing to choose: the budget keeps all {len(self.search.grid)} modules. Please set "
@@ -215,6 +217,8 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
+        if state.global_step == self._first_step < state.max_steps:
+            self._refuse_no_step(state)
         if not self.searching or self.search is None:
             return
         if self.search.matrix.steps:
@@ -234,6 +238,19 @@ class DiffoRACallback(TrainerCallback):
                 f"Training ended at step {state.global_step}, before {before}. No module was chosen; all of them stay."
             )
             self.search.gates.detach()
+
+    def _refuse_no_step(self, state: TrainerState) -> None:
+        """An adapter that nothing was trained of should not be saved as if it were."""
+        held_out = 0 if self._held_out is None else len(self._held_out.dataset)
+        beside = f" beside the {held_out:,} rows that are held out" if held_out else ""
+        if self.search is not None:
+            self.search.gates.detach()
+        raise ValueError(
+            f"Training ended at step {state.global_step} of {state.max_steps} without having made a step: the data "
+            f"gave no batch{beside}, or a callback stopped it. The adapter is as it was. Please check that the data "
+            "set, its filters and `dataloader_drop_last` leave rows to train on, and that a stream can be read again "
+            "from its start."
+        )
 
     def _measure_times(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None
@@ -265,9 +282,10 @@ class DiffoRACallback(TrainerCallback):
     def _decide(self, state: TrainerState) -> None:
         assert self.search is not None and self._held_out is not None
         self.search.decide()
-        loss = self.search.measure_effect(self._held_out.sample(_GAP_BATCHES))
-        self._report = {"diffora/held_out_loss_before_closing": loss}
-        self._loss_before_closing = loss if math.isfinite(loss) else None  # a checkpoint can hold it
+        if self._held_out.comparable:
+            loss = self.search.measure_effect(self._held_out.sample(_GAP_BATCHES))
+            self._report = {"diffora/held_out_loss_before_closing": loss}
+            self._loss_before_closing = loss if math.isfinite(loss) else None  # a checkpoint can hold it
         if state.is_world_process_zero and self.search.decided is not None:
             logger.info(
                 f"Step {state.global_step}: {int(self.search.decided.sum())} modules are chosen; the gates of the "
@@ -304,9 +322,11 @@ class DiffoRACallback(TrainerCallback):
         """Cut: decide, measure, and let the surgery change the model."""
         search, held_out = self.search, self._held_out
         assert search is not None and held_out is not None
-        before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
-        if search.decided is None and not self._scores:  # a score need not rest on what was learned
-            search.measure_effect(held_out.sample(_GAP_BATCHES))
+        losses: tuple[float, float] | None = None
+        if held_out.comparable:
+            before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
+            if search.decided is None and not self._scores:  # a score need not rest on what was learned
+                search.measure_effect(held_out.sample(_GAP_BATCHES))
         finish = search.finish if self.reallocation is None else self.reallocation.finish
         if self.reallocation is not None:  # what follows compares with all modules
             self.reallocation.release()
@@ -323,15 +343,21 @@ class DiffoRACallback(TrainerCallback):
         self.phase, self._cut_model = SELECTED, weakref.ref(model)
         if self._after_cut is not None:
             self._after_cut()
-        after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+        if held_out.comparable:
+            after = search.held_out_loss(held_out.sample(_GAP_BATCHES))
+            losses = before, after
+            self._report.update(
+                {
+                    "diffora/held_out_loss_before_cut": before,
+                    "diffora/held_out_loss_after_cut": after,
+                    "diffora/gap": after - before,
+                }
+            )
         if seconds_before is not None:
             seconds = {"before_cut": seconds_before, "after_cut": search.step_seconds(next(held_out.sample(1)))}
             self.selection = selection = replace(selection, times={**selection.times, **seconds})
         self._report.update(
             {
-                "diffora/held_out_loss_before_cut": before,
-                "diffora/held_out_loss_after_cut": after,
-                "diffora/gap": after - before,
                 "diffora/selected_modules": float(len(selection.selected)),
                 "diffora/lora_parameters": float(selection.trainable_parameters),
             }
@@ -342,7 +368,7 @@ class DiffoRACallback(TrainerCallback):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         control.should_log = True
         if state.is_world_process_zero:
-            for line in messages.cut(selection, before, after, self._loss_before_closing):
+            for line in messages.cut(selection, losses, self._loss_before_closing):
                 logger.info(line)
             for line in messages.uncovered(selection):
                 logger.warning(line)

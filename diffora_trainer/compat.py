@@ -9,13 +9,16 @@ name of these libraries. What holds from one version to another is tested with t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import CodeType
 from typing import Any
 
 from accelerate.utils import is_compiled_module
 from peft.tuners.tuners_utils import _find_minimal_target_modules
-from torch import nn
+from torch import Tensor, nn
 
 
 # transformers
@@ -193,6 +196,112 @@ def preparation(trainer: Any) -> Callable[..., Any] | None:
     asked = bool((getattr(trainer.args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
     skipped = getattr(trainer, "_skip_prepare_dataset", asked or getattr(trainer, "_is_vision_dataset", False))
     return None if skipped else getattr(trainer, "_prepare_dataset", None)
+
+
+# TRL: trainers whose training step is not "prepare the batch, take `compute_loss` of it"
+
+
+def makes_completions(trainer: Any) -> bool:
+    """
+    Whether a trainer makes the completions that it trains on while it prepares a batch, so that a row of its training
+    set is only a prompt.
+
+    Told by its structure, since TRL has no mark for it: a class before [`~transformers.Trainer`] overrides
+    `_prepare_inputs`, in which TRL 0.28 to 1.16 generate, and the trainer has `_buffered_inputs`, `num_generations` or
+    `reward_funcs`. That holds for GRPO, RLOO and distillation, and in TRL's `experimental` for what is derived from
+    them, SDPO, SDFT, A2PO and GOLD. A public hook of TRL that is given each training batch would let it go.
+    """
+    from transformers import Trainer
+
+    classes = type(trainer).__mro__
+    overridden = any("_prepare_inputs" in vars(cls) for cls in classes[: classes.index(Trainer)] if not _is_ours(cls))
+    return overridden and any(
+        hasattr(trainer, name) for name in ("_buffered_inputs", "num_generations", "reward_funcs")
+    )
+
+
+def uses_vllm(trainer: Any) -> bool:
+    """Whether a trainer generates with vLLM (`use_vllm`, in TRL 0.28 to 1.16)."""
+    return bool(getattr(trainer.args, "use_vllm", False))
+
+
+def own_training_step(trainer: Any) -> Callable[..., Any] | None:
+    """
+    The `training_step` of a trainer that takes its loss there and not in `compute_loss`, or `None`.
+
+    Read from the names that the function uses, since nothing else tells: neither `compute_loss` nor the parent's
+    `training_step`. In TRL 0.28 to 1.16 that is OnlineDPO, in 0.28 also XPO and NashMD. A method for the loss in these
+    trainers would let it go.
+    """
+    from transformers import Trainer
+
+    for cls in type(trainer).__mro__:
+        step = vars(cls).get("training_step")
+        if cls is Trainer:
+            return None
+        if step is None or _is_ours(cls):
+            continue
+        names = _names(inspect.unwrap(step))
+        if "compute_loss" in names:
+            return None
+        if "training_step" not in names:
+            return step
+    return None
+
+
+def calls_backward_itself(step: Callable[..., Any]) -> bool:
+    """Whether a `training_step` takes its gradient without [`~accelerate.Accelerator`]'s `backward`."""
+    names = _names(inspect.unwrap(step))
+    return "backward" in names and "accelerator" not in names
+
+
+def loss_of_training_step(trainer: Any, model: nn.Module, inputs: Any) -> Tensor | None:
+    """
+    The loss that a trainer's `training_step` hands to `accelerator.backward`, whose place this takes for the call; of
+    several the sum, of none `None`. The model stays in the mode that it is in, whatever the step sets.
+
+    All Trainers of transformers 5.2 to 5.23 and TRL 0.28 to 1.16 take their gradient so. See [`own_training_step`] for
+    what would let it go.
+    """
+    losses: list[Tensor] = []
+    with (
+        _replaced(trainer.accelerator, "backward", lambda loss, **kwargs: losses.append(loss)),
+        _replaced(model, "train", lambda mode=True: model),
+    ):
+        trainer.training_step(model, inputs, None)
+    return None if not losses else sum(losses[1:], losses[0])
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] == __name__.partition(".")[0]
+
+
+def _names(function: Any) -> set[str]:
+    """Names of attributes and globals that a function uses, with the functions defined in it."""
+    codes: list[Any] = [getattr(function, "__code__", None)]
+    names: set[str] = set()
+    while codes:
+        code = codes.pop()
+        if isinstance(code, CodeType):
+            names.update(code.co_names)
+            codes.extend(code.co_consts)
+    return names
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Give an object another attribute for a while."""
+    own = vars(owner)
+    missing = object()
+    before = own.get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)
 
 
 # PEFT

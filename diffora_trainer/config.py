@@ -105,7 +105,10 @@ class DiffoRAConfig:
         of DARTS (https://huggingface.co/papers/1806.09055, eqs. 7 and 8), about four times as costly.
     arch_split (`float`, *optional*, defaults to `0.1`):
         Part of the training set that is held out for the matrix, in (0, 1), and given back to training after the cut.
-        The evaluation set is never used. Ignored when the trainer is given an `arch_dataset`.
+        The evaluation set is never used. Of a stream its first rows are held out, no more of them than the search
+        reads (up to 64 batches), and at most this part of the stream and of what the run reads of it. Ignored when
+        the trainer is given an `arch_dataset`, and by trainers that make their own completions (GRPO, RLOO), which
+        hold nothing out.
     arch_batch_size (`int`, *optional*):
         Held-out rows per device in an architecture step. Defaults to the training batch size per device.
     arch_seed (`int`, *optional*, defaults to `0`):

@@ -1,9 +1,13 @@
-"""Held-out data: a part of the training set that the matrix learns from, given back to training after the cut."""
+"""
+What the matrix learns from: a part of the training set that is held out and given back to training after the cut, or
+the completions that a trainer made for its own steps.
+"""
 
 from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
@@ -138,6 +142,12 @@ class HeldOutStream(IterableDataset):
                 yield from self.rows
             yield row
             position += 1
+        if position == 0:  # accelerate would say that a batch is `None`
+            raise ValueError(
+                f"The training stream gave no row beside the {len(self.rows)} that are held out, so there is nothing "
+                "to train on. Please pass a longer stream, one that can be read again from its start, or "
+                "`arch_dataset=` to the trainer."
+            )
 
 
 class HeldOutBatches:
@@ -152,6 +162,8 @@ class HeldOutBatches:
         seed (`int`): seed of the order.
         rank (`int`, *optional*, defaults to `0`): this process.
         world_size (`int`, *optional*, defaults to `1`): all processes; they read different rows.
+        comparable (`bool`, *optional*, defaults to `True`): whether the losses of two models on the same rows tell
+            which is better. They do not where each loss is taken on completions made for it.
     """
 
     def __init__(
@@ -162,6 +174,7 @@ class HeldOutBatches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        comparable: bool = True,
     ) -> None:
         if len(dataset) == 0:
             raise ValueError(
@@ -173,8 +186,17 @@ class HeldOutBatches:
         self.batch_size = max(1, min(batch_size, len(dataset) // world_size))
         self.seed = seed
         self.rank, self.world_size = rank, world_size
+        self.comparable = comparable
         self.position = 0
         self._order: tuple[int, list[int]] | None = None
+
+    def describe(self) -> str:
+        """What the gradient of the gates is taken on, as a run says it in the log."""
+        return f"on {len(self.dataset):,} held-out rows"
+
+    def check(self) -> None:
+        """Read a batch, so that what is wrong with the data is said before training."""
+        self.batch(0)
 
     def __next__(self) -> Any:
         batch = self.batch(self.position)
@@ -217,6 +239,54 @@ class HeldOutBatches:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.dataset), generator=generator).tolist())
         return self._order[1][offset]
+
+
+class RolloutBatches:
+    """
+    The latest batches of a trainer that makes its own completions (GRPO, RLOO), where [`HeldOutBatches`] are those of
+    other trainers. Nothing is held out: a batch holds completions, rewards and log-probabilities of the training step
+    just made, which a row of the training set lacks.
+
+    Args:
+        count (`int`): how many batches are kept, on the device that they are on.
+    """
+
+    dataset: Sequence[Any] = ()
+    # Of completions that the model has just made, a policy gradient's loss is the mean advantage, whatever the model.
+    comparable = False
+
+    def __init__(self, count: int) -> None:
+        self.position = 0
+        self._batches: deque[Any] = deque(maxlen=count)
+
+    def add(self, batch: Any) -> None:
+        """Keep a copy of a batch as the training step was given it; its tensors are shared."""
+        self._batches.append(dict(batch) if isinstance(batch, Mapping) else batch)
+
+    def describe(self) -> str:
+        """What the gradient of the gates is taken on, as a run says it in the log."""
+        return "on the completions of the training steps, with nothing held out"
+
+    def check(self) -> None:
+        """There is nothing to read before training."""
+
+    def __next__(self) -> Any:
+        if not self._batches:
+            raise ValueError(
+                "No training step has prepared its batch with `_prepare_inputs`, so there are no completions to take "
+                "the gradient of the gates on. Please call the parent's `training_step` in that of your trainer."
+            )
+        self.position += 1
+        return self._batches[-1]
+
+    def sample(self, count: int) -> Iterator[Any]:
+        """The latest `count` batches, or fewer if there are fewer; the last one first."""
+        yield from list(reversed(self._batches))[:count]
+
+    take = sample
+
+
+ArchitectureBatches = HeldOutBatches | RolloutBatches
 
 
 def split_indices(size: int, part: float, seed: int) -> list[int]:

@@ -10,9 +10,23 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_utils import has_length
 
 from .callbacks import DiffoRACallback
-from .compat import collator_without_unused_columns, train_batch_size, without_unused_columns
+from .compat import (
+    collator_without_unused_columns,
+    makes_completions,
+    prepare_inputs,
+    train_batch_size,
+    without_unused_columns,
+)
 from .config import DiffoRAConfig
-from .data import HeldOutBatches, HeldOutSampler, HeldOutStream, SplitPlan, split_indices
+from .data import (
+    ArchitectureBatches,
+    HeldOutBatches,
+    HeldOutSampler,
+    HeldOutStream,
+    RolloutBatches,
+    SplitPlan,
+    split_indices,
+)
 from .trainer_utils import read_head, steps_of_epoch, subset
 
 
@@ -32,7 +46,8 @@ else:
 class HeldOutMixin(_Base):
     """
     A trainer that holds a part of its training data out until the cut, unless it has an `arch_dataset`. What is held
-    out, and when it goes back, is in [`~diffora_trainer.data.SplitPlan`].
+    out, and when it goes back, is in [`~diffora_trainer.data.SplitPlan`]. One that makes its own completions holds
+    nothing out: its search reads what its training steps were given ([`~diffora_trainer.data.RolloutBatches`]).
     """
 
     diffora_config: DiffoRAConfig
@@ -40,11 +55,14 @@ class HeldOutMixin(_Base):
     _callback: DiffoRACallback
     _split: SplitPlan | None = None
     _held_out_rows: Any = None
+    _rollouts: RolloutBatches | None = None
+    _in_training_step = False
+    _generates_for_loss: bool
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the cut it leaves the held-out rows out."""
         trained_on = self._callback.is_cut(self.model) and not self._callback.resumed_after_cut
-        if trained_on or self.arch_dataset is not None:
+        if trained_on or self.arch_dataset is not None or makes_completions(self):
             self._split = None
             return super().get_train_dataloader()
         stock = self.train_dataset
@@ -87,8 +105,22 @@ class HeldOutMixin(_Base):
             self._split.set_cut(cut, *steps_of_epoch(self))
             self._split.given_back = self._callback.is_cut(self.model)
 
-    def _make_held_out(self, cut: int) -> HeldOutBatches:
-        """The held-out batches of a run, and the moment at which their rows go back to training."""
+    def _prepare_inputs(self, inputs: Any) -> Any:
+        prepared = super()._prepare_inputs(inputs)
+        if self._rollouts is not None and self._in_training_step and self._callback.searching:
+            self._rollouts.add(prepared)
+        return prepared
+
+    def _prepare_architecture_batch(self, batch: Any) -> Any:
+        """A batch of the search as the loss takes it. One of a training step has been prepared, at some cost."""
+        return dict(batch if makes_completions(self) else prepare_inputs(self, batch))
+
+    def _make_held_out(self, cut: int) -> ArchitectureBatches:
+        """The batches that a run searches on, and the moment at which held-out rows go back to training."""
+        if makes_completions(self):
+            config = self.diffora_config
+            self._rollouts = RolloutBatches(1 if config.method == "diffora" else config.score_batches)
+            return self._rollouts
         if self.arch_dataset is not None:
             rows = self.arch_dataset if has_length(self.arch_dataset) else read_head(self, self.arch_dataset)
         elif self._held_out_rows is not None:
@@ -109,9 +141,10 @@ class HeldOutMixin(_Base):
             seed=self.diffora_config.arch_seed,
             rank=self.args.process_index,
             world_size=self.args.world_size,
+            comparable=not self._generates_for_loss,
         )
 
     def _give_held_out_back(self) -> None:
-        self._held_out_rows = None
+        self._held_out_rows = self._rollouts = None
         if self._split is not None:
             self._split.given_back = True

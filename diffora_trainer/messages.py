@@ -10,8 +10,8 @@ from .selection import Selection
 from .timing import StepTimes
 
 
-def plan(config: DiffoRAConfig, total_steps: int, held_out_rows: int) -> str:
-    """What will happen when in a run of so many steps."""
+def plan(config: DiffoRAConfig, total_steps: int, data: str) -> str:
+    """What will happen when in a run of so many steps, and on what `data` the search does it."""
     (warmup, cut), decision = config.schedule(total_steps), config.decision(total_steps)
     if moments := config.reallocations(total_steps):
         return (
@@ -25,8 +25,7 @@ def plan(config: DiffoRAConfig, total_steps: int, held_out_rows: int) -> str:
             f"{begin if cut else 'All modules are scored now'} ({config.method}), and the selected ones go on alone."
         )
     return (
-        f"Warm-up until step {warmup}, search ({config.relaxation}, on {held_out_rows:,} held-out rows) until step "
-        f"{decision}"
+        f"Warm-up until step {warmup}, search ({config.relaxation}, {data}) until step {decision}"
         + (f", the others closed until step {cut}" if decision < cut else "")
         + f" of {total_steps}, then the selected modules alone."
     )
@@ -52,17 +51,19 @@ def scores(method: str, found: Tensor, batches: int) -> str:
     )
 
 
-def cut(selection: Selection, before: float, after: float, before_closing: float | None) -> list[str]:
+def cut(selection: Selection, losses: tuple[float, float] | None, before_closing: float | None) -> list[str]:
     """
     What was kept, and what that did to the held-out loss and the time of a step. Where gates were closed before the
     cut, the loss just before it is that of the chosen modules already, so what it is compared with is the loss from
-    before the closing.
+    before the closing. Without `losses`, just before the cut and after it, nothing is said of them.
     """
-    start, when = (before, "just before the cut") if before_closing is None else (before_closing, "before the closing")
-    lines = [
-        f"Step {selection.step}: {selection.summary()}.\n{selection.table()}",
-        f"Held-out loss {start:.4f} {when}, {after:.4f} after the cut.",
-    ]
+    lines = [f"Step {selection.step}: {selection.summary()}.\n{selection.table()}"]
+    if losses is not None:
+        before, after = losses
+        start, when = (
+            (before, "just before the cut") if before_closing is None else (before_closing, "before the closing")
+        )
+        lines.append(f"Held-out loss {start:.4f} {when}, {after:.4f} after the cut.")
     if seconds := selection.times:
         lines.append(
             f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "

@@ -15,7 +15,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .callbacks import DiffoRACallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
-from .compat import activation_checkpointing, check_trainer_methods, output_dir, prepare_inputs
+from .compat import (
+    activation_checkpointing,
+    check_trainer_methods,
+    loss_of_training_step,
+    output_dir,
+    own_training_step,
+)
 from .compiled import check_not_compiled
 from .config import DiffoRAConfig
 from .data import check_dataset
@@ -35,6 +41,7 @@ from .surgery import forget_parameters, own_config
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
+    check_own_loss,
     check_trainer,
     give_shortcuts,
     prepare_dataset,
@@ -70,6 +77,19 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         pass
     ```
 
+    A trainer that makes the completions that it trains on (GRPO, RLOO) has no rows that could be held out: a row is a
+    prompt, and the loss takes completions and their rewards. There an architecture step takes the gradient of the
+    gates on the completions of the micro-batch just trained on. It costs one forward and one backward pass, generates
+    nothing and calls no reward function; prompts, groups and their order are the parent's. Of the bi-level idea this
+    gives up one thing: the gates learn from completions that the weights have just been stepped on, and not from
+    held-out prompts. The value of such a loss says nothing (right after a step it is the mean advantage, whatever the
+    model), so no losses are compared around the cut. One micro-batch is kept, or the latest `score_batches` for
+    another `method`.
+
+    A trainer whose loss is in its `training_step` (OnlineDPO) runs that step on held-out prompts, up to its backward
+    pass: each architecture step, or each of the `score_batches` of another `method`, generates and calls the reward
+    functions or the judge once. Here too no losses are compared around the cut.
+
     The trainer takes all that its parent takes, plus:
 
     Args:
@@ -80,7 +100,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             Options of the search.
         arch_dataset (`Dataset` or `IterableDataset`, *optional*):
             Held-out data for the matrix, in the form of the training data. By default a part of the training set is
-            held out until the cut (see `arch_split`). The evaluation set is never used.
+            held out until the cut (see `arch_split`). The evaluation set is never used. Not for trainers that make
+            their own completions.
         score_function (`Callable`, *optional*):
             For `DiffoRAConfig(method="custom")`: `score_function(model, batches)` gives a dictionary from the name of
             each LoRA module to its score, of which the highest are kept. It is called once, right before the cut (or
@@ -128,10 +149,16 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self.arch_dataset = arch_dataset
         self._last_train_batch: Any = None
         self._loop_began = False
+        self._in_architecture_step = False
         named = self._by_name(args, kwargs)
         super().__init__(**self._with_lora(named, peft_config))
         follow_log_level(self.args.log_level)
         check_trainer(self)
+        # Whether an architecture step has to run the parent's `training_step` for its loss.
+        default = type(self).compute_architecture_loss is DiffoRAMixin.compute_architecture_loss
+        self._generates_for_loss = default and own_training_step(self) is not None
+        if self._generates_for_loss:
+            check_own_loss(self)
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
             self.arch_dataset = prepare_dataset(self, arch_dataset, named.get("formatting_func"))
@@ -238,7 +265,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def _custom_scores(self, model: nn.Module, batches: list[Any]) -> Any:
         assert self.score_function is not None
-        return self.score_function(model, [prepare_inputs(self, batch) for batch in batches])
+        return self.score_function(model, [self._prepare_architecture_batch(batch) for batch in batches])
 
     def _mean_over_processes(self, values: Tensor) -> Tensor:
         if self.args.world_size == 1:
@@ -295,11 +322,17 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """A training step of the parent, under gates drawn for it while the search lasts."""
+        if self._in_architecture_step:  # which runs the step for its loss, under gates of its own
+            return super().training_step(model, inputs, *args, **kwargs)
         if self._callback.searching and self._callback.search is not None:
             self._callback.search.draw_gates()
             if self.diffora_config.arch_order == 2:
                 self._last_train_batch = inputs
-        return super().training_step(model, inputs, *args, **kwargs)
+        self._in_training_step = True
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self._in_training_step = False
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """The parent's optimizer without its empty parameter groups, which could not be told from emptied ones."""
@@ -315,27 +348,40 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def compute_architecture_loss(self, model: nn.Module, inputs: Any) -> Tensor:
         """
-        The loss of an architecture step, whose gradient moves the matrix. Override it where `compute_loss` is not the
-        loss that is trained on, or where an architecture step should minimise another one. Counters and metrics of the
-        trainer are put back after the call.
+        The loss of an architecture step, whose gradient moves the matrix: `compute_loss`, or, in a trainer that takes
+        its loss elsewhere, what its `training_step` would take the gradient of. Override it where an architecture step
+        should minimise another loss. Counters and metrics of the trainer are put back after the call.
 
         Args:
             model (`nn.Module`): the model as it is trained, under the gates of the search.
-            inputs (`dict`): a held-out batch, prepared as the trainer prepares a training batch.
+            inputs (`dict`): a held-out batch, prepared as the trainer prepares a training batch. Of a trainer that
+                makes its own completions, the batch of a training step just made.
 
         Returns:
             `Tensor`: a scalar that depends on the model's LoRA modules.
         """
-        loss = self.compute_loss(model, inputs)
-        assert isinstance(loss, Tensor)  # a tuple only where outputs are asked for
-        return loss
+        if own_training_step(self) is None:
+            loss = self.compute_loss(model, inputs)
+            assert isinstance(loss, Tensor)  # a tuple only where outputs are asked for
+            return loss
+        self._in_architecture_step = True
+        try:
+            found = loss_of_training_step(self, model, inputs)
+        finally:
+            self._in_architecture_step = False
+        if found is None:
+            raise ValueError(
+                f"The `training_step` of {type(self).__name__} handed no loss to `accelerator.backward`, so there is "
+                "none to take the gradient of the gates of. Please override `compute_architecture_loss`."
+            )
+        return found
 
     def _architecture_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The architecture loss of a held-out batch; leaves metrics, counters and the batch as they were."""
+        """The architecture loss of a batch of the search; leaves metrics, counters and the batch as they were."""
         with preserved_bookkeeping(self):
-            inputs = prepare_inputs(self, batch)
+            inputs = self._prepare_architecture_batch(batch)
             with self.compute_loss_context_manager():
-                return self.compute_architecture_loss(model, dict(inputs))
+                return self.compute_architecture_loss(model, inputs)
 
     def _after_cut(self) -> None:
         rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)

@@ -13,16 +13,20 @@ from typing import Any
 from accelerate.utils import DynamoBackend, parse_flag_from_env
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Subset
 
 from .compat import (
     activation_checkpointing,
     activation_checkpointing_kwargs,
+    calls_backward_itself,
     columns_of_model,
     is_reward_trainer,
+    makes_completions,
+    own_training_step,
     preparation,
     train_batch_size,
+    uses_vllm,
 )
 from .config import DiffoRAConfig
 from .logging import get_logger
@@ -73,6 +77,73 @@ def check_trainer(trainer: Any) -> None:
             "`arch_order=2` looks ahead along the gradient of one process, so on several they would disagree. Please "
             "set `arch_order=1`."
         )
+    if makes_completions(trainer):
+        _check_completions(trainer)
+
+
+def _check_completions(trainer: Any) -> None:
+    """What a trainer that makes its own completions cannot search with."""
+    config, name = trainer.diffora_config, type(trainer).__name__
+    if trainer.arch_dataset is not None:
+        raise ValueError(
+            f"You passed `arch_dataset=` to {name}, which makes the completions that it trains on. The gradient of "
+            "the gates is taken on those of the training steps, since to each row of yours completions and rewards "
+            "would have to be made in every architecture step. Please leave `arch_dataset` out."
+        )
+    if config.arch_batch_size is not None:
+        raise ValueError(
+            f"You passed `arch_batch_size={config.arch_batch_size}` to {name}, whose architecture steps take the "
+            "gradient of the gates on the micro-batches of its training steps. Please leave `arch_batch_size` out."
+        )
+    if config.discretize_at == 0:
+        raise ValueError(
+            f"You passed `discretize_at=0` to {name}, which has made no completions before its first step that the "
+            "modules could be scored on. Please set `discretize_at=1` or later."
+        )
+    _check_generation(trainer, "makes the completions that it trains on")
+    if uses_vllm(trainer) and (config.method == "diffora" or config.reallocate_every is not None):
+        logger.warning(
+            "`use_vllm=True`: vLLM generates with the LoRA of all modules and without gates. While gates are not open "
+            "(with a `relaxation` other than 'budget', in the steps of `arch_closing`, or with modules that are off "
+            "under `reallocate_every`) the completions are those of another policy than the one that is trained, for "
+            "which TRL's importance sampling can correct."
+        )
+
+
+def check_own_loss(trainer: Any) -> None:
+    """Raise a `ValueError` if the loss of a trainer with its own `training_step` cannot be taken from there."""
+    step, name = own_training_step(trainer), type(trainer).__name__
+    assert step is not None
+    out = "Please override `compute_architecture_loss`, so that it gives the loss of a batch"
+    if makes_completions(trainer) or calls_backward_itself(step):
+        how = "prepares its batches" if makes_completions(trainer) else "calls `backward`"
+        raise ValueError(
+            f"The loss of {name} is neither in `compute_loss` nor can it be taken from its `training_step`, which "
+            f"{how} itself. {out}."
+        )
+    _check_generation(trainer, "takes its loss in `training_step`")
+    if uses_vllm(trainer):
+        raise ValueError(
+            f"You passed `use_vllm=True` to {name}, whose `training_step` would generate for architecture steps too: "
+            f"vLLM does it without the gates that the gradient is taken of, and merges the LoRA into the weights for "
+            f"it. {out}, or set `use_vllm=False`."
+        )
+
+
+def _check_generation(trainer: Any, why: str) -> None:
+    """Options that compare the loss of several passes, or their times: what is generated is not the same in them."""
+    config, name = trainer.diffora_config, type(trainer).__name__
+    refused = {
+        "arch_order": (2, 1, "looks one training step ahead by differences of losses on held-out and training data"),
+        "method": ("alpha_test", "snip", "compares values of the loss, which here say nothing, unlike its gradient"),
+        "cost": ("time", "parameters", "reckons with forward and backward passes, where most of a step is generation"),
+    }
+    for option, (value, instead, reason) in refused.items():
+        if getattr(config, option) == value:
+            raise ValueError(
+                f"You passed `{option}={value!r}` to {name}, which {why}: that option {reason}. Please set "
+                f"`{option}={instead!r}`."
+            )
 
 
 def _check_fsdp(trainer: Any) -> None:
@@ -138,16 +209,18 @@ def task_type_of_trainer(trainer: Any) -> TaskType:
 def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
     """
     Put a trainer's counters and metrics back as they were. TRL's `compute_loss` appends to `_metrics`, counts tokens
-    in `_total_train_tokens`, and keeps texts to log; an architecture step must not show in any of them.
+    in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`; an architecture step must not
+    show in any of them.
     """
-    plain = (int, float, bool, str, type(None))
+    plain = (int, float, bool, str, type(None), Tensor)
     kept = {name: value for name, value in vars(trainer).items() if isinstance(value, plain)}
     records = {
-        name: copy.deepcopy(value)
+        name: value
         for name, value in vars(trainer).items()
-        if isinstance(value, dict) and ("metrics" in name or "logs" in name)
+        if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats"))
     }
     try:
+        vars(trainer).update(copy.deepcopy(records))
         yield
     finally:
         vars(trainer).update(kept, **records)
@@ -155,13 +228,16 @@ def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
 
 def read_head(trainer: Any, stream: Any) -> list[Any]:
     """
-    The first rows of a stream: as many as the search will read, up to a limit.
+    The first rows of a stream: as many as the search will read, up to a limit. Of the training stream never more than
+    `arch_split` of it or of what the run reads of it, but one at least; to know how long a short stream is, it is read
+    on without keeping the rows.
 
     Raises:
-        ValueError: if the stream is read by several workers, or has no rows.
+        ValueError: if the stream is read by several workers, has no rows, or only one that should be held out.
     """
     args, config = trainer.args, trainer.diffora_config
-    if args.dataloader_num_workers > 1 and stream is trainer.train_dataset:
+    training = stream is trainer.train_dataset
+    if args.dataloader_num_workers > 1 and training:
         raise ValueError(
             f"`dataloader_num_workers={args.dataloader_num_workers}` reads the training stream in an order that "
             "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
@@ -173,12 +249,31 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
         moments = max(1, len(config.reallocations(args.max_steps)))
         batches = max(config.score_batches, min(moments * config.score_batches, _MAX_STREAM_BATCHES))
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
-    rows = list(islice(iter(stream), batches * rows_a_batch))
+    needed, source = batches * rows_a_batch, iter(stream)
+    if training:
+        rows_a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        needed = max(1, min(needed, _part(config.arch_split, args.max_steps * rows_a_step)))
+    rows = list(islice(source, needed))
     if not rows:
         raise ValueError(
             "The stream that held-out rows should be read from is empty. Please check its source and its filters."
         )
+    if training:
+        enough = max(2, math.ceil(len(rows) / config.arch_split))
+        found = len(rows) + sum(1 for _ in islice(source, enough - len(rows)))
+        if found == 1:
+            raise ValueError(
+                "The training stream has 1 row, so nothing is left to train on if it is held out. Please pass a "
+                "longer stream, or `arch_dataset=` to the trainer."
+            )
+        if found < enough:  # that was all of it
+            rows = rows[: max(1, _part(config.arch_split, found))]
     return rows
+
+
+def _part(share: float, size: int) -> int:
+    """So many of `size` rows as make at most a share of them, whatever the product is rounded to."""
+    return math.floor(share * size + 1e-9)
 
 
 def prepare_dataset(trainer: Any, dataset: Any, formatting_func: Any = None) -> Any:

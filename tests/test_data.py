@@ -133,7 +133,7 @@ def test_search_never_reads_the_evaluation_set(tmp_path: Path) -> None:
 def test_stream_gives_its_first_rows_back_after_the_cut(workers: int, tmp_path: Path) -> None:
     args = {"max_steps": 20, "dataloader_num_workers": workers}
     stream = rows_of(100).to_iterable_dataset()
-    found = run(tmp_path / "found", train_dataset=stream, args=args)
+    found = run(tmp_path / "found", train_dataset=stream, args=args, search={"arch_split": 0.25})
     held_out = list(range(5 * 4))  # five architecture steps of a batch of four
     assert sorted(set(found.searched)) == held_out
     assert found.rows(1, CUT) == list(range(20, 20 + 4 * CUT))
@@ -148,7 +148,7 @@ def test_stream_of_several_epochs(tmp_path: Path) -> None:
         tmp_path,
         train_dataset=rows_of(24).to_iterable_dataset(),
         args={"max_steps": 18},
-        search={"arch_every": 2},  # three architecture steps
+        search={"arch_every": 2, "arch_split": 0.5},  # three architecture steps
     )
     assert set(found.searched) == set(range(12))
     assert set(found.rows(1, CUT)) == set(range(12, 24))

@@ -473,7 +473,7 @@ def test_budget_of_time_and_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         tmp_path / "stream",
         "sft",
         train_dataset=Dataset.from_list(list(lm_dataset(48))).to_iterable_dataset(),
-        search={"method": "snip", "score_batches": 3},
+        search={"method": "snip", "score_batches": 3, "arch_split": 0.25},
     )
     trainer.train()
     assert trainer.selection.step == CUT and read == [1, 3]
