@@ -7,3 +7,51 @@ name of these libraries.
 """
 
 from __future__ import annotations
+
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+from torch import nn
+
+
+convert_peft_config_for_transformers: Any
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:
+    convert_peft_config_for_transformers = None
+
+
+# PEFT
+
+
+def all_linear_modules(config: LoraConfig, model: nn.Module) -> set[str]:
+    """
+    Names of the modules that `target_modules="all-linear"` stands for in a base model, without the output embeddings.
+
+    Reads `peft.tuners.tuners_utils._maybe_include_all_linear_layers`, the same in PEFT 0.18 to 0.21. A public function
+    that resolves the short form would let it go.
+    """
+    probe: Any = LoraConfig(target_modules="all-linear", task_type=config.task_type)
+    _maybe_include_all_linear_layers(probe, model)
+    return set(probe.target_modules)
+
+
+def converted_to_parameters(target_modules: str | list[str], model: nn.Module) -> set[str] | None:
+    """
+    The parameters of fused experts that PEFT adapts when these target modules are asked for, because it takes them for
+    experts by their names; `None` if it refuses them, being a part of fused ones. Only the configuration of the model
+    is read, unless a string has to be resolved.
+
+    Reads `peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers`, which newer versions of
+    PEFT call on every configuration (seen in 0.21); PEFT 0.18 has none and adapts the modules as named. It can go when
+    gates can act on adapted parameters.
+    """
+    if convert_peft_config_for_transformers is None:
+        return set()
+    probe = LoraConfig(target_modules=target_modules)
+    try:
+        convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:
+        return None
+    return set(probe.target_parameters or ())

@@ -190,8 +190,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                     "it, for example with `AutoModelForCausalLM.from_pretrained`."
                 )
             if not isinstance(model, PeftModel):
-                base = model if isinstance(model, nn.Module) else None
-                peft_config = complete_lora_config(peft_config, base, task_type_of_trainer(self))
+                options = getattr(args, "model_init_kwargs", None) or {}
+                peft_config = complete_lora_config(peft_config, model, task_type_of_trainer(self), options)
             return {**arguments, "peft_config": peft_config}
         checkpointing = bool(getattr(args, "activation_checkpointing", False))
         if arguments.get("model_init") is not None:

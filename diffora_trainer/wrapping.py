@@ -4,38 +4,58 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from .compat import all_linear_modules, converted_to_parameters
 from .grid import check_lora_config
+from .logging import get_logger
 
+
+logger = get_logger(__name__)
 
 _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
     "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForQuestionAnsweringSimple": TaskType.QUESTION_ANS,
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
 }
 
 
-_WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+# The new heads that PEFT trains and saves with a task type, wherever the name of a module ends so.
+_HEADS: dict[Any, list[str]] = {
+    TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
 
 
-def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, task_type: TaskType | None) -> LoraConfig:
+def complete_lora_config(
+    config: PeftConfig | None,
+    model: nn.Module | str | Path | None,
+    task_type: TaskType | None,
+    model_options: Mapping[str, Any] | None = None,
+) -> LoraConfig:
     """
     A copy of the user's LoRA configuration with what a model needs filled in: all linear layers if there is none, the
     task type (by which PEFT trains and saves a new classification head), and the head itself where PEFT has no type.
 
     Args:
         config (`LoraConfig`, *optional*): the user's; it is not changed.
-        model (`nn.Module`, *optional*): the base model, if it is already loaded.
+        model (`nn.Module` or `str`, *optional*): the base model, or its name or folder if it is not loaded yet.
         task_type (`TaskType`, *optional*): task type of a model that is not loaded yet.
+        model_options (`dict`, *optional*): how a model that is not loaded yet will be.
 
     Raises:
         TypeError: if the configuration is not a `LoraConfig`.
@@ -49,8 +69,10 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
             "it must be a `peft.LoraConfig`."
         )
     check_lora_config(config)
+    name, model = (None, model) if isinstance(model, nn.Module) else (model, None)
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     linear = model is None or any(isinstance(module, (nn.Linear, Conv1D)) for module in model.modules())
-    if config.target_modules == "all-linear" and not linear:
+    if all_linear and not linear:
         raise ValueError(
             f"{type(model).__name__} has no linear layer, so nothing in it can have a LoRA with "
             "`target_modules='all-linear'`. Please name its layers in `LoraConfig(target_modules=...)`, or use "
@@ -60,17 +82,22 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
     natural = task_type if model is None else _task_type(model)
     if config.task_type is None:
         config.task_type = natural
-    elif natural in _WITH_HEAD and config.task_type != natural and not config.modules_to_save:
+    elif natural in _HEADS and config.task_type != natural and not config.modules_to_save:
         raise ValueError(
             f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
             f"{type(model).__name__}, so its new head would be neither trained nor saved. Please set "
             f"`task_type={getattr(natural, 'value', None)!r}`, or leave it out."
         )
-    chooses_label = type(model).__name__.endswith(("Classification", "MultipleChoice"))
-    if config.task_type is None and model is not None and chooses_label:
-        # Image, audio and video classifiers: PEFT has no task type that trains and saves their new head.
-        heads = [name for name in SEQ_CLS_HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads}) or None
+    if model is not None:
+        heads = _heads(config.task_type, model)
+        saved_by_peft = tuple(_HEADS[config.task_type]) if config.task_type in _HEADS else ()
+        if heads and not any(name.endswith(saved_by_peft) for name in heads):
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
+        if all_linear:
+            _leave_out(config, model, [*heads, *(config.modules_to_save or ())])
+            _leave_experts_out(config, model)
+    elif name is not None and all_linear and (empty := _empty_experts_model(name, model_options or {})) is not None:
+        _leave_experts_out(config, empty)
     return config
 
 
@@ -117,3 +144,69 @@ def _task_type(model: nn.Module) -> TaskType | None:
     if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
         return TaskType.SEQ_2_SEQ_LM
     return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+
+
+def _heads(task_type: TaskType | str | None, model: nn.Module) -> list[str]:
+    """Names of the parts of a model that are new with its task, so that they have to be trained and saved whole."""
+    chooses_label = type(model).__name__.endswith(("Classification", "MultipleChoice"))
+    if task_type not in _HEADS and not (task_type is None and chooses_label):
+        return []
+    known = tuple(_HEADS.get(task_type, SEQ_CLS_HEAD_NAMES))
+    heads = [name for name, _ in model.named_children() if name.endswith(known)]
+    backbone = getattr(model, "base_model", model)
+    if heads or backbone is model:
+        return heads
+    # A head under another name (XLNet, T5): what has weights and stands beside the backbone.
+    return [name for name, child in model.named_children() if child is not backbone and list(child.parameters())]
+
+
+def _leave_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
+    """
+    Leave what is trained and saved whole out of "all-linear", which in PEFT adapts some of it first. PEFT saves what
+    *ends* with a name, and everything in it.
+    """
+    linear = all_linear_modules(config, model)
+    roots = {name for name, _ in model.named_modules() if name and name.endswith(tuple(saved))} if saved else set()
+    heads = sorted(name for name in linear if any(name == root or name.startswith(f"{root}.") for root in roots))
+    excluded = config.exclude_modules
+    if isinstance(excluded, str):
+        config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, heads)])
+    elif heads:
+        config.exclude_modules = sorted({*(excluded or ()), *heads})
+
+
+def _leave_experts_out(config: LoraConfig, model: nn.Module) -> None:
+    """
+    Spell "all-linear" out for a mixture of experts of which PEFT would adapt the parameters of the fused experts too:
+    these have no `lora_A` to be called, so no gate.
+    """
+    parameters = converted_to_parameters("all-linear", model)
+    if not parameters:
+        return
+    linear = all_linear_modules(config, model)
+    leaves = {name.rpartition(".")[2] for name in linear}
+    experts = {leaf for leaf in leaves if converted_to_parameters([leaf], model) != set()}
+    left_out = {name for name in linear if name.rpartition(".")[2] in experts}
+    config.target_modules = sorted(linear - left_out)
+    text = f"{type(model).__name__} is a mixture of experts. Its linear layers have a LoRA, but not the parameters "
+    text += f"{', '.join(sorted(parameters))}, which PEFT adapts in place, where no gate can be"
+    if left_out:
+        kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in left_out})
+        text += f"; nor {', '.join(kinds)}, which PEFT takes for parts of the experts by their names"
+    logger.info(f"{text}.")
+
+
+def _empty_experts_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
+    """A model without weights, if a name or folder is that of a mixture of experts as PEFT knows them."""
+    wanted = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
+    options = {key: value for key, value in options.items() if key in wanted}
+    try:
+        model_config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError):  # who loads the model will say what is wrong
+        return None
+    named = nn.Module()
+    named.config = model_config
+    if converted_to_parameters(["gate"], named) == set():
+        return None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=bool(options.get("trust_remote_code")))

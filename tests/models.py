@@ -354,13 +354,13 @@ def vit() -> TinyModel:
     return TinyModel(model, _image_batch(), "all-linear", None, rows=2, kinds=6, outside=("classifier",))
 
 
-def moe() -> TinyModel:
+def moe(vocab_size: int = VOCAB) -> TinyModel:
     """A Mixtral: its experts are fused 3D parameters and its router is a bare parameter. PEFT turns "all-linear" into
     the four attention projections plus `target_parameters` for the router and the experts; targets named one by one
     (`["q_proj", "v_proj"]`) leave these alone unless `MOE_PARAMETERS` are asked for."""
     torch.manual_seed(SEED)
     config = MixtralConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=2,
