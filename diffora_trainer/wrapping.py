@@ -32,13 +32,18 @@ _TASKS = {
     "LMHeadModel": TaskType.CAUSAL_LM,
 }
 
-
 # The new heads that PEFT trains and saves with a task type, wherever the name of a module ends so.
 _HEADS: dict[Any, list[str]] = {
     TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES,
     TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES,
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
+# Tasks whose class in PEFT passes `input_ids` by position, whatever the model takes.
+_PASSES_INPUT_IDS = (TaskType.SEQ_2_SEQ_LM, TaskType.CAUSAL_LM)
+# Models whose head is new with each task, beside those that PEFT has a task type for.
+_NEW_HEAD = ("Classification", "MultipleChoice", "ForCTC")
+# PEFT cannot save these whole, because they are not called.
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def complete_lora_config(
@@ -88,11 +93,17 @@ def complete_lora_config(
             f"{type(model).__name__}, so its new head would be neither trained nor saved. Please set "
             f"`task_type={getattr(natural, 'value', None)!r}`, or leave it out."
         )
+    if model is not None and config.task_type in _PASSES_INPUT_IDS and not _takes_input_ids(model):
+        raise ValueError(
+            f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
+            f"{type(model).__name__}, which takes {getattr(model, 'main_input_name', 'other inputs')!r} and no "
+            "`input_ids`, but PEFT's class of this task passes them. Please leave `task_type` out."
+        )
     if model is not None:
         heads = _heads(config.task_type, model)
-        saved_by_peft = tuple(_HEADS[config.task_type]) if config.task_type in _HEADS else ()
-        if heads and not any(name.endswith(saved_by_peft) for name in heads):
-            config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads})
+        saved_by_peft = tuple(_HEADS.get(config.task_type, ()))
+        if others := [name for name in heads if not name.endswith(saved_by_peft)]:
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *others})
         if all_linear:
             _leave_out(config, model, [*heads, *(config.modules_to_save or ())])
             _leave_experts_out(config, model)
@@ -140,24 +151,33 @@ def wrap_model_init(
 
 
 def _task_type(model: nn.Module) -> TaskType | None:
+    if not _takes_input_ids(model):  # PEFT's classes of the tasks pass them on, also to a speech model
+        return None
     name = type(model).__name__
     if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
         return TaskType.SEQ_2_SEQ_LM
     return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
 
 
+def _takes_input_ids(model: nn.Module) -> bool:
+    named = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return named or "input_ids" in inspect.signature(model.forward).parameters
+
+
 def _heads(task_type: TaskType | str | None, model: nn.Module) -> list[str]:
     """Names of the parts of a model that are new with its task, so that they have to be trained and saved whole."""
-    chooses_label = type(model).__name__.endswith(("Classification", "MultipleChoice"))
-    if task_type not in _HEADS and not (task_type is None and chooses_label):
+    if task_type not in _HEADS and not type(model).__name__.endswith(_NEW_HEAD):
         return []
     known = tuple(_HEADS.get(task_type, SEQ_CLS_HEAD_NAMES))
-    heads = [name for name, _ in model.named_children() if name.endswith(known)]
     backbone = getattr(model, "base_model", model)
-    if heads or backbone is model:
-        return heads
-    # A head under another name (XLNet, T5): what has weights and stands beside the backbone.
-    return [name for name, child in model.named_children() if child is not backbone and list(child.parameters())]
+    inside = [f".{name}" for name, _ in backbone.named_modules()]
+    heads = []
+    for name, child in model.named_children():
+        # Under whatever name: what has weights and stands beside the backbone. PEFT saves all that ends with the name.
+        beside = backbone not in (model, child) and bool(list(child.parameters())) and not isinstance(child, _LISTS)
+        if name.endswith(known) or (beside and not any(other.endswith(name) for other in inside)):
+            heads.append(name)
+    return heads
 
 
 def _leave_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
