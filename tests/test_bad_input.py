@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import causal_model, classifier, lora, make_trainer
 from datasets import Dataset, IterableDataset
-from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from test_selection import make_selection
 from tokenizer import classification_dataset, lm_dataset
 from torch import nn
@@ -155,6 +155,7 @@ class NoLinear(nn.Module):
         self.embedding = nn.Embedding(9, 2)
 
 
+ADALORA = AdaLoraConfig(total_step=12, task_type="SEQ_CLS", target_modules=["key"])
 IA3 = IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[])
 PROMPT = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -179,6 +180,12 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     "no linear layer": (lambda: {"model": NoLinear()}, ValueError, "NoLinear has no linear layer.*target_modules"),
     "no LoRA layer": (ready(without_layers), ValueError, "no LoRA layer.*target_modules"),
     "no match": (lambda: {"peft_config": lora(target_modules=["nowhere"])}, ValueError, "target_modules"),
+    "AdaLoRA": (lambda: {"peft_config": ADALORA}, TypeError, "AdaLoraConfig.*plain `peft.LoraConfig`"),
+    "AdaLoRA model": (
+        ready(lambda: get_peft_model(classifier().model, ADALORA)),
+        TypeError,
+        "AdaLoraConfig.*plain `peft.LoraConfig`",
+    ),
     "IA3": (lambda: {"peft_config": IA3}, TypeError, "peft_config.*IA3Config.*LoraConfig"),
     "prompt tuning": (lambda: {"peft_config": PROMPT}, TypeError, "peft_config.*PromptTuningConfig.*LoraConfig"),
     "IA3 model": (ready(lambda: get_peft_model(classifier().model, IA3)), TypeError, "IA3Config.*LoraConfig"),
@@ -294,6 +301,7 @@ SFT: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     **{
         name: TRAINER[name]
         for name in (
+            "AdaLoRA",
             "IA3",
             "DoRA",
             "bias",
