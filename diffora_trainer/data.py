@@ -13,6 +13,9 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 
 
+_IGNORED = -100  # the label of what is not trained on
+
+
 class SplitPlan:
     """
     Which rows are held out, and until when. Shared by all readers of the training data; the moment of the cut is
@@ -198,9 +201,18 @@ class HeldOutBatches:
         return batch
 
     def sample(self, count: int) -> Iterator[Any]:
-        """The first `count` batches, or fewer if the data has fewer: always the same rows, each once."""
+        """
+        The first `count` batches, or fewer if the data has fewer: always the same rows, each once. Those without any
+        label are left out, unless all are: their loss is not a number.
+        """
+        labelled = False
         for number in range(min(count, self._epoch)):
-            yield self.batch(number)
+            batch = self.batch(number)
+            if not without_labels(batch):
+                labelled = True
+                yield batch
+        if not labelled:
+            yield self.batch(0)
 
     def take(self, count: int) -> Iterator[Any]:
         """The next `count` batches, or fewer if the data has fewer: other rows at each call, until all were read."""
@@ -217,6 +229,12 @@ class HeldOutBatches:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = (epoch, torch.randperm(len(self.dataset), generator=generator).tolist())
         return self._order[1][offset]
+
+
+def without_labels(batch: Any) -> bool:
+    """Whether every label of a batch is -100, so that nothing in it is trained on."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, torch.Tensor) and labels.numel() > 0 and bool((labels == _IGNORED).all())
 
 
 def split_indices(size: int, part: float, seed: int) -> list[int]:

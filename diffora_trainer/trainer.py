@@ -35,6 +35,7 @@ from .surgery import forget_parameters
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
+    check_rows_left,
     check_trainer,
     give_shortcuts,
     prepare_dataset,
@@ -123,6 +124,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         if arch_dataset is not None:
             self.arch_dataset = prepare_dataset(self, arch_dataset)
             check_arch_columns(self)
+        check_rows_left(self)
         self._callback = DiffoRACallback(
             self.diffora_config,
             make_search=self._make_search,

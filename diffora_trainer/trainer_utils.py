@@ -15,9 +15,11 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
 from torch import nn
 from torch.utils.data import Subset
+from transformers.trainer_utils import has_length
 
 from .config import DiffoRAConfig
 from .logging import get_logger
+from .messages import NO_LABELS
 from .shortcuts import ShortcutConfig, add_shortcuts, shortcuts
 
 
@@ -208,6 +210,16 @@ def check_loaded(model: Any) -> None:
             raise ValueError(
                 f"You passed a model on the meta device: {len(empty)} of its parameters, such as {empty[0]!r}, have "
                 "no values. Please load it with its weights, outside of `torch.device('meta')`."
+            )
+
+
+def check_rows_left(trainer: Any) -> None:
+    """Raise a `ValueError` if preparing a data set has left nothing of it. TRL drops rows without any label."""
+    for name in ("train_dataset", "arch_dataset"):
+        dataset = getattr(trainer, name)
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"All rows of the `{name}` that you passed were dropped when the trainer prepared it. {NO_LABELS}"
             )
 
 
