@@ -215,8 +215,8 @@ def check_lora_config(config: LoraConfig) -> None:
         raise TypeError(
             f"The LoRA is configured by {type(config).__name__}, a method with modules of its own "
             f"({getattr(config.peft_type, 'value', config.peft_type)}): they have no `lora_A` whose output a gate "
-            "could multiply. Please pass a plain `peft.LoraConfig`, among whose modules the search chooses, or use the "
-            "parent trainer."
+            "could multiply. Please pass a plain `peft.LoraConfig`, among whose modules the search chooses, or use "
+            "the parent trainer."
         )
     switches = [
         *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens"),

@@ -6,7 +6,6 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
@@ -31,7 +30,7 @@ from .search import ArchitectureSearch
 from .selection import Selection
 from .shortcut_model import ShortcutModel, add_to_adapter, load_shortcuts
 from .shortcuts import shortcuts
-from .surgery import forget_parameters
+from .surgery import forget_empty_groups
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
@@ -287,12 +286,6 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 self._last_train_batch = inputs
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The parent's optimizer without its empty parameter groups, which could not be told from emptied ones."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        forget_parameters(optimizer, (), self.lr_scheduler)
-        return optimizer
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The parent's log, with the state of the search in those of training."""
         if "loss" in logs or "train_runtime" in logs:
@@ -378,6 +371,15 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError:
+            # A group that the cut emptied has left the run, but an optimizer that is built anew may have it, empty.
+            if not self._callback.is_cut(self.model) or not forget_empty_groups(self.optimizer, self.lr_scheduler):
+                raise
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
