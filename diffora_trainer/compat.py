@@ -55,3 +55,22 @@ def converted_to_parameters(target_modules: str | list[str], model: nn.Module) -
     except ValueError:
         return None
     return set(probe.target_parameters or ())
+
+
+# TRL
+
+
+def with_reference_log_probs(trainer: Any, dataset: Any) -> Any:
+    """
+    A data set with the reference's log-probabilities of its rows, where the trainer computes those of its training set
+    ahead (`precompute_ref_log_probs=True`, DPO and KTO).
+
+    Calls `_precompute_ref_logps(dataset, name, batch_size)` of these trainers (seen in TRL 1.16). In TRL 0.28 they have
+    no such method, and compute what a batch lacks, so nothing is to be done. It can go when TRL prepares any data set
+    that it is given in one public method.
+    """
+    precompute = getattr(trainer, "_precompute_ref_logps", None)
+    if precompute is None or not getattr(trainer.args, "precompute_ref_log_probs", False):
+        return dataset
+    args = trainer.args
+    return precompute(dataset, "arch", args.precompute_ref_batch_size or args.per_device_train_batch_size)

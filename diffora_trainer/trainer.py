@@ -117,12 +117,14 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self.arch_dataset = arch_dataset
         self._last_train_batch: Any = None
         self._loop_began = False
-        super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
+        arguments = self._with_lora(self._by_name(args, kwargs), peft_config)
+        given_columns = getattr(arguments.get("train_dataset"), "column_names", None)
+        super().__init__(**arguments)
         check_trainer(self)
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
             self.arch_dataset = prepare_dataset(self, arch_dataset)
-            check_arch_columns(self)
+            check_arch_columns(self, given_columns)
         check_rows_left(self)
         self._callback = DiffoRACallback(
             self.diffora_config,

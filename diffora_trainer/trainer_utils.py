@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers.trainer_utils import has_length
 
+from .compat import with_reference_log_probs
 from .config import DiffoRAConfig
 from .logging import get_logger
 from .messages import NO_LABELS
@@ -193,7 +194,8 @@ def prepare_dataset(trainer: Any, dataset: Any) -> Any:
         "dataset_name": "arch",
     }
     try:
-        return prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+        dataset = prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+        return with_reference_log_probs(trainer, dataset)
     except (AttributeError, KeyError, StopIteration) as error:
         raise ValueError(
             f"The `arch_dataset` with the columns {getattr(dataset, 'column_names', None)} could not be prepared as "
@@ -223,17 +225,24 @@ def check_rows_left(trainer: Any) -> None:
             )
 
 
-def check_arch_columns(trainer: Any) -> None:
-    """Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data."""
+def check_arch_columns(trainer: Any, given: list[str] | None) -> None:
+    """
+    Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data, or what the
+    trainer has added to the columns of the training set that it was given.
+    """
     train, held_out = (getattr(data, "column_names", None) for data in (trainer.train_dataset, trainer.arch_dataset))
-    if not train or not held_out or not trainer.args.remove_unused_columns:
+    if not train or not held_out:
         return
-    trainer._set_signature_columns_if_needed()
-    missing = [name for name in train if name in trainer._signature_columns and name not in held_out]
+    needed = set() if given is None else set(train) - set(given)
+    if trainer.args.remove_unused_columns:
+        trainer._set_signature_columns_if_needed()
+        needed = set(trainer._signature_columns)
+    missing = [name for name in train if name in needed and name not in held_out]
     if missing:
         raise ValueError(
             f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too, which it "
-            "lacks. Please pass rows in the form of the training set."
+            "lacks. Please pass rows in the form of the training set, or leave `arch_dataset` out, to hold out a part "
+            "of the training set."
         )
 
 
