@@ -65,9 +65,9 @@ def with_reference_log_probs(trainer: Any, dataset: Any) -> Any:
     A data set with the reference's log-probabilities of its rows, where the trainer computes those of its training set
     ahead (`precompute_ref_log_probs=True`, DPO and KTO).
 
-    Calls `_precompute_ref_logps(dataset, name, batch_size)` of these trainers (seen in TRL 1.16). In TRL 0.28 they have
-    no such method, and compute what a batch lacks, so nothing is to be done. It can go when TRL prepares any data set
-    that it is given in one public method.
+    Calls `_precompute_ref_logps(dataset, name, batch_size)` of these trainers (seen in TRL 1.16). In TRL 0.28 they
+    have no such method, and compute what a batch lacks, so nothing is to be done. It can go when TRL prepares any data
+    set that it is given in one public method.
     """
     precompute = getattr(trainer, "_precompute_ref_logps", None)
     if precompute is None or not getattr(trainer.args, "precompute_ref_log_probs", False):

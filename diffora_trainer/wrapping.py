@@ -87,7 +87,12 @@ def complete_lora_config(
     natural = task_type if model is None else _task_type(model)
     if config.task_type is None:
         config.task_type = natural
-    elif task_type in _HEADS and natural == task_type and config.task_type == TaskType.CAUSAL_LM:
+    elif (
+        task_type is not None
+        and task_type in _HEADS
+        and natural == task_type
+        and config.task_type == TaskType.CAUSAL_LM
+    ):
         # A reward trainer with the task type that TRL's `ModelConfig` has unless told otherwise.
         logger.info(f"The task type of the LoRA is CAUSAL_LM, but this trainer's is {task_type.value}, which is used.")
         config.task_type = task_type
@@ -109,10 +114,9 @@ def complete_lora_config(
         if others := [name for name in heads if not name.endswith(saved_by_peft)]:
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *others})
         if all_linear:
-            _leave_out(config, model, [*heads, *(config.modules_to_save or ())])
-            _leave_experts_out(config, model)
+            _spell_out(config, model, [*heads, *(config.modules_to_save or ())])
     elif name is not None and all_linear and (empty := _empty_experts_model(name, model_options or {})) is not None:
-        _leave_experts_out(config, empty)
+        _spell_out(config, empty, [])
     return config
 
 
@@ -184,40 +188,47 @@ def _heads(task_type: TaskType | str | None, model: nn.Module) -> list[str]:
     return heads
 
 
-def _leave_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
-    """
-    Leave what is trained and saved whole out of "all-linear", which in PEFT adapts some of it first. PEFT saves what
-    *ends* with a name, and everything in it.
-    """
+def _spell_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
+    """Put names in the place of "all-linear" where it stands for more than can be adapted."""
     linear = all_linear_modules(config, model)
-    roots = {name for name, _ in model.named_modules() if name and name.endswith(tuple(saved))} if saved else set()
-    heads = sorted(name for name in linear if any(name == root or name.startswith(f"{root}.") for root in roots))
-    excluded = config.exclude_modules
-    if isinstance(excluded, str):
-        config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, heads)])
-    elif heads:
-        config.exclude_modules = sorted({*(excluded or ()), *heads})
+    heads, experts = _inside(linear, model, saved), _experts(linear, model)
+    if heads:  # a shorter name that is adapted may be the end of one of these
+        excluded = config.exclude_modules
+        if isinstance(excluded, str):
+            config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(heads))])
+        else:
+            config.exclude_modules = sorted({*(excluded or ()), *heads})
+    if heads or experts is not None:
+        config.target_modules = sorted(linear - heads - (experts or set()))
 
 
-def _leave_experts_out(config: LoraConfig, model: nn.Module) -> None:
+def _inside(linear: set[str], model: nn.Module, saved: list[str]) -> set[str]:
     """
-    Spell "all-linear" out for a mixture of experts of which PEFT would adapt the parameters of the fused experts too:
-    these have no `lora_A` to be called, so no gate.
+    What is trained and saved whole, and so has no LoRA: PEFT would adapt some of it first. It saves what *ends* with a
+    name, and everything in it.
+    """
+    roots = [name for name, _ in model.named_modules() if name and name.endswith(tuple(saved))]
+    return {name for name in linear if any(name == root or name.startswith(f"{root}.") for root in roots)}
+
+
+def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
+    """
+    The modules of a mixture of experts in whose place PEFT would adapt the parameters of the fused experts; `None` if
+    it would not adapt these. They have no `lora_A` to be called, so no gate.
     """
     parameters = converted_to_parameters("all-linear", model)
     if not parameters:
-        return
-    linear = all_linear_modules(config, model)
+        return None
     leaves = {name.rpartition(".")[2] for name in linear}
     experts = {leaf for leaf in leaves if converted_to_parameters([leaf], model) != set()}
     left_out = {name for name in linear if name.rpartition(".")[2] in experts}
-    config.target_modules = sorted(linear - left_out)
     text = f"{type(model).__name__} is a mixture of experts. Its linear layers have a LoRA, but not the parameters "
     text += f"{', '.join(sorted(parameters))}, which PEFT adapts in place, where no gate can be"
     if left_out:
         kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in left_out})
         text += f"; nor {', '.join(kinds)}, which PEFT takes for parts of the experts by their names"
     logger.info(f"{text}.")
+    return left_out
 
 
 def _empty_experts_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
