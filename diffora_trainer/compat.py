@@ -17,8 +17,16 @@ from types import CodeType
 from typing import Any
 
 from accelerate.utils import is_compiled_module
-from peft.tuners.tuners_utils import _find_minimal_target_modules
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
 from torch import Tensor, nn
+
+
+convert_peft_config_for_transformers: Any
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:
+    convert_peft_config_for_transformers = None
 
 
 # transformers
@@ -29,6 +37,8 @@ TRAINER_METHODS = (
     "_inner_training_loop",
     "_load_best_model",
     "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_prepare_inputs",
     "_push_from_checkpoint",
     "_save",
     "_save_checkpoint",
@@ -198,6 +208,22 @@ def preparation(trainer: Any) -> Callable[..., Any] | None:
     return None if skipped else getattr(trainer, "_prepare_dataset", None)
 
 
+def with_reference_log_probs(trainer: Any, dataset: Any) -> Any:
+    """
+    A data set with the reference's log-probabilities of its rows, where the trainer computes those of its training set
+    ahead (`precompute_ref_log_probs=True`, DPO and KTO).
+
+    Calls `_precompute_ref_logps(dataset, name, batch_size)` of these trainers (seen in TRL 1.16). In TRL 0.28 they
+    have no such method, and compute what a batch lacks, so nothing is to be done. It can go when TRL prepares any data
+    set that it is given in one public method.
+    """
+    precompute = getattr(trainer, "_precompute_ref_logps", None)
+    if precompute is None or not getattr(trainer.args, "precompute_ref_log_probs", False):
+        return dataset
+    args = trainer.args
+    return precompute(dataset, "arch", args.precompute_ref_batch_size or args.per_device_train_batch_size)
+
+
 # TRL: trainers whose training step is not "prepare the batch, take `compute_loss` of it"
 
 
@@ -329,6 +355,38 @@ def shortened_targets(targets: Collection[str], others: Collection[str]) -> set[
     PEFT no longer shortens a list that it is given.
     """
     return _find_minimal_target_modules(targets, others)  # type: ignore[arg-type]
+
+
+def all_linear_modules(config: LoraConfig, model: nn.Module) -> set[str]:
+    """
+    Names of the modules that `target_modules="all-linear"` stands for in a base model, without the output embeddings.
+
+    Reads `peft.tuners.tuners_utils._maybe_include_all_linear_layers`, the same in PEFT 0.18 to 0.21. A public function
+    that resolves the short form would let it go.
+    """
+    probe: Any = LoraConfig(target_modules="all-linear", task_type=config.task_type)
+    _maybe_include_all_linear_layers(probe, model)
+    return set(probe.target_modules)
+
+
+def converted_to_parameters(target_modules: str | list[str], model: nn.Module) -> set[str] | None:
+    """
+    The parameters of fused experts that PEFT adapts when these target modules are asked for, because it takes them for
+    experts by their names; `None` if it refuses them, being a part of fused ones. Only the configuration of the model
+    is read, unless a string has to be resolved.
+
+    Reads `peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers`, which newer versions of
+    PEFT call on every configuration (seen in 0.21); PEFT 0.18 has none and adapts the modules as named. It can go when
+    gates can act on adapted parameters.
+    """
+    if convert_peft_config_for_transformers is None:
+        return set()
+    probe = LoraConfig(target_modules=target_modules)
+    try:
+        convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:
+        return None
+    return set(probe.target_parameters or ())
 
 
 # torch

@@ -6,7 +6,6 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
@@ -37,11 +36,12 @@ from .search import ArchitectureSearch
 from .selection import Selection
 from .shortcut_model import ShortcutModel, add_to_adapter, load_shortcuts
 from .shortcuts import shortcuts
-from .surgery import forget_parameters, own_config
+from .surgery import forget_empty_groups, own_config
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
     check_own_loss,
+    check_rows_left,
     check_trainer,
     give_shortcuts,
     prepare_dataset,
@@ -150,8 +150,9 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self._last_train_batch: Any = None
         self._loop_began = False
         self._in_architecture_step = False
-        named = self._by_name(args, kwargs)
-        super().__init__(**self._with_lora(named, peft_config))
+        named = self._with_lora(self._by_name(args, kwargs), peft_config)
+        given_columns = getattr(named.get("train_dataset"), "column_names", None)
+        super().__init__(**named)
         follow_log_level(self.args.log_level)
         check_trainer(self)
         # Whether an architecture step has to run the parent's `training_step` for its loss.
@@ -162,7 +163,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
             self.arch_dataset = prepare_dataset(self, arch_dataset, named.get("formatting_func"))
-            check_arch_columns(self)
+            check_arch_columns(self, given_columns)
+        check_rows_left(self)
         self._callback = DiffoRACallback(
             self.diffora_config,
             make_search=self._make_search,
@@ -230,8 +232,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                     "it, for example with `AutoModelForCausalLM.from_pretrained`."
                 )
             if not isinstance(model, PeftModel):
-                base = model if isinstance(model, nn.Module) else None
-                peft_config = complete_lora_config(peft_config, base, task_type_of_trainer(self))
+                options = getattr(args, "model_init_kwargs", None) or {}
+                peft_config = complete_lora_config(peft_config, model, task_type_of_trainer(self), options)
             return {**arguments, "peft_config": peft_config}
         checkpointing = activation_checkpointing(args)
         if arguments.get("model_init") is not None:
@@ -334,12 +336,6 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         finally:
             self._in_training_step = False
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The parent's optimizer without its empty parameter groups, which could not be told from emptied ones."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        forget_parameters(optimizer, (), self.lr_scheduler)
-        return optimizer
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The parent's log, with the state of the search in those of training."""
         if "loss" in logs or "train_runtime" in logs:
@@ -438,6 +434,15 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError:
+            # A group that the cut emptied has left the run, but an optimizer that is built anew may have it, empty.
+            if not self._callback.is_cut(self.model) or not forget_empty_groups(self.optimizer, self.lr_scheduler):
+                raise
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from transformers.trainer_utils import has_length
 
 from .compat import (
     activation_checkpointing,
@@ -27,9 +28,11 @@ from .compat import (
     preparation,
     train_batch_size,
     uses_vllm,
+    with_reference_log_probs,
 )
 from .config import DiffoRAConfig
 from .logging import get_logger
+from .messages import NO_LABELS
 from .shortcuts import ShortcutConfig, add_shortcuts, shortcuts
 
 
@@ -293,7 +296,8 @@ def prepare_dataset(trainer: Any, dataset: Any, formatting_func: Any = None) -> 
         "dataset_name": "arch",
     }
     try:
-        return prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+        dataset = prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+        return with_reference_log_probs(trainer, dataset)
     except (AttributeError, KeyError, StopIteration) as error:
         raise ValueError(
             f"The `arch_dataset` with the columns {getattr(dataset, 'column_names', None)} could not be prepared as "
@@ -313,17 +317,33 @@ def check_loaded(model: Any) -> None:
             )
 
 
-def check_arch_columns(trainer: Any) -> None:
-    """Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data."""
+def check_rows_left(trainer: Any) -> None:
+    """Raise a `ValueError` if preparing a data set has left nothing of it. TRL drops rows without any label."""
+    for name in ("train_dataset", "arch_dataset"):
+        dataset = getattr(trainer, name)
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"All rows of the `{name}` that you passed were dropped when the trainer prepared it. {NO_LABELS}"
+            )
+
+
+def check_arch_columns(trainer: Any, given: list[str] | None) -> None:
+    """
+    Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data, or what the
+    trainer has added to the columns of the training set that it was given.
+    """
     train, held_out = (getattr(data, "column_names", None) for data in (trainer.train_dataset, trainer.arch_dataset))
-    if not train or not held_out or not trainer.args.remove_unused_columns:
+    if not train or not held_out:
         return
-    taken = columns_of_model(trainer)
-    missing = [name for name in train if name in taken and name not in held_out]
+    needed = set() if given is None else set(train) - set(given)
+    if trainer.args.remove_unused_columns:
+        needed = set(columns_of_model(trainer))
+    missing = [name for name in train if name in needed and name not in held_out]
     if missing:
         raise ValueError(
             f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too, which it "
-            "lacks. Please pass rows in the form of the training set."
+            "lacks. Please pass rows in the form of the training set, or leave `arch_dataset` out, to hold out a part "
+            "of the training set."
         )
 
 
