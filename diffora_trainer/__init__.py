@@ -13,7 +13,7 @@ _HOMES = {
     "ArchitectureSearch": "search",
     "DiffoRAConfig": "config",
     "DiffoRAMixin": "trainer",
-    "DiffoRASFTTrainer": "trainer",
+    "DiffoRASFTTrainer": "sft",
     "DiffoRATrainer": "trainer",
     "DifferentialAdaptationMatrix": "matrix",
     "Selection": "selection",
@@ -47,10 +47,11 @@ if TYPE_CHECKING:
     from .matrix import DifferentialAdaptationMatrix
     from .search import ArchitectureSearch
     from .selection import Selection
+    from .sft import DiffoRASFTTrainer
     from .shortcut_model import ShortcutModel, load_shortcuts, save_shortcuts
     from .shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
     from .surgery import apply_selection
-    from .trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
+    from .trainer import DiffoRAMixin, DiffoRATrainer
 
 
 def __getattr__(name: str) -> Any:

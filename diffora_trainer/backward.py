@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from .compat import checkpoints_without_reentry, forward_hooks, is_input_gradient_hook
+from .compat import checkpoints, checkpoints_without_reentry, forward_hooks, is_input_gradient_hook
 
 
 class _Suspended:
@@ -77,7 +77,7 @@ def keep_suspended(model: nn.Module) -> list[RemovableHandle]:
         `list[RemovableHandle]`: what ends this when it is removed; nothing for a model without checkpointing.
     """
     suspend_input_gradients(model)
-    if not any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+    if not any(checkpoints(module) for module in model.modules()):
         return []
 
     def look(embeddings: nn.Module, args: Any) -> None:
@@ -103,7 +103,7 @@ def input_embeddings(model: nn.Module) -> list[nn.Module]:
 
 def _needs_input_gradients(model: nn.Module) -> bool:
     """Whether some part of a model may be checkpointed in the reentrant way."""
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = [module for module in model.modules() if checkpoints(module)]
     if blocks:
         return not all(map(checkpoints_without_reentry, blocks))
     # transformers marks what it checkpoints. How another's model does it, if it does, cannot be known.

@@ -19,7 +19,7 @@ from . import messages
 from .backward import keep_suspended, restore_input_gradients
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
-from .data import ArchitectureBatches
+from .data import ArchitectureBatches, without_labels
 from .isolation import isolated_random_state
 from .logging import get_logger
 from .reallocation import Reallocation
@@ -84,8 +84,8 @@ class DiffoRACallback(TrainerCallback):
         # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
         self._cut_model: weakref.ref[nn.Module] | None = None
         self._began_cut = False
-        self._first_step = 0
         self._suspensions: list[RemovableHandle] = []
+        self._first_step = 0
         self.resumed_after_cut = False
 
     def is_cut(self, model: nn.Module) -> bool:
@@ -167,7 +167,10 @@ class DiffoRACallback(TrainerCallback):
             self._restore()
         else:  # what is wrong with the data should be said now
             with isolated_random_state(self.search.gates.device):
-                self._held_out.check()
+                batch = self._held_out.check()
+                # If this batch has no label, none has. A loss of the user's own may not need any.
+                if without_labels(batch) and (args.world_size > 1 or math.isnan(self.search.held_out_loss([batch]))):
+                    raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
         self.search.begin()
         self._close(state.global_step)
         if state.is_world_process_zero:
@@ -303,10 +306,12 @@ class DiffoRACallback(TrainerCallback):
         if self.config.arch_order == 2:
             train_batch = self._last_train_batch() if self._last_train_batch is not None else None
             learning_rate = float(scheduler.get_last_lr()[0])
-        loss = self.search.step(next(self._held_out), train_batch, learning_rate)
+        batch = next(self._held_out)
+        loss = self.search.step(batch, train_batch, learning_rate)
         if loss is None and state.is_world_process_zero:
+            why = "no token of the held-out batch has a label" if without_labels(batch) else "the loss was not finite"
             logger.warning(
-                f"Step {state.global_step}: the architecture loss was not finite; this architecture step is skipped "
+                f"Step {state.global_step}: {why}; this architecture step is skipped "
                 f"({self.search.skipped_steps} so far)."
             )
 

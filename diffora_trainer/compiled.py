@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from accelerate.utils import is_compiled_module
 from torch import nn
+
+from .compat import is_compiled
 
 
 def check_not_compiled(model: nn.Module) -> None:
@@ -12,7 +13,7 @@ def check_not_compiled(model: nn.Module) -> None:
     set runs on without them, in silence: PyTorch does not look for hooks again.
     """
     for name, module in model.named_modules():
-        if is_compiled_module(module) or module._compiled_call_impl is not None:
+        if is_compiled(module):
             where = f"its part {name!r}" if name else "the model"
             raise ValueError(
                 f"You passed a compiled model ({where} went through `torch.compile`), which would not notice the "

@@ -12,6 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .compat import (
+    adapters_disabled,
+    checkpoint_function,
+    checkpoints,
+    checkpoints_call,
+    is_replica,
+    set_checkpoint_function,
+)
 from .selection import readable
 
 
@@ -49,11 +57,20 @@ class _Live:
         self.values: dict[str, Any] = {}
         self.previous: Tensor | None = None
         self.carried: Tensor | None = None
-        self.recording = self.grad = False
+        self.recording = self.grad = self.bound = False
         self.checkpoint: Callable[..., Any] | None = None
 
     def __reduce__(self) -> Any:
         return _Live, (self.pre,)
+
+
+@dataclass
+class _Bound:
+    """What one checkpoint keeps for a layer, and whether the layer has run, so that it runs again to be recomputed."""
+
+    previous: Tensor | None
+    grad: bool
+    ran: bool = False
 
 
 class LayerShortcuts(nn.Module):
@@ -64,6 +81,10 @@ class LayerShortcuts(nn.Module):
     Gradient checkpointing of transformers wraps a layer's `forward`: the hooks of the layer itself run once, those of
     its children again at the recomputation. So everything that a child's hook reads is noted by another child's hook
     of the same run, except what comes from the layer before, which is bound to the checkpointed function.
+
+    Where it wraps `__call__` (see [`~diffora_trainer.compat.checkpoints_call`]), the hooks of the layer itself run
+    again too, and the first of them is too late to bind anything. There it is bound by a hook of the module that holds
+    the layers, before it runs.
     """
 
     def __init__(
@@ -106,37 +127,84 @@ class LayerShortcuts(nn.Module):
             *(module.register_forward_hook(hook, with_kwargs=True) for module, hook in last),
             layer.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
+        if checkpoints_call(layer):
+            around = _holder(owner, layer)
+            self.handles += [
+                around.register_forward_pre_hook(partial(self._bind, layer)),
+                around.register_forward_hook(partial(self._unbind, layer), always_call=True),
+            ]
 
     @property
     def _off(self) -> bool:
         # The adapters of the `PeftModel` are switched off to have the base model, say as the reference of DPO.
-        return getattr(self.owner[0], "_adapters_disabled", False) is True
+        return adapters_disabled(self.owner[0])
 
     def _acts(self, kind: str) -> bool:
         return kind in self.kinds and getattr(self, kind).enabled and not self._off
 
     def _start(self, layer: Any, args: Any, kwargs: Any) -> None:
-        if getattr(layer, "_is_replica", False):
+        if is_replica(layer):
             raise RuntimeError(
                 "Shortcuts do not work under `nn.DataParallel`. Please use one process for each device."
             )
         live = self.live
-        live.input, live.grad, live.recording = _first(args, kwargs), torch.is_grad_enabled(), self.after
+        live.input = _first(args, kwargs)
+        if live.bound:
+            return
+        live.grad, live.recording = torch.is_grad_enabled(), self.after
         if "shortcut2" not in self.kinds:
             return
+        live.previous = self._take_previous()
+        if checkpoints(layer) and layer.training and live.checkpoint is None:
+            if checkpoints_call(layer):
+                raise RuntimeError(
+                    f"{self.name!r} has a shortcut from the layer before it and checkpoints its activations, but was "
+                    "called without the module that holds the layers. Please call the model, or leave `shortcut2` out."
+                )
+            original, previous = checkpoint_function(layer), live.previous
+            live.checkpoint = original
+            set_checkpoint_function(
+                layer, lambda function, *args: original(partial(self._with_previous, previous, function), *args)
+            )
+
+    def _take_previous(self) -> Tensor:
         noted = self.before[0].live
-        live.previous, noted.carried = noted.carried, None
-        if live.previous is None:
+        previous, noted.carried = noted.carried, None
+        if previous is None:
             raise RuntimeError(
                 f"{self.name!r} has a shortcut from the layer before it, which did not run just before it. Layers "
                 "cannot be skipped, and of gradient checkpointing only that of transformers is supported."
             )
-        if getattr(layer, "gradient_checkpointing", False) and layer.training and live.checkpoint is None:
-            original, previous = layer._gradient_checkpointing_func, live.previous
-            live.checkpoint = original
-            layer._gradient_checkpointing_func = lambda function, *args: original(
-                partial(self._with_previous, previous, function), *args
-            )
+        return previous
+
+    def _bind(self, layer: Any, *args: Any) -> None:
+        """Before the layers run: let a checkpoint around the hooks of this one keep what comes from outside of it."""
+        live = self.live
+        crosses = self.after or "shortcut2" in self.kinds
+        if not crosses or not checkpoints(layer) or not layer.training or live.checkpoint is not None:
+            return
+        original = live.checkpoint = checkpoint_function(layer)
+
+        def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+            previous = self._take_previous() if "shortcut2" in self.kinds else None
+            return original(partial(self._run, _Bound(previous, torch.is_grad_enabled()), function), *args)
+
+        set_checkpoint_function(layer, checkpoint)
+
+    def _unbind(self, layer: Any, *args: Any) -> None:
+        if self.live.checkpoint is not None:
+            set_checkpoint_function(layer, self.live.checkpoint)
+            self.live.checkpoint = None
+
+    def _run(self, bound: _Bound, function: Callable[..., Any], *args: Any) -> Any:
+        live = self.live
+        live.previous, live.grad = bound.previous, bound.grad
+        live.recording, bound.ran = self.after and not bound.ran, True
+        live.bound = True
+        try:
+            return function(*args)
+        finally:
+            live.bound = False
 
     def _with_previous(self, previous: Tensor, function: Callable[..., Any], *args: Any) -> Any:
         self.live.previous = previous
@@ -145,7 +213,7 @@ class LayerShortcuts(nn.Module):
     def _end(self, layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
         live = self.live
         if live.checkpoint is not None:
-            layer._gradient_checkpointing_func = live.checkpoint
+            set_checkpoint_function(layer, live.checkpoint)
         value = live.input
         live.input = live.norm = live.join = live.previous = live.checkpoint = None
         live.values, live.recording = {}, False
@@ -221,6 +289,12 @@ class LayerShortcuts(nn.Module):
         return output
 
 
+def _holder(model: nn.Module, layer: nn.Module) -> nn.Module:
+    """The module of a model that holds the list of a layer."""
+    stack = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and any(each is layer for each in m))
+    return next(module for module in model.modules() if any(child is stack for child in module.children()))
+
+
 def _first(args: Any, kwargs: Any) -> Tensor:
     value = args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
     return value
@@ -284,6 +358,9 @@ def _parts(name: str, layer: nn.Module, crosses: bool) -> Parts:
             parts = Parts(attentions[0], ffns[0], ffns[0], norms, (), _width(norms[0]))
         elif len(norms) == 2 and not ffns and {"fc1", "fc2"} <= set(children):
             parts = Parts(attentions[0], children["fc1"], children["fc2"], norms, (), _width(norms[0]))
+        elif len(norms) == 2 and not ffns and {"intermediate", "output"} <= set(children):
+            # A ViT whose `output` makes the addition: what is added to the sum is added to what it sums.
+            parts = Parts(attentions[0], children["intermediate"], children["output"], norms, (), _width(norms[0]))
         elif not norms and not ffns and {"intermediate", "output"} <= set(children):
             outputs = [dict(attentions[0].named_children()).get("output"), children["output"]]
             inner = [[] if o is None else [m for m in o.children() if _is(m, "Norm")] for o in outputs]

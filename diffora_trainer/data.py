@@ -17,6 +17,10 @@ from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 
 
+_IGNORED = -100  # the label of what is not trained on
+_CHECKED_BATCHES = 8
+
+
 class SplitPlan:
     """
     Which rows are held out, and until when. Shared by all readers of the training data; the moment of the cut is
@@ -194,9 +198,9 @@ class HeldOutBatches:
         """What the gradient of the gates is taken on, as a run says it in the log."""
         return f"on {len(self.dataset):,} held-out rows"
 
-    def check(self) -> None:
-        """Read a batch, so that what is wrong with the data is said before training."""
-        self.batch(0)
+    def check(self) -> Any:
+        """Read the first batch that has labels, so that what is wrong with the data is said before training."""
+        return next(self.sample(_CHECKED_BATCHES))
 
     def __next__(self) -> Any:
         batch = self.batch(self.position)
@@ -220,9 +224,18 @@ class HeldOutBatches:
         return batch
 
     def sample(self, count: int) -> Iterator[Any]:
-        """The first `count` batches, or fewer if the data has fewer: always the same rows, each once."""
+        """
+        The first `count` batches, or fewer if the data has fewer: always the same rows, each once. Those without any
+        label are left out, unless all are: their loss is not a number.
+        """
+        labelled = False
         for number in range(min(count, self._epoch)):
-            yield self.batch(number)
+            batch = self.batch(number)
+            if not without_labels(batch):
+                labelled = True
+                yield batch
+        if not labelled:
+            yield self.batch(0)
 
     def take(self, count: int) -> Iterator[Any]:
         """The next `count` batches, or fewer if the data has fewer: other rows at each call, until all were read."""
@@ -267,7 +280,7 @@ class RolloutBatches:
         """What the gradient of the gates is taken on, as a run says it in the log."""
         return "on the completions of the training steps, with nothing held out"
 
-    def check(self) -> None:
+    def check(self) -> Any:
         """There is nothing to read before training."""
 
     def __next__(self) -> Any:
@@ -287,6 +300,12 @@ class RolloutBatches:
 
 
 ArchitectureBatches = HeldOutBatches | RolloutBatches
+
+
+def without_labels(batch: Any) -> bool:
+    """Whether every label of a batch is -100, so that nothing in it is trained on."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, torch.Tensor) and labels.numel() > 0 and bool((labels == _IGNORED).all())
 
 
 def split_indices(size: int, part: float, seed: int) -> list[int]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .compat import forget_fsdp_parameters
+
 
 def check_agreement(bits: Tensor, mean: Callable[[Tensor], Tensor], what: str, remedy: str) -> None:
     """
@@ -83,7 +85,6 @@ def forget_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     Take parameters that have left a model out of what FSDP2 gathers and scatters for it.
 
     FSDP2 collects the parameters of a wrapped module once, and would go on to gather those of modules that are gone.
-    It has no public call for this; the attributes are those of torch 2.13.
 
     Args:
         model (`nn.Module`): the model; nothing happens to one that is not sharded.
@@ -91,18 +92,7 @@ def forget_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """
     gone, present = set(parameters), set(model.modules())
     for module in _sharded_modules(model):
-        state = module._get_fsdp_state()
-        for group in state._fsdp_param_groups:
-            group.fsdp_params = [p for p in group.fsdp_params if p.sharded_param not in gone]
-            for handles in (
-                group._module_to_pre_save_state_dict_hook_handle,
-                group._module_to_pre_load_state_dict_hook_handle,
-            ):
-                for other in [other for other in handles if other not in present]:
-                    handles.pop(other).remove()
-        # A removed module may have been wrapped itself.
-        states = state._state_ctx.all_states
-        states[:] = [other for other in states if any(inner in present for inner in other._modules)]
+        forget_fsdp_parameters(module, gone, present)
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

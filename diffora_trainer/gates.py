@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .backward import without_input_gradients
+from .compat import checkpoint_function, checkpoints, disable_layer
 from .grid import ModuleGrid, parameters_of, searched_modules
 from .shortcuts import Shortcut
 
@@ -124,11 +125,10 @@ def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[li
     frozen = [p for layer in others for p in parameters_of(layer, adapter_name) if p.requires_grad]
     off = [layer for layer in others if not isinstance(layer, Shortcut)]
     passed = [layer for layer in others if isinstance(layer, Shortcut) and layer.enabled]
-    before = [layer._disable_adapters for layer in off]
+    before = [layer.disable_adapters for layer in off]
     try:
-        # Not `enable_adapters`, which would also change what is trainable in other adapters of the layer.
         for layer in off:
-            layer._disable_adapters = True
+            disable_layer(layer, True)
         for layer in passed:
             layer.enabled = False
         for parameter in frozen:
@@ -137,7 +137,7 @@ def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[li
             yield [p for name in names for p in parameters_of(layers[name], adapter_name)]
     finally:
         for layer, disabled in zip(off, before, strict=True):
-            layer._disable_adapters = disabled
+            disable_layer(layer, disabled)
         for layer in passed:
             layer.enabled = True
         for parameter in frozen:
@@ -149,9 +149,9 @@ def checkpoints_activations(model: nn.Module) -> bool:
     Whether a model checkpoints activations. The reentrant way is refused: its backward pass gives no gradient of the
     gates, and none is not told from zero as long as a module outside the checkpointed blocks has one.
     """
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    blocks = [module for module in model.modules() if checkpoints(module)]
     for block in blocks:
-        function = getattr(block, "_gradient_checkpointing_func", None)
+        function = checkpoint_function(block)
         # Reentrant is also what PyTorch takes when nothing is said, as in `prepare_model_for_kbit_training(model)`.
         if isinstance(function, partial) and function.keywords.get("use_reentrant") is not False:
             raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn, tensor
@@ -207,7 +207,17 @@ def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
 
 
 def check_lora_config(config: LoraConfig) -> None:
-    """Raise a `ValueError` if a LoRA configuration asks for something that a gate or the cut cannot do exactly."""
+    """
+    Raise a `TypeError` if a configuration is of another method that is derived from LoRA, and a `ValueError` if it
+    asks for something that a gate or the cut cannot do exactly.
+    """
+    if config.peft_type != PeftType.LORA:
+        raise TypeError(
+            f"The LoRA is configured by {type(config).__name__}, a method with modules of its own "
+            f"({getattr(config.peft_type, 'value', config.peft_type)}): they have no `lora_A` whose output a gate "
+            "could multiply. Please pass a plain `peft.LoraConfig`, among whose modules the search chooses, or use "
+            "the parent trainer."
+        )
     switches = [
         *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
         *("velora_config", "monteclora_config", "arrow_config", "kasa_config"),

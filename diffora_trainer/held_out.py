@@ -11,7 +11,14 @@ from torch.utils.data import DataLoader, RandomSampler
 from transformers.trainer_utils import has_length
 
 from .callbacks import DiffoRACallback
-from .compat import makes_completions, noted_preparation
+from .compat import (
+    collator_without_unused_columns,
+    makes_completions,
+    noted_preparation,
+    prepare_inputs,
+    train_batch_size,
+    without_unused_columns,
+)
 from .config import DiffoRAConfig
 from .data import (
     ArchitectureBatches,
@@ -88,7 +95,7 @@ class HeldOutMixin(_Base):
             sampler = SeedableRandomSampler(
                 data_source=sampler.data_source,
                 replacement=sampler.replacement,
-                num_samples=sampler._num_samples,
+                num_samples=sampler.num_samples,
                 generator=sampler.generator,
                 data_seed=self.args.data_seed,
             )
@@ -107,7 +114,7 @@ class HeldOutMixin(_Base):
 
     def _prepare_architecture_batch(self, batch: Any) -> Any:
         """A batch of the search as the loss takes it. One of a training step has been prepared, at some cost."""
-        return dict(batch if makes_completions(self) else self._prepare_inputs(batch))
+        return dict(batch if makes_completions(self) else prepare_inputs(self, batch))
 
     def _make_held_out(self, cut: int) -> ArchitectureBatches:
         """The batches that a run searches on, and the moment at which held-out rows go back to training."""
@@ -125,13 +132,13 @@ class HeldOutMixin(_Base):
         self._set_cut(cut)
         collate = self.data_collator
         if isinstance(rows, Dataset):
-            rows = self._remove_unused_columns(rows, description="held-out")
+            rows = without_unused_columns(self, rows, "held-out")
         else:
-            collate = self._get_collator_with_removed_columns(collate, description="held-out")
+            collate = collator_without_unused_columns(self, collate, "held-out")
         return HeldOutBatches(
             rows,
             collate,
-            batch_size=self.diffora_config.arch_batch_size or self._train_batch_size,
+            batch_size=self.diffora_config.arch_batch_size or train_batch_size(self),
             seed=self.diffora_config.arch_seed,
             rank=self.args.process_index,
             world_size=self.args.world_size,

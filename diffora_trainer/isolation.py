@@ -27,7 +27,7 @@ def quiet(model: nn.Module, device: torch.device, training: bool) -> Iterator[No
         model.train(training)
         for module in modes:
             if type(module).__name__ == "Linear4bit":
-                # On some CPUs bitsandbytes (0.50) repacks the weight at the first call in evaluation mode, for good
+                # On some CPUs bitsandbytes repacks the weight at the first call in evaluation mode, for good
                 # and rounded, into a form that passes no gradient on. It reads the mode for nothing else.
                 module.training = True
         try:

@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from .compat import adapters_disabled
 from .connections import ATTRIBUTE, Parts, plan_layers
 from .shortcuts import Shortcut, remove_shortcuts, shortcut_config, shortcuts
 
@@ -131,7 +132,7 @@ def _check_model(model: nn.Module) -> None:
             f"The adapter of this {type(model).__name__} cannot be merged by `merge_and_unload`. Please use a LoRA "
             "from `get_peft_model`, or keep the `ShortcutModel`."
         )
-    if getattr(model, "_adapters_disabled", False) is True:
+    if adapters_disabled(model):
         raise ValueError(
             "You merge inside `disable_adapter()`, which switches shortcuts and LoRA off. Please merge outside of it."
         )
@@ -178,7 +179,7 @@ def _configs(model: nn.Module) -> dict[nn.Module, Any]:
 def _is_pre_norm(layer: nn.Module, parts: Parts) -> bool | None:
     if parts.sums:
         return False
-    block: Any = layer._modules[ATTRIBUTE]
+    block: Any = getattr(layer, ATTRIBUTE)
     return block.live.pre
 
 

@@ -10,6 +10,14 @@ from .selection import Selection
 from .timing import StepTimes
 
 
+NO_LABELS = (
+    "Nothing in these rows is trained on: every label is -100. With `assistant_only_loss=True`, please check that the "
+    "chat template marks the assistant's tokens (`{% generation %}`) and that the rows have an assistant's turn; with "
+    "`completion_only_loss=True`, that the completions are not empty; and that truncation (`max_length`) does not cut "
+    "off what is to be learned."
+)
+
+
 def plan(config: DiffoRAConfig, total_steps: int, data: str) -> str:
     """What will happen when in a run of so many steps, and on what `data` the search does it."""
     (warmup, cut), decision = config.schedule(total_steps), config.decision(total_steps)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .backward import input_embeddings, suspend_input_gradients
 from .budget import Budget
+from .compat import checkpoints
 from .config import DiffoRAConfig
 from .distributed import check_agreement, fingerprint, is_main_process
 from .gates import Gates, as_if_cut, checkpoints_activations
@@ -340,7 +341,7 @@ class ArchitectureSearch:
             raise ValueError("There is no batch to score the modules on. Please pass at least one.")
         with self._quiet(training=False), self.gates.override(None):
             for module in self.model.modules():
-                if getattr(module, "gradient_checkpointing", False):
+                if checkpoints(module):
                     module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
             scores, ties = module_scores(
                 method,

@@ -321,5 +321,5 @@ def _refusing_config(model: nn.Module) -> bytes:
     if isinstance(model, PeftModel):
         base = model.peft_config[model.active_adapters[0]].base_model_name_or_path
     else:
-        base = getattr(getattr(model, "config", None), "_name_or_path", None)
+        base = getattr(getattr(model, "config", None), "name_or_path", None)
     return (json.dumps({"peft_type": _REFUSAL, "base_model_name_or_path": base}, indent=2) + "\n").encode()

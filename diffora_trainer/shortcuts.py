@@ -302,7 +302,7 @@ def shortcut_config(model: nn.Module) -> ShortcutConfig:
 def remove_shortcuts(model: nn.Module) -> None:
     """Take all shortcuts out of a model, which is then as it was before them: no hook and no parameter is left."""
     for layer in list(model.modules()):
-        block = layer._modules.get(ATTRIBUTE)
+        block = getattr(layer, ATTRIBUTE, None)
         if isinstance(block, LayerShortcuts):
             for handle in block.handles:
                 handle.remove()

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.tuners_utils import _find_minimal_target_modules
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch import nn
 from torch.optim import Optimizer
 
 from .backward import suspend_input_gradients
+from .compat import SCHEDULER_LISTS, inner_schedulers, shortened_targets
 from .distributed import forget_shards, reshard
 from .grid import parameters_of, searched_modules
 from .selection import Selection, readable
@@ -102,26 +102,45 @@ def apply_selection(
 
 def forget_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
     """
-    Take parameters out of a live optimizer: out of its groups and its state. Groups left empty go too, together with
-    the scheduler's entries for them.
+    Take parameters out of a live optimizer: out of its groups and its state. Groups that this empties go too, together
+    with the scheduler's entries for them. A group that was empty before stays, as the optimizer of a plain run has it.
 
     Args:
         optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it in an attribute `optimizer`.
         parameters (`Iterable[nn.Parameter]`): what to forget.
         scheduler (*optional*): the learning rate scheduler, or one that wraps it in an attribute `scheduler`.
     """
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
+    optimizer = _innermost(optimizer)
     gone = set(parameters)
+    keep = []
     for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if parameter not in gone]
+        left = [parameter for parameter in group["params"] if parameter not in gone]
+        keep.append(bool(left) or not group["params"])
+        group["params"] = left
     for parameter in gone:
         optimizer.state.pop(parameter, None)
-    filled = [bool(group["params"]) for group in optimizer.param_groups]
-    if not all(filled):
-        optimizer.param_groups[:] = [g for g, keep in zip(optimizer.param_groups, filled, strict=True) if keep]
+    _keep_groups(optimizer, keep, scheduler)
+
+
+def forget_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
+    """Take all groups without parameters out of an optimizer and its scheduler, and tell whether there were any."""
+    optimizer = _innermost(optimizer)
+    keep = [bool(group["params"]) for group in optimizer.param_groups]
+    _keep_groups(optimizer, keep, scheduler)
+    return not all(keep)
+
+
+def _innermost(optimizer: Any) -> Any:
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _keep_groups(optimizer: Any, keep: list[bool], scheduler: Any) -> None:
+    if not all(keep):
+        optimizer.param_groups[:] = [g for g, stays in zip(optimizer.param_groups, keep, strict=True) if stays]
         if scheduler is not None:
-            _forget_groups(scheduler, filled)
+            _forget_groups(scheduler, keep)
 
 
 def _sort_parameters(optimizer: Optimizer, model: nn.Module) -> None:
@@ -137,13 +156,11 @@ def _sort_parameters(optimizer: Optimizer, model: nn.Module) -> None:
 def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
     while hasattr(scheduler, "scheduler"):
         scheduler = scheduler.scheduler
-    # PyTorch's schedulers hold what belongs to a group in lists with one entry a group: `base_lrs`, `lr_lambdas`, ...
-    per_group = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
-    for name in per_group:
+    for name in SCHEDULER_LISTS:
         values = getattr(scheduler, name, None)
         if isinstance(values, list) and len(values) == len(filled):
             setattr(scheduler, name, [value for value, keep in zip(values, filled, strict=True) if keep])
-    for inner in getattr(scheduler, "_schedulers", ()):  # SequentialLR, ChainedScheduler
+    for inner in inner_schedulers(scheduler):
         _forget_groups(inner, filled)
 
 
@@ -200,7 +217,7 @@ def _matches(config: Any, every: set[str], wanted: set[str]) -> bool:
     # checked as long as that is quick: the time grows with the square of the number of modules.
     if not MIN_TARGET_MODULES_FOR_OPTIMIZATION <= len(wanted) <= _CHECKED_MODULES:
         return True
-    return found(_find_minimal_target_modules(wanted, every - wanted)) == wanted
+    return found(shortened_targets(wanted, every - wanted)) == wanted
 
 
 def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:

@@ -6,17 +6,21 @@ import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl.trainer.sft_trainer import SFTTrainer
 
 from .callbacks import DiffoRACallback
 from .card import complete_card
 from .checkpoint import find_checkpoint, written_whole
-from .compat import loss_of_training_step, own_training_step
+from .compat import (
+    activation_checkpointing,
+    check_trainer_methods,
+    loss_of_training_step,
+    output_dir,
+    own_training_step,
+)
 from .compiled import check_not_compiled
 from .config import DiffoRAConfig
 from .data import check_dataset
@@ -32,11 +36,12 @@ from .search import ArchitectureSearch
 from .selection import Selection
 from .shortcut_model import ShortcutModel, add_to_adapter, load_shortcuts
 from .shortcuts import shortcuts
-from .surgery import forget_parameters, own_config
+from .surgery import forget_empty_groups, own_config
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
     check_own_loss,
+    check_rows_left,
     check_trainer,
     give_shortcuts,
     prepare_dataset,
@@ -136,6 +141,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 f"`diffora_config` must be a `DiffoRAConfig`, got {type(diffora_config).__name__}. "
                 "Please make one of your options: `DiffoRAConfig(selection_ratio=0.5)`."
             )
+        check_trainer_methods(type(self))
         self.diffora_config = diffora_config or DiffoRAConfig()
         check_score_function(self.diffora_config.method, score_function)
         self.score_function = score_function
@@ -144,7 +150,9 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         self._last_train_batch: Any = None
         self._loop_began = False
         self._in_architecture_step = False
-        super().__init__(**self._with_lora(self._by_name(args, kwargs), peft_config))
+        named = self._with_lora(self._by_name(args, kwargs), peft_config)
+        given_columns = getattr(named.get("train_dataset"), "column_names", None)
+        super().__init__(**named)
         follow_log_level(self.args.log_level)
         check_trainer(self)
         # Whether an architecture step has to run the parent's `training_step` for its loss.
@@ -154,8 +162,9 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             check_own_loss(self)
         give_shortcuts(self.model, self.diffora_config)
         if arch_dataset is not None:
-            self.arch_dataset = prepare_dataset(self, arch_dataset)
-            check_arch_columns(self)
+            self.arch_dataset = prepare_dataset(self, arch_dataset, named.get("formatting_func"))
+            check_arch_columns(self, given_columns)
+        check_rows_left(self)
         self._callback = DiffoRACallback(
             self.diffora_config,
             make_search=self._make_search,
@@ -223,10 +232,10 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                     "it, for example with `AutoModelForCausalLM.from_pretrained`."
                 )
             if not isinstance(model, PeftModel):
-                base = model if isinstance(model, nn.Module) else None
-                peft_config = complete_lora_config(peft_config, base, task_type_of_trainer(self))
+                options = getattr(args, "model_init_kwargs", None) or {}
+                peft_config = complete_lora_config(peft_config, model, task_type_of_trainer(self), options)
             return {**arguments, "peft_config": peft_config}
-        checkpointing = bool(getattr(args, "activation_checkpointing", False))
+        checkpointing = activation_checkpointing(args)
         if arguments.get("model_init") is not None:
             return {**arguments, "model_init": wrap_model_init(arguments["model_init"], peft_config, checkpointing)}
         if not isinstance(model, nn.Module):
@@ -324,12 +333,6 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         with self._kept_rollouts():
             return super().training_step(model, inputs, *args, **kwargs)
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """The parent's optimizer without its empty parameter groups, which could not be told from emptied ones."""
-        optimizer = super().create_optimizer(*args, **kwargs)
-        forget_parameters(optimizer, (), self.lr_scheduler)
-        return optimizer
-
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The parent's log, with the state of the search in those of training."""
         if "loss" in logs or "train_runtime" in logs:
@@ -401,7 +404,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             self._save_findings(Path(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = Path(self._get_output_dir(trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        folder = Path(output_dir(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with written_whole(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
@@ -428,6 +431,15 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         for name, parameter in self.model.named_parameters():
             if parameter.dtype != dtypes[name]:
                 parameter.data = parameter.data.to(dtypes[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError:
+            # A group that the cut emptied has left the run, but an optimizer that is built anew may have it, empty.
+            if not self._callback.is_cut(self.model) or not forget_empty_groups(self.optimizer, self.lr_scheduler):
+                raise
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint
@@ -460,18 +472,9 @@ class DiffoRATrainer(DiffoRAMixin, Trainer):
     """
 
 
-class DiffoRASFTTrainer(DiffoRAMixin, SFTTrainer):
-    """
-    A [`~trl.SFTTrainer`] that chooses its LoRA modules while it trains. It takes all that `SFTTrainer` takes, and
-    `diffora_config` and `arch_dataset`; see [`DiffoRAMixin`].
+def __getattr__(name: str) -> Any:
+    if name == "DiffoRASFTTrainer":  # imports TRL, which the trainers of transformers do without
+        from .sft import DiffoRASFTTrainer
 
-    ```python
-    trainer = DiffoRASFTTrainer(
-        model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        args=SFTConfig("out", max_steps=300),
-        train_dataset=dataset,
-        diffora_config=DiffoRAConfig(selection_ratio=0.5),
-    )
-    trainer.train()
-    ```
-    """
+        return DiffoRASFTTrainer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,10 +15,24 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from torch.utils.data import Subset
+from transformers.trainer_utils import has_length
 
-from .compat import calls_backward_itself, makes_completions, own_training_step, uses_vllm
+from .compat import (
+    activation_checkpointing,
+    activation_checkpointing_kwargs,
+    calls_backward_itself,
+    columns_of_model,
+    is_reward_trainer,
+    makes_completions,
+    own_training_step,
+    preparation,
+    train_batch_size,
+    uses_vllm,
+    with_reference_log_probs,
+)
 from .config import DiffoRAConfig
 from .logging import get_logger
+from .messages import NO_LABELS
 from .shortcuts import ShortcutConfig, add_shortcuts, shortcuts
 
 
@@ -31,7 +45,7 @@ _MAX_STREAM_BATCHES = 64
 def check_trainer(trainer: Any) -> None:
     """Raise a `ValueError` if the training arguments ask for something that a search cannot run with."""
     args = trainer.args
-    if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+    if activation_checkpointing(args) and activation_checkpointing_kwargs(args).get("use_reentrant"):
         raise ValueError(
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
             "of the gates alone. Please set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
@@ -145,7 +159,7 @@ def _check_fsdp(trainer: Any) -> None:
         )
     if plugin.activation_checkpointing:
         raise ValueError(
-            "You set `fsdp_activation_checkpointing: true`. It renames the modules of the model, with which PEFT 0.21 "
+            "You set `fsdp_activation_checkpointing: true`. It renames the modules of the model, with which PEFT "
             "saves an adapter without any weights. Please set it to false, and `gradient_checkpointing=True` in the "
             "training arguments."
         )
@@ -191,7 +205,7 @@ def give_shortcuts(model: Any, config: DiffoRAConfig) -> Any:
 
 def task_type_of_trainer(trainer: Any) -> TaskType:
     """Task type of the model that a TRL trainer loads when it is given a name."""
-    return TaskType.SEQ_CLS if getattr(trainer, "_name", "") == "Reward" else TaskType.CAUSAL_LM
+    return TaskType.SEQ_CLS if is_reward_trainer(trainer) else TaskType.CAUSAL_LM
 
 
 @contextmanager
@@ -265,25 +279,25 @@ def _part(share: float, size: int) -> int:
     return math.floor(share * size + 1e-9)
 
 
-def prepare_dataset(trainer: Any, dataset: Any) -> Any:
+def prepare_dataset(trainer: Any, dataset: Any, formatting_func: Any = None) -> Any:
     """
     A held-out data set of the user's own, prepared as the trainer prepared its training set. TRL's trainers tokenize
-    in `_prepare_dataset`, which leaves a tokenized data set as it is; its arguments differ from one trainer to
-    another.
+    it, and leave a tokenized data set as it is; what they take for that differs from one trainer to another.
     """
-    prepare = getattr(trainer, "_prepare_dataset", None)
-    if prepare is None or getattr(trainer, "_skip_prepare_dataset", False):
+    prepare = preparation(trainer)
+    if prepare is None:
         return dataset
     known = {
         "dataset": dataset,
         "processing_class": trainer.processing_class,
         "args": trainer.args,
         "packing": getattr(trainer.args, "packing", False),
-        "formatting_func": getattr(trainer, "_formatting_func", None),
+        "formatting_func": formatting_func,
         "dataset_name": "arch",
     }
     try:
-        return prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+        dataset = prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
+        return with_reference_log_probs(trainer, dataset)
     except (AttributeError, KeyError, StopIteration) as error:
         raise ValueError(
             f"The `arch_dataset` with the columns {getattr(dataset, 'column_names', None)} could not be prepared as "
@@ -303,17 +317,33 @@ def check_loaded(model: Any) -> None:
             )
 
 
-def check_arch_columns(trainer: Any) -> None:
-    """Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data."""
+def check_rows_left(trainer: Any) -> None:
+    """Raise a `ValueError` if preparing a data set has left nothing of it. TRL drops rows without any label."""
+    for name in ("train_dataset", "arch_dataset"):
+        dataset = getattr(trainer, name)
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise ValueError(
+                f"All rows of the `{name}` that you passed were dropped when the trainer prepared it. {NO_LABELS}"
+            )
+
+
+def check_arch_columns(trainer: Any, given: list[str] | None) -> None:
+    """
+    Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data, or what the
+    trainer has added to the columns of the training set that it was given.
+    """
     train, held_out = (getattr(data, "column_names", None) for data in (trainer.train_dataset, trainer.arch_dataset))
-    if not train or not held_out or not trainer.args.remove_unused_columns:
+    if not train or not held_out:
         return
-    trainer._set_signature_columns_if_needed()
-    missing = [name for name in train if name in trainer._signature_columns and name not in held_out]
+    needed = set() if given is None else set(train) - set(given)
+    if trainer.args.remove_unused_columns:
+        needed = set(columns_of_model(trainer))
+    missing = [name for name in train if name in needed and name not in held_out]
     if missing:
         raise ValueError(
             f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too, which it "
-            "lacks. Please pass rows in the form of the training set."
+            "lacks. Please pass rows in the form of the training set, or leave `arch_dataset` out, to hold out a part "
+            "of the training set."
         )
 
 
@@ -325,7 +355,7 @@ def subset(dataset: Any, indices: list[int]) -> Any:
 def steps_of_epoch(trainer: Any) -> tuple[int, int]:
     """Optimizer steps in an epoch, and the rows that all processes together read for one of them."""
     args = trainer.args
-    rows_a_step = trainer._train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows_a_step = train_batch_size(trainer) * args.gradient_accumulation_steps * args.world_size
     if not hasattr(trainer.train_dataset, "__len__"):
         return args.max_steps, rows_a_step
     batches = len(trainer.callback_handler.train_dataloader)

@@ -4,38 +4,63 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from .compat import all_linear_modules, converted_to_parameters
 from .grid import check_lora_config
+from .logging import get_logger
 
+
+logger = get_logger(__name__)
 
 _TASKS = {
     "ForSequenceClassification": TaskType.SEQ_CLS,
     "ForTokenClassification": TaskType.TOKEN_CLS,
     "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForQuestionAnsweringSimple": TaskType.QUESTION_ANS,
     "ForCausalLM": TaskType.CAUSAL_LM,
     "LMHeadModel": TaskType.CAUSAL_LM,
 }
 
+# The new heads that PEFT trains and saves with a task type, wherever the name of a module ends so.
+_HEADS: dict[Any, list[str]] = {
+    TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+# Tasks whose class in PEFT passes `input_ids` by position, whatever the model takes.
+_PASSES_INPUT_IDS = (TaskType.SEQ_2_SEQ_LM, TaskType.CAUSAL_LM)
+# Models whose head is new with each task, beside those that PEFT has a task type for.
+_NEW_HEAD = ("Classification", "MultipleChoice", "ForCTC")
+# PEFT cannot save these whole, because they are not called.
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_WITH_HEAD = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
-
-def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, task_type: TaskType | None) -> LoraConfig:
+def complete_lora_config(
+    config: PeftConfig | None,
+    model: nn.Module | str | Path | None,
+    task_type: TaskType | None,
+    model_options: Mapping[str, Any] | None = None,
+) -> LoraConfig:
     """
     A copy of the user's LoRA configuration with what a model needs filled in: all linear layers if there is none, the
     task type (by which PEFT trains and saves a new classification head), and the head itself where PEFT has no type.
 
     Args:
         config (`LoraConfig`, *optional*): the user's; it is not changed.
-        model (`nn.Module`, *optional*): the base model, if it is already loaded.
+        model (`nn.Module` or `str`, *optional*): the base model, or its name or folder if it is not loaded yet.
         task_type (`TaskType`, *optional*): task type of a model that is not loaded yet.
+        model_options (`dict`, *optional*): how a model that is not loaded yet will be.
 
     Raises:
         TypeError: if the configuration is not a `LoraConfig`.
@@ -49,8 +74,10 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
             "it must be a `peft.LoraConfig`."
         )
     check_lora_config(config)
+    name, model = (None, model) if isinstance(model, nn.Module) else (model, None)
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     linear = model is None or any(isinstance(module, (nn.Linear, Conv1D)) for module in model.modules())
-    if config.target_modules == "all-linear" and not linear:
+    if all_linear and not linear:
         raise ValueError(
             f"{type(model).__name__} has no linear layer, so nothing in it can have a LoRA with "
             "`target_modules='all-linear'`. Please name its layers in `LoraConfig(target_modules=...)`, or use "
@@ -60,17 +87,36 @@ def complete_lora_config(config: PeftConfig | None, model: nn.Module | None, tas
     natural = task_type if model is None else _task_type(model)
     if config.task_type is None:
         config.task_type = natural
-    elif natural in _WITH_HEAD and config.task_type != natural and not config.modules_to_save:
+    elif (
+        task_type is not None
+        and task_type in _HEADS
+        and natural == task_type
+        and config.task_type == TaskType.CAUSAL_LM
+    ):
+        # A reward trainer with the task type that TRL's `ModelConfig` has unless told otherwise.
+        logger.info(f"The task type of the LoRA is CAUSAL_LM, but this trainer's is {task_type.value}, which is used.")
+        config.task_type = task_type
+    elif natural in _HEADS and config.task_type != natural and not config.modules_to_save:
         raise ValueError(
             f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
             f"{type(model).__name__}, so its new head would be neither trained nor saved. Please set "
             f"`task_type={getattr(natural, 'value', None)!r}`, or leave it out."
         )
-    chooses_label = type(model).__name__.endswith(("Classification", "MultipleChoice"))
-    if config.task_type is None and model is not None and chooses_label:
-        # Image, audio and video classifiers: PEFT has no task type that trains and saves their new head.
-        heads = [name for name in SEQ_CLS_HEAD_NAMES if isinstance(getattr(model, name, None), nn.Module)]
-        config.modules_to_save = sorted({*(config.modules_to_save or ()), *heads}) or None
+    if model is not None and config.task_type in _PASSES_INPUT_IDS and not _takes_input_ids(model):
+        raise ValueError(
+            f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
+            f"{type(model).__name__}, which takes {getattr(model, 'main_input_name', 'other inputs')!r} and no "
+            "`input_ids`, but PEFT's class of this task passes them. Please leave `task_type` out."
+        )
+    if model is not None:
+        heads = _heads(config.task_type, model)
+        saved_by_peft = tuple(_HEADS.get(config.task_type, ()))
+        if others := [name for name in heads if not name.endswith(saved_by_peft)]:
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *others})
+        if all_linear:
+            _spell_out(config, model, [*heads, *(config.modules_to_save or ())])
+    elif name is not None and all_linear and (empty := _empty_experts_model(name, model_options or {})) is not None:
+        _spell_out(config, empty, [])
     return config
 
 
@@ -113,7 +159,89 @@ def wrap_model_init(
 
 
 def _task_type(model: nn.Module) -> TaskType | None:
+    if not _takes_input_ids(model):  # PEFT's classes of the tasks pass them on, also to a speech model
+        return None
     name = type(model).__name__
     if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
         return TaskType.SEQ_2_SEQ_LM
     return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+
+
+def _takes_input_ids(model: nn.Module) -> bool:
+    named = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return named or "input_ids" in inspect.signature(model.forward).parameters
+
+
+def _heads(task_type: TaskType | str | None, model: nn.Module) -> list[str]:
+    """Names of the parts of a model that are new with its task, so that they have to be trained and saved whole."""
+    if task_type not in _HEADS and not type(model).__name__.endswith(_NEW_HEAD):
+        return []
+    known = tuple(_HEADS.get(task_type, SEQ_CLS_HEAD_NAMES))
+    backbone = getattr(model, "base_model", model)
+    inside = [f".{name}" for name, _ in backbone.named_modules()]
+    heads = []
+    for name, child in model.named_children():
+        # Under whatever name: what has weights and stands beside the backbone. PEFT saves all that ends with the name.
+        beside = backbone not in (model, child) and bool(list(child.parameters())) and not isinstance(child, _LISTS)
+        if name.endswith(known) or (beside and not any(other.endswith(name) for other in inside)):
+            heads.append(name)
+    return heads
+
+
+def _spell_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
+    """Put names in the place of "all-linear" where it stands for more than can be adapted."""
+    linear = all_linear_modules(config, model)
+    heads, experts = _inside(linear, model, saved), _experts(linear, model)
+    if heads:  # a shorter name that is adapted may be the end of one of these
+        excluded = config.exclude_modules
+        if isinstance(excluded, str):
+            config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(heads))])
+        else:
+            config.exclude_modules = sorted({*(excluded or ()), *heads})
+    if heads or experts is not None:
+        config.target_modules = sorted(linear - heads - (experts or set()))
+
+
+def _inside(linear: set[str], model: nn.Module, saved: list[str]) -> set[str]:
+    """
+    What is trained and saved whole, and so has no LoRA: PEFT would adapt some of it first. It saves what *ends* with a
+    name, and everything in it.
+    """
+    roots = [name for name, _ in model.named_modules() if name and name.endswith(tuple(saved))]
+    return {name for name in linear if any(name == root or name.startswith(f"{root}.") for root in roots)}
+
+
+def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
+    """
+    The modules of a mixture of experts in whose place PEFT would adapt the parameters of the fused experts; `None` if
+    it would not adapt these. They have no `lora_A` to be called, so no gate.
+    """
+    parameters = converted_to_parameters("all-linear", model)
+    if not parameters:
+        return None
+    leaves = {name.rpartition(".")[2] for name in linear}
+    experts = {leaf for leaf in leaves if converted_to_parameters([leaf], model) != set()}
+    left_out = {name for name in linear if name.rpartition(".")[2] in experts}
+    text = f"{type(model).__name__} is a mixture of experts. Its linear layers have a LoRA, but not the parameters "
+    text += f"{', '.join(sorted(parameters))}, which PEFT adapts in place, where no gate can be"
+    if left_out:
+        kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in left_out})
+        text += f"; nor {', '.join(kinds)}, which PEFT takes for parts of the experts by their names"
+    logger.info(f"{text}.")
+    return left_out
+
+
+def _empty_experts_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
+    """A model without weights, if a name or folder is that of a mixture of experts as PEFT knows them."""
+    wanted = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
+    options = {key: value for key, value in options.items() if key in wanted}
+    try:
+        model_config = AutoConfig.from_pretrained(name, **options)
+    except (OSError, ValueError):  # who loads the model will say what is wrong
+        return None
+    named = nn.Module()
+    named.config = model_config
+    if converted_to_parameters(["gate"], named) == set():
+        return None
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=bool(options.get("trust_remote_code")))

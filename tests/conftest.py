@@ -73,7 +73,7 @@ def arguments(folder: object, cls: type = TrainingArguments, **overrides: object
         "use_cpu": True,
         "seed": 7,
     }
-    if cls is not TrainingArguments:  # TRL's defaults: bf16 and checkpointing
+    if cls.__module__.startswith("trl."):  # its defaults: bf16 and checkpointing
         settings.update(bf16=False, gradient_checkpointing=False)
     return cls(**{**settings, **overrides})
 

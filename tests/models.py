@@ -28,10 +28,14 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
+    Speech2TextConfig,
+    Speech2TextForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 
@@ -354,13 +358,13 @@ def vit() -> TinyModel:
     return TinyModel(model, _image_batch(), "all-linear", None, rows=2, kinds=6, outside=("classifier",))
 
 
-def moe() -> TinyModel:
+def moe(vocab_size: int = VOCAB) -> TinyModel:
     """A Mixtral: its experts are fused 3D parameters and its router is a bare parameter. PEFT turns "all-linear" into
     the four attention projections plus `target_parameters` for the router and the experts; targets named one by one
     (`["q_proj", "v_proj"]`) leave these alone unless `MOE_PARAMETERS` are asked for."""
     torch.manual_seed(SEED)
     config = MixtralConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=HIDDEN,
         intermediate_size=2 * HIDDEN,
         num_hidden_layers=2,
@@ -375,6 +379,44 @@ def moe() -> TinyModel:
         initializer_range=INIT,
     )
     return TinyModel(MixtralForCausalLM(config), _causal_batch(), "all-linear", "CAUSAL_LM", 2, 4, parameters=3)
+
+
+def _speech_batch(shape: tuple[int, int]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(SEED)
+    return {"input_features": torch.randn(BATCH, *shape, generator=generator), "labels": _ids(shape=(BATCH, 6))}
+
+
+_SPEECH: dict[str, object] = {
+    "vocab_size": VOCAB,
+    "d_model": HIDDEN,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 2 * HIDDEN,
+    "decoder_ffn_dim": 2 * HIDDEN,
+    "max_target_positions": 20,
+    "pad_token_id": PAD,
+    "bos_token_id": BOS,
+    "eos_token_id": EOS,
+    "decoder_start_token_id": BOS,
+}
+
+
+def whisper() -> TinyModel:
+    """A Whisper: it reads `input_features`, and knows no `input_ids`."""
+    torch.manual_seed(SEED)
+    config = WhisperConfig(**_SPEECH, num_mel_bins=8, max_source_positions=20)
+    return TinyModel(WhisperForConditionalGeneration(config), _speech_batch((8, 40)), "all-linear", None, 4, 10, 32)
+
+
+def speech_to_text() -> TinyModel:
+    """A Speech2Text model: features in time, and a mask of them that PEFT would take for that of tokens."""
+    torch.manual_seed(SEED)
+    sizes = {"input_feat_per_channel": 8, "input_channels": 1, "conv_channels": 16, "num_conv_layers": 2}
+    config = Speech2TextConfig(**_SPEECH, **sizes, max_source_positions=40)
+    batch = {**_speech_batch((40, 8)), "attention_mask": torch.ones(BATCH, 40, dtype=torch.long)}
+    return TinyModel(Speech2TextForConditionalGeneration(config), batch, "all-linear", None, 4, 10, 32)
 
 
 ARCHITECTURES: dict[str, Callable[[], TinyModel]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -10,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import causal_model, classifier, lora, make_trainer
+from conftest import CUT, Probe, causal_model, classifier, lora, make_trainer, step_logs
 from datasets import Dataset, IterableDataset
-from peft import IA3Config, PeftModel, PromptTuningConfig, get_peft_model
+from peft import AdaLoraConfig, IA3Config, PeftModel, PromptTuningConfig, get_peft_model
 from test_selection import make_selection
-from tokenizer import classification_dataset, lm_dataset
+from tokenizer import classification_dataset, lm_dataset, tiny_tokenizer
 from torch import nn
-from transformers import Trainer
+from transformers import DataCollatorForSeq2Seq, Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRATrainer, Selection, add_shortcuts
 from diffora_trainer.card import write_card
@@ -87,7 +88,7 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
 def assert_helpful(message: str, essential: str) -> None:
     """It names what was passed, and says what to do or what would be right."""
     assert re.search(essential, message, re.DOTALL), message
-    assert len(message) > 30 and re.search(r"[Pp]lease|[Uu]se |must|[Pp]ass|[Cc]all|Load ", message), message
+    assert len(message) > 30 and re.search(r"[Pp]lease|[Uu]se |must|[Pp]ass|[Cc]all|Load |has to be", message), message
 
 
 @pytest.mark.parametrize(("options", "error", "message"), CONFIG, ids=[str(options) for options, *_ in CONFIG])
@@ -154,6 +155,7 @@ class NoLinear(nn.Module):
         self.embedding = nn.Embedding(9, 2)
 
 
+ADALORA = AdaLoraConfig(total_step=12, task_type="SEQ_CLS", target_modules=["key"])
 IA3 = IA3Config(task_type="SEQ_CLS", target_modules=["key"], feedforward_modules=[])
 PROMPT = PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -178,6 +180,12 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     "no linear layer": (lambda: {"model": NoLinear()}, ValueError, "NoLinear has no linear layer.*target_modules"),
     "no LoRA layer": (ready(without_layers), ValueError, "no LoRA layer.*target_modules"),
     "no match": (lambda: {"peft_config": lora(target_modules=["nowhere"])}, ValueError, "target_modules"),
+    "AdaLoRA": (lambda: {"peft_config": ADALORA}, TypeError, "AdaLoraConfig.*plain `peft.LoraConfig`"),
+    "AdaLoRA model": (
+        ready(lambda: get_peft_model(classifier().model, ADALORA)),
+        TypeError,
+        "AdaLoraConfig.*plain `peft.LoraConfig`",
+    ),
     "IA3": (lambda: {"peft_config": IA3}, TypeError, "peft_config.*IA3Config.*LoraConfig"),
     "prompt tuning": (lambda: {"peft_config": PROMPT}, TypeError, "peft_config.*PromptTuningConfig.*LoraConfig"),
     "IA3 model": (ready(lambda: get_peft_model(classifier().model, IA3)), TypeError, "IA3Config.*LoraConfig"),
@@ -293,6 +301,7 @@ SFT: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
     **{
         name: TRAINER[name]
         for name in (
+            "AdaLoRA",
             "IA3",
             "DoRA",
             "bias",
@@ -459,3 +468,54 @@ def test_a_loss_that_is_never_finite_is_said_at_the_cut(tmp_path: Path, caplog: 
 
 def test_there_are_enough_of_them() -> None:
     assert len(CONFIG) + len(TRAINER) + len(SFT) + len(OTHER) >= 100
+
+
+def labelled(count: int, masked: Callable[[int], bool]) -> Dataset:
+    """Tokenized rows, some without any label."""
+    tokenizer = tiny_tokenizer()
+    rows = [tokenizer(row["text"])["input_ids"] for row in lm_dataset(count)]
+    return Dataset.from_list(
+        [{"input_ids": ids, "labels": [-100] * len(ids) if masked(i) else ids} for i, ids in enumerate(rows)]
+    )
+
+
+def causal(folder: Path, **kwargs: Any) -> Any:
+    return make_trainer(folder, model=causal_model(), data_collator=DataCollatorForSeq2Seq(tiny_tokenizer()), **kwargs)
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "arch_dataset"])
+@pytest.mark.parametrize("task", ["sft", "plain"])
+def test_rows_without_labels_are_named_before_the_first_step(task: str, name: str, tmp_path: Path) -> None:
+    """By the trainer or its search; TRL drops such rows from 1.0 on."""
+    data = {"train_dataset": labelled(24, lambda i: False), name: labelled(24, lambda i: True)}
+    steps = Probe(lambda **kwargs: None)
+    with pytest.raises(ValueError) as found:
+        if task == "plain":
+            causal(tmp_path, **data, callbacks=[steps]).train()
+        else:
+            make_trainer(tmp_path, "sft", **data, callbacks=[steps]).train()
+    assert_helpful(str(found.value), "-100.*assistant_only_loss.*generation.*max_length")
+    assert not steps.found
+
+
+def test_some_rows_without_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A batch of them is passed over with its reason, and the loss around the cut is a number."""
+    trainer = causal(
+        tmp_path,
+        train_dataset=labelled(24, lambda i: False),
+        arch_dataset=labelled(8, lambda i: i % 2 == 0),
+        search={"arch_batch_size": 1},
+    )
+    trainer.train()
+    assert "no token of the held-out batch has a label; this architecture step is skipped" in caplog.text
+    assert math.isfinite(step_logs(trainer)[CUT]["diffora/gap"])
+
+
+def test_a_loss_of_ones_own_needs_no_labels(tmp_path: Path) -> None:
+    class Own(DiffoRATrainer):
+        def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+            return model(input_ids=inputs["input_ids"]).logits.square().mean()
+
+    trainer = causal(tmp_path, cls=Own, train_dataset=labelled(24, lambda i: True))
+    trainer.train()
+    assert math.isfinite(step_logs(trainer)[CUT]["diffora/gap"])

@@ -175,20 +175,27 @@ def test_trainers_refuse_reentrant_checkpointing(task: str, tmp_path: Path) -> N
     assert trainer.selection is not None and len(steps.found) == 12
 
 
+def checkpoint_every_second_layer(model: nn.Module, kwargs: dict[str, bool] | None) -> None:
+    """Or none. What `activation_checkpointing_enable(kwargs, every_n_layers=2)` does; transformers 5.2 has no such."""
+    model.gradient_checkpointing_disable()
+    if kwargs is not None:
+        model.gradient_checkpointing_enable(kwargs)
+        for layer in model.model.layers[1::2]:
+            layer.gradient_checkpointing = False
+
+
 def test_reentrant_checkpointing_of_some_layers_is_noticed() -> None:
     """Every second layer is checkpointed: the gates of the others would have a gradient, and these none."""
     model, batch = make()
     base = model.base_model.model
     gradients = []
     for kwargs in (None, {"use_reentrant": False}):
-        base.activation_checkpointing_disable()
-        if kwargs is not None:
-            base.activation_checkpointing_enable(kwargs, every_n_layers=2)
+        checkpoint_every_second_layer(base, kwargs)
         search = ArchitectureSearch(model.train(), loss_fn=loss_of)
         search.begin()
         gradients.append(search._gradients(batch, torch.ones(14), [])[1][0])
         search.finish()
     assert (gradients[0] != 0).all() and torch.allclose(*gradients, atol=1e-6)
-    base.activation_checkpointing_enable({"use_reentrant": True}, every_n_layers=2)
+    checkpoint_every_second_layer(base, {"use_reentrant": True})
     with pytest.raises(ValueError, match="reentrant"):
         ArchitectureSearch(model, loss_fn=loss_of).begin()

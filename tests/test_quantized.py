@@ -199,10 +199,10 @@ def test_sft_trainer_loads_and_searches_a_quantized_model(options: dict[str, Any
                 gradient_checkpointing="load_in_8bit" in options,  # without it, architecture steps are evaluations
                 save_strategy="steps",
                 save_steps=1000,
+                model_init_kwargs={"quantization_config": BitsAndBytesConfig(**options)},
             ),
             train_dataset=lm_dataset(24),
             processing_class=tiny_tokenizer(),
-            quantization_config=BitsAndBytesConfig(**options),
             peft_config=lora(),
             diffora_config=search_config(),
             callbacks=[SaveAt()],

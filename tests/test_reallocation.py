@@ -261,7 +261,7 @@ def test_run(tmp_path: Path) -> None:
         sets[trainer.state.global_step] = (None if reallocation is None else reallocation.on.tolist(), trainable)
 
     search = {**DYNAMIC, "max_trainable_parameters": cap, "reallocate_every": 1, "score_batches": 1}
-    trainer = make_trainer(tmp_path, "sft", search=search, args={"learning_rate": 0.1})
+    trainer = make_trainer(tmp_path, "sft", search=search, args={"learning_rate": 0.5})
     sizes = ModuleGrid.from_model(trainer.model).parameters
     trainer.add_callback(Probe(look))
     trainer.train()

@@ -6,14 +6,26 @@ import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import CUT, adapter, assert_continues, assert_same, classifier, lora, make_trainer, step_logs
-from peft import get_peft_model, set_peft_model_state_dict
+from conftest import (
+    CUT,
+    adapter,
+    assert_continues,
+    assert_same,
+    causal_model,
+    classifier,
+    lora,
+    make_trainer,
+    step_logs,
+)
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from tokenizer import classification_dataset, lm_dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from trl import SFTTrainer
 
 from diffora_trainer.matrix import BudgetMatrix
 
@@ -264,3 +276,52 @@ def test_checkpoint_from_before_the_cut_records_the_phase(whole_runs) -> None:
     assert phases == ["warm-up", "search", "selected", "selected"]
     kept = [(folder / f"checkpoint-{step}" / "diffora_selection.json").is_file() for step in SAVES]
     assert kept == [False, False, True, True]
+
+
+@pytest.mark.parametrize("way", ["loaded", "configured"])
+@pytest.mark.parametrize("task", ["sft", "cls"])
+def test_stock_trainer_goes_on_after_the_cut(task: str, way: str, tmp_path: Path) -> None:
+    """
+    A checkpoint of after the cut is that of a plain LoRA run of the chosen modules. The stock trainer goes on from it
+    to the same end, with the adapter that the checkpoint holds, or with LoRA of the configuration that it holds.
+    """
+    held_out = lm_dataset(8, seed=1) if task == "sft" else classification_dataset(8, seed=1)
+    args = {"max_steps": 16, "save_strategy": "steps", "save_steps": 4, "weight_decay": 0.1}
+    whole = make_trainer(tmp_path, task, arch_dataset=held_out, args=args)
+    whole.train()
+    folder = str(tmp_path / "checkpoint-12")
+    base: Any = causal_model() if task == "sft" else classifier().model
+    if way == "loaded":
+        model = PeftModel.from_pretrained(base, folder, is_trainable=True)
+    else:
+        config = LoraConfig.from_pretrained(folder)
+        config.inference_mode = False
+        model = get_peft_model(base, config)
+    stock = make_trainer(
+        tmp_path / "stock",
+        task,
+        cls=SFTTrainer if task == "sft" else Trainer,
+        model=model,
+        peft_config=None,
+        args=args,
+    )
+    stock.train(resume_from_checkpoint=folder)
+    assert_same(adapter(stock.model), adapter(whole.model))
+
+
+def test_optimizer_state_without_the_empty_groups(tmp_path: Path) -> None:
+    """As checkpoints of earlier versions have it, and of runs whose cut emptied a group."""
+    args = {"save_strategy": "steps", "save_steps": 10}
+    whole = make_trainer(tmp_path, "sft", args=args)
+    whole.train()
+    file = tmp_path / "checkpoint-10" / "optimizer.pt"
+    state = torch.load(file)
+    assert [bool(group["params"]) for group in state["param_groups"]] == [True, False]
+    state["param_groups"].pop()
+    torch.save(state, file)
+    scheduler = torch.load(file.with_name("scheduler.pt"))
+    scheduler.update({name: scheduler[name][:1] for name in ("base_lrs", "_last_lr", "lr_lambdas")})
+    torch.save(scheduler, file.with_name("scheduler.pt"))
+    resumed = make_trainer(tmp_path / "resumed", "sft", args=args)
+    resumed.train(resume_from_checkpoint=str(file.parent))
+    assert_continues(resumed, whole, 10)

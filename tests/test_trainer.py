@@ -278,10 +278,11 @@ def test_dpo_with_a_ready_model_keeps_the_reference(precompute: bool, tmp_path: 
     reference = {name: tensor.clone() for name, tensor in model.named_parameters() if ".ref." in name}
     trainer.train()
     assert_was_searched(trainer)
-    assert set(lora_layers(model, "ref")) == set(trainer.selection.modules)
+    copied = "ref" in model.peft_config  # older TRL takes the base model for the reference
+    assert set(lora_layers(model, "ref")) == (set(trainer.selection.modules) if copied else set())
     assert_same({name: tensor for name, tensor in model.named_parameters() if ".ref." in name}, reference)
     trainable = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
-    assert reference and not trainable & set(reference)
+    assert copied == bool(reference) and not trainable & set(reference)
     assert len(trainable) == 2 * len(trainer.selection.selected)
     assert_saved_adapter_is_the_model(trainer, causal_model(), tmp_path / "saved")
 

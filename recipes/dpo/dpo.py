@@ -72,6 +72,8 @@ def main(
         "attn_implementation": model_args.attn_implementation,
         "dtype": model_args.dtype,
     }
+    if (quantization_config := get_quantization_config(model_args)) is not None:
+        model_init_kwargs["quantization_config"] = quantization_config
     training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
 
     # LoRA on every linear layer to start with, unless told otherwise: the trainer then learns which ones to keep.
@@ -86,7 +88,6 @@ def main(
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
         peft_config=get_peft_config(model_args),
-        quantization_config=get_quantization_config(model_args),
         diffora_config=diffora_args,
     )
 
