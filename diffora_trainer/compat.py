@@ -16,6 +16,7 @@ from functools import partial
 from types import CodeType
 from typing import Any
 
+import torch
 from accelerate.utils import is_compiled_module
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
@@ -413,6 +414,15 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
+def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """
+    Those of a module's own buffers that are saved, with their names: what stands in `_buffers`, but not in
+    `_non_persistent_buffers_set`. Goes when `named_buffers` tells them apart.
+    """
+    hidden = module._non_persistent_buffers_set
+    return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None and name not in hidden]
+
+
 def is_compiled(module: nn.Module) -> bool:
     """
     Whether a module is compiled: made by `torch.compile`, or by its own `compile()`, which leaves
@@ -426,12 +436,21 @@ def is_replica(module: nn.Module) -> bool:
     return getattr(module, "_is_replica", False)
 
 
+FSDP2_TORCH = "2.13"
+"""The first version of torch whose FSDP2 has the names of [`forget_fsdp_parameters`]. It goes with these."""
+
+
+def knows_fsdp2() -> bool:
+    """Whether the FSDP2 of this torch has the names that are touched here."""
+    return torch.__version__ >= FSDP2_TORCH
+
+
 def forget_fsdp_parameters(module: Any, gone: Collection[nn.Parameter], present: Collection[nn.Module]) -> None:
     """
     Take parameters that have left a model out of what FSDP2 gathers and scatters for one of its modules.
 
-    FSDP2 collects them once, and has no public call for this; the names are those of torch 2.13. Goes with such a
-    call.
+    FSDP2 collects them once, and has no public call for this; the names are those of torch 2.13 (see
+    [`knows_fsdp2`]). Goes with such a call.
 
     Args:
         module (`FSDPModule`): a module that was wrapped itself.

@@ -219,7 +219,7 @@ class LayerShortcuts(nn.Module):
         live.values, live.recording = {}, False
         if output is None or not self._acts("shortcut1"):  # None: the layer has failed
             return None
-        return _added(output, self._modules["shortcut1"](value))  # type: ignore[misc]
+        return _added(output, self.get_submodule("shortcut1")(value))
 
     def _note_norm(self, norm: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         self.live.norm = weakref.ref(_first(args, kwargs)), weakref.ref(output)
@@ -274,14 +274,14 @@ class LayerShortcuts(nn.Module):
         if self._acts(kind):
             if found is None:
                 raise RuntimeError(f"In {self.name!r} the residual of the {join} was gone before it was added.")
-            deltas.append(self._modules[kind](found))  # type: ignore[misc]
+            deltas.append(self.get_submodule(kind)(found))
         if join == "attention" and self._acts("shortcut2"):
             if live.previous is None:
                 raise RuntimeError(
                     f"{self.name!r} is recomputed without what its shortcut from the layer before read. Of gradient "
                     "checkpointing only that of transformers is supported with `shortcut2`."
                 )
-            deltas.append(self._modules["shortcut2"](live.previous))  # type: ignore[misc]
+            deltas.append(self.get_submodule("shortcut2")(live.previous))
         if join == "attention":
             live.previous = None
         for delta in deltas:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .compat import saved_buffers
 from .gates import Gates
 from .grid import ModuleGrid, parameters_of, searched_modules
 
@@ -307,8 +308,8 @@ def positive_weights(model: nn.Module) -> Iterator[None]:
     """
     tensors: list[tuple[str, Tensor]] = list(model.named_parameters())
     for path, module in model.named_modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_floating_point() and name not in module._non_persistent_buffers_set:
+        for name, buffer in saved_buffers(module):
+            if buffer.is_floating_point():
                 tensors.append((f"{path}.{name}", buffer))
     for name, tensor in tensors:
         if tensor.dtype not in _SIGNED or tensor.is_meta:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
+import torch
 from accelerate.utils import DynamoBackend, parse_flag_from_env
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, TaskType
@@ -18,11 +19,13 @@ from torch.utils.data import Subset
 from transformers.trainer_utils import has_length
 
 from .compat import (
+    FSDP2_TORCH,
     activation_checkpointing,
     activation_checkpointing_kwargs,
     calls_backward_itself,
     columns_of_model,
     is_reward_trainer,
+    knows_fsdp2,
     makes_completions,
     own_training_step,
     preparation,
@@ -156,6 +159,12 @@ def _check_fsdp(trainer: Any) -> None:
         raise ValueError(
             f"FSDP{version} is not supported: it flattens parameters together, so that modules cannot be taken out of "
             "them during a run. Please use FSDP2: set `fsdp_version: 2` in the configuration of accelerate."
+        )
+    if not knows_fsdp2():
+        raise ValueError(
+            f"This is torch {torch.__version__}, and FSDP2 is supported from {FSDP2_TORCH} on: modules cannot be "
+            "taken out of what an older one gathers. Please update torch, or use plain data parallelism (`accelerate "
+            "launch --config_file recipes/accelerate_configs/ddp.yaml`)."
         )
     if plugin.activation_checkpointing:
         raise ValueError(

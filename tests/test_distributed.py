@@ -16,6 +16,7 @@ from conftest import lora, make_trainer
 from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizer import chat_dataset, tiny_tokenizer
+from torch.torch_version import TorchVersion
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from diffora_trainer.distributed import check_agreement, fingerprint
@@ -230,4 +231,17 @@ def test_what_cannot_be_sharded_is_refused(
         trainer.is_fsdp_enabled = True
         monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", sharding, raising=False)
     with pytest.raises(ValueError, match=message):
+        trainer_utils.check_trainer(trainer)
+
+
+def test_fsdp_of_an_unknown_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The private names by which modules are taken out of FSDP2 are those of one torch and later."""
+    from diffora_trainer import trainer_utils
+
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", _Plugin(), raising=False)
+    trainer_utils.check_trainer(trainer)
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.12.1+cu130"))
+    with pytest.raises(ValueError, match=r"torch 2.12.1\+cu130, and FSDP2 is supported from 2.13 on.*ddp.yaml"):
         trainer_utils.check_trainer(trainer)

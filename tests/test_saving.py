@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import logging
 import os
@@ -299,7 +300,9 @@ def test_no_template_and_no_none_in_a_card(sft: Run, classifier: Run, tmp_path: 
     for name, run in (("peft", classifier), ("trl", sft)):
         run.trainer.model.save_pretrained(tmp_path / name)
         if name == "trl":
-            generate_model_card(None, "m", None, None, [], None, None, "SFT").save(tmp_path / name / "README.md")
+            unknown = dict.fromkeys(inspect.signature(generate_model_card).parameters)
+            facts = {**unknown, "model_name": "m", "tags": [], "trainer_name": "SFT"}
+            generate_model_card(**facts).save(tmp_path / name / "README.md")
         before = (tmp_path / name / "README.md").read_text()
         assert ("[More Information Needed]" if name == "peft" else "[None]") in before
         config = run.trainer.model.peft_config["default"]
