@@ -87,15 +87,10 @@ def complete_lora_config(
     natural = task_type if model is None else _task_type(model)
     if config.task_type is None:
         config.task_type = natural
-    elif (
-        task_type is not None
-        and task_type in _HEADS
-        and natural == task_type
-        and config.task_type == TaskType.CAUSAL_LM
-    ):
+    elif task_type == natural == TaskType.SEQ_CLS and config.task_type == TaskType.CAUSAL_LM:
         # A reward trainer with the task type that TRL's `ModelConfig` has unless told otherwise.
-        logger.info(f"The task type of the LoRA is CAUSAL_LM, but this trainer's is {task_type.value}, which is used.")
-        config.task_type = task_type
+        logger.info("The task type of the LoRA is CAUSAL_LM, but this trainer's is SEQ_CLS, which is used.")
+        config.task_type = natural
     elif natural in _HEADS and config.task_type != natural and not config.modules_to_save:
         raise ValueError(
             f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
