@@ -18,6 +18,7 @@ from . import messages
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
 from .data import HeldOutBatches, without_labels
+from .grid import peft_model
 from .isolation import isolated_random_state
 from .logging import get_logger
 from .matrix import ScoreMatrix
@@ -86,7 +87,7 @@ class DiffoRACallback(TrainerCallback):
 
     def is_cut(self, model: nn.Module) -> bool:
         """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
-        return self._cut_model is not None and self._cut_model() is model
+        return self._cut_model is not None and self._cut_model() is peft_model(model)
 
     @property
     def searching(self) -> bool:
@@ -291,7 +292,7 @@ class DiffoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Cut: decide, measure, and let the surgery change the model."""
-        search, held_out = self.search, self._held_out
+        search, held_out, model = self.search, self._held_out, peft_model(model)
         assert search is not None and held_out is not None
         if not search.matrix.steps and state.is_world_process_zero:
             logger.warning(
@@ -344,6 +345,7 @@ class DiffoRACallback(TrainerCallback):
 
     def save(self, folder: str, state: TrainerState, model: nn.Module) -> None:
         """Write the state of the search into a checkpoint of a model."""
+        model = peft_model(model)
         record: dict[str, Any] = {
             "phase": self.phase,
             "step": state.global_step,
@@ -380,6 +382,7 @@ class DiffoRACallback(TrainerCallback):
             ValueError: if the checkpoint has no state, is from before a cut that this model has already had, or from
                 another model.
         """
+        model = peft_model(model)
         record, tensors = load_state(folder)
         if record["phase"] == SELECTED:
             with named_errors(Path(folder, STATE_NAME)):

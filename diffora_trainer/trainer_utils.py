@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers.trainer_utils import has_length
 
-from .compat import with_reference_log_probs
+from .compat import is_sentence_transformer, with_reference_log_probs
 from .config import DiffoRAConfig
 from .logging import get_logger
 from .messages import NO_LABELS
@@ -33,6 +33,7 @@ _MAX_STREAM_BATCHES = 64
 def check_trainer(trainer: Any) -> None:
     """Raise a `ValueError` if the training arguments ask for something that a search cannot run with."""
     args = trainer.args
+    _check_sentence_transformer(trainer)
     if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError(
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
@@ -67,6 +68,23 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             "`arch_order=2` looks ahead along the gradient of one process, so on several they would disagree. Please "
             "set `arch_order=1`."
+        )
+
+
+def _check_sentence_transformer(trainer: Any) -> None:
+    """Refuse what cannot be done where the model with the LoRA is a part of the trainer's model."""
+    model, config = trainer.model, trainer.diffora_config
+    if not is_sentence_transformer(model):
+        return
+    if config.shortcuts is not None or shortcuts(model):
+        raise ValueError(
+            f"You asked for shortcuts in a part of {type(model).__name__}, which could not be saved with it. Please "
+            "leave them out."
+        )
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds the model that is searched, and its loss runs the copy that is wrapped for "
+            "several processes, without the gates. Please train it on one device."
         )
 
 
