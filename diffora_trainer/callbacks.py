@@ -20,6 +20,7 @@ from .backward import keep_suspended, restore_input_gradients
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
 from .config import DiffoRAConfig
 from .data import ArchitectureBatches, without_labels
+from .grid import peft_model
 from .isolation import isolated_random_state
 from .logging import get_logger
 from .reallocation import Reallocation
@@ -90,7 +91,7 @@ class DiffoRACallback(TrainerCallback):
 
     def is_cut(self, model: nn.Module) -> bool:
         """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
-        return self._cut_model is not None and self._cut_model() is model
+        return self._cut_model is not None and self._cut_model() is peft_model(model)
 
     @property
     def searching(self) -> bool:
@@ -325,7 +326,7 @@ class DiffoRACallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Cut: decide, measure, and let the surgery change the model."""
-        search, held_out = self.search, self._held_out
+        search, held_out, model = self.search, self._held_out, peft_model(model)
         assert search is not None and held_out is not None
         losses: tuple[float, float] | None = None
         if held_out.comparable:
@@ -383,6 +384,7 @@ class DiffoRACallback(TrainerCallback):
 
     def save(self, folder: str, state: TrainerState, model: nn.Module) -> None:
         """Write the state of the search into a checkpoint of a model."""
+        model = peft_model(model)
         record: dict[str, Any] = {
             "phase": self.phase,
             "step": state.global_step,
@@ -422,6 +424,7 @@ class DiffoRACallback(TrainerCallback):
             ValueError: if the checkpoint has no state, is from before a cut that this model has already had, or from
                 another model.
         """
+        model = peft_model(model)
         record, tensors = load_state(folder)
         if record["phase"] == SELECTED:
             with named_errors(Path(folder, STATE_NAME)):

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_compiled_module
-from peft import LoraConfig
+from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
@@ -389,6 +389,49 @@ def converted_to_parameters(target_modules: str | list[str], model: nn.Module) -
     except ValueError:
         return None
     return set(probe.target_parameters or ())
+
+
+# sentence-transformers
+
+
+def is_sentence_transformer(model: Any) -> bool:
+    """
+    Whether a model is one of sentence-transformers, which holds a transformers model among modules of its own.
+
+    Looks for the property `transformers_model` of its class (sentence-transformers 5 and 6), so that the package need
+    not be there. It can go when there is a name for such models in transformers or PEFT.
+    """
+    return hasattr(type(model), "transformers_model")
+
+
+def load_sentence_transformer(model: Any, adapted: Any, folder: str) -> None:
+    """
+    Put what a checkpoint holds into a model of sentence-transformers whose transformers model is a `PeftModel`.
+
+    Its trainer loads a whole model and copies the state by names (`BaseTrainer._load_from_checkpoint`, 6.2), and what
+    it loads has an adapter without a `PeftModel`, so other names. It can go when it loads adapters with PEFT.
+    """
+    set_peft_model_state_dict(adapted, load_peft_weights(folder, device="cpu"))
+    saved = type(model)(folder, device="cpu", trust_remote_code=getattr(model, "trust_remote_code", False))
+    for name, part in model.named_children():
+        if adapted not in part.modules():
+            part.load_state_dict(saved.get_submodule(name).state_dict())
+
+
+def backbone_of_sentence_transformer(model: nn.Module) -> tuple[nn.Module, str] | None:
+    """
+    The module and the name under which a model of sentence-transformers holds its transformers model, which is what
+    can have LoRA; `None` for any other model.
+
+    Reads their property `transformers_model` (see above), and looks for its value among their modules: it has no
+    setter. A way to put a `PeftModel` in its place would let it go.
+    """
+    backbone = getattr(model, "transformers_model", None) if is_sentence_transformer(model) else None
+    for parent in model.modules() if isinstance(backbone, nn.Module) else ():
+        for name, child in parent.named_children():
+            if child is backbone:
+                return parent, name
+    return None
 
 
 # torch

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn, tensor
 
+from .compat import is_sentence_transformer
 from .compiled import check_not_compiled
 from .connections import ATTRIBUTE
 from .shortcuts import Shortcut
@@ -139,6 +141,17 @@ class ModuleGrid:
             text += f", {outside} of them outside the numbered layers"
         kind = "" if self.shortcuts else "LoRA "
         return f"{text} ({len(self) / cells:.0%} of the grid), {sum(self.parameters):,} {kind}parameters"
+
+
+def peft_model(model: Any) -> Any:
+    """
+    The part of a model that has the LoRA: the model itself, but of one of sentence-transformers the `PeftModel` that
+    it holds.
+    """
+    if not is_sentence_transformer(model):
+        return model
+    found = [module for module in model.modules() if isinstance(module, PeftModel)]
+    return found[0] if len(found) == 1 else model
 
 
 def lora_layers(model: nn.Module, adapter_name: str) -> dict[str, LoraLayer]:

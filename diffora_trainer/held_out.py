@@ -29,8 +29,11 @@ from .data import (
     SplitPlan,
     split_indices,
 )
+from .logging import get_logger
 from .trainer_utils import read_head, steps_of_epoch, subset
 
+
+logger = get_logger(__name__)
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -59,9 +62,11 @@ class HeldOutMixin(_Base):
     _held_out_rows: Any = None
     _rollouts: RolloutBatches | None = None
     _generates_for_loss: bool
+    _samples = _removes_columns = False
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the cut it leaves the held-out rows out."""
+        self._samples = self._removes_columns = False
         trained_on = self._callback.is_cut(self.model) and not self._callback.resumed_after_cut
         if trained_on or self.arch_dataset is not None or makes_completions(self):
             self._split = None
@@ -72,7 +77,8 @@ class HeldOutMixin(_Base):
                 split_indices(len(stock), self.diffora_config.arch_split, self.diffora_config.arch_seed),
                 self.diffora_config.arch_seed,
             )
-            return super().get_train_dataloader()
+            loader = super().get_train_dataloader()
+            return loader if self._samples else self._without_held_out()
         self._split = SplitPlan((), self.diffora_config.arch_seed)
         self._held_out_rows = read_head(self, stock)
         self.train_dataset = HeldOutStream(stock, self._held_out_rows, self._split)
@@ -81,7 +87,31 @@ class HeldOutMixin(_Base):
         finally:
             self.train_dataset = stock
 
+    def _without_held_out(self) -> DataLoader:
+        """The parent's data loader of the other rows, where it does not draw them by `_get_train_sampler`."""
+        assert self._split is not None
+        stock, held_out, self._split = self.train_dataset, self._split.held_out, None
+        self._held_out_rows = subset(stock, sorted(held_out))
+        self.train_dataset = subset(stock, [index for index in range(len(stock)) if index not in held_out])
+        logger.info(
+            f"{type(self).__name__} has a way of its own to draw batches, so the {len(held_out)} held-out rows stay "
+            "out of training after the cut too."
+        )
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = stock
+
+    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
+        self._removes_columns = True
+        return super()._remove_unused_columns(dataset, description)
+
+    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
+        self._removes_columns = True
+        return super()._get_collator_with_removed_columns(data_collator, description)
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        self._samples = True
         sampler = super()._get_train_sampler(train_dataset)
         if self._split is None or sampler is None:
             return sampler
@@ -131,7 +161,9 @@ class HeldOutMixin(_Base):
             rows = subset(self.train_dataset, sorted(self._split.held_out))
         self._set_cut(cut)
         collate = self.data_collator
-        if isinstance(rows, Dataset):
+        if not self._removes_columns:  # the data loader of the training rows leaves all columns in
+            pass
+        elif isinstance(rows, Dataset):
             rows = without_unused_columns(self, rows, "held-out")
         else:
             collate = collator_without_unused_columns(self, collate, "held-out")

@@ -18,6 +18,7 @@ from transformers.trainer_utils import HubStrategy
 
 from .card import public_model_id
 from .files import write_file
+from .grid import peft_model
 from .shortcut_model import copy_inner_adapter
 
 
@@ -69,7 +70,9 @@ class Private:
 
     def __init__(self, trainer: Any) -> None:
         named = [value for value in _strings(vars(trainer.args)) if os.path.isabs(value)]
-        named += [c.base_model_name_or_path or "" for c in getattr(trainer.model, "peft_config", {}).values()]
+        named += [
+            c.base_model_name_or_path or "" for c in getattr(peft_model(trainer.model), "peft_config", {}).values()
+        ]
         named.append(getattr(trainer.processing_class, "name_or_path", None) or "")
         folders = {Path.home(), *(Path(name).parent for name in named if os.path.isabs(name))}
         folders |= {folder.resolve() for folder in folders}

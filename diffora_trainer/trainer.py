@@ -17,6 +17,8 @@ from .checkpoint import find_checkpoint, written_whole
 from .compat import (
     activation_checkpointing,
     check_trainer_methods,
+    is_sentence_transformer,
+    load_sentence_transformer,
     loss_of_training_step,
     output_dir,
     own_training_step,
@@ -26,6 +28,7 @@ from .config import DiffoRAConfig
 from .data import check_dataset
 from .distributed import rewrap_distributed
 from .files import ADAPTER_FOLDER
+from .grid import peft_model
 from .held_out import HeldOutMixin
 from .logging import follow_log_level, get_logger
 from .plots import plot_to
@@ -252,6 +255,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         return give_shortcuts(super().call_model_init(*args, **kwargs), self.diffora_config)
 
     def _make_search(self, model: nn.Module) -> ArchitectureSearch:
+        model = peft_model(model)
         if self.diffora_config.base_model_id is not None:
             for name in list(model.peft_config):  # type: ignore[arg-type]
                 own_config(model, name).base_model_name_or_path = self.diffora_config.base_model_id
@@ -374,7 +378,9 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         with preserved_bookkeeping(self):
             inputs = self._prepare_architecture_batch(batch)
             with self.compute_loss_context_manager():
-                return self.compute_architecture_loss(model, inputs)
+                # The search knows the part that has the LoRA, and the loss is one of the whole model.
+                whole = self.model if model is peft_model(self.model) else model
+                return self.compute_architecture_loss(whole, inputs)
 
     def _after_cut(self) -> None:
         rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)
@@ -387,7 +393,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-            add_to_adapter(self.model, folder)
+            add_to_adapter(peft_model(self.model), folder)
             self._save_findings(folder)
 
     def _save_findings(self, folder: Path) -> None:
@@ -395,7 +401,8 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         if self.selection is not None:
             self.selection.save(folder)
             plot_to(self.selection, folder)
-        complete_card(self, folder)
+        if isinstance(self.model, PeftModel):  # that of sentence-transformers is about the whole model
+            complete_card(self, folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's card, PEFT's facts, and what the search found."""
@@ -422,6 +429,9 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
         self._callback.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
         dtypes = {name: parameter.dtype for name, parameter in self.model.named_parameters()}
+        if is_sentence_transformer(self.model):
+            load_sentence_transformer(self.model, peft_model(self.model), resume_from_checkpoint)
+            return
         folder = "" if not shortcuts(self.model) else ADAPTER_FOLDER
         super()._load_from_checkpoint(str(Path(resume_from_checkpoint, folder)), model)
         if shortcuts(self.model):

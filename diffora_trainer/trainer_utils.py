@@ -25,6 +25,7 @@ from .compat import (
     calls_backward_itself,
     columns_of_model,
     is_reward_trainer,
+    is_sentence_transformer,
     knows_fsdp2,
     makes_completions,
     own_training_step,
@@ -48,6 +49,7 @@ _MAX_STREAM_BATCHES = 64
 def check_trainer(trainer: Any) -> None:
     """Raise a `ValueError` if the training arguments ask for something that a search cannot run with."""
     args = trainer.args
+    _check_sentence_transformer(trainer)
     if activation_checkpointing(args) and activation_checkpointing_kwargs(args).get("use_reentrant"):
         raise ValueError(
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
@@ -150,6 +152,23 @@ def _check_generation(trainer: Any, why: str) -> None:
                 f"You passed `{option}={value!r}` to {name}, which {why}: that option {reason}. Please set "
                 f"`{option}={instead!r}`."
             )
+
+
+def _check_sentence_transformer(trainer: Any) -> None:
+    """Refuse what cannot be done where the model with the LoRA is a part of the trainer's model."""
+    model, config = trainer.model, trainer.diffora_config
+    if not is_sentence_transformer(model):
+        return
+    if config.shortcuts is not None or shortcuts(model):
+        raise ValueError(
+            f"You asked for shortcuts in a part of {type(model).__name__}, which could not be saved with it. Please "
+            "leave them out."
+        )
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"{type(model).__name__} holds the model that is searched, and its loss runs the copy that is wrapped for "
+            "several processes, without the gates. Please train it on one device."
+        )
 
 
 def _check_fsdp(trainer: Any) -> None:

@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from .compat import all_linear_modules, converted_to_parameters
-from .grid import check_lora_config
+from .compat import all_linear_modules, backbone_of_sentence_transformer, converted_to_parameters
+from .grid import check_lora_config, peft_model
 from .logging import get_logger
 
 
@@ -87,15 +88,10 @@ def complete_lora_config(
     natural = task_type if model is None else _task_type(model)
     if config.task_type is None:
         config.task_type = natural
-    elif (
-        task_type is not None
-        and task_type in _HEADS
-        and natural == task_type
-        and config.task_type == TaskType.CAUSAL_LM
-    ):
+    elif task_type == natural == TaskType.SEQ_CLS and config.task_type == TaskType.CAUSAL_LM:
         # A reward trainer with the task type that TRL's `ModelConfig` has unless told otherwise.
-        logger.info(f"The task type of the LoRA is CAUSAL_LM, but this trainer's is {task_type.value}, which is used.")
-        config.task_type = task_type
+        logger.info("The task type of the LoRA is CAUSAL_LM, but this trainer's is SEQ_CLS, which is used.")
+        config.task_type = natural
     elif natural in _HEADS and config.task_type != natural and not config.modules_to_save:
         raise ValueError(
             f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
@@ -120,25 +116,36 @@ def complete_lora_config(
     return config
 
 
-def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointing: bool = False) -> PeftModel:
+def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointing: bool = False) -> Any:
     """
-    A model with LoRA, for trainers that take no `peft_config` themselves.
+    A model with LoRA, for trainers that take no `peft_config` themselves. A model of sentence-transformers gets it on
+    the transformers model inside.
 
     Raises:
         ValueError: if the model is a `PeftModel` and a configuration is given too.
     """
-    if isinstance(model, PeftModel):
+    slot = backbone_of_sentence_transformer(model)
+    if isinstance(peft_model(model), PeftModel):
         if config is not None:
             raise ValueError(
                 "You passed a `PeftModel` together with a `peft_config`. The model has its LoRA already; please pass "
                 "either the base model and the `peft_config`, or the `PeftModel` alone."
             )
         return model
-    wrapped = get_peft_model(model, complete_lora_config(config, model, None))
+    base = model if slot is None else getattr(*slot)
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError(
+            f"The {type(base).__name__} that you passed has an adapter already, put in by `add_adapter` or by PEFT's "
+            "injection, which is not a `PeftModel`. Please pass the model without it, and its configuration as "
+            "`peft_config` to the trainer."
+        )
+    wrapped = get_peft_model(base, complete_lora_config(config, base, None))
+    if slot is not None:
+        setattr(*slot, wrapped)
     if gradient_checkpointing:
         # Checkpointed blocks need an input that requires a gradient, and with frozen embeddings none does.
         wrapped.enable_input_require_grads()
-    return wrapped
+    return wrapped if slot is None else model
 
 
 def wrap_model_init(

@@ -306,7 +306,8 @@ def test_reward_script_with_use_peft(task_type: str, tmp_path: Path) -> None:
     trainer.save_model(training_args.output_dir)
     assert len(trainer.selection.selected) == 8
     torch.manual_seed(1)  # another new head
-    plain = type(trainer.model.get_base_model()).from_pretrained(tmp_path / "base", num_labels=1, dtype="float32")
+    base = trainer.model.get_base_model()
+    plain = type(base).from_pretrained(tmp_path / "base", num_labels=base.config.num_labels, dtype="float32")
     loaded: Any = PeftModel.from_pretrained(plain, training_args.output_dir).eval()
     trainer.model.eval()
     assert not torch.equal(start, loaded.base_model.model.score.modules_to_save["default"].weight)

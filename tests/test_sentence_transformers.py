@@ -1,0 +1,132 @@
+"""The trainer of sentence-transformers, whose model holds the transformers model that has the LoRA."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import CUT, arguments, lora, search_config, step_logs
+from datasets import Dataset
+from models import bert
+from tokenizer import preference_dataset, tiny_tokenizer, vocabulary
+from transformers import BertModel
+
+from diffora_trainer import DiffoRAMixin
+from diffora_trainer.grid import lora_layers, peft_model
+
+
+sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.0")
+
+from sentence_transformers import (  # noqa: E402
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.losses import MultipleNegativesRankingLoss  # noqa: E402
+from sentence_transformers.models import Dense, Pooling, Transformer  # noqa: E402
+
+
+SENTENCES = ["the fox is red .", "where does the cat live ?"]
+
+
+class DiffoRASentenceTransformerTrainer(DiffoRAMixin, SentenceTransformerTrainer):
+    pass
+
+
+def pairs(count: int, seed: int = 0) -> Dataset:
+    return Dataset.from_list(
+        [{"anchor": row["prompt"], "positive": row["chosen"]} for row in preference_dataset(count, seed)]
+    )
+
+
+def build(folder: Path) -> SentenceTransformer:
+    """A tiny BERT, the mean of its states, and a layer of its own, which is trained and saved whole."""
+    if not folder.exists():
+        config = bert().model.config
+        config.vocab_size = len(vocabulary())
+        torch.manual_seed(0)
+        BertModel(config).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+    transformer = Transformer(str(folder), max_seq_length=32)
+    torch.manual_seed(0)
+    return SentenceTransformer(modules=[transformer, Pooling(32), Dense(32, 16)], device="cpu")
+
+
+def make(folder: Path, base: Path, model: Any = None, args: dict[str, Any] | None = None, **kwargs: Any) -> Any:
+    search = kwargs.pop("search", {})
+    settings = {
+        "model": model if model is not None else build(base),
+        "args": arguments(folder, SentenceTransformerTrainingArguments, **(args or {})),
+        "train_dataset": pairs(40),
+        "loss": MultipleNegativesRankingLoss,
+        "peft_config": lora(),
+        "diffora_config": search_config(**search),
+    }
+    return DiffoRASentenceTransformerTrainer(**{**settings, **kwargs})
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_search_cut_save_and_load(own: bool, tmp_path: Path) -> None:
+    model = build(tmp_path / "base")
+    start = {name: tensor.clone() for name, tensor in model[0].auto_model.state_dict().items()}
+    plain = model.encode(SENTENCES)
+    trainer = make(tmp_path / "out", tmp_path / "base", model, arch_dataset=pairs(8, 1) if own else None)
+    trainer.train()
+    assert "diffora/gap" in step_logs(trainer)[CUT]
+    inner = peft_model(model)
+    assert trainer.model is model and 0 < len(trainer.selection.selected) < len(trainer.selection.modules) == 13
+    assert set(lora_layers(inner, "default")) == set(trainer.selection.selected)
+    after = inner.state_dict()
+    base = {name.removeprefix("base_model.model.").replace(".base_layer", ""): t for name, t in after.items()}
+    assert all(torch.equal(base[name], tensor) for name, tensor in start.items())
+
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    found = model.encode(SENTENCES)
+    assert (loaded.encode(SENTENCES) == found).all() and not (plain == found).all()
+    assert (tmp_path / "saved" / "diffora_selection.json").is_file()
+
+
+def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
+    """Its trainer draws batches by samplers of its own, so these rows are left out of the data that it is given."""
+    words = [word for word in vocabulary() if word.isalpha()][:40]
+    numbers = {vocabulary()[word] for word in words}
+    rows = Dataset.from_list([{"anchor": f"anna saw {word} .", "positive": word} for word in words])
+    trainer = make(tmp_path / "out", tmp_path / "base", train_dataset=rows)
+    trained: set[int] = set()
+    searched: set[int] = set()
+
+    def note(found: set[int], function: Any) -> Any:
+        def noting(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            found.update(numbers & set(inputs["positive_input_ids"].flatten().tolist()))
+            return function(model, inputs, *args, **kwargs)
+
+        return noting
+
+    trainer.training_step = note(trained, trainer.training_step)
+    trainer.compute_architecture_loss = note(searched, trainer.compute_architecture_loss)
+    trainer.train()
+    assert len(searched) == 4 and len(trained) == 36 and not searched & trained
+    assert len(trainer.train_dataset) == 40
+
+
+@pytest.mark.parametrize("step", [5, CUT, 10])
+def test_resume(step: int, tmp_path: Path) -> None:
+    args = {"save_strategy": "steps", "save_steps": 1}
+    whole = make(tmp_path / "whole", tmp_path / "base", args=args)
+    whole.train()
+    resumed = make(tmp_path / "resumed", tmp_path / "base", args=args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert resumed.selection == whole.selection
+    assert (resumed.model.encode(SENTENCES) == whole.model.encode(SENTENCES)).all()
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    model = build(tmp_path / "base")
+    model.add_adapter(lora(target_modules=["query"]))
+    with pytest.raises(ValueError, match=r"BertModel.*add_adapter.*peft_config"):
+        make(tmp_path, tmp_path / "base", model)
+    with pytest.raises(ValueError, match=r"shortcuts.*SentenceTransformer"):
+        make(tmp_path, tmp_path / "base", search={"shortcuts": ["residual1"]})
