@@ -36,12 +36,14 @@ except ImportError:
 
 TRAINER_METHODS = (
     "_finish_current_push",
+    "_get_collator_with_removed_columns",
     "_get_train_sampler",
     "_inner_training_loop",
     "_load_best_model",
     "_load_from_checkpoint",
     "_load_optimizer_and_scheduler",
     "_push_from_checkpoint",
+    "_remove_unused_columns",
     "_save",
     "_save_checkpoint",
     "_save_optimizer_and_scheduler",
