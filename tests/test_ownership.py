@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import arguments, causal_model, classifier, lora, make_trainer, search_config
 from peft import PeftModel, get_peft_model
-from test_trainer import dpo_trainer, wake
+from test_trainer import wake
 from tokenizer import tiny_tokenizer
 from torch import Tensor, nn
 from transformers import Trainer
@@ -32,12 +32,14 @@ def test_configuration_is_used_again(tmp_path: Path) -> None:
     assert len(lora_layers(get_peft_model(classifier().model, config), "default")) == count
 
 
-def test_saved_reference_of_dpo_is_whole(tmp_path: Path) -> None:
-    """TRL gives one configuration object to the adapter that it trains and to its frozen copy, the reference."""
+def test_saved_copy_of_the_adapter_is_whole(tmp_path: Path) -> None:
+    """TRL's DPO gives one configuration object to the adapter that it trains and to its frozen copy, the reference."""
     model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
-    wake(model, "default")
-    trainer = dpo_trainer(tmp_path, model, None)
+    model.add_adapter("ref", model.peft_config["default"])
+    wake(model, "ref")
+    model.set_adapter("default")
     modules = len(lora_layers(model, "ref"))
+    trainer = make_trainer(tmp_path, "sft", model=model, peft_config=None)
     trainer.train()
     model.save_pretrained(tmp_path / "saved")
 
