@@ -10,10 +10,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # What `make demo` needs, and nothing else: a part of what $(STAMP) stands for.
 DEMO_STAMP := $(VENV)/.installed-demo
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 BIN_OLDEST := $(VENV_OLDEST)/bin
 STAMP_OLDEST := $(VENV_OLDEST)/.installed
-PIP_OLDEST := $(BIN_OLDEST)/python -m pip install -q --disable-pip-version-check -c constraints-oldest.txt
+PIP_OLDEST := $(BIN_OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt
 # Waiting threads of PyTorch spin for a moment only. With the usual long spin, a step of the demo took 33 s instead of 3 on
 # two cores of which another program kept one busy.
 ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false

@@ -55,6 +55,15 @@ def _cache_folder() -> Path:
     return Path(os.environ.get("DIFFORA_CACHE") or Path.home() / ".cache" / "diffora_trainer").expanduser()
 
 
+def hide_progress() -> None:
+    """Hide the bars of what takes a moment with a small model and little data: to load, prepare and save them."""
+    from datasets import disable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bars()
+    disable_progress_bar()
+
+
 def smollm2_folder() -> str:
     """
     The folder of SmolLM2-135M-Instruct as an ordinary float32 checkpoint, which `from_pretrained` and the trainers

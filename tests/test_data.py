@@ -165,9 +165,18 @@ def test_arch_dataset_leaves_the_training_data_alone(streaming: bool, tmp_path: 
     assert found.trained == stock.trained
 
 
-def test_sft_search_prepares_a_raw_arch_dataset(tmp_path: Path) -> None:
-    """Text is prepared as the training set's is: the search gives the numbers that the prepared rows give."""
-    raw = make_trainer(tmp_path, "sft", arch_dataset=lm_dataset(8, seed=3))
+@pytest.mark.parametrize("formatted", [False, True])
+def test_sft_search_prepares_a_raw_arch_dataset(formatted: bool, tmp_path: Path) -> None:
+    """
+    Text is prepared as the training set's is, also by a `formatting_func`: the search gives the numbers that the
+    prepared rows give.
+    """
+    own, options = lm_dataset(8, seed=3), {}
+    if formatted:
+        own = own.rename_column("text", "says")
+        rows = lm_dataset(24).rename_column("text", "says")
+        options = {"train_dataset": rows, "formatting_func": lambda row: row["says"]}
+    raw = make_trainer(tmp_path, "sft", arch_dataset=own, **options)
     prepared = make_trainer(tmp_path, "sft")
     prepared.arch_dataset = prepared._prepare_dataset(
         lm_dataset(8, seed=3), prepared.processing_class, prepared.args, False, None, "arch"

@@ -19,15 +19,16 @@ from diffora_trainer import DiffoRAMixin, DiffoRATrainer
 from diffora_trainer.grid import lora_layers
 
 
-def test_configuration_is_used_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("base_model_id", [None, "org/base"])
+def test_configuration_is_used_again(base_model_id: str | None, tmp_path: Path) -> None:
     """A second model that is wrapped with the same configuration has all its modules."""
     config = lora(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], exclude_modules=["pooler.dense"])
     model = get_peft_model(classifier().model, config)
     given, count = copy.deepcopy(config.to_dict()), len(lora_layers(model, "default"))
-    trainer = make_trainer(tmp_path, model=model, peft_config=None, search={"base_model_id": "org/base"})
+    trainer = make_trainer(tmp_path, model=model, peft_config=None, search={"base_model_id": base_model_id})
     trainer.train()
     assert len(lora_layers(model, "default")) < count
-    assert model.peft_config["default"].base_model_name_or_path == "org/base"
+    assert model.peft_config["default"].base_model_name_or_path == (base_model_id or given["base_model_name_or_path"])
     assert config.to_dict() == given
     assert len(lora_layers(get_peft_model(classifier().model, config), "default")) == count
 

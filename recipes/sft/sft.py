@@ -42,6 +42,7 @@ python recipes/sft/sft.py \
 
 import argparse
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,6 +127,11 @@ def main(
     from trl import get_peft_config, get_quantization_config
 
     from diffora_trainer import DiffoRASFTTrainer
+
+    if "embedded" in (script_args.dataset_name, model_args.model_name_or_path):
+        from embedded import hide_progress
+
+        hide_progress()
 
     # Data
     train_dataset, eval_dataset = load_data(script_args, seed=training_args.seed)
@@ -225,5 +231,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
 
 
 if __name__ == "__main__":
+    # TRL passes and reads names that transformers 5.23 has renamed.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing", category=FutureWarning)
     parser = make_parser()
     main(*parser.parse_args_and_config())
