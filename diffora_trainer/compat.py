@@ -10,9 +10,11 @@ name of these libraries. What holds from one version to another is tested with t
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from types import CodeType
 from typing import Any
 
@@ -414,10 +416,10 @@ def load_sentence_transformer(model: Any, adapted: Any, folder: str) -> None:
     it loads has an adapter without a `PeftModel`, so other names. It can go when it loads adapters with PEFT.
     """
     set_peft_model_state_dict(adapted, load_peft_weights(folder, device="cpu"))
-    saved = type(model)(folder, device="cpu", trust_remote_code=getattr(model, "trust_remote_code", False))
-    for name, part in model.named_children():
-        if adapted not in part.modules():
-            part.load_state_dict(saved.get_submodule(name).state_dict())
+    for entry in json.loads(Path(folder, "modules.json").read_text()):
+        part = model.get_submodule(entry["name"])
+        if adapted not in part.modules() and list(part.parameters()):
+            part.load_state_dict(type(part).load(folder, subfolder=entry["path"]).state_dict())
 
 
 def backbone_of_sentence_transformer(model: nn.Module) -> tuple[nn.Module, str] | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 
 from .callbacks import DiffoRACallback
@@ -91,6 +91,12 @@ class HeldOutMixin(_Base):
         """The parent's data loader of the other rows, where it does not draw them by `_get_train_sampler`."""
         assert self._split is not None
         stock, held_out, self._split = self.train_dataset, self._split.held_out, None
+        if isinstance(stock, IterableDataset):
+            raise ValueError(
+                f"The training set is a {type(stock).__name__} with a length, which can only be read in its order, so "
+                "no rows can be held out. Please pass `arch_dataset=` to the trainer, or a data set that has "
+                "`__getitem__`."
+            )
         self._held_out_rows = subset(stock, sorted(held_out))
         self.train_dataset = subset(stock, [index for index in range(len(stock)) if index not in held_out])
         logger.info(

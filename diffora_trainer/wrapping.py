@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .compat import all_linear_modules, backbone_of_sentence_transformer, converted_to_parameters
@@ -240,15 +241,16 @@ def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
 
 def _empty_experts_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
     """A model without weights, if a name or folder is that of a mixture of experts as PEFT knows them."""
-    wanted = ("trust_remote_code", "revision", "subfolder", "token", "cache_dir")
-    options = {key: value for key, value in options.items() if key in wanted}
+    wanted = ("revision", "subfolder", "token", "cache_dir")
     try:
-        model_config = AutoConfig.from_pretrained(name, **options)
-    except (OSError, ValueError):  # who loads the model will say what is wrong
+        # The file alone: it names the architecture, and no code of the model's own is run for it.
+        found, _ = PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in wanted if key in options})
+        named: Any = nn.Module()
+        named.config = SimpleNamespace(model_type=found.get("model_type"))
+        if converted_to_parameters(["gate"], named) == set():
+            return None
+        settings = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(found["model_type"], **settings))
+    except (OSError, ValueError):  # who loads the model will say what is wrong, or the grid that experts are adapted
         return None
-    named = nn.Module()
-    named.config = model_config
-    if converted_to_parameters(["gate"], named) == set():
-        return None
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=bool(options.get("trust_remote_code")))

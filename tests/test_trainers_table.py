@@ -11,7 +11,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CUT, VOCABULARY, Probe, adapter, arguments, causal_model, lora, search_config, step_logs
+from conftest import (
+    CUT,
+    VOCABULARY,
+    Probe,
+    adapter,
+    arguments,
+    causal_model,
+    classifier,
+    lora,
+    rows_of,
+    search_config,
+    step_logs,
+)
 from datasets import Dataset
 from models import HIDDEN, TinyModel, bert, llama, llama_classifier, speech_to_text, t5, vit, whisper
 from peft import PeftModel
@@ -19,10 +31,12 @@ from test_trainer import base_weights
 from test_wrapping import Rows, build, rows_for
 from tokenizer import chat_dataset, lm_dataset, preference_dataset, tiny_tokenizer
 from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BertForMaskedLM,
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -313,3 +327,67 @@ def test_reward_script_with_use_peft(task_type: str, tmp_path: Path) -> None:
     assert not torch.equal(start, loaded.base_model.model.score.modules_to_save["default"].weight)
     with torch.no_grad():
         assert torch.equal(loaded(**TOKENS).logits, trainer.model(**TOKENS).logits)
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_parent_with_a_data_loader_of_its_own(own_data: bool, tmp_path: Path) -> None:
+    """Its rows are held out of its data, and keep the columns that its own collator needs."""
+    trained: set[int] = set()
+    searched: set[int] = set()
+
+    class Parent(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train_dataset, batch_size=4, shuffle=True, collate_fn=self.data_collator)
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            (trained if model.training and not self.in_search else searched).update(inputs.pop("row").tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class DiffoRAParent(DiffoRAMixin, Parent):
+        in_search = False
+
+        def compute_architecture_loss(self, model: Any, inputs: Any) -> Any:
+            self.in_search = True
+            try:
+                return super().compute_architecture_loss(model, inputs)
+            finally:
+                self.in_search = False
+
+    trainer = DiffoRAParent(
+        model=classifier().model,
+        args=arguments(tmp_path),
+        train_dataset=rows_of(24),
+        arch_dataset=rows_of(4, start=100) if own_data else None,
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+        diffora_config=search_config(),
+    )
+    trainer.train()
+    assert "diffora/gap" in step_logs(trainer)[CUT]
+    assert not trained & searched and len(trained) == (24 if own_data else 21)
+    assert searched == set(range(100, 104)) if own_data else len(searched) == 3
+
+
+def test_iterable_with_a_length_needs_held_out_data(tmp_path: Path) -> None:
+    class Sized(IterableDataset):
+        def __len__(self) -> int:
+            return 24
+
+        def __iter__(self) -> Any:
+            return iter(rows_of(24))
+
+    def trainer(**kwargs: Any) -> Any:
+        collator = DataCollatorWithPadding(tiny_tokenizer())
+        return searching(Trainer)(
+            classifier().model,
+            arguments(tmp_path),
+            train_dataset=Sized(),
+            data_collator=collator,
+            diffora_config=search_config(),
+            **kwargs,
+        )
+
+    with pytest.raises(ValueError, match=r"Sized.*in its order.*arch_dataset"):
+        trainer().train()
+    given = trainer(arch_dataset=rows_of(8))
+    given.train()
+    assert given.selection is not None

@@ -78,8 +78,9 @@ def tiny_config(kind: str) -> Any:
 
 
 def build(kind: str, task: str, seed: int = 0) -> Any:
+    config = tiny_config(kind)
     torch.manual_seed(seed)
-    return getattr(transformers, f"{kind}{task}")(tiny_config(kind))
+    return getattr(transformers, f"{kind}{task}")(config)
 
 
 def whole_parts(model: nn.Module) -> set[str]:
