@@ -33,7 +33,8 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 _MAX_LOGGED_KINDS = 16
 _NO_GATE = (
     "The loss does not depend on any gate, so nothing can be learned about the modules. Please let `loss_fn` run "
-    "the model that it is given, without `torch.no_grad`."
+    "the model that it is given, without `torch.no_grad` and not only in its backward pass; of a trainer, that is its "
+    "`compute_loss`, or `compute_architecture_loss` where an architecture step needs another loss."
 )
 
 

@@ -11,7 +11,7 @@ from conftest import CUT, arguments, lora, search_config, step_logs
 from datasets import Dataset
 from models import bert
 from tokenizer import preference_dataset, tiny_tokenizer, vocabulary
-from transformers import BertModel
+from transformers import BertForSequenceClassification, BertModel
 
 from diffora_trainer import DiffoRAMixin
 from diffora_trainer.grid import lora_layers, peft_model
@@ -20,18 +20,29 @@ from diffora_trainer.grid import lora_layers, peft_model
 sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.0")
 
 from sentence_transformers import (  # noqa: E402
+    CrossEncoder,
+    CrossEncoderTrainer,
+    CrossEncoderTrainingArguments,
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.losses import MultipleNegativesRankingLoss  # noqa: E402
-from sentence_transformers.models import Dense, Pooling, Transformer  # noqa: E402
+from sentence_transformers.cross_encoder.losses import BinaryCrossEntropyLoss  # noqa: E402
+from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+    CachedMultipleNegativesRankingLoss,
+    MultipleNegativesRankingLoss,
+)
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer  # noqa: E402
 
 
 SENTENCES = ["the fox is red .", "where does the cat live ?"]
 
 
 class DiffoRASentenceTransformerTrainer(DiffoRAMixin, SentenceTransformerTrainer):
+    pass
+
+
+class DiffoRACrossEncoderTrainer(DiffoRAMixin, CrossEncoderTrainer):
     pass
 
 
@@ -55,7 +66,7 @@ def build(folder: Path) -> SentenceTransformer:
 
 
 def make(folder: Path, base: Path, model: Any = None, args: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    search = kwargs.pop("search", {})
+    search, cls = kwargs.pop("search", {}), kwargs.pop("cls", DiffoRASentenceTransformerTrainer)
     settings = {
         "model": model if model is not None else build(base),
         "args": arguments(folder, SentenceTransformerTrainingArguments, **(args or {})),
@@ -64,7 +75,7 @@ def make(folder: Path, base: Path, model: Any = None, args: dict[str, Any] | Non
         "peft_config": lora(),
         "diffora_config": search_config(**search),
     }
-    return DiffoRASentenceTransformerTrainer(**{**settings, **kwargs})
+    return cls(**{**settings, **kwargs})
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -130,3 +141,46 @@ def test_what_is_refused(tmp_path: Path) -> None:
         make(tmp_path, tmp_path / "base", model)
     with pytest.raises(ValueError, match=r"shortcuts.*SentenceTransformer"):
         make(tmp_path, tmp_path / "base", search={"shortcuts": ["residual1"]})
+
+
+def test_loss_that_runs_the_model_in_its_backward_pass(tmp_path: Path) -> None:
+    """GradCache's losses have no gradient of the gates. The hook gives an architecture step the plain loss."""
+
+    class Plain(DiffoRASentenceTransformerTrainer):
+        def compute_architecture_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+            return MultipleNegativesRankingLoss(model)(*self.collect_features(inputs))
+
+    def trainer(cls: type[Any]) -> Any:
+        return make(tmp_path / "out", tmp_path / "base", cls=cls, loss=CachedMultipleNegativesRankingLoss)
+
+    with pytest.raises(ValueError, match="does not depend on any gate.*compute_architecture_loss"):
+        trainer(DiffoRASentenceTransformerTrainer).train()
+    searched = trainer(Plain)
+    searched.train()
+    assert len(set(searched.selection.scores)) > 2
+
+
+def test_cross_encoder(tmp_path: Path) -> None:
+    config = bert().model.config
+    config.vocab_size, config.num_labels = len(vocabulary()), 1
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    rows = [
+        {"question": row["prompt"], "answer": row["rejected" if index % 2 else "chosen"], "label": float(index % 2)}
+        for index, row in enumerate(preference_dataset(40))
+    ]
+    model = CrossEncoder(str(tmp_path / "base"), num_labels=1, device="cpu")
+    trainer = DiffoRACrossEncoderTrainer(
+        model=model,
+        args=arguments(tmp_path / "out", CrossEncoderTrainingArguments),
+        train_dataset=Dataset.from_list(rows),
+        loss=BinaryCrossEntropyLoss,
+        diffora_config=search_config(),
+    )
+    trainer.train()
+    assert 0 < len(trainer.selection.selected) < len(trainer.selection.modules)
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = CrossEncoder(str(tmp_path / "saved"), num_labels=1, device="cpu")
+    questions = [("what colour is the fox ?", "red"), ("where does the cat live ?", "garden")]
+    assert (loaded.predict(questions) == model.predict(questions)).all()
