@@ -24,6 +24,31 @@ def snippet(heading: str) -> str:
     return found[1]
 
 
+def test_links_and_names_are_there() -> None:
+    """PyPI shows the README alone, so its links are absolute; and a promise names a test that exists."""
+    texts = {name: (ROOT / name).read_text() for name in ("README.md", "docs/trainers.md")}
+    readme = texts["README.md"]
+    links = re.findall(r"\]\((.+?)\)|src=\"(.+?)\"", readme)
+    assert len(links) > 20 and all("".join(link).startswith("https://") for link in links)
+    repository = re.search(r'Repository = "https://github.com/(.+)"', (ROOT / "pyproject.toml").read_text())
+    assert repository is not None
+    home = repository[1]
+    inside = re.findall(
+        rf"https://(?:raw\.githubusercontent|github)\.com/{home}/(?:(?:blob|tree)/)?main/([^)\"]+)", readme
+    )
+    assert len(inside) > 15 and all((ROOT / path.partition("#")[0]).exists() for path in inside)
+    for text in texts.values():
+        for path in set(re.findall(r"`(?:tests/)?(test_\w+\.py)", text)):
+            assert (ROOT / "tests" / path).is_file(), path
+    every = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    named = {name for text in texts.values() for name in re.findall(r"\b(test_\w+)\b(?!\.py)", text)}
+    files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    assert len(named) > 20 and not [name for name in named - files if f"def {name}(" not in every]
+    cases = re.findall(r"`test_trainer\[([\w-]+)\]`|`\[([\w-]+)\]`", texts["docs/trainers.md"])
+    table = (ROOT / "tests" / "test_trainers_table.py").read_text()
+    assert len(cases) > 15 and not [case for pair in cases if f'"{(case := "".join(pair))}"' not in table]
+
+
 def run(program: str, folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-c", program],
