@@ -395,6 +395,19 @@ def converted_to_parameters(target_modules: str | list[str], model: nn.Module) -
     return set(probe.target_parameters or ())
 
 
+def rewrites_all_linear(model: nn.Module) -> bool:
+    """
+    Whether PEFT puts something else in the place of `target_modules="all-linear"` for a model, because it knows it as
+    a mixture of experts: PEFT 0.21 the modules and the parameters of fused experts, PEFT 0.19 the letters of the word,
+    with which it then finds nothing. Reads and goes as [`converted_to_parameters`].
+    """
+    if convert_peft_config_for_transformers is None:
+        return False
+    probe = LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    return probe.target_modules != "all-linear" or bool(probe.target_parameters)
+
+
 # sentence-transformers
 
 

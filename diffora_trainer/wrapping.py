@@ -18,7 +18,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .compat import all_linear_modules, backbone_of_sentence_transformer, converted_to_parameters
+from .compat import (
+    all_linear_modules,
+    backbone_of_sentence_transformer,
+    converted_to_parameters,
+    rewrites_all_linear,
+)
 from .grid import check_lora_config, peft_model
 from .logging import get_logger
 
@@ -224,9 +229,9 @@ def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
     The modules of a mixture of experts in whose place PEFT would adapt the parameters of the fused experts; `None` if
     it would not adapt these. They have no `lora_A` to be called, so no gate.
     """
-    parameters = converted_to_parameters("all-linear", model)
-    if not parameters:
+    if not rewrites_all_linear(model):
         return None
+    parameters = converted_to_parameters("all-linear", model) or ("of its fused experts",)
     leaves = {name.rpartition(".")[2] for name in linear}
     experts = {leaf for leaf in leaves if converted_to_parameters([leaf], model) != set()}
     left_out = {name for name in linear if name.rpartition(".")[2] in experts}
