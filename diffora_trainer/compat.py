@@ -18,7 +18,6 @@ from pathlib import Path
 from types import CodeType
 from typing import Any
 
-import torch
 from accelerate.utils import is_compiled_module
 from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
@@ -496,21 +495,27 @@ def is_replica(module: nn.Module) -> bool:
     return getattr(module, "_is_replica", False)
 
 
-FSDP2_TORCH = "2.13"
-"""The first version of torch whose FSDP2 has the names of [`forget_fsdp_parameters`]. It goes with these."""
+FSDP_GROUPS = ("_fsdp_param_groups", "_fsdp_param_group")
+"""Where FSDP2 keeps what it gathers for a module: several groups in torch 2.13, one in 2.6. Goes with
+[`forget_fsdp_parameters`]."""
 
 
 def knows_fsdp2() -> bool:
-    """Whether the FSDP2 of this torch has the names that are touched here."""
-    return torch.__version__ >= FSDP2_TORCH
+    """Whether the FSDP2 of this torch has the names that [`forget_fsdp_parameters`] touches."""
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
+    except ImportError:
+        return False
+    state = FSDPState()
+    return hasattr(getattr(state, "_state_ctx", None), "all_states") and any(hasattr(state, n) for n in FSDP_GROUPS)
 
 
 def forget_fsdp_parameters(module: Any, gone: Collection[nn.Parameter], present: Collection[nn.Module]) -> None:
     """
     Take parameters that have left a model out of what FSDP2 gathers and scatters for one of its modules.
 
-    FSDP2 collects them once, and has no public call for this; the names are those of torch 2.13 (see
-    [`knows_fsdp2`]). Goes with such a call.
+    FSDP2 collects them once, and has no public call for this; the names were run with torch 2.13 and read in torch
+    2.6, for whose FSDP2 accelerate is too new (see [`knows_fsdp2`]). Goes with such a call.
 
     Args:
         module (`FSDPModule`): a module that was wrapped itself.
@@ -518,7 +523,8 @@ def forget_fsdp_parameters(module: Any, gone: Collection[nn.Parameter], present:
         present (`Collection`): all modules of the model.
     """
     state = module._get_fsdp_state()
-    for group in state._fsdp_param_groups:
+    found = next(getattr(state, name) for name in FSDP_GROUPS if hasattr(state, name))
+    for group in found if isinstance(found, (list, tuple)) else [] if found is None else [found]:
         group.fsdp_params = [p for p in group.fsdp_params if p.sharded_param not in gone]
         for handles in (
             group._module_to_pre_save_state_dict_hook_handle,

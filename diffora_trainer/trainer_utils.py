@@ -19,7 +19,6 @@ from torch.utils.data import Subset
 from transformers.trainer_utils import has_length
 
 from .compat import (
-    FSDP2_TORCH,
     activation_checkpointing,
     activation_checkpointing_kwargs,
     calls_backward_itself,
@@ -181,9 +180,9 @@ def _check_fsdp(trainer: Any) -> None:
         )
     if not knows_fsdp2():
         raise ValueError(
-            f"This is torch {torch.__version__}, and FSDP2 is supported from {FSDP2_TORCH} on: modules cannot be "
-            "taken out of what an older one gathers. Please update torch, or use plain data parallelism (`accelerate "
-            "launch --config_file recipes/accelerate_configs/ddp.yaml`)."
+            f"The FSDP2 of torch {torch.__version__} does not keep what it gathers where this package takes modules "
+            "out of it. Please use another version of torch, or plain data parallelism (`accelerate launch "
+            "--config_file recipes/accelerate_configs/ddp.yaml`)."
         )
     if plugin.activation_checkpointing:
         raise ValueError(

@@ -208,6 +208,7 @@ def test_embeddings_that_are_trained_keep_their_gradient(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("reentrant", ["not reentrant", "by the training arguments alone"])
 def test_a_model_prepared_for_kbit_training(reentrant: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     deep("llama", "sft").save_pretrained(tmp_path / "base")
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantization)
