@@ -12,13 +12,12 @@ import pytest
 import torch
 from conftest import CUT, Probe, causal_model, classifier, lora, make_trainer, step_logs
 from peft import get_peft_model
+from test_matrix import gain_relaxation
 from torch import Tensor
 from torch.nn import functional
 
 from diffora_trainer import DiffoRATrainer, Selection
-from diffora_trainer.budget import Budget
 from diffora_trainer.grid import lora_layers
-from diffora_trainer.matrix import DifferentialAdaptationMatrix
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -125,39 +124,15 @@ def test_ranking_tells_all_modules_apart(tmp_path: Path) -> None:
 
 def test_relaxation_of_another_package_is_closed_before_the_cut(tmp_path: Path) -> None:
     """It says itself that its weights train with open gates; no list of names does."""
-    try:
-
-        class OpenMatrix(DifferentialAdaptationMatrix):
-            name = "open"
-            trains_open = True
-
-            def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
-                super().__init__(budget, learning_rate, seed)
-                self._sum = torch.zeros(len(budget))
-
-            def values(self) -> Tensor:
-                return self.budget.calibrate(self._sum)
-
-            def step(self, gradient: Tensor) -> None:
-                self.steps += 1
-                self._sum -= gradient
-
-            def _tensors(self) -> dict[str, Tensor]:
-                return {"sum": self._sum}
-
-        search = {"relaxation": "open", "arch_closing": 2}
+    search = {"relaxation": "gain", "arch_closing": 2}
+    with gain_relaxation(trains_open=True):
         trainer = make_trainer(tmp_path, search=search)
         trainer.train()
-        logs = step_logs(trainer)
-        assert "diffora/held_out_loss_before_closing" in logs[CUT - 2]
-        assert logs[CUT]["diffora/gap"] == pytest.approx(0, abs=1e-5)  # the gates had fallen to 0 by then
-
-        OpenMatrix.trains_open = False
-        OpenMatrix.training_gates = lambda self: None  # type: ignore[method-assign,assignment,return-value]
-        with pytest.raises(TypeError, match="OpenMatrix.*trains_open = True"):
-            make_trainer(tmp_path, search=search).train()
-    finally:
-        DifferentialAdaptationMatrix.relaxations.pop("open", None)
+    logs = step_logs(trainer)
+    assert "diffora/held_out_loss_before_closing" in logs[CUT - 2]
+    assert logs[CUT]["diffora/gap"] == pytest.approx(0, abs=1e-5)  # the gates had fallen to 0 by then
+    with gain_relaxation(training_gates=lambda self: None), pytest.raises(TypeError, match="trains_open = True"):
+        make_trainer(tmp_path, search=search).train()
 
 
 def test_line_at_the_cut_compares_with_the_loss_before_the_closing(

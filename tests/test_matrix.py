@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -169,31 +170,42 @@ def test_foreign_states_are_refused() -> None:
         DifferentialAdaptationMatrix.create("hard", budget)
 
 
-def test_a_new_relaxation_is_one_subclass() -> None:
+@contextmanager
+def gain_relaxation(**attributes: object) -> Iterator[type[DifferentialAdaptationMatrix]]:
+    """A relaxation of a user's own, `"gain"`, for a while."""
+
+    class GainMatrix(DifferentialAdaptationMatrix):
+        """The plain sum of all gains."""
+
+        name = "gain"
+        default_learning_rate = 0.5
+
+        def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
+            super().__init__(budget, learning_rate, seed)
+            self._sum = torch.zeros(len(budget))
+
+        def values(self) -> Tensor:
+            return self.budget.calibrate(self._sum)
+
+        def step(self, gradient: Tensor) -> None:
+            self.steps += 1
+            self._sum -= self.learning_rate * gradient
+
+        def _tensors(self) -> dict[str, Tensor]:
+            return {"sum": self._sum}
+
+    for name, value in attributes.items():
+        setattr(GainMatrix, name, value)
     try:
+        yield GainMatrix
+    finally:
+        DifferentialAdaptationMatrix.relaxations.pop("gain", None)
 
-        class GainMatrix(DifferentialAdaptationMatrix):
-            """The plain mean of all gains."""
 
-            name = "gain"
-            default_learning_rate = 0.5
-
-            def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
-                super().__init__(budget, learning_rate, seed)
-                self._sum = torch.zeros(len(budget))
-
-            def values(self) -> Tensor:
-                return self.budget.calibrate(self._sum)
-
-            def step(self, gradient: Tensor) -> None:
-                self.steps += 1
-                self._sum -= self.learning_rate * gradient
-
-            def _tensors(self) -> dict[str, Tensor]:
-                return {"sum": self._sum}
-
+def test_a_new_relaxation_is_one_subclass() -> None:
+    with gain_relaxation() as kind:
         matrix = DifferentialAdaptationMatrix.create("gain", BUDGETS["model"])
-        assert isinstance(matrix, GainMatrix)
+        assert isinstance(matrix, kind)
         gains = planted()
         for _ in learn(matrix, gains, noise=0.1):
             pass
@@ -201,8 +213,6 @@ def test_a_new_relaxation_is_one_subclass() -> None:
         again = DifferentialAdaptationMatrix.create("gain", BUDGETS["model"])
         again.load_state_dict(matrix.state_dict())
         assert again.values().equal(matrix.values()) and again.steps == 40
-    finally:
-        DifferentialAdaptationMatrix.relaxations.pop("gain", None)
     assert sorted(DifferentialAdaptationMatrix.relaxations) == sorted(RELAXATIONS)
 
 
