@@ -474,23 +474,19 @@ class ArchitectureSearch:
                     else "."
                 ),
             )
-        if not self.matrix.steps:
+        arbitrary = "so the modules are kept by their order in the model alone."
+        if not self.matrix.steps and self.skipped_steps:
             return (
-                "The choice is arbitrary: "
-                + (
-                    f"not one of the {self.skipped_steps} architecture steps had a finite loss"
-                    if self.skipped_steps
-                    else "no architecture step was made"
-                )
-                + ", so the modules are kept by their order in the model alone. Please look for the cause of the NaN "
-                "or infinity, and start again.",
+                f"The choice is arbitrary: not one of the {self.skipped_steps} architecture steps had a finite loss, "
+                f"{arbitrary} Please look for the cause of the NaN or infinity, and start again.",
             )
+        if not self.matrix.steps:
+            return (f"The choice is arbitrary: no architecture step was made, {arbitrary}",)
         if len(missed) == count:
             return (
-                f"The choice is arbitrary: the loss had a gradient of exactly 0 in all {count} gates, so the modules "
-                "are kept by their order in the model alone. `lora_B` starts at 0, and so do the gradients of the "
-                "gates: with a learning rate of 0, an optimizer that does not hold the LoRA weights, or a loss whose "
-                "minimum the model starts from, they stay there.",
+                f"The choice is arbitrary: the loss had a gradient of exactly 0 in all {count} gates, {arbitrary} "
+                "`lora_B` starts at 0, and so do the gradients of the gates: with a learning rate of 0, an optimizer "
+                "that does not hold the LoRA weights, or a loss whose minimum the model starts from, they stay there.",
             )
         notes = []
         if self.effect is not None and not self.effect[1] < self.effect[0]:
