@@ -296,6 +296,22 @@ def own_training_step(trainer: Any) -> Callable[..., Any] | None:
     return None
 
 
+def own_training_loop(trainer: type) -> str | None:
+    """
+    The method by which a class of trainers trains in a loop of its own and not in that of
+    [`~transformers.Trainer`], or `None`. Read from the names that it uses: it does not go back to the parent's.
+    In TRL 0.28 that is PPO. A way to ask a trainer for its loop would let it go.
+    """
+    from transformers import Trainer
+
+    for cls in trainer.__mro__[: trainer.__mro__.index(Trainer)]:
+        for name in ("train", "_inner_training_loop"):
+            method = vars(cls).get(name)
+            if method is not None and not _is_ours(cls) and not {"super", "Trainer"} & _names(inspect.unwrap(method)):
+                return f"{cls.__name__}.{name}"
+    return None
+
+
 def calls_backward_itself(step: Callable[..., Any]) -> bool:
     """Whether a `training_step` takes its gradient without [`~accelerate.Accelerator`]'s `backward`."""
     names = _names(inspect.unwrap(step))

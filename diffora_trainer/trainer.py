@@ -43,6 +43,7 @@ from .surgery import forget_empty_groups, own_config
 from .trainer_utils import (
     check_arch_columns,
     check_loaded,
+    check_loop,
     check_own_loss,
     check_rows_left,
     check_trainer,
@@ -145,6 +146,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 "Please make one of your options: `DiffoRAConfig(selection_ratio=0.5)`."
             )
         check_trainer_methods(type(self))
+        check_loop(type(self))
         self.diffora_config = diffora_config or DiffoRAConfig()
         check_score_function(self.diffora_config.method, score_function)
         self.score_function = score_function

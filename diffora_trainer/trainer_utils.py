@@ -27,6 +27,7 @@ from .compat import (
     is_sentence_transformer,
     knows_fsdp2,
     makes_completions,
+    own_training_loop,
     own_training_step,
     preparation,
     train_batch_size,
@@ -43,6 +44,16 @@ logger = get_logger(__name__)
 
 # A stream has no length, so its held-out part is what the search will read, up to this many batches.
 _MAX_STREAM_BATCHES = 64
+
+
+def check_loop(trainer: type) -> None:
+    """Raise a `TypeError` if a class of trainers never calls what a search does in a step."""
+    if (loop := own_training_loop(trainer)) is not None:
+        raise TypeError(
+            f"`{loop}` is a training loop of its own, in which the steps of a search would never be called. Please "
+            "use a trainer that trains in the loop of `transformers.Trainer` (of TRL's online methods GRPO, RLOO or "
+            "OnlineDPO), or `ArchitectureSearch` in that loop."
+        )
 
 
 def check_trainer(trainer: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_saved_copy_of_the_adapter_is_whole(tmp_path: Path) -> None:
         assert torch.equal(logits(reloaded), logits(model)), name
 
 
-def test_mixin_in_the_wrong_place_is_refused() -> None:
+def test_mixin_in_the_wrong_place_is_refused(tmp_path: Path) -> None:
     class Custom(Trainer):
         """A trainer of the user's own."""
 
@@ -70,7 +71,7 @@ def test_mixin_in_the_wrong_place_is_refused() -> None:
     right = type("Right", (Custom, DiffoRATrainer), {})
     trainer = right(
         model=causal_model(),
-        args=arguments("unused"),
+        args=arguments(tmp_path),
         train_dataset=[{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 24,
         processing_class=tiny_tokenizer(),
         peft_config=lora(),
@@ -78,3 +79,23 @@ def test_mixin_in_the_wrong_place_is_refused() -> None:
     )
     trainer.train()
     assert trainer.selection is not None
+
+
+def test_training_loop_of_ones_own_is_refused(tmp_path: Path) -> None:
+    """As that of TRL's PPO, in which no callback and no `training_step` of ours would ever be called."""
+
+    class Loop(DiffoRAMixin, Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            for batch in self.get_train_dataloader():
+                self.model(**batch).loss.backward()
+
+    class Noted(DiffoRAMixin, Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self.noted = True
+            return super().train(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="`Loop.train` is a training loop of its own.*ArchitectureSearch"):
+        make_trainer(tmp_path, cls=Loop)
+    noted = make_trainer(tmp_path, cls=Noted)
+    noted.train()
+    assert noted.noted and noted.selection is not None
