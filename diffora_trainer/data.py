@@ -226,12 +226,13 @@ class HeldOutBatches:
     def sample(self, count: int) -> Iterator[Any]:
         """
         The first `count` batches, or fewer if the data has fewer: always the same rows, each once. Those without any
-        label are left out, unless all are: their loss is not a number.
+        label are left out, unless all are: their loss is not a number. Not on several processes, which have to make
+        equally many passes where the model is sharded.
         """
         labelled = False
         for number in range(min(count, self._epoch)):
             batch = self.batch(number)
-            if not without_labels(batch):
+            if self.world_size > 1 or not without_labels(batch):
                 labelled = True
                 yield batch
         if not labelled:
