@@ -16,6 +16,8 @@ import torch
 from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_utils import has_length
 
+from .isolation import isolated_random_state
+
 
 _IGNORED = -100  # the label of what is not trained on
 _CHECKED_BATCHES = 8
@@ -211,11 +213,12 @@ class HeldOutBatches:
         """Batch `number` of the sequence on this process."""
         start = (number * self.world_size + self.rank) * self.batch_size
         indices = [self._index(position) for position in range(start, start + self.batch_size)]
-        if hasattr(self.dataset, "__getitems__"):
-            rows = self.dataset.__getitems__(indices)
-        else:
-            rows = [self.dataset[index] for index in indices]
-        batch = self.collate(rows)
+        with isolated_random_state(torch.device("cpu")):  # rows may be augmented, and tokens masked, at random
+            if hasattr(self.dataset, "__getitems__"):
+                rows = self.dataset.__getitems__(indices)
+            else:
+                rows = [self.dataset[index] for index in indices]
+            batch = self.collate(rows)
         if batch is None or (isinstance(batch, (Mapping, list, tuple)) and not batch):
             raise TypeError(
                 f"The data collator made {batch!r} of {len(rows)} held-out rows, so there is nothing to run the model "

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import CUT, classifier, lora, make_trainer, rows_of, step_logs
+from conftest import CUT, adapter, assert_same, classifier, lora, make_trainer, rows_of, step_logs
 from peft import get_peft_model
-from tokenizer import lm_dataset
-from transformers import Trainer, set_seed
+from tokenizer import lm_dataset, tiny_tokenizer
+from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from diffora_trainer import DiffoRATrainer
 
@@ -205,3 +208,22 @@ def test_sft_data_shapes(shape: str, tmp_path: Path) -> None:
     assert sorted(logs) == list(range(1, 13)) and "diffora/gap" in logs[CUT]
     assert all(math.isfinite(value) for log in logs.values() for value in log.values())
     assert 0 < len(trainer.selection.selected) < len(trainer.selection.modules)
+
+
+def test_collator_that_draws_leaves_no_trace_in_the_training(tmp_path: Path) -> None:
+    """One that masks tokens at random, say: more architecture steps change no weight and no row of the training."""
+    pad = DataCollatorWithPadding(tiny_tokenizer())
+
+    def masking(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = dict(pad(rows))
+        hidden = torch.rand(batch["input_ids"].shape) < 0.3 * random.random() + 0.3 * np.random.random()
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, 3)}
+
+    found = []
+    for every in (1, 100):
+        search = {"selection_ratio": 1.0, "arch_every": every}
+        trainer = make_trainer(tmp_path, data_collator=masking, search=search)
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        found.append((losses, adapter(trainer.model)))
+    assert_same(*found)
