@@ -21,7 +21,6 @@ from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load
 from .config import DiffoRAConfig
 from .data import ArchitectureBatches, without_labels
 from .grid import peft_model
-from .isolation import isolated_random_state
 from .logging import get_logger
 from .reallocation import Reallocation
 from .resume import check_model, check_same, describe_base
@@ -80,7 +79,6 @@ class DiffoRACallback(TrainerCallback):
         self._warmup = self._decision = self._cut = 0
         self._moments = range(0)
         self._report: dict[str, float] = {}
-        self._loss_before_closing: float | None = None
         self._resumed: tuple[str, dict[str, Any], dict[str, Any]] | None = None
         # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
         self._cut_model: weakref.ref[nn.Module] | None = None
@@ -158,7 +156,7 @@ class DiffoRACallback(TrainerCallback):
         self._moments = self.config.reallocations(state.max_steps)
         if self.searching and self.search is not None:  # a run before this one was interrupted
             self.search.gates.detach()
-        self.phase, self.selection, self._loss_before_closing = WARMUP, None, None
+        self.phase, self.selection = WARMUP, None
         self.search = self._make_search(kwargs["model"])
         self.reallocation = Reallocation(self.search) if self._moments else None
         self._held_out = self._make_held_out(self._cut)
@@ -167,11 +165,10 @@ class DiffoRACallback(TrainerCallback):
         if self._resumed is not None:
             self._restore()
         else:  # what is wrong with the data should be said now
-            with isolated_random_state(self.search.gates.device):
-                batch = self._held_out.check()
-                # If this batch has no label, none has. A loss of the user's own may not need any.
-                if without_labels(batch) and (args.world_size > 1 or math.isnan(self.search.held_out_loss([batch]))):
-                    raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
+            batch = self._held_out.check()
+            # If this batch has no label, none has. A loss of the user's own may not need any.
+            if without_labels(batch) and (args.world_size > 1 or math.isnan(self.search.held_out_loss([batch]))):
+                raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
         self.search.begin()
         self._close(state.global_step)
         if state.is_world_process_zero:
@@ -289,7 +286,6 @@ class DiffoRACallback(TrainerCallback):
         if self._held_out.comparable:
             loss = self.search.measure_effect(self._held_out.sample(_GAP_BATCHES))
             self._report = {"diffora/held_out_loss_before_closing": loss}
-            self._loss_before_closing = loss if math.isfinite(loss) else None  # a checkpoint can hold it
         if state.is_world_process_zero and self.search.decided is not None:
             logger.info(
                 f"Step {state.global_step}: {int(self.search.decided.sum())} modules are chosen; the gates of the "
@@ -329,6 +325,8 @@ class DiffoRACallback(TrainerCallback):
         search, held_out, model = self.search, self._held_out, peft_model(model)
         assert search is not None and held_out is not None
         losses: tuple[float, float] | None = None
+        # Where gates were closed, all modules were measured right before that.
+        before_closing = None if search.decided is None or search.effect is None else search.effect[1]
         if held_out.comparable:
             before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
             if search.decided is None and not self._scores:  # a score need not rest on what was learned
@@ -374,7 +372,7 @@ class DiffoRACallback(TrainerCallback):
         state.best_metric = state.best_global_step = state.best_model_checkpoint = None
         control.should_log = True
         if state.is_world_process_zero:
-            for line in messages.cut(selection, losses, self._loss_before_closing):
+            for line in messages.cut(selection, losses, before_closing):
                 logger.info(line)
             for line in messages.uncovered(selection):
                 logger.warning(line)
@@ -406,7 +404,6 @@ class DiffoRACallback(TrainerCallback):
                 decision=self._decision,
                 decided=None if self.search.decided is None else self.search.decided.tolist(),
                 losses=self.search.pending_losses,
-                loss_before_closing=self._loss_before_closing,
                 reached=self.search.reached.tolist(),
                 effect=None if self.search.effect is None else list(self.search.effect),
                 history=[] if self.reallocation is None else self.reallocation.state_list(),
@@ -487,7 +484,6 @@ class DiffoRACallback(TrainerCallback):
             self.search.decide(torch.tensor(record["decided"], dtype=torch.bool))
         self.search.skipped_steps = record["skipped_steps"]
         self.search.pending_losses = [float(loss) for loss in record["losses"]]
-        self._loss_before_closing = record["loss_before_closing"]
         self.search.effect = None if record["effect"] is None else (record["effect"][0], record["effect"][1])
         if record["reached"] is not None:
             self.search.reached = torch.tensor(record["reached"], dtype=torch.bool)

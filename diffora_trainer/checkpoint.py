@@ -74,8 +74,7 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
         state.setdefault("shortcuts", False)  # as written before a search could choose among them
         if state.get("phase") in (WARMUP, SEARCH):
             state.setdefault("history", [])  # as written before there were reallocations
-            state.setdefault("loss_before_closing", None)  # as written before these were kept
-            state.setdefault("reached", None)
+            state.setdefault("reached", None)  # as written before these two were kept
             state.setdefault("effect", None)
         _check_state(state)
     with named_errors(tensor_path):
@@ -308,7 +307,6 @@ _FIELDS_SEARCHING = {
     "skipped_steps": _whole,
     "decided": lambda value: value is None or _all(_is(bool))(value),
     "losses": _all(_number),
-    "loss_before_closing": lambda value: value is None or _number(value),
     "effect": lambda value: value is None or _all(_number)(value) and len(value) == 2,
     "reached": lambda value: value is None or _all(_is(bool))(value),
     "times": _times,
