@@ -10,20 +10,20 @@ __version__ = "0.1.0.dev0"
 
 # Names are imported when they are asked for: a search without a Trainer need not wait for transformers' and TRL's.
 _HOMES = {
-    "ArchitectureSearch": "search",
+    "ArchitectureSearch": "search.search",
     "DiffoRAConfig": "config",
-    "DiffoRAMixin": "trainer",
-    "DiffoRASFTTrainer": "sft",
-    "DiffoRATrainer": "trainer",
-    "DifferentialAdaptationMatrix": "matrix",
-    "Selection": "selection",
-    "ShortcutConfig": "shortcuts",
-    "ShortcutModel": "shortcut_model",
-    "add_shortcuts": "shortcuts",
-    "apply_selection": "surgery",
-    "load_shortcuts": "shortcut_model",
-    "remove_shortcuts": "shortcuts",
-    "save_shortcuts": "shortcut_model",
+    "DiffoRAMixin": "trainer.mixin",
+    "DiffoRASFTTrainer": "trainer.sft",
+    "DiffoRATrainer": "trainer.mixin",
+    "DifferentialAdaptationMatrix": "methods.matrix",
+    "Selection": "core.selection",
+    "ShortcutConfig": "experimental.shortcuts.shortcuts",
+    "ShortcutModel": "experimental.shortcuts.model",
+    "add_shortcuts": "experimental.shortcuts.shortcuts",
+    "apply_selection": "adapters.pruning",
+    "load_shortcuts": "experimental.shortcuts.model",
+    "remove_shortcuts": "experimental.shortcuts.shortcuts",
+    "save_shortcuts": "experimental.shortcuts.model",
 }
 __all__ = [
     "ArchitectureSearch",
@@ -43,15 +43,15 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from .adapters.pruning import apply_selection
     from .config import DiffoRAConfig
-    from .matrix import DifferentialAdaptationMatrix
-    from .search import ArchitectureSearch
-    from .selection import Selection
-    from .sft import DiffoRASFTTrainer
-    from .shortcut_model import ShortcutModel, load_shortcuts, save_shortcuts
-    from .shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
-    from .surgery import apply_selection
-    from .trainer import DiffoRAMixin, DiffoRATrainer
+    from .core.selection import Selection
+    from .experimental.shortcuts.model import ShortcutModel, load_shortcuts, save_shortcuts
+    from .experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
+    from .methods.matrix import DifferentialAdaptationMatrix
+    from .search.search import ArchitectureSearch
+    from .trainer.mixin import DiffoRAMixin, DiffoRATrainer
+    from .trainer.sft import DiffoRASFTTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
 from torch import Tensor, nn
 
-from .isolation import replaced
+from .core.isolation import replaced
 
 
 convert_peft_config_for_transformers: Any

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from .matrix import DifferentialAdaptationMatrix
+from .methods.matrix import DifferentialAdaptationMatrix
 
 
 METHODS = ("diffora", "grad_norm", "snip", "synflow", "alpha_test", "constant", "custom")
@@ -150,7 +150,7 @@ class DiffoRAConfig:
         gradient of `lora_B`. `relaxation`, `fold_gates` and the `arch_`
         options on steps (`arch_warmup`, `arch_closing`, `arch_every`, `arch_learning_rate`, `arch_order`) are not
         read. The scores are explained in
-        [`~diffora_trainer.proxies`]; higher is kept.
+        [`~diffora_trainer.methods.scores`]; higher is kept.
 
         - `"grad_norm"`: norm of the gradient of `lora_A` plus that of `lora_B`.
         - `"snip"`: sum of `|weight * gradient|` over both.
@@ -181,14 +181,14 @@ class DiffoRAConfig:
 
     shortcuts (`list[str]`, *optional*):
         Which kinds of shortcut are put into each layer and chosen among beside the LoRA modules, after HeteroLoRA:
-        `"residual1"`, `"residual2"`, `"shortcut1"` and `"shortcut2"`, explained in [`~diffora_trainer.shortcuts`].
+        `"residual1"`, `"residual2"`, `"shortcut1"` and `"shortcut2"`, see [`~diffora_trainer.experimental.shortcuts`].
         They have the rank, scale and dropout of the LoRA configuration, and count in the budget as modules do. PEFT
         cannot hold them: an adapter that keeps one needs [`~diffora_trainer.ShortcutModel`] to be loaded, and says so;
         one that keeps none is a plain PEFT adapter. By default there are none. A model that was given shortcuts by
         [`~diffora_trainer.add_shortcuts`] keeps its own.
     shortcut_ranking (`str`, *optional*, defaults to `"combined"`):
         `"combined"` lets shortcuts and LoRA modules compete for one budget, by scores in units of the mean of their
-        kind, which are free of scale (see [`~diffora_trainer.proxies.scale_free`]); with `method="diffora"` by their
+        kind, which are free of scale (see [`scale_free`]); with `method="diffora"` by their
         gates, whose gradient is a change of the loss for either. `"separated"` ranks them apart: the same ratio of
         each is kept, or each has its part of `max_trainable_parameters` in proportion to its size. At least one LoRA
         module is always kept.

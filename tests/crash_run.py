@@ -20,8 +20,8 @@ from conftest import adapter, classifier, make_trainer, step_logs
 from transformers import TrainerCallback, set_seed
 
 from diffora_trainer import DiffoRATrainer
-from diffora_trainer.checkpoint import newest_checkpoint
-from diffora_trainer.shortcuts import shortcut_tensors
+from diffora_trainer.experimental.shortcuts.shortcuts import shortcut_tensors
+from diffora_trainer.trainer.checkpoint import newest_checkpoint
 
 
 STEPS, EVERY, CUT = 100, 2, 24

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from diffora_trainer.connections import ATTRIBUTE
+from diffora_trainer.experimental.shortcuts.hooks import ATTRIBUTE
 
 
 class At(TrainerCallback):

@@ -14,10 +14,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from diffora_trainer.gates import Gates
-from diffora_trainer.grid import OTHER_ROW, ModuleGrid
-from diffora_trainer.selection import Selection
-from diffora_trainer.surgery import apply_selection
+from diffora_trainer.adapters.gates import Gates
+from diffora_trainer.adapters.grid import OTHER_ROW, ModuleGrid
+from diffora_trainer.adapters.pruning import apply_selection
+from diffora_trainer.core.selection import Selection
 
 
 # In T5 the feed-forward is sub-layer 1 of an encoder block and sub-layer 2 of a decoder block, so its three modules

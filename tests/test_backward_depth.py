@@ -44,7 +44,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRAMixin, DiffoRATrainer, Selection, apply_selection
-from diffora_trainer.grid import ModuleGrid
+from diffora_trainer.adapters.grid import ModuleGrid
 
 
 LAYERS = 4
@@ -262,7 +262,9 @@ def test_a_run_under_a_time_budget_is_as_short_as_it_was_measured(
     trainer = trainer_of(tmp_path, "sft", deep("llama", "sft"), NOT_REENTRANT, search=search)
     reach = Reach().watch(trainer.model)
     # A clock that counts the layers of the pass that it is held to, and no noise.
-    monkeypatch.setattr("diffora_trainer.search.timed", lambda step, device: (step(), 1.0 + len(reach.passes[-1]))[1])
+    monkeypatch.setattr(
+        "diffora_trainer.search.search.timed", lambda step, device: (step(), 1.0 + len(reach.passes[-1]))[1]
+    )
     measured = Probe(lambda **_: [set(layers) for layers in reach.passes], WARMUP)
     trainer.add_callback(measured)
     trainer.add_callback(reach)

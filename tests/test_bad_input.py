@@ -20,11 +20,11 @@ from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRATrainer, Selection, add_shortcuts
-from diffora_trainer.card import write_card
-from diffora_trainer.checkpoint import STATE_NAME, load_state, save_state
-from diffora_trainer.grid import ModuleGrid, lora_layers
-from diffora_trainer.selection import SELECTION_NAME
-from diffora_trainer.surgery import apply_selection
+from diffora_trainer.adapters.grid import ModuleGrid, lora_layers
+from diffora_trainer.adapters.pruning import apply_selection
+from diffora_trainer.core.selection import SELECTION_NAME
+from diffora_trainer.hub.card import write_card
+from diffora_trainer.trainer.checkpoint import STATE_NAME, load_state, save_state
 
 
 # Options: what is passed, the class of the error, and the essential part of its message

@@ -19,7 +19,7 @@ from tokenizer import classification_dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from diffora_trainer.checkpoint import check_checkpoint, newest_checkpoint, written_whole
+from diffora_trainer.trainer.checkpoint import check_checkpoint, newest_checkpoint, written_whole
 
 
 STATE, TENSORS = "diffora_state.json", "diffora_state.safetensors"

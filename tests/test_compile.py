@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
-from diffora_trainer.grid import ModuleGrid
+from diffora_trainer.adapters.grid import ModuleGrid
 
 
 def loss_of(model: nn.Module, batch: Any) -> Tensor:

@@ -32,7 +32,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
-from diffora_trainer.grid import lora_layers
+from diffora_trainer.adapters.grid import lora_layers
 
 
 def logits(tiny: TinyModel) -> Callable[..., Tensor]:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tokenizer import chat_dataset, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from diffora_trainer.distributed import check_agreement, fingerprint
+from diffora_trainer.core.agreement import check_agreement, fingerprint
 
 
 TESTS = Path(__file__).resolve().parent
@@ -221,7 +221,7 @@ class _Plugin:
 def test_what_cannot_be_sharded_is_refused(
     sharding: Any, search: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffora_trainer import trainer_utils
+    from diffora_trainer.trainer import checks as trainer_utils
 
     trainer = make_trainer(tmp_path, peft_config=lora(), search=search)
     if sharding == "deepspeed":
@@ -235,7 +235,8 @@ def test_what_cannot_be_sharded_is_refused(
 
 def test_fsdp_of_an_unknown_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch in which the private names are gone by which modules are taken out of FSDP2."""
-    from diffora_trainer import compat, trainer_utils
+    from diffora_trainer import compat
+    from diffora_trainer.trainer import checks as trainer_utils
 
     trainer = make_trainer(tmp_path)
     trainer.is_fsdp_enabled = True

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffora_trainer import DiffoRATrainer, Selection
-from diffora_trainer.grid import lora_layers
+from diffora_trainer.adapters.grid import lora_layers
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -12,8 +12,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from diffora_trainer.gates import Gates
-from diffora_trainer.grid import ModuleGrid
+from diffora_trainer.adapters.gates import Gates
+from diffora_trainer.adapters.grid import ModuleGrid
 
 
 def gated(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, dict[str, Tensor], Gates]:

@@ -18,7 +18,7 @@ import torch
 from conftest import assert_same
 from crash_run import CUT, EVERY, STEPS
 
-from diffora_trainer.checkpoint import check_checkpoint, newest_checkpoint
+from diffora_trainer.trainer.checkpoint import check_checkpoint, newest_checkpoint
 
 
 KILLS = 20

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffora_trainer.budget import Budget
 from diffora_trainer.config import RELAXATIONS
-from diffora_trainer.matrix import BudgetMatrix, DifferentialAdaptationMatrix, SampledMatrix
+from diffora_trainer.core.budget import Budget
+from diffora_trainer.methods.matrix import BudgetMatrix, DifferentialAdaptationMatrix, SampledMatrix
 
 
 ROWS = [row for row in range(6) for _ in range(6)]

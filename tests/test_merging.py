@@ -20,8 +20,8 @@ from transformers import DistilBertForSequenceClassification as DistilBert
 from transformers.activations import ACT2FN
 
 from diffora_trainer import ShortcutConfig, ShortcutModel, add_shortcuts
-from diffora_trainer.connections import LayerShortcuts
-from diffora_trainer.shortcuts import keep_shortcuts, shortcuts
+from diffora_trainer.experimental.shortcuts.hooks import LayerShortcuts
+from diffora_trainer.experimental.shortcuts.shortcuts import keep_shortcuts, shortcuts
 
 
 RANK = 3

@@ -17,7 +17,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from diffora_trainer import DiffoRAMixin, DiffoRATrainer
-from diffora_trainer.grid import lora_layers
+from diffora_trainer.adapters.grid import lora_layers
 
 
 @pytest.mark.parametrize("base_model_id", [None, "org/base"])

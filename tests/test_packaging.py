@@ -24,12 +24,13 @@ from peft.tuners.lora import LoraLayer
 
 import diffora_trainer
 from diffora_trainer import DiffoRAMixin, compat
-from diffora_trainer.held_out import HeldOutMixin
-from diffora_trainer.publish import PublicPushMixin
+from diffora_trainer.hub.push import PublicPushMixin
+from diffora_trainer.trainer.held_out import HeldOutMixin
 
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = {path.name: path.read_text(encoding="utf-8") for path in Path(diffora_trainer.__file__).parent.glob("*.py")}
+PACKAGE = Path(diffora_trainer.__file__).parent
+SOURCES = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 MIXINS = (DiffoRAMixin, HeldOutMixin, PublicPushMixin)
 
@@ -57,8 +58,8 @@ def test_what_is_imported_is_what_is_declared() -> None:
     plots = {Requirement(line).name for line in declared["optional-dependencies"]["plots"]}
     found = {name for tree in TREES.values() for name in imported(tree)} - sys.stdlib_module_names
     assert found == names | plots
-    assert {name for name, tree in TREES.items() if "trl" in imported(tree)} == {"sft.py"}
-    assert {name for name, tree in TREES.items() if plots & set(imported(tree))} == {"plots.py"}
+    assert {name for name, tree in TREES.items() if "trl" in imported(tree)} == {"trainer/sft.py"}
+    assert {name for name, tree in TREES.items() if plots & set(imported(tree))} == {"hub/plots.py"}
 
 
 def test_the_oldest_versions_that_are_declared_are_those_that_are_tested() -> None:
@@ -115,7 +116,8 @@ report = {"off": off, "kept": len(trainer.selection.selected), "of": len(trainer
 
 
 def test_the_trainer_of_trl_is_found_where_it_was() -> None:
-    from diffora_trainer import sft, trainer
+    from diffora_trainer import trainer
+    from diffora_trainer.trainer import sft
 
     assert trainer.DiffoRASFTTrainer is sft.DiffoRASFTTrainer is diffora_trainer.DiffoRASFTTrainer
     with pytest.raises(AttributeError, match="has no attribute 'DiffoRAGRPOTrainer'"):
@@ -236,7 +238,7 @@ def test_wheel_holds_the_package_alone(distributions: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         held = set(archive.namelist())
         metadata = archive.read(next(name for name in held if name.endswith("METADATA"))).decode()
-    assert {f"diffora_trainer/{name}" for name in (*SOURCES, "py.typed", "templates/diffora_card.md")} <= held
+    assert {f"diffora_trainer/{name}" for name in (*SOURCES, "py.typed", "hub/templates/diffora_card.md")} <= held
     assert {name.partition("/")[0].partition("-")[0] for name in held} == {"diffora_trainer"}
     assert "Requires-Python: >=3.10" in metadata and "Project-URL: Repository, https://" in metadata
     assert not re.search(r"warning|deprecat", (distributions / "log.txt").read_text(), re.IGNORECASE)

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
-from diffora_trainer.gates import Gates, as_if_cut
-from diffora_trainer.grid import ModuleGrid, lora_layers
+from diffora_trainer.adapters.gates import Gates, as_if_cut
+from diffora_trainer.adapters.grid import ModuleGrid, lora_layers
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -17,7 +17,7 @@ from test_selection import make_selection
 from torch import nn
 
 from diffora_trainer import DiffoRAConfig, Selection
-from diffora_trainer.budget import Budget
+from diffora_trainer.adapters.grid import ModuleGrid
 from diffora_trainer.config import (
     COSTS,
     METHODS,
@@ -27,8 +27,8 @@ from diffora_trainer.config import (
     SHORTCUTS,
     WEIGHT_SHARING,
 )
-from diffora_trainer.grid import ModuleGrid
-from diffora_trainer.matrix import DifferentialAdaptationMatrix
+from diffora_trainer.core.budget import Budget
+from diffora_trainer.methods.matrix import DifferentialAdaptationMatrix
 
 
 # The same examples on every run and machine, and no example is too slow: the machine may be.

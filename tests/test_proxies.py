@@ -35,10 +35,10 @@ from transformers import HfArgumentParser, Trainer, TrainerCallback
 from trl import SFTConfig, TrlParser
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection
-from diffora_trainer.budget import Budget
+from diffora_trainer.adapters.grid import ModuleGrid
 from diffora_trainer.config import METHODS
-from diffora_trainer.grid import ModuleGrid
-from diffora_trainer.matrix import ScoreMatrix
+from diffora_trainer.core.budget import Budget
+from diffora_trainer.methods.matrix import ScoreMatrix
 
 
 SCORES = METHODS[1:-1]

@@ -32,7 +32,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 from trl import SFTConfig
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRASFTTrainer, apply_selection
-from diffora_trainer.grid import lora_layers
+from diffora_trainer.adapters.grid import lora_layers
 
 
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}

@@ -34,11 +34,11 @@ from transformers import HfArgumentParser, TrainerCallback
 from trl.trainer.utils import use_adapter
 
 from diffora_trainer import DiffoRAConfig, Selection, apply_selection
-from diffora_trainer.grid import ModuleGrid, lora_layers
-from diffora_trainer.matrix import ScoreMatrix
-from diffora_trainer.plots import plot_selection
-from diffora_trainer.reallocation import Reallocation
-from diffora_trainer.selection import Allocation
+from diffora_trainer.adapters.grid import ModuleGrid, lora_layers
+from diffora_trainer.core.selection import Allocation
+from diffora_trainer.hub.plots import plot_selection
+from diffora_trainer.methods.matrix import ScoreMatrix
+from diffora_trainer.search.reallocation import Reallocation
 
 
 DYNAMIC = {"method": "snip", "reallocate_every": 2, "selection_scope": "model", "score_batches": 2}
@@ -458,7 +458,7 @@ def test_config() -> None:
 
 
 def test_refusals(dynamic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from diffora_trainer import trainer_utils
+    from diffora_trainer.trainer import checks as trainer_utils
 
     model, _, reallocation = dynamic
     with pytest.raises(ValueError, match="call `reallocate` before"):

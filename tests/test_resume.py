@@ -27,7 +27,7 @@ from tokenizer import classification_dataset, lm_dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTTrainer
 
-from diffora_trainer.matrix import BudgetMatrix
+from diffora_trainer.methods.matrix import BudgetMatrix
 
 
 # In the warm-up, in the search, at the step of the cut, and after it. With 24 rows an epoch ends at step 6 or, with

@@ -13,8 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
-from diffora_trainer.grid import ModuleGrid
-from diffora_trainer.search import make_matrix
+from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.search.search import make_matrix
 
 
 class Toy(nn.Module):

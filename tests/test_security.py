@@ -29,13 +29,13 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from diffora_trainer import DiffoRASFTTrainer, Selection
-from diffora_trainer.card import write_card
-from diffora_trainer.checkpoint import STATE_NAME, TENSORS_NAME, load_state, save_state
-from diffora_trainer.grid import ModuleGrid
-from diffora_trainer.plots import plot_selection
-from diffora_trainer.publish import Private
-from diffora_trainer.selection import SELECTION_NAME
-from diffora_trainer.surgery import apply_selection
+from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.pruning import apply_selection
+from diffora_trainer.core.selection import SELECTION_NAME
+from diffora_trainer.hub.card import write_card
+from diffora_trainer.hub.plots import plot_selection
+from diffora_trainer.hub.push import Private
+from diffora_trainer.trainer.checkpoint import STATE_NAME, TENSORS_NAME, load_state, save_state
 
 
 ROOT = Path(__file__).parent.parent

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from diffora_trainer.budget import Budget
-from diffora_trainer.selection import SELECTION_NAME, Selection, short_names
+from diffora_trainer.core.budget import Budget
+from diffora_trainer.core.selection import SELECTION_NAME, Selection, short_names
 
 
 def random_rows(rng: random.Random) -> tuple[list[int], list[int]]:

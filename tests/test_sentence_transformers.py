@@ -14,7 +14,7 @@ from tokenizer import preference_dataset, tiny_tokenizer, vocabulary
 from transformers import BertForSequenceClassification, BertModel
 
 from diffora_trainer import DiffoRAMixin
-from diffora_trainer.grid import lora_layers, peft_model
+from diffora_trainer.adapters.grid import lora_layers, peft_model
 
 
 sentence_transformers = pytest.importorskip("sentence_transformers", minversion="6.0")

@@ -46,10 +46,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import use_adapter
 
 from diffora_trainer import DiffoRAMixin, Selection, ShortcutModel, load_shortcuts
-from diffora_trainer.checkpoint import newest_checkpoint
-from diffora_trainer.files import ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
-from diffora_trainer.grid import ModuleGrid
-from diffora_trainer.shortcuts import shortcut_tensors, shortcuts
+from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.core.files import ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
+from diffora_trainer.experimental.shortcuts.shortcuts import shortcut_tensors, shortcuts
+from diffora_trainer.trainer.checkpoint import newest_checkpoint
 
 
 ALL = ["residual1", "residual2", "shortcut1", "shortcut2"]

@@ -36,11 +36,11 @@ from diffora_trainer import (
     add_shortcuts,
     apply_selection,
 )
-from diffora_trainer.connections import ATTRIBUTE
-from diffora_trainer.grid import ModuleGrid, parameters_of, searched_modules
-from diffora_trainer.plots import plot_selection
-from diffora_trainer.reallocation import Reallocation
-from diffora_trainer.shortcuts import KINDS, keep_shortcuts, shortcuts
+from diffora_trainer.adapters.grid import ModuleGrid, parameters_of, searched_modules
+from diffora_trainer.experimental.shortcuts.hooks import ATTRIBUTE
+from diffora_trainer.experimental.shortcuts.shortcuts import KINDS, keep_shortcuts, shortcuts
+from diffora_trainer.hub.plots import plot_selection
+from diffora_trainer.search.reallocation import Reallocation
 
 
 def ready(tiny: Any = None, **options: Any) -> tuple[Any, list[dict[str, Tensor]]]:

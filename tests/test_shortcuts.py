@@ -39,9 +39,9 @@ from diffora_trainer import (
     remove_shortcuts,
     save_shortcuts,
 )
-from diffora_trainer.files import SHORTCUT_CONFIG_NAME as CONFIG_NAME
-from diffora_trainer.files import SHORTCUT_TENSORS_NAME as TENSORS_NAME
-from diffora_trainer.shortcuts import KINDS, shortcuts
+from diffora_trainer.core.files import SHORTCUT_CONFIG_NAME as CONFIG_NAME
+from diffora_trainer.core.files import SHORTCUT_TENSORS_NAME as TENSORS_NAME
+from diffora_trainer.experimental.shortcuts.shortcuts import KINDS, shortcuts
 
 
 def opt_post_norm() -> TinyModel:

@@ -18,9 +18,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
-from diffora_trainer.grid import ModuleGrid
-from diffora_trainer.selection import Selection
-from diffora_trainer.surgery import apply_selection, forget_parameters
+from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.pruning import apply_selection, forget_parameters
+from diffora_trainer.core.selection import Selection
 
 
 def make(**options: Any) -> tuple[TinyModel, Any, Selection]:

@@ -10,9 +10,9 @@ from conftest import CUT, WARMUP, Probe, assert_same, causal_model, lora, make_t
 from peft import get_peft_model
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, apply_selection
-from diffora_trainer.budget import Budget
-from diffora_trainer.gates import as_if_cut
-from diffora_trainer.timing import StepTimes, measure_step_times
+from diffora_trainer.adapters.gates import as_if_cut
+from diffora_trainer.core.budget import Budget
+from diffora_trainer.search.timing import StepTimes, measure_step_times
 
 
 def deep_model():
@@ -96,7 +96,7 @@ TIMED = {"cost": "time", "selection_scope": "model", "selection_ratio": 1 / 3}
 def test_a_run_under_a_time_budget(tmp_path, monkeypatch, limit: float, lowest: int) -> None:
     trainer = make_trainer(tmp_path, "sft", model=deep_model, search={**TIMED, "max_step_time": limit})
     # Real steps are made and timed; what decides is a clock that this machine's noise cannot reach.
-    monkeypatch.setattr("diffora_trainer.search.timed", lambda step, device: _made_up(trainer, step))
+    monkeypatch.setattr("diffora_trainer.search.search.timed", lambda step, device: _made_up(trainer, step))
     probe = Probe(lambda model, **kw: [p.grad is not None for p in model.parameters()], WARMUP)
     trainer.add_callback(probe)
     trainer.train()

@@ -33,8 +33,8 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
-from diffora_trainer.callbacks import DiffoRACallback
-from diffora_trainer.grid import lora_layers
+from diffora_trainer.adapters.grid import lora_layers
+from diffora_trainer.trainer.callback import DiffoRACallback
 
 
 class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):

@@ -48,7 +48,7 @@ from transformers import (
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, TrlParser, get_peft_config
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
-from diffora_trainer.grid import lora_layers
+from diffora_trainer.adapters.grid import lora_layers
 
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
 from diffora_trainer import ArchitectureSearch, DifferentialAdaptationMatrix, DiffoRAConfig, apply_selection
-from diffora_trainer.matrix import BudgetMatrix
+from diffora_trainer.methods.matrix import BudgetMatrix
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`

@@ -46,7 +46,7 @@ class Grid:
         from peft import get_peft_model
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-        from diffora_trainer.grid import ModuleGrid
+        from diffora_trainer.adapters.grid import ModuleGrid
 
         model = task.make_model(seed=0)
         targets = tuple(DEFAULTS.get(model.config.model_type, ()))
@@ -218,7 +218,7 @@ def _gradient_norms(task: Task, grid: Grid, seed: int) -> dict[str, float]:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from diffora_trainer.grid import lora_layers, parameters_of
+    from diffora_trainer.adapters.grid import lora_layers, parameters_of
 
     model = task.make_model(seed)
     set_seed(seed)

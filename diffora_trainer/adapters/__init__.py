@@ -1,0 +1,1 @@
+"""Adapters on live models: the only readers of PEFT's inside."""

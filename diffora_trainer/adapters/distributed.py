@@ -1,0 +1,68 @@
+"""Wrappers for several processes that have to notice when modules leave the model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..compat import forget_fsdp_parameters
+
+
+def rewrap_distributed(wrapper: Any, handler: Any = None) -> None:
+    """
+    Let distributed data parallelism notice that parameters are gone. Its reducer is built once, and would wait for
+    them.
+
+    The training loop holds the wrapper in a local variable, so the wrapper is built anew in its place.
+
+    Args:
+        wrapper: the model as it is trained; nothing happens to one that is no `DistributedDataParallel`.
+        handler (`accelerate.DistributedDataParallelKwargs`, *optional*): the options that it was built with.
+    """
+    if not isinstance(wrapper, DistributedDataParallel):
+        return
+    kwargs = handler.to_kwargs() if handler is not None else {}
+    wrapper.__init__(  # type: ignore[misc]
+        wrapper.module,
+        device_ids=wrapper.device_ids,
+        output_device=wrapper.output_device,
+        **kwargs,
+    )
+    if handler is not None:
+        handler.register_comm_hook(wrapper)
+
+
+def reshard(model: nn.Module) -> None:
+    """
+    Put the sharded parameters of FSDP2 back into their modules. After a forward pass without a backward pass some
+    modules still hold gathered ones, and a change of these would be lost.
+    """
+    for module in _sharded_modules(model):
+        module.reshard()
+
+
+def forget_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+    """
+    Take parameters that have left a model out of what FSDP2 gathers and scatters for it.
+
+    FSDP2 collects the parameters of a wrapped module once, and would go on to gather those of modules that are gone.
+
+    Args:
+        model (`nn.Module`): the model; nothing happens to one that is not sharded.
+        parameters (`Iterable[nn.Parameter]`): the sharded parameters that left it.
+    """
+    gone, present = set(parameters), set(model.modules())
+    for module in _sharded_modules(model):
+        forget_fsdp_parameters(module, gone, present)
+
+
+def _sharded_modules(model: nn.Module) -> list[Any]:
+    if "torch.distributed.fsdp" not in sys.modules:  # not imported for those who do not use it: it takes a while
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]

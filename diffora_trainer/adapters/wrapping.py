@@ -1,0 +1,261 @@
+"""The LoRA configuration of a model that comes without one, and the head that must be trained with it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from ..compat import (
+    all_linear_modules,
+    backbone_of_sentence_transformer,
+    converted_to_parameters,
+    rewrites_all_linear,
+)
+from ..logging import get_logger
+from .grid import check_lora_config, peft_model
+
+
+logger = get_logger(__name__)
+
+_TASKS = {
+    "ForSequenceClassification": TaskType.SEQ_CLS,
+    "ForTokenClassification": TaskType.TOKEN_CLS,
+    "ForQuestionAnswering": TaskType.QUESTION_ANS,
+    "ForQuestionAnsweringSimple": TaskType.QUESTION_ANS,
+    "ForCausalLM": TaskType.CAUSAL_LM,
+    "LMHeadModel": TaskType.CAUSAL_LM,
+}
+
+# The new heads that PEFT trains and saves with a task type, wherever the name of a module ends so.
+_HEADS: dict[Any, list[str]] = {
+    TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES,
+    TaskType.QUESTION_ANS: ["qa_outputs"],
+}
+# Tasks whose class in PEFT passes `input_ids` by position, whatever the model takes.
+_PASSES_INPUT_IDS = (TaskType.SEQ_2_SEQ_LM, TaskType.CAUSAL_LM)
+# Models whose head is new with each task, beside those that PEFT has a task type for.
+_NEW_HEAD = ("Classification", "MultipleChoice", "ForCTC")
+# PEFT cannot save these whole, because they are not called.
+_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+def complete_lora_config(
+    config: PeftConfig | None,
+    model: nn.Module | str | Path | None,
+    task_type: TaskType | None,
+    model_options: Mapping[str, Any] | None = None,
+) -> LoraConfig:
+    """
+    A copy of the user's LoRA configuration with what a model needs filled in: all linear layers if there is none, the
+    task type (by which PEFT trains and saves a new classification head), and the head itself where PEFT has no type.
+
+    Args:
+        config (`LoraConfig`, *optional*): the user's; it is not changed.
+        model (`nn.Module` or `str`, *optional*): the base model, or its name or folder if it is not loaded yet.
+        task_type (`TaskType`, *optional*): task type of a model that is not loaded yet.
+        model_options (`dict`, *optional*): how a model that is not loaded yet will be.
+
+    Raises:
+        TypeError: if the configuration is not a `LoraConfig`.
+        ValueError: if it asks for a variant of LoRA that cannot be searched.
+    """
+    if config is None:
+        config = LoraConfig(target_modules="all-linear")
+    elif not isinstance(config, LoraConfig):
+        raise TypeError(
+            f"You passed a `peft_config` of type {type(config).__name__}. The search chooses among LoRA modules, so "
+            "it must be a `peft.LoraConfig`."
+        )
+    check_lora_config(config)
+    name, model = (None, model) if isinstance(model, nn.Module) else (model, None)
+    all_linear = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    linear = model is None or any(isinstance(module, (nn.Linear, Conv1D)) for module in model.modules())
+    if all_linear and not linear:
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer, so nothing in it can have a LoRA with "
+            "`target_modules='all-linear'`. Please name its layers in `LoraConfig(target_modules=...)`, or use "
+            "another model."
+        )
+    config = copy.deepcopy(config)  # PEFT and the cut write into it
+    natural = task_type if model is None else _task_type(model)
+    if config.task_type is None:
+        config.task_type = natural
+    elif task_type == natural == TaskType.SEQ_CLS and config.task_type == TaskType.CAUSAL_LM:
+        # A reward trainer with the task type that TRL's `ModelConfig` has unless told otherwise.
+        logger.info("The task type of the LoRA is CAUSAL_LM, but this trainer's is SEQ_CLS, which is used.")
+        config.task_type = natural
+    elif natural in _HEADS and config.task_type != natural and not config.modules_to_save:
+        raise ValueError(
+            f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
+            f"{type(model).__name__}, so its new head would be neither trained nor saved. Please set "
+            f"`task_type={getattr(natural, 'value', None)!r}`, or leave it out."
+        )
+    if model is not None and config.task_type in _PASSES_INPUT_IDS and not _takes_input_ids(model):
+        raise ValueError(
+            f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
+            f"{type(model).__name__}, which takes {getattr(model, 'main_input_name', 'other inputs')!r} and no "
+            "`input_ids`, but PEFT's class of this task passes them. Please leave `task_type` out."
+        )
+    if model is not None:
+        heads = _heads(config.task_type, model)
+        saved_by_peft = tuple(_HEADS.get(config.task_type, ()))
+        if others := [name for name in heads if not name.endswith(saved_by_peft)]:
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *others})
+        if all_linear:
+            _spell_out(config, model, [*heads, *(config.modules_to_save or ())])
+    elif name is not None and all_linear and (empty := _empty_experts_model(name, model_options or {})) is not None:
+        _spell_out(config, empty, [])
+    return config
+
+
+def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointing: bool = False) -> Any:
+    """
+    A model with LoRA, for trainers that take no `peft_config` themselves. A model of sentence-transformers gets it on
+    the transformers model inside.
+
+    Raises:
+        ValueError: if the model is a `PeftModel` and a configuration is given too.
+    """
+    slot = backbone_of_sentence_transformer(model)
+    if isinstance(peft_model(model), PeftModel):
+        if config is not None:
+            raise ValueError(
+                "You passed a `PeftModel` together with a `peft_config`. The model has its LoRA already; please pass "
+                "either the base model and the `peft_config`, or the `PeftModel` alone."
+            )
+        return model
+    base = model if slot is None else getattr(*slot)
+    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
+        raise ValueError(
+            f"The {type(base).__name__} that you passed has an adapter already, put in by `add_adapter` or by PEFT's "
+            "injection, which is not a `PeftModel`. Please pass the model without it, and its configuration as "
+            "`peft_config` to the trainer."
+        )
+    wrapped = get_peft_model(base, complete_lora_config(config, base, None))
+    if slot is not None:
+        setattr(*slot, wrapped)
+    if gradient_checkpointing:
+        # Checkpointed blocks need an input that requires a gradient, and with frozen embeddings none does.
+        wrapped.enable_input_require_grads()
+    return wrapped if slot is None else model
+
+
+def wrap_model_init(
+    init: Callable[..., nn.Module], config: PeftConfig | None, gradient_checkpointing: bool = False
+) -> Callable[..., PeftModel]:
+    """
+    A `model_init` whose models have LoRA. It takes a trial if the user's own does: the Trainer counts
+    parameters.
+    """
+
+    def plain() -> PeftModel:
+        return wrap_model(init(), config, gradient_checkpointing)
+
+    def with_trial(trial: Any) -> PeftModel:
+        return wrap_model(init(trial), config, gradient_checkpointing)
+
+    return with_trial if inspect.signature(init).parameters else plain
+
+
+def _task_type(model: nn.Module) -> TaskType | None:
+    if not _takes_input_ids(model):  # PEFT's classes of the tasks pass them on, also to a speech model
+        return None
+    name = type(model).__name__
+    if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
+        return TaskType.SEQ_2_SEQ_LM
+    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
+
+
+def _takes_input_ids(model: nn.Module) -> bool:
+    named = getattr(model, "main_input_name", "input_ids") == "input_ids"
+    return named or "input_ids" in inspect.signature(model.forward).parameters
+
+
+def _heads(task_type: TaskType | str | None, model: nn.Module) -> list[str]:
+    """Names of the parts of a model that are new with its task, so that they have to be trained and saved whole."""
+    if task_type not in _HEADS and not type(model).__name__.endswith(_NEW_HEAD):
+        return []
+    known = tuple(_HEADS.get(task_type, SEQ_CLS_HEAD_NAMES))
+    backbone = getattr(model, "base_model", model)
+    inside = [f".{name}" for name, _ in backbone.named_modules()]
+    heads = []
+    for name, child in model.named_children():
+        # Under whatever name: what has weights and stands beside the backbone. PEFT saves all that ends with the name.
+        beside = backbone not in (model, child) and bool(list(child.parameters())) and not isinstance(child, _LISTS)
+        if name.endswith(known) or (beside and not any(other.endswith(name) for other in inside)):
+            heads.append(name)
+    return heads
+
+
+def _spell_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
+    """Put names in the place of "all-linear" where it stands for more than can be adapted."""
+    linear = all_linear_modules(config, model)
+    heads, experts = _inside(linear, model, saved), _experts(linear, model)
+    if heads:  # a shorter name that is adapted may be the end of one of these
+        excluded = config.exclude_modules
+        if isinstance(excluded, str):
+            config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(heads))])
+        else:
+            config.exclude_modules = sorted({*(excluded or ()), *heads})
+    if heads or experts is not None:
+        config.target_modules = sorted(linear - heads - (experts or set()))
+
+
+def _inside(linear: set[str], model: nn.Module, saved: list[str]) -> set[str]:
+    """
+    What is trained and saved whole, and so has no LoRA: PEFT would adapt some of it first. It saves what *ends* with a
+    name, and everything in it.
+    """
+    roots = [name for name, _ in model.named_modules() if name and name.endswith(tuple(saved))]
+    return {name for name in linear if any(name == root or name.startswith(f"{root}.") for root in roots)}
+
+
+def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
+    """
+    The modules of a mixture of experts in whose place PEFT would adapt the parameters of the fused experts; `None` if
+    it would not adapt these. They have no `lora_A` to be called, so no gate.
+    """
+    if not rewrites_all_linear(model):
+        return None
+    parameters = converted_to_parameters("all-linear", model) or ("of its fused experts",)
+    leaves = {name.rpartition(".")[2] for name in linear}
+    experts = {leaf for leaf in leaves if converted_to_parameters([leaf], model) != set()}
+    left_out = {name for name in linear if name.rpartition(".")[2] in experts}
+    text = f"{type(model).__name__} is a mixture of experts. Its linear layers have a LoRA, but not the parameters "
+    text += f"{', '.join(sorted(parameters))}, which PEFT adapts in place, where no gate can be"
+    if left_out:
+        kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in left_out})
+        text += f"; nor {', '.join(kinds)}, which PEFT takes for parts of the experts by their names"
+    logger.info(f"{text}.")
+    return left_out
+
+
+def _empty_experts_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
+    """A model without weights, if a name or folder is that of a mixture of experts as PEFT knows them."""
+    wanted = ("revision", "subfolder", "token", "cache_dir")
+    try:
+        # The file alone: it names the architecture, and no code of the model's own is run for it.
+        found, _ = PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in wanted if key in options})
+        named: Any = nn.Module()
+        named.config = SimpleNamespace(model_type=found.get("model_type"))
+        if converted_to_parameters(["gate"], named) == set():
+            return None
+        settings = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(found["model_type"], **settings))
+    except (OSError, ValueError):  # who loads the model will say what is wrong, or the grid that experts are adapted
+        return None

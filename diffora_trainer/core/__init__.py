@@ -1,0 +1,1 @@
+"""What knows nothing but torch: budgets, selections, files."""

@@ -1,0 +1,1 @@
+"""Shortcuts: low-rank residual and cross-layer connections, after HeteroLoRA."""

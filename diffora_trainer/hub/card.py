@@ -1,0 +1,149 @@
+"""The model card: what PEFT and TRL wrote, and what the search found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from ..config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
+from ..core.files import holds_shortcuts, write_file
+from ..core.selection import Selection, readable
+from .plots import PICTURE_NAME
+
+
+_BEGIN, _END = "<!-- diffora-trainer: begin -->", "<!-- diffora-trainer: end -->"
+_TEMPLATES = Path(__file__).parent / "templates"
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+
+
+def write_card(
+    folder: str | os.PathLike, selection: Selection | None, peft_config: Any, adapter: str | None = None
+) -> Path:
+    """
+    Complete the `README.md` of an adapter folder: its metadata, and a section on the selection that replaces the one
+    of an earlier call. What is there already is kept.
+
+    Args:
+        folder (`str` or `os.PathLike`): the adapter folder.
+        selection ([`Selection`], *optional*): what was chosen; without one only the metadata is completed.
+        peft_config (`LoraConfig`): the adapter's configuration.
+        adapter (`str`, *optional*): Hub id of the adapter, for the snippet that loads it; defaults to the folder's
+            name.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
+    base_model = public_model_id(peft_config.base_model_name_or_path)
+    has_shortcuts = holds_shortcuts(folder)
+    # By the library's name the Hub shows how to load it, and finds the base model of a PEFT adapter.
+    _complete_metadata(card, base_model, "diffora-trainer" if has_shortcuts else "peft")
+    name = adapter or folder.resolve().name
+    card.text = _named(_without_placeholders(card.text, name), base_model, name)
+    if has_shortcuts:  # TRL's example loads it with PEFT, which refuses it
+        card.text = re.sub(r"## Quick start\n.*?(?=\n## )", "", card.text, flags=re.DOTALL)
+    text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
+    if selection is not None:
+        method = selection.config.get("method", "diffora")
+        unread = {"base_model_id", *(SCORE_OPTIONS if method == "diffora" else SEARCH_OPTIONS)}
+        if selection.history:
+            unread.remove("arch_warmup")
+        shares = {
+            keep: [share for share, kept in zip(selection.frequency, selection.kept, strict=True) if kept == keep]
+            for keep in (True, False)
+            if selection.history
+        }
+        environment = Environment(loader=FileSystemLoader(_TEMPLATES), undefined=StrictUndefined, autoescape=False)
+        section = environment.get_template("diffora_card.md").render(
+            selection=selection,
+            options={
+                readable(name, markdown=True): readable(_option(value), markdown=True)
+                for name, value in selection.config.items()
+                if value is not None and name not in unread
+            },
+            has_shortcuts=has_shortcuts,
+            notes=[readable(note, markdown=True, limit=None) for note in selection.notes],
+            method=method if method in METHODS else "custom",
+            picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
+            on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
+            auto_class=_AUTO_CLASSES.get(
+                str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"
+            ),
+            base_model=base_model,
+            adapter=json.dumps(name, ensure_ascii=False),  # a string of the snippet
+        )
+        text = f"{text.rstrip()}\n\n{_BEGIN}\n{section.strip()}\n{_END}\n"
+    card.text = text
+    write_file(path, str(card).encode())
+    return path
+
+
+def _option(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def complete_card(trainer: Any, folder: Path) -> None:
+    """Complete the card of a trainer's output or checkpoint folder."""
+    config = trainer.model.peft_config[trainer.model.active_adapters[0]]
+    write_card(folder, trainer.selection, config, trainer.hub_model_id)
+
+
+def public_model_id(name: str | None) -> str | None:
+    """A model's name if it is one on the Hub; a folder on someone's disk means nothing to others, and tells on it."""
+    if not name or name.startswith(".") or os.path.exists(name):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def _without_placeholders(text: str, title: str) -> str:
+    """
+    PEFT fills a new card with the Hub's template, dozens of "[More Information Needed]". What it knows stands in the
+    metadata and under "Framework versions", so that is what stays of it.
+    """
+    if "[More Information Needed]" not in text:
+        return text
+    heading = "### Framework versions"
+    _, found, versions = text.partition(heading)
+    return f"# {title}\n\n{found}{versions}"
+
+
+def _named(text: str, base_model: str | None, adapter: str) -> str:
+    """TRL's card with names where it wrote "None": for a base model from a folder, and an adapter not yet pushed."""
+    link = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "a model that is not on the Hub"
+    return text.replace("[None](https://huggingface.co/None)", link).replace('model="None"', f'model="{adapter}"')
+
+
+def _complete_metadata(card: ModelCard, base_model: str | None, library: str) -> None:
+    data: Any = card.data
+    data.library_name = library  # TRL's card says transformers
+    named = [data.base_model] if isinstance(data.base_model, str) else list(data.base_model or ())
+    named = [name for name in named if public_model_id(name)]
+    if base_model is not None and base_model not in named:
+        named.append(base_model)
+    data.base_model = (named[0] if len(named) == 1 else named) or None
+    tags = [tag for tag in (data.tags or []) if tag is not None and not _is_local_base_tag(tag)]
+    if base_model is not None:
+        tags.append(f"base_model:adapter:{base_model}")
+    data.tags = sorted({*tags, "lora", "diffora", "diffora-trainer"})
+
+
+def _is_local_base_tag(tag: str) -> bool:
+    prefix, _, name = tag.rpartition(":")
+    return prefix.startswith("base_model") and public_model_id(name) is None

@@ -1,0 +1,1 @@
+"""By what the modules are chosen."""

@@ -1,0 +1,1 @@
+"""The search itself, without a Trainer."""
