@@ -513,11 +513,11 @@ def is_replica(module: nn.Module) -> bool:
 
 FSDP_GROUPS = ("_fsdp_param_groups", "_fsdp_param_group")
 """Where FSDP2 keeps what it gathers for a module: several groups in torch 2.13, one in 2.6. Goes with
-[`forget_fsdp_parameters`]."""
+[`remove_fsdp_parameters`]."""
 
 
 def knows_fsdp2() -> bool:
-    """Whether the FSDP2 of this torch has the names that [`forget_fsdp_parameters`] touches."""
+    """Whether the FSDP2 of this torch has the names that [`remove_fsdp_parameters`] touches."""
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
     except ImportError:
@@ -526,7 +526,7 @@ def knows_fsdp2() -> bool:
     return hasattr(getattr(state, "_state_ctx", None), "all_states") and any(hasattr(state, n) for n in FSDP_GROUPS)
 
 
-def forget_fsdp_parameters(module: Any, gone: Collection[nn.Parameter], present: Collection[nn.Module]) -> None:
+def remove_fsdp_parameters(module: Any, gone: Collection[nn.Parameter], present: Collection[nn.Module]) -> None:
     """
     Take parameters that have left a model out of what FSDP2 gathers and scatters for one of its modules.
 

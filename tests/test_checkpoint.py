@@ -19,7 +19,7 @@ from tokenizer import classification_dataset
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from diffora_trainer.trainer.checkpoint import check_checkpoint, newest_checkpoint, written_whole
+from diffora_trainer.trainer.checkpoint import atomic_checkpoint, check_checkpoint, newest_checkpoint
 
 
 STATE, TENSORS = "diffora_state.json", "diffora_state.safetensors"
@@ -275,13 +275,13 @@ def test_only_an_error_of_writing_is_told_as_one(tmp_path: Path) -> None:
         (RuntimeError("CUDA out of memory. Tried"), False),
         (KeyError("x"), False),
     ):
-        with pytest.raises(OSError if told else type(error)) as caught, written_whole(folder, True):
+        with pytest.raises(OSError if told else type(error)) as caught, atomic_checkpoint(folder, True):
             raise error
         assert (caught.value is not error) is told
         assert not told or all(
             text in str(caught.value) for text in ("checkpoint-2", str(error), "bytes free", "make room")
         )
-    with pytest.raises(ConnectionError), written_whole(folder, True):  # the upload that follows the writing
+    with pytest.raises(ConnectionError), atomic_checkpoint(folder, True):  # the upload that follows the writing
         folder.mkdir()
         (folder / "trainer_state.json").write_text('{"global_step": 2}')
         raise ConnectionError

@@ -53,7 +53,7 @@ def test_planted_modules_are_found(relaxation: str, budget: str) -> None:
         assert matrix.values().shape == (36,) and matrix.values().dtype == torch.float32
         for _ in learn(matrix, gains):
             pass
-        best = float(torch.dot(rule.vertex(gains), gains))
+        best = float(torch.dot(rule.linear_oracle(gains), gains))
         found += float(torch.dot(matrix.choose().float(), gains)) / best / 3
         generator = torch.Generator().manual_seed(seed)
         for _ in range(20):

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
-from diffora_trainer.adapters.gates import Gates, as_if_cut
+from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import ModuleGrid, lora_layers
 
 
@@ -169,7 +169,7 @@ def test_gates_are_exact_in_half_precision(dtype: torch.dtype, lora_dtype: str, 
 
     stock = logits()
     kept = [name for index, name in enumerate(grid.names) if index % 3]
-    with as_if_cut(model, kept, "default"):
+    with pruned_view(model, kept, "default"):
         cut = logits()
     gates.attach()
     for wants_gradient in (False, True):

@@ -150,7 +150,7 @@ def budgets(draw: st.DrawFn) -> Budget:
         reject()
     allowed = torch.tensor(draw(st.lists(st.booleans(), min_size=len(rows), max_size=len(rows))))
     if draw(st.booleans()) and (allowed & fits(budget)).any():
-        budget.allow(allowed)
+        budget.restrict(allowed)
     return budget
 
 
@@ -203,7 +203,7 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
         if budget.cap is None:
             other.group = budget.group[torch.tensor(order)]
             other.counts, other.targets = budget.counts, budget.targets
-        other.allow(budget.allowed[torch.tensor(order)])
+        other.restrict(budget.allowed[torch.tensor(order)])
         assert other.choose(scores[torch.tensor(order)]).equal(kept[torch.tensor(order)])
     for bad in (math.nan, math.inf, -math.inf):
         broken = scores.clone()
@@ -241,7 +241,7 @@ def test_a_relaxed_budget_is_kept(data: st.DataObject) -> None:
         used = torch.zeros_like(budget.targets)
         return used.index_add_(0, budget.group, budget.weights * gates.double())
 
-    vertex = budget.vertex(numbers)
+    vertex = budget.linear_oracle(numbers)
     assert set(vertex.tolist()) <= {0.0, 1.0} and (weight(vertex) <= budget.targets).all()
     assert not vertex[(numbers <= 0) | ~budget.allowed].any()
     gates = budget.calibrate(numbers.clamp(-1e9, 1e9))
@@ -359,7 +359,7 @@ def assert_usable(selection: Selection) -> None:
     assert {*selection.selected} <= {*selection.adapted} and {*selection.dropped}.isdisjoint(selection.adapted)
     assert selection.trainable_parameters >= 1 and selection.lowest_row in selection.rows
     assert selection.summary().isprintable() and "%" in selection.summary()
-    assert len(selection.matrix(selection.gates)) == len(selection.rows) and len(selection.uncovered()) == 2
+    assert len(selection.matrix(selection.gates)) == len(selection.rows) and len(selection.unadapted()) == 2
     for markdown in (False, True):
         lines = selection.table(markdown).split("\n")
         assert len(lines) == len(selection.rows) + 2 and all(line.isprintable() for line in lines)

@@ -260,7 +260,7 @@ def test_what_decides_between_equal_scores_is_enough() -> None:
     # ALPHA-TEST gives every module 0 when each of them alone can be spared; the rises of the loss still differ.
     matrix = ScoreMatrix(Budget([0] * 4, [1] * 4, ratio=0.5))
     matrix.set_scores(torch.zeros(4), torch.tensor([0.1, 0.3, 0.0, 0.2]))
-    assert matrix.choose().tolist() == [False, True, False, True] and not matrix.undecided()
+    assert matrix.choose().tolist() == [False, True, False, True] and not matrix.num_boundary_ties()
     with pytest.raises(ValueError, match="nothing to choose by"):
         matrix.set_scores(torch.zeros(4), torch.full((4,), 0.1))
 
@@ -281,9 +281,9 @@ def test_scores_that_tie_choose_nothing(method: str) -> None:
 def test_ties_at_the_edge_of_the_choice_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     matrix = ScoreMatrix(Budget([0, 0, 0, 1, 1, 1], [1] * 6, ratio=0.5))  # keeps two of three in each row
     matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.zeros(6))
-    assert matrix.choose().tolist() == [True, True, False, True, True, False] and matrix.undecided() == 2
+    assert matrix.choose().tolist() == [True, True, False, True, True, False] and matrix.num_boundary_ties() == 2
     matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.arange(6.0))
-    assert matrix.choose().tolist() == [True, False, True, True, True, False] and matrix.undecided() == 0
+    assert matrix.choose().tolist() == [True, False, True, True, True, False] and matrix.num_boundary_ties() == 0
 
     def nearly_equal(model: nn.Module, batches: list[Any]) -> dict[str, int]:
         return {name: int(index == 5) for index, name in enumerate(ModuleGrid.from_model(model).names)}
@@ -458,7 +458,7 @@ def test_run_that_ends_before_the_scores_keeps_all(tmp_path: Path) -> None:
 
     trainer.add_callback(Stop())
     trainer.train()
-    assert trainer.selection is None and not trainer._callback.searching
+    assert trainer.selection is None and not trainer._callback.gates_active
     assert len(ModuleGrid.from_model(trainer.model)) == modules
 
 

@@ -108,7 +108,7 @@ def test_a_kind_without_a_part_of_the_cap_takes_no_part() -> None:
     assert budget.share.tolist() == pytest.approx([0.59, 0.59, 0.0])
     assert budget.calibrate(torch.zeros(3)).tolist() == pytest.approx([0.59, 0.59, 0.0])
     assert budget.choose(torch.tensor([0.0, 1.0, 2.0])).tolist() == [False, True, False]
-    budget.allow(torch.tensor([True, False, True]))
+    budget.restrict(torch.tensor([True, False, True]))
     assert budget.share.tolist() == [1.0, 0.0, 0.0] and budget.choose(torch.zeros(3)).tolist() == [True, False, False]
 
 
@@ -130,16 +130,16 @@ def test_vertex_is_the_best_affordable_set() -> None:
             )
             if (weights <= budget.targets).all():
                 best = max(best, float(torch.dot(torch.tensor(corner), gains)))
-        vertex = budget.vertex(gains)
+        vertex = budget.linear_oracle(gains)
         assert set(vertex.tolist()) <= {0.0, 1.0}
         assert float(torch.dot(vertex, gains)) == pytest.approx(best)
-    assert not Budget([0, 0], [1, 1]).vertex(torch.tensor([-1.0, 0.0])).any()  # nothing gains: nothing is taken
+    assert not Budget([0, 0], [1, 1]).linear_oracle(torch.tensor([-1.0, 0.0])).any()  # nothing gains: nothing is taken
 
 
 def test_vertex_counts_gains_per_parameter_under_a_cap() -> None:
     budget = Budget([0, 0, 0], [100, 10, 10], cap=110)
-    assert budget.vertex(torch.tensor([5.0, 1.0, 0.9])).tolist() == [0.0, 1.0, 1.0]
-    assert budget.vertex(torch.tensor([50.0, 1.0, 0.9])).tolist() == [1.0, 1.0, 0.0]
+    assert budget.linear_oracle(torch.tensor([5.0, 1.0, 0.9])).tolist() == [0.0, 1.0, 1.0]
+    assert budget.linear_oracle(torch.tensor([50.0, 1.0, 0.9])).tolist() == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -282,8 +282,8 @@ def test_what_becomes_of_each_module() -> None:
     assert selection.dropped == ("layers.1.attn.v", "layers.1.mlp.down")
     assert selection.trainable_parameters == 10 + 5 + 10  # the shared pair counts once
     assert make_selection(shared=()).trainable_parameters == 15
-    assert selection.uncovered() == ((), ("mlp.down",))
-    assert make_selection(shared=()).uncovered() == (("layers.1",), ("attn.v", "mlp.down"))
+    assert selection.unadapted() == ((), ("mlp.down",))
+    assert make_selection(shared=()).unadapted() == (("layers.1",), ("attn.v", "mlp.down"))
     assert selection.summary() == ("kept 2 of 6 LoRA modules, 2 share 1 pair(s): 25 of 75 LoRA parameters (33.3%)")
     assert selection.matrix()[0] == [1.0, 0.0, None, None]
     assert selection.matrix(selection.gates)[2] == [None, None, None, 0.7]

@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
 from diffora_trainer.adapters.grid import ModuleGrid
-from diffora_trainer.adapters.pruning import apply_selection, forget_parameters
+from diffora_trainer.adapters.pruning import apply_selection, remove_from_optimizer
 from diffora_trainer.core.selection import Selection
 
 
@@ -185,7 +185,7 @@ def test_schedulers_go_on_when_groups_are_emptied(kind: str, gone: tuple[int, ..
                 scheduler.step()
             if cut and step == 4:
                 half = [groups[index][0] for index in range(4) if index not in gone]  # they keep their other one
-                forget_parameters(optimizer, [*(p for index in gone for p in groups[index]), *half], scheduler)
+                remove_from_optimizer(optimizer, [*(p for index in gone for p in groups[index]), *half], scheduler)
                 assert [len(group["params"]) for group in optimizer.param_groups] == [1] * (4 - len(gone))
             found = [group["lr"] for group in optimizer.param_groups]
             assert kind == "plateau" or scheduler.get_last_lr() == found
@@ -211,7 +211,7 @@ def test_wrapped_optimizer_and_scheduler() -> None:
         parameter.grad = torch.ones(2)
     optimizer.step()
     wrapped.step()
-    forget_parameters(optimizer, [first], wrapped)
+    remove_from_optimizer(optimizer, [first], wrapped)
     assert optimizer.param_groups is inner.param_groups and set(inner.state) == {second}
     optimizer.step()
     wrapped.step()

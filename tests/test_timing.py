@@ -10,7 +10,7 @@ from conftest import CUT, WARMUP, Probe, assert_same, causal_model, lora, make_t
 from peft import get_peft_model
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, apply_selection
-from diffora_trainer.adapters.gates import as_if_cut
+from diffora_trainer.adapters.gates import pruned_view
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.search.timing import StepTimes, measure_step_times
 
@@ -52,21 +52,21 @@ def test_disturbed_measurements_still_say_that_deeper_is_not_faster() -> None:
 def test_the_allowed_modules_are_as_many_as_time_permits_and_as_the_budget_needs() -> None:
     rows, depth = [0, 0, 1, 1, 2, 2, 3, 3], [4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0]
     budget = Budget(rows, [10] * 8, ratio=0.25, scope="model")
-    assert budget.within(depth, 3.5).tolist() == [False] * 2 + [True] * 6
-    assert budget.within(depth, 0.1).tolist() == [False] * 6 + [True] * 2  # the fastest that has room for two
+    assert budget.max_depth_mask(depth, 3.5).tolist() == [False] * 2 + [True] * 6
+    assert budget.max_depth_mask(depth, 0.1).tolist() == [False] * 6 + [True] * 2  # the fastest that has room for two
     capped = Budget(rows, [10] * 8, cap=45)
-    assert capped.within(depth, 0.1).tolist() == [False] * 2 + [True] * 6  # 45 need five modules
+    assert capped.max_depth_mask(depth, 0.1).tolist() == [False] * 2 + [True] * 6  # 45 need five modules
     scores = torch.arange(8.0).flip(0)  # the best ones are not allowed
     for one in (budget, capped):
-        one.allow(one.within(depth, 2.5))
+        one.restrict(one.max_depth_mask(depth, 2.5))
         kept = one.choose(scores)
         assert not (kept & ~one.allowed).any()
-        assert one.vertex(torch.ones(8)).sum() == kept.sum() == (2 if one is budget else 4)
+        assert one.linear_oracle(torch.ones(8)).sum() == kept.sum() == (2 if one is budget else 4)
         assert torch.all(one.share[~one.allowed] == 0)
         assert float((one.share * one.weights).sum()) == pytest.approx(float(one.targets))
         assert torch.all(one.calibrate(torch.randn(8))[~one.allowed] == 0)
     with pytest.raises(ValueError, match="Not one"):
-        budget.allow(torch.zeros(8, dtype=torch.bool))
+        budget.restrict(torch.zeros(8, dtype=torch.bool))
 
 
 def test_as_if_cut_computes_what_a_cut_would_and_leaves_no_trace() -> None:
@@ -78,7 +78,7 @@ def test_as_if_cut_computes_what_a_cut_would_and_leaves_no_trace() -> None:
     before, trainable = snapshot(model), [p.requires_grad for p in model.parameters()]
     search = ArchitectureSearch(model, DiffoRAConfig(selection_scope="model"), loss_fn=lambda m, b: m(**b).loss)
     selection = search.select()
-    with as_if_cut(model, selection.selected, "default") as parameters:
+    with pruned_view(model, selection.selected, "default") as parameters:
         pretended = model(**ids()).logits
         assert {p for p in model.parameters() if p.requires_grad} == set(parameters)
     assert [p.requires_grad for p in model.parameters()] == trainable

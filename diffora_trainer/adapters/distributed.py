@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..compat import forget_fsdp_parameters
+from ..compat import remove_fsdp_parameters
 
 
-def rewrap_distributed(wrapper: Any, handler: Any = None) -> None:
+def rebuild_ddp(wrapper: Any, handler: Any = None) -> None:
     """
     Let distributed data parallelism notice that parameters are gone. Its reducer is built once, and would wait for
     them.
@@ -45,7 +45,7 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def forget_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
+def unregister_fsdp_parameters(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """
     Take parameters that have left a model out of what FSDP2 gathers and scatters for it.
 
@@ -57,7 +57,7 @@ def forget_shards(model: nn.Module, parameters: Iterable[nn.Parameter]) -> None:
     """
     gone, present = set(parameters), set(model.modules())
     for module in _sharded_modules(model):
-        forget_fsdp_parameters(module, gone, present)
+        remove_fsdp_parameters(module, gone, present)
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

@@ -110,7 +110,7 @@ class Gates:
 
 
 @contextmanager
-def as_if_cut(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[list[nn.Parameter]]:
+def pruned_view(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[list[nn.Parameter]]:
     """
     For a while, let a model compute what it would after a cut that keeps only some modules; gives their parameters.
 

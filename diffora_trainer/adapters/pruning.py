@@ -14,10 +14,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..compat import SCHEDULER_LISTS, inner_schedulers, shortened_targets
-from ..core.selection import Selection, readable
+from ..core.selection import Selection, sanitize
 from ..experimental.shortcuts.shortcuts import keep_shortcuts
 from .backward import suspend_input_gradients
-from .distributed import forget_shards, reshard
+from .distributed import reshard, unregister_fsdp_parameters
 from .grid import parameters_of, searched_modules
 
 
@@ -92,15 +92,15 @@ def apply_selection(
         keep_shortcuts(model, selection.selected_shortcuts)
     kept = {p for name in selection.adapted for p in parameters_of(layers[name], adapter_name)}
     _narrow(model, adapter_name, selection.lora_modules)
-    forget_shards(model, parameters_before - kept)
+    unregister_fsdp_parameters(model, parameters_before - kept)
     suspend_input_gradients(model)
     if optimizer is not None:
-        forget_parameters(optimizer, parameters_before - kept, scheduler)
+        remove_from_optimizer(optimizer, parameters_before - kept, scheduler)
         if selection.shared:
             _sort_parameters(optimizer, model)
 
 
-def forget_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
+def remove_from_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
     """
     Take parameters out of a live optimizer: out of its groups and its state. Groups that this empties go too, together
     with the scheduler's entries for them. A group that was empty before stays, as the optimizer of a plain run has it.
@@ -122,7 +122,7 @@ def forget_parameters(optimizer: Optimizer, parameters: Iterable[nn.Parameter], 
     _keep_groups(optimizer, keep, scheduler)
 
 
-def forget_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
+def remove_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
     """Take all groups without parameters out of an optimizer and its scheduler, and tell whether there were any."""
     optimizer = _innermost(optimizer)
     keep = [bool(group["params"]) for group in optimizer.param_groups]
@@ -237,4 +237,4 @@ def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:
 
 def _some(names: Iterable[str]) -> str:
     names = sorted(names)
-    return ", ".join(map(readable, names[:3])) + (", ..." if len(names) > 3 else "") if names else "none"
+    return ", ".join(map(sanitize, names[:3])) + (", ..." if len(names) > 3 else "") if names else "none"

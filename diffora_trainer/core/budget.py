@@ -28,7 +28,7 @@ class Budget:
             place of the last that would be.
 
     Attributes:
-        allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`allow`] said
+        allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`restrict`] said
             otherwise.
 
     Raises:
@@ -97,7 +97,7 @@ class Budget:
     def __len__(self) -> int:
         return len(self.group)
 
-    def allow(self, allowed: Tensor) -> None:
+    def restrict(self, allowed: Tensor) -> None:
         """
         Restrict what may be kept.
 
@@ -178,7 +178,7 @@ class Budget:
             start += size
         return kept & self.allowed
 
-    def within(self, depth: Sequence[float], limit: float) -> Tensor:
+    def max_depth_mask(self, depth: Sequence[float], limit: float) -> Tensor:
         """
         Which modules may be kept so that a step stays fast, `(n,)` bools: all those above the deepest layer with
         which it does.
@@ -205,7 +205,7 @@ class Budget:
         totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.parameters)
         return self.targets / totals * torch.bincount(self.group, minlength=len(self.targets))
 
-    def vertex(self, gains: Tensor) -> Tensor:
+    def linear_oracle(self, gains: Tensor) -> Tensor:
         """
         The affordable set with the largest linear gain: the linear maximisation oracle of Frank-Wolfe over the
         polytope `{0 <= gate <= 1, sum of gate x weight <= target in each group}`. Modules without a gain stay out.

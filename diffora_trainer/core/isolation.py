@@ -13,7 +13,7 @@ from torch import nn
 
 
 @contextmanager
-def quiet(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
+def side_effect_free(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
     """
     Run a model without leaving a trace in the random streams or in its mode.
 

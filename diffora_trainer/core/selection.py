@@ -209,7 +209,7 @@ class Selection:
         places = zip(self.modules, self.positions, strict=True)
         return self.rows[min(position[0] for name, position in places if name in adapted)]
 
-    def uncovered(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    def unadapted(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the rows, and of the columns, in which not one module has a LoRA after the cut."""
         adapted = set(self.adapted)
         places = [p for name, p in zip(self.modules, self.positions, strict=True) if name in adapted]
@@ -251,8 +251,8 @@ class Selection:
         cells = [[absent] * len(self.columns) for _ in self.rows]
         for name, (row, column), kept in zip(self.modules, self.positions, self.kept, strict=True):
             cells[row][column] = keep if kept else share if name in sharing else drop
-        heads = ["layer", *(readable(name, markdown) for name in short_names(self.columns))]
-        lines = [[readable(row, markdown), *line] for row, line in zip(self.rows, cells, strict=True)]
+        heads = ["layer", *(sanitize(name, markdown) for name in short_names(self.columns))]
+        lines = [[sanitize(row, markdown), *line] for row, line in zip(self.rows, cells, strict=True)]
         if markdown:
             rule = ["---", *[":-:"] * len(self.columns)]
             return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *lines])
@@ -392,7 +392,7 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short
 
 
-def readable(name: str, markdown: bool = False, limit: int | None = _MAX_SHOWN) -> str:
+def sanitize(name: str, markdown: bool = False, limit: int | None = _MAX_SHOWN) -> str:
     """
     A name as it can be shown: on one line, without control characters, and not too long.
 
@@ -409,23 +409,23 @@ def readable(name: str, markdown: bool = False, limit: int | None = _MAX_SHOWN) 
 
 def _list(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise TypeError(f"{readable(repr(value))} should be a list")
+        raise TypeError(f"{sanitize(repr(value))} should be a list")
     return value
 
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise TypeError(f"{readable(repr(value))} should be an object")
+        raise TypeError(f"{sanitize(repr(value))} should be an object")
     return value
 
 
 def _text(value: Any) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{readable(repr(value))} should be a text")
+        raise TypeError(f"{sanitize(repr(value))} should be a text")
     return value
 
 
 def _whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{readable(repr(value))} should be a whole number")
+        raise TypeError(f"{sanitize(repr(value))} should be a whole number")
     return value

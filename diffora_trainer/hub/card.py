@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
 from ..core.files import holds_shortcuts, write_file
-from ..core.selection import Selection, readable
+from ..core.selection import Selection, sanitize
 from .plots import PICTURE_NAME
 
 
@@ -70,12 +70,12 @@ def write_card(
         section = environment.get_template("diffora_card.md").render(
             selection=selection,
             options={
-                readable(name, markdown=True): readable(_option(value), markdown=True)
+                sanitize(name, markdown=True): sanitize(_option(value), markdown=True)
                 for name, value in selection.config.items()
                 if value is not None and name not in unread
             },
             has_shortcuts=has_shortcuts,
-            notes=[readable(note, markdown=True, limit=None) for note in selection.notes],
+            notes=[sanitize(note, markdown=True, limit=None) for note in selection.notes],
             method=method if method in METHODS else "custom",
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import write_file
-from ..core.selection import Selection, readable, short_names
+from ..core.selection import Selection, sanitize, short_names
 from ..logging import get_logger
 
 
@@ -63,14 +63,14 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
             )
     # A name is no formula, whatever it holds.
     heads, sides = (
-        [readable(name)[-_MAX_LABEL:] for name in names] for names in (short_names(selection.columns), selection.rows)
+        [sanitize(name)[-_MAX_LABEL:] for name in names] for names in (short_names(selection.columns), selection.rows)
     )
     every, skip = math.ceil(columns / _MAX_LABELS), math.ceil(rows / _MAX_LABELS)
     text: dict[str, Any] = {"fontsize": 8, "parse_math": False}
     axes.set_xticks(range(0, columns, every), heads[::every], rotation=40, ha="right", **text)
     axes.set_yticks(range(0, rows, skip), sides[::skip], **text)
     axes.set_title(
-        f"{'DAM' if method == 'diffora' else readable(str(method))}: {len(selection.selected)} of "
+        f"{'DAM' if method == 'diffora' else sanitize(str(method))}: {len(selection.selected)} of "
         f"{len(selection.modules)} modules kept (framed)",
         fontsize=9,
         loc="left",

@@ -103,7 +103,7 @@ class DifferentialAdaptationMatrix(ABC):
         """The discretized matrix, `(n,)` bools: the best set under the budget."""
         return self.budget.choose(self.scores(), self.tie_breaker())
 
-    def undecided(self) -> int:
+    def num_boundary_ties(self) -> int:
         """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
         scores, ties = self.scores(), self.tie_breaker()
         ties = torch.zeros_like(scores) if ties is None else ties
@@ -207,7 +207,7 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
         self.steps += 1
         self._gains.lerp_(-_bounded(gradient), 2.0 / (self.steps + 1.0))
         length = 2.0 / (self.steps + 2.0) if self.learning_rate is None else self.learning_rate
-        self._values.lerp_(self.budget.vertex(self._gains), length).clamp_(0.0, 1.0)
+        self._values.lerp_(self.budget.linear_oracle(self._gains), length).clamp_(0.0, 1.0)
 
     def tie_breaker(self) -> Tensor:
         # Several modules can stand at exactly 0 or 1; the averaged gain says which of them is worth more.

@@ -83,9 +83,9 @@ def cut(selection: Selection, losses: tuple[float, float] | None, before_closing
     return lines
 
 
-def uncovered(selection: Selection) -> list[str]:
+def unadapted(selection: Selection) -> list[str]:
     """A warning of layers and of kinds in which nothing was kept."""
-    rows, columns = selection.uncovered()
+    rows, columns = selection.unadapted()
     lines = []
     if rows:
         lines.append(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")

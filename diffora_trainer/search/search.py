@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.backward import input_embeddings, suspend_input_gradients
-from ..adapters.gates import Gates, as_if_cut, checkpoints_activations
+from ..adapters.gates import Gates, checkpoints_activations, pruned_view
 from ..adapters.grid import OTHER_ROW, ModuleGrid, parameters_of, searched_modules
 from ..compat import checkpoints
 from ..config import DiffoRAConfig
 from ..core.agreement import check_agreement, fingerprint, is_main_process
 from ..core.budget import Budget
-from ..core.isolation import quiet
-from ..core.selection import Selection, readable, short_names
+from ..core.isolation import side_effect_free
+from ..core.selection import Selection, sanitize, short_names
 from ..logging import get_logger
 from ..methods.matrix import DifferentialAdaptationMatrix, ScoreMatrix
 from ..methods.scores import ScoreFunction, check_finite, check_score_function, module_scores, scale_free
@@ -199,7 +199,7 @@ class ArchitectureSearch:
         budget = self.matrix.budget
         others = times.per_module * (budget.expected_count - 1)
         limit = self.config.max_step_time * times.spread(budget.expected_count) - others
-        allowed = budget.within([times.depth[row] for row in self.grid.row_of], limit)
+        allowed = budget.max_depth_mask([times.depth[row] for row in self.grid.row_of], limit)
         self.matrix = make_matrix(self.grid, self.config, allowed)
         self.gates.set_evaluation(self.matrix.evaluation_gates())
 
@@ -209,7 +209,7 @@ class ArchitectureSearch:
         return min(self._time(batch, weights) for _ in range(REPEATS + 1))
 
     def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
-        with as_if_cut(self.model, [self.grid.names[index] for index in kept], self.grid.adapter_name):
+        with pruned_view(self.model, [self.grid.names[index] for index in kept], self.grid.adapter_name):
             # With what is trained beside the LoRA, such as a head: the backward pass goes down to the lowest of all.
             return self._time(batch, [parameter for parameter in self.model.parameters() if parameter.requires_grad])
 
@@ -218,7 +218,7 @@ class ArchitectureSearch:
             loss = self._loss(batch)
             torch.autograd.grad(loss, weights, allow_unused=True)
 
-        with self._quiet(training=True), self.gates.override(None):
+        with self._side_effect_free(training=True), self.gates.override(None):
             return timed(step, self.gates.device)
 
     def decide(self, kept: Tensor | None = None) -> None:
@@ -296,7 +296,7 @@ class ArchitectureSearch:
                 "Please pass both, or set `arch_order=1`."
             )
         gates = self.matrix.search_gates().detach()
-        with self._quiet():
+        with self._side_effect_free():
             if self.config.arch_order == 1:
                 loss, (gradient,) = self._gradients(batch, gates, [])
             else:
@@ -340,7 +340,7 @@ class ArchitectureSearch:
             )
         if not batches:
             raise ValueError("There is no batch to score the modules on. Please pass at least one.")
-        with self._quiet(training=False), self.gates.override(None):
+        with self._side_effect_free(training=False), self.gates.override(None):
             for module in self.model.modules():
                 if checkpoints(module):
                     module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
@@ -379,7 +379,7 @@ class ArchitectureSearch:
                 anew for each batch, instead of those of evaluation.
         """
         losses = []
-        with self._quiet(training=False), torch.no_grad():
+        with self._side_effect_free(training=False), torch.no_grad():
             for batch in batches:
                 with self.gates.override(self._training_gates()) if relaxed else nullcontext():
                     losses.append(self._loss(batch).detach().float().cpu().reshape(1))
@@ -498,14 +498,14 @@ class ArchitectureSearch:
                 "(`discretize_at`) or another learning rate may help."
             )
         if missed:
-            names = ", ".join(readable(self.grid.names[index]) for index in missed[:3])
+            names = ", ".join(sanitize(self.grid.names[index]) for index in missed[:3])
             notes.append(
                 f"The gates of {len(missed)} of {count} modules never had a gradient ({names}"
                 f"{', ...' if len(missed) > 3 else ''}), so nothing was learned of these modules and they were ranked "
                 "without evidence. They take no part in the loss, or a fused kernel computes their LoRA without "
                 "calling `lora_A`."
             )
-        if undecided := self.matrix.undecided():
+        if undecided := self.matrix.num_boundary_ties():
             notes.append(
                 f"{undecided} modules at the edge of the choice have equal scores. Those that stand first in the "
                 "model are kept of them."
@@ -619,8 +619,8 @@ class ArchitectureSearch:
                     weight.copy_(start)
         return loss, gradient - learning_rate * (above - below) / (2 * epsilon)
 
-    def _quiet(self, training: bool | None = None) -> AbstractContextManager[None]:
-        return quiet(self.model, self.gates.device, self._checkpointing if training is None else training)
+    def _side_effect_free(self, training: bool | None = None) -> AbstractContextManager[None]:
+        return side_effect_free(self.model, self.gates.device, self._checkpointing if training is None else training)
 
 
 def make_matrix(
@@ -638,7 +638,7 @@ def make_matrix(
         required=[not shortcut for shortcut in grid.is_shortcut],
     )
     if allowed is not None:
-        budget.allow(allowed)
+        budget.restrict(allowed)
     if config.method != "diffora":
         return ScoreMatrix(budget, seed=config.arch_seed)
     return DifferentialAdaptationMatrix.create(

@@ -26,7 +26,7 @@ from ..search import messages
 from ..search.reallocation import Reallocation
 from ..search.search import ArchitectureSearch
 from ..search.timing import StepTimes
-from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, named_errors, save_state
+from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, reraise_with_path, save_state
 from .data import ArchitectureBatches, without_labels
 from .resume import check_model, check_same, describe_base
 
@@ -92,7 +92,7 @@ class DiffoRACallback(TrainerCallback):
         return self._cut_model is not None and self._cut_model() is peft_model(model)
 
     @property
-    def searching(self) -> bool:
+    def gates_active(self) -> bool:
         """Whether the gates act on the model: from the start of training until the cut."""
         return self.search is not None and self.search.gates.attached
 
@@ -104,7 +104,7 @@ class DiffoRACallback(TrainerCallback):
     def metrics(self) -> dict[str, float]:
         """What belongs into the next training log."""
         report, self._report = self._report, {}
-        if self.searching and self.search is not None:
+        if self.gates_active and self.search is not None:
             report = {**self.search.metrics(), **report}
         return report
 
@@ -154,7 +154,7 @@ class DiffoRACallback(TrainerCallback):
         self._warmup, self._cut = self.config.schedule(state.max_steps)
         self._decision = self.config.decision(state.max_steps)
         self._moments = self.config.reallocations(state.max_steps)
-        if self.searching and self.search is not None:  # a run before this one was interrupted
+        if self.gates_active and self.search is not None:  # a run before this one was interrupted
             self.search.gates.detach()
         self.phase, self.selection = WARMUP, None
         self.search = self._make_search(kwargs["model"])
@@ -189,7 +189,7 @@ class DiffoRACallback(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        if not self.searching or self.search is None:
+        if not self.gates_active or self.search is None:
             return
         step = state.global_step
         searched = self._warmup < step <= self._decision and not self._scores
@@ -220,7 +220,7 @@ class DiffoRACallback(TrainerCallback):
     ) -> None:
         if state.global_step == self._first_step < state.max_steps:
             self._refuse_no_step(state)
-        if not self.searching or self.search is None:
+        if not self.gates_active or self.search is None:
             return
         if self.search.matrix.steps:
             logger.warning(
@@ -374,7 +374,7 @@ class DiffoRACallback(TrainerCallback):
         if state.is_world_process_zero:
             for line in messages.cut(selection, losses, before_closing):
                 logger.info(line)
-            for line in messages.uncovered(selection):
+            for line in messages.unadapted(selection):
                 logger.warning(line)
         self.search = self.reallocation = self._held_out = None
 
@@ -424,7 +424,7 @@ class DiffoRACallback(TrainerCallback):
         model = peft_model(model)
         record, tensors = load_state(folder)
         if record["phase"] == SELECTED:
-            with named_errors(Path(folder, STATE_NAME)):
+            with reraise_with_path(Path(folder, STATE_NAME)):
                 selection = Selection.from_json(record["selection"])
             if self.is_cut(model) and (self.selection is None or self.selection.adapted != selection.adapted):
                 raise ValueError(
@@ -472,10 +472,10 @@ class DiffoRACallback(TrainerCallback):
         self.phase = record["phase"]
         if record["times"] is not None:
             self.search.restrict(StepTimes.from_dict(record["times"]))
-        with named_errors(Path(folder, TENSORS_NAME)):
+        with reraise_with_path(Path(folder, TENSORS_NAME)):
             self.search.matrix.load_state_dict(tensors)
         if self.reallocation is not None:
-            with named_errors(Path(folder, STATE_NAME)):
+            with reraise_with_path(Path(folder, STATE_NAME)):
                 self.reallocation.load_state_list(record["history"])
             self.search.check_choice(self.reallocation.on)
             if not self.reallocation.on.all():

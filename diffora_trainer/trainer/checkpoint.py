@@ -69,7 +69,7 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             "with `save_only_model=True`. The search cannot go on from it; please start a new run, or resume from "
             "another checkpoint."
         )
-    with named_errors(path):
+    with reraise_with_path(path):
         state = _read_json(path)
         state.setdefault("shortcuts", False)  # as written before a search could choose among them
         if state.get("phase") in (WARMUP, SEARCH):
@@ -77,7 +77,7 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             state.setdefault("reached", None)  # as written before these two were kept
             state.setdefault("effect", None)
         _check_state(state)
-    with named_errors(tensor_path):
+    with reraise_with_path(tensor_path):
         blob = tensor_path.read_bytes()
         if len(blob) != state["tensor_bytes"]:
             raise ValueError(f"it has {len(blob)} bytes instead of {state['tensor_bytes']}")
@@ -99,7 +99,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"The checkpoint {str(folder)!r} holds no {TRAINER_STATE_NAME}, which is written last: its saving was "
             f"interrupted. {_OTHER}"
         )
-    with named_errors(path):
+    with reraise_with_path(path):
         step = _read_json(path)["global_step"]
     state, _ = load_state(folder)
     if state["step"] != step:
@@ -110,10 +110,10 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     adapters = [*folder.glob(ADAPTER_NAME), *folder.glob(f"*/{ADAPTER_NAME}")]  # a named adapter has its own folder
     for path in adapters or [folder / ADAPTER_NAME]:
         tensor_shapes(path)
-        with named_errors(path.with_name(ADAPTER_CONFIG_NAME)):
+        with reraise_with_path(path.with_name(ADAPTER_CONFIG_NAME)):
             _read_json(path.with_name(ADAPTER_CONFIG_NAME))
     if state["shortcuts"]:
-        with named_errors(folder / SHORTCUT_CONFIG_NAME):
+        with reraise_with_path(folder / SHORTCUT_CONFIG_NAME):
             _read_json(folder / SHORTCUT_CONFIG_NAME)
         tensor_shapes(folder / SHORTCUT_TENSORS_NAME)
     elif (folder / SHORTCUT_CONFIG_NAME).is_file():  # the Trainer would read the adapter that was saved with them
@@ -127,7 +127,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     sharded = [folder / name for name in ("optimizer.bin", "pytorch_model_fsdp.bin")]
     optimizer = sharded if any(path.is_file() for path in sharded) else [folder / "optimizer.pt"]
     for path in [*optimizer, folder / "scheduler.pt", *randomness]:
-        with named_errors(path):
+        with reraise_with_path(path):
             if not path.is_file() or not zipfile.is_zipfile(path):  # its directory comes last
                 raise ValueError("it is not whole" if path.is_file() else "it is missing")
 
@@ -187,7 +187,7 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[str | None, dict[str, 
 
 
 @contextmanager
-def written_whole(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
+def atomic_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
     """
     While the Trainer writes a checkpoint. If an earlier one stands in its place, it first loses the file that makes it
     look whole: a mixture of the two cannot pass for a checkpoint.
@@ -219,7 +219,7 @@ def written_whole(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
 def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
     """The shapes in a safetensors file, by name. Raises a `ValueError` if the file is not whole."""
     path = Path(path)
-    with named_errors(path), path.open("rb") as file:
+    with reraise_with_path(path), path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size <= path.stat().st_size - 8:
             raise ValueError("it is not whole")
@@ -232,7 +232,7 @@ def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
 
 
 @contextmanager
-def named_errors(path: Path) -> Iterator[None]:
+def reraise_with_path(path: Path) -> Iterator[None]:
     """Whatever goes wrong with a file is a `ValueError` that names it."""
     try:
         yield

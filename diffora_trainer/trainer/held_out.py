@@ -144,7 +144,7 @@ class HeldOutMixin(_Base):
 
     def _kept_rollouts(self) -> AbstractContextManager[None]:
         """While the search lasts, keep for it what a training step is given."""
-        if self._rollouts is None or not self._callback.searching:
+        if self._rollouts is None or not self._callback.gates_active:
             return nullcontext()
         return noted_preparation(self, self._rollouts.add)
 

@@ -12,9 +12,9 @@ from transformers import ProgressCallback, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.compiled import check_not_compiled
-from ..adapters.distributed import rewrap_distributed
+from ..adapters.distributed import rebuild_ddp
 from ..adapters.grid import peft_model
-from ..adapters.pruning import forget_empty_groups, own_config
+from ..adapters.pruning import own_config, remove_empty_groups
 from ..adapters.wrapping import complete_lora_config, wrap_model, wrap_model_init
 from ..compat import (
     activation_checkpointing,
@@ -37,7 +37,7 @@ from ..logging import follow_log_level, get_logger
 from ..methods.scores import ScoreFunction, check_score_function
 from ..search.search import ArchitectureSearch
 from .callback import DiffoRACallback
-from .checkpoint import find_checkpoint, written_whole
+from .checkpoint import atomic_checkpoint, find_checkpoint
 from .checks import (
     check_arch_columns,
     check_loaded,
@@ -177,7 +177,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             resume_split=self._set_cut,
             after_cut=self._after_cut,
             last_train_batch=lambda: self._last_train_batch,
-            after_switch=lambda: rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler),
+            after_switch=lambda: rebuild_ddp(self.model_wrapped, self.accelerator.ddp_handler),
         )
         self.add_callback(self._callback)
         self.add_callback(SearchProgressCallback(self._callback, self._find_progress_bar))
@@ -332,7 +332,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
         """A training step of the parent, under gates drawn for it while the search lasts."""
         if self._in_architecture_step:  # which runs the step for its loss, under gates of its own
             return super().training_step(model, inputs, *args, **kwargs)
-        if self._callback.searching and self._callback.search is not None:
+        if self._callback.gates_active and self._callback.search is not None:
             self._callback.search.draw_gates()
             if self.diffora_config.arch_order == 2:
                 self._last_train_batch = inputs
@@ -385,7 +385,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
                 return self.compute_architecture_loss(whole, inputs)
 
     def _after_cut(self) -> None:
-        rewrap_distributed(self.model_wrapped, self.accelerator.ddp_handler)
+        rebuild_ddp(self.model_wrapped, self.accelerator.ddp_handler)
         self._last_train_batch = None
         self._give_held_out_back()
 
@@ -414,7 +414,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(output_dir(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with written_whole(folder, self.args.should_save):
+        with atomic_checkpoint(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -449,7 +449,7 @@ class DiffoRAMixin(HeldOutMixin, PublicPushMixin, _Base):
             super()._load_optimizer_and_scheduler(checkpoint)
         except ValueError:
             # A group that the cut emptied has left the run, but an optimizer that is built anew may have it, empty.
-            if not self._callback.is_cut(self.model) or not forget_empty_groups(self.optimizer, self.lr_scheduler):
+            if not self._callback.is_cut(self.model) or not remove_empty_groups(self.optimizer, self.lr_scheduler):
                 raise
             super()._load_optimizer_and_scheduler(checkpoint)
 

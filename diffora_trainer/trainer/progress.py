@@ -33,7 +33,7 @@ class SearchProgressCallback(TrainerCallback):
             return
         note = self._source.phase
         search = self._source.search
-        if self._source.searching and search is not None and self._source.config.method == "diffora":
+        if self._source.gates_active and search is not None and self._source.config.method == "diffora":
             gates = search.matrix.values()
             note += f", entropy {search.matrix.entropy():.2f}, gates {float(gates.min()):.2f}-{float(gates.max()):.2f}"
             if search.last_loss is not None:

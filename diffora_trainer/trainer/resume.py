@@ -11,7 +11,7 @@ from ..adapters.grid import searched_modules
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
 from ..experimental.shortcuts.hooks import ATTRIBUTE
 from ..experimental.shortcuts.shortcuts import Shortcut, ShortcutConfig, shortcut_config
-from .checkpoint import STATE_NAME, named_errors, tensor_shapes
+from .checkpoint import STATE_NAME, reraise_with_path, tensor_shapes
 
 
 # What a checkpoint's weights were trained under, and is not read from it again.
@@ -82,7 +82,7 @@ def check_model(
 def _check_shortcuts(folder: str, model: Any, shortcuts: dict[str, Shortcut]) -> None:
     """Raise a `ValueError` if the shortcuts in a checkpoint are not those that its state names, in this model."""
     path, config_path = Path(folder, SHORTCUT_TENSORS_NAME), Path(folder, SHORTCUT_CONFIG_NAME)
-    with named_errors(config_path):
+    with reraise_with_path(config_path):
         config = ShortcutConfig.from_json(config_path.read_text(encoding="utf-8"))
     present = shortcut_config(model)
     check_same(

@@ -20,7 +20,7 @@ from ...compat import (
     is_replica,
     set_checkpoint_function,
 )
-from ...core.selection import readable
+from ...core.selection import sanitize
 
 
 ATTRIBUTE = "diffora_shortcuts"
@@ -327,7 +327,7 @@ def plan_layers(
     if unknown := sorted(set(names or ()) - {f"{name}.{kind}" for name, *_, given in plan for kind in given}):
         raise ValueError(
             f"{type(model).__name__} has no place for {len(unknown)} of the shortcuts that are named, such as "
-            f"{readable(repr(unknown[0]))}. Please use the model that they were chosen in."
+            f"{sanitize(repr(unknown[0]))}. Please use the model that they were chosen in."
         )
     return plan
 

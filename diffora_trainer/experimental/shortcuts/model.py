@@ -27,7 +27,7 @@ from ...core.files import (
     holds_shortcuts,
     write_file,
 )
-from ...core.selection import readable
+from ...core.selection import sanitize
 from .merging import merge_shortcuts
 from .shortcuts import (
     Shortcut,
@@ -102,7 +102,7 @@ def load_shortcuts(model: nn.Module, folder: str | Path) -> dict[str, Shortcut]:
         found = tuple(saved[name].shape) if name in saved else "missing"
         raise ValueError(
             f"The shortcuts in {path} were saved for another model: {len(wrong)} tensors do not fit. "
-            f"{readable(repr(name))} is {found} there, and {shapes.get(name, 'missing')!s:.100} in this "
+            f"{sanitize(repr(name))} is {found} there, and {shapes.get(name, 'missing')!s:.100} in this "
             f"{type(model).__name__}."
         )
     damaged = [n for n, t in saved.items() if not t.is_floating_point() or not t.float().isfinite().all()]

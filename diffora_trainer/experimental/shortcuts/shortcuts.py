@@ -58,7 +58,7 @@ from torch.nn import functional
 from ...adapters.compiled import check_not_compiled
 from ...config import SHORTCUTS
 from ...core.files import SHORTCUT_CONFIG_NAME
-from ...core.selection import readable
+from ...core.selection import sanitize
 from .hooks import ATTRIBUTE, LayerShortcuts, plan_layers
 
 
@@ -99,34 +99,34 @@ class ShortcutConfig:
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int):
-            raise TypeError(f"`r` must be an int, got {readable(repr(self.r))}.")
+            raise TypeError(f"`r` must be an int, got {sanitize(repr(self.r))}.")
         if self.r < 1:
             raise ValueError(f"You passed `r={self.r}`; a rank must be 1 or more.")
         for name in ("lora_alpha", "dropout"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number, got {readable(repr(value))}.")
+                raise TypeError(f"`{name}` must be a number, got {sanitize(repr(value))}.")
         if not 0 < self.lora_alpha <= sys.float_info.max:
             raise ValueError(
-                f"You passed `lora_alpha={readable(str(self.lora_alpha))}`; it must be positive and finite."
+                f"You passed `lora_alpha={sanitize(str(self.lora_alpha))}`; it must be positive and finite."
             )
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"You passed `dropout={readable(str(self.dropout))}`; it must be in [0, 1).")
+            raise ValueError(f"You passed `dropout={sanitize(str(self.dropout))}`; it must be in [0, 1).")
         if not isinstance(self.kinds, (list, tuple)):
-            raise TypeError(f"`kinds` must be a list of names, got {readable(repr(self.kinds))}.")
+            raise TypeError(f"`kinds` must be a list of names, got {sanitize(repr(self.kinds))}.")
         unknown = [kind for kind in self.kinds if kind not in KINDS]
         if unknown or not self.kinds or len(set(self.kinds)) != len(self.kinds):
             raise ValueError(
-                f"You passed `kinds={readable(repr(list(self.kinds)))}`; it must name one or more of {list(KINDS)}, "
+                f"You passed `kinds={sanitize(repr(list(self.kinds)))}`; it must name one or more of {list(KINDS)}, "
                 "each once."
             )
         self.kinds = tuple(kind for kind in KINDS if kind in self.kinds)
         if self.names is not None:
             if not isinstance(self.names, (list, tuple)) or not all(isinstance(name, str) for name in self.names):
-                raise TypeError(f"`names` must be a list of names of shortcuts, got {readable(repr(self.names))}.")
+                raise TypeError(f"`names` must be a list of names of shortcuts, got {sanitize(repr(self.names))}.")
             wrong = [name for name in self.names if name.rpartition(".")[2] not in self.kinds]
             if wrong or not self.names or len(set(self.names)) != len(self.names):
-                found = f", such as {readable(repr(wrong[0]))}" if wrong else ""
+                found = f", such as {sanitize(repr(wrong[0]))}" if wrong else ""
                 raise ValueError(
                     f"You passed {len(self.names)} `names`{found}; each must end in one of the kinds "
                     f"{list(self.kinds)}, and stand once. Please leave it out to have them all."
