@@ -242,6 +242,6 @@ def test_fsdp_of_an_unknown_torch_is_refused(tmp_path: Path, monkeypatch: pytest
     trainer.is_fsdp_enabled = True
     monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", _Plugin(), raising=False)
     trainer_utils.check_trainer(trainer)
-    monkeypatch.setattr(compat, "FSDP_GROUPS", ("_groups_of_a_later_torch",))
+    monkeypatch.setattr(compat.torch, "FSDP_GROUPS", ("_groups_of_a_later_torch",))
     with pytest.raises(ValueError, match=r"FSDP2 of torch .* does not keep what it gathers.*ddp.yaml"):
         trainer_utils.check_trainer(trainer)

@@ -31,7 +31,7 @@ from transformers import (
 from diffora_trainer import DiffoRAMixin, DiffoRATrainer
 from diffora_trainer.adapters.grid import lora_layers
 from diffora_trainer.adapters.wrapping import wrap_model
-from diffora_trainer.compat import convert_peft_config_for_transformers
+from diffora_trainer.compat.peft import convert_peft_config_for_transformers
 
 
 class Rows(Dataset):

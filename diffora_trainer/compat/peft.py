@@ -1,0 +1,86 @@
+"""Private and version-dependent names of PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
+from torch import nn
+
+
+convert_peft_config_for_transformers: Any
+try:
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+except ImportError:
+    convert_peft_config_for_transformers = None
+
+
+def adapters_disabled(model: Any) -> bool:
+    """
+    Whether a model is inside `disable_adapter()`: `PeftModel._adapters_disabled` in all versions. Goes with
+    a public property of the model.
+    """
+    return getattr(model, "_adapters_disabled", False) is True
+
+
+def disable_layer(layer: Any, disabled: bool) -> None:
+    """
+    Switch the adapters of one layer off or on: `_disable_adapters` in all versions. The public `enable_adapters` also
+    changes what is trainable in other adapters of the layer; goes when it leaves that alone.
+    """
+    layer._disable_adapters = disabled
+
+
+def shortened_targets(targets: Collection[str], others: Collection[str]) -> set[str]:
+    """
+    The suffixes by which PEFT finds many target modules: `_find_minimal_target_modules` in all versions. Goes when
+    PEFT no longer shortens a list that it is given.
+    """
+    return _find_minimal_target_modules(targets, others)  # type: ignore[arg-type]
+
+
+def all_linear_modules(config: LoraConfig, model: nn.Module) -> set[str]:
+    """
+    Names of the modules that `target_modules="all-linear"` stands for in a base model, without the output embeddings.
+
+    Reads `peft.tuners.tuners_utils._maybe_include_all_linear_layers`, the same in PEFT 0.18 to 0.21. A public function
+    that resolves the short form would let it go.
+    """
+    probe: Any = LoraConfig(target_modules="all-linear", task_type=config.task_type)
+    _maybe_include_all_linear_layers(probe, model)
+    return set(probe.target_modules)
+
+
+def converted_to_parameters(target_modules: str | list[str], model: nn.Module) -> set[str] | None:
+    """
+    The parameters of fused experts that PEFT adapts when these target modules are asked for, because it takes them for
+    experts by their names; `None` if it refuses them, being a part of fused ones. Only the configuration of the model
+    is read, unless a string has to be resolved.
+
+    Reads `peft.utils.transformers_weight_conversion.convert_peft_config_for_transformers`, which newer versions of
+    PEFT call on every configuration (seen in 0.21); PEFT 0.18 has none and adapts the modules as named. It can go when
+    gates can act on adapted parameters.
+    """
+    if convert_peft_config_for_transformers is None:
+        return set()
+    probe = LoraConfig(target_modules=target_modules)
+    try:
+        convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    except ValueError:
+        return None
+    return set(probe.target_parameters or ())
+
+
+def rewrites_all_linear(model: nn.Module) -> bool:
+    """
+    Whether PEFT puts something else in the place of `target_modules="all-linear"` for a model, because it knows it as
+    a mixture of experts: PEFT 0.21 the modules and the parameters of fused experts, PEFT 0.19 the letters of the word,
+    with which it then finds nothing. Reads and goes as [`converted_to_parameters`].
+    """
+    if convert_peft_config_for_transformers is None:
+        return False
+    probe = LoraConfig(target_modules="all-linear")
+    convert_peft_config_for_transformers(probe, model=model, conversions=None)
+    return probe.target_modules != "all-linear" or bool(probe.target_parameters)

@@ -1,0 +1,163 @@
+"""Private and version-dependent names of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+TRAINER_METHODS = (
+    "_finish_current_push",
+    "_get_collator_with_removed_columns",
+    "_get_train_sampler",
+    "_inner_training_loop",
+    "_load_best_model",
+    "_load_from_checkpoint",
+    "_load_optimizer_and_scheduler",
+    "_push_from_checkpoint",
+    "_remove_unused_columns",
+    "_save",
+    "_save_checkpoint",
+    "_save_optimizer_and_scheduler",
+    "_save_rng_state",
+)
+"""
+Private methods of `Trainer` that the trainers of this package override, in transformers 5.2 to 5.23. A version without
+one of them would never call the override: what it does would be missing in silence (see [`check_trainer_methods`]).
+They go as `Trainer` gets public hooks for what is saved, loaded, pushed and sampled.
+"""
+
+
+def check_trainer_methods(trainer: type) -> None:
+    """
+    Raise an `ImportError` if a version of transformers lacks a method that is overridden here.
+
+    Args:
+        trainer (`type`): the class of the trainer that is searched with.
+    """
+    import transformers  # not above: a search without a Trainer need not wait for it
+
+    missing = [name for name in TRAINER_METHODS if not hasattr(transformers.Trainer, name)]
+    if missing:
+        raise ImportError(
+            f"{trainer.__name__} overrides {missing} of `Trainer`, which transformers {transformers.__version__} does "
+            "not have, so a part of the search would never run. Please install a version that is older, or update "
+            "diffora-trainer."
+        )
+
+
+def activation_checkpointing(args: Any) -> bool:
+    """
+    Whether training arguments ask for activation checkpointing.
+
+    The name is `activation_checkpointing` since transformers 5.23, where `gradient_checkpointing` is an alias that
+    version 6 removes. Before 5.23 there is the latter alone. Goes when 5.23 is the oldest version.
+    """
+    return bool(getattr(args, "activation_checkpointing", getattr(args, "gradient_checkpointing", False)))
+
+
+def activation_checkpointing_kwargs(args: Any) -> dict[str, Any]:
+    """What training arguments pass to the checkpointing function. Names as in [`activation_checkpointing`]."""
+    old = getattr(args, "gradient_checkpointing_kwargs", None)
+    return dict(getattr(args, "activation_checkpointing_kwargs", old) or {})
+
+
+def checkpoints(module: nn.Module) -> bool:
+    """
+    Whether a module checkpoints activations in training: `gradient_checkpointing` in all versions, which transformers
+    5.23 has not renamed here. Goes with a public call that names these modules.
+    """
+    return getattr(module, "gradient_checkpointing", False)
+
+
+def checkpoint_function(module: Any) -> Any:
+    """
+    What a module checkpoints with, if it does: `_gradient_checkpointing_func`, in all versions. Goes as
+    [`checkpoints`].
+    """
+    return getattr(module, "_gradient_checkpointing_func", None)
+
+
+def set_checkpoint_function(module: Any, function: Callable[..., Any]) -> None:
+    """Let a module checkpoint with a function. The name is that of [`checkpoint_function`]."""
+    module._gradient_checkpointing_func = function
+
+
+def checkpoints_without_reentry(block: nn.Module) -> bool:
+    """
+    Whether a module that [`checkpoints`] is known to do so in the non-reentrant way: transformers keeps
+    `partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)` as its [`checkpoint_function`] (5.2 to 5.23,
+    where `offload` puts another function into the partial). A module of someone else's may have none, or one of its
+    own. Goes with a public record of the arguments on the model.
+    """
+    function = checkpoint_function(block)
+    return isinstance(function, partial) and function.keywords.get("use_reentrant") is False
+
+
+def is_input_gradient_hook(hook: Callable[..., Any]) -> bool:
+    """
+    Whether a forward hook is the one that makes the output of the embeddings require a gradient.
+
+    It is a local function in each library, known by its name alone: `make_inputs_require_grads` in
+    `PreTrainedModel.enable_input_require_grads` (transformers 5.2 to 5.23), `make_inputs_require_grad` in PEFT (0.18
+    to 0.21) and TRL (0.28 to 1.16). `disable_input_require_grads` is not enough: it knows only the last hook of
+    transformers, which adds one at each call. Goes with reentrant checkpointing, or when the libraries do not ask for
+    the hook where checkpointing is not reentrant.
+    """
+    return getattr(hook, "__name__", None) in ("make_inputs_require_grads", "make_inputs_require_grad")
+
+
+def checkpoints_call(layer: nn.Module) -> bool:
+    """
+    Whether a checkpoint goes around the hooks of a layer, which then run again when the layer is recomputed.
+
+    Until transformers 5.22 `GradientCheckpointingLayer` checkpoints `__call__`, with the hooks, and since 5.23
+    `forward`, without them. Goes when 5.23 is the oldest version.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return isinstance(layer, GradientCheckpointingLayer) and "__call__" in vars(GradientCheckpointingLayer)
+
+
+def train_batch_size(trainer: Any) -> int:
+    """
+    Rows that one process reads at a time. `Trainer._train_batch_size` in all versions: `auto_find_batch_size` makes it
+    smaller than the argument. Goes with a public name of the size in use.
+    """
+    return trainer._train_batch_size
+
+
+def prepare_inputs(trainer: Any, batch: Any) -> Any:
+    """A batch as the trainer gives it to its model: `Trainer._prepare_inputs` in all versions. It has no other."""
+    return trainer._prepare_inputs(batch)
+
+
+def output_dir(trainer: Any, trial: Any) -> str:
+    """Where a run writes its checkpoints: `Trainer._get_output_dir` in all versions. It has no other."""
+    return trainer._get_output_dir(trial)
+
+
+def without_unused_columns(trainer: Any, dataset: Any, description: str) -> Any:
+    """
+    A data set without what the model does not take: `Trainer._remove_unused_columns` in all versions. It has no other.
+    """
+    return trainer._remove_unused_columns(dataset, description=description)
+
+
+def collator_without_unused_columns(trainer: Any, collator: Any, description: str) -> Any:
+    """
+    [`without_unused_columns`] for what has no columns: `Trainer._get_collator_with_removed_columns` in all versions.
+    """
+    return trainer._get_collator_with_removed_columns(collator, description=description)
+
+
+def columns_of_model(trainer: Any) -> list[str]:
+    """
+    Columns that the model takes: `Trainer._set_signature_columns_if_needed` fills `_signature_columns`, in all
+    versions. They have no other.
+    """
+    trainer._set_signature_columns_if_needed()
+    return trainer._signature_columns
