@@ -18,7 +18,7 @@ import yaml
 from datasets import Dataset
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "compare"
+FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks" / "compare"
 YAMLS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 # KappaTune, and AdaLoRA whose regularisation may be 0.
 needs_newer_peft = pytest.mark.skipif(

@@ -16,7 +16,7 @@ import yaml
 from datasets import Dataset
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "heterolora"
+FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks" / "heterolora"
 YAMLS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 SMALL = {"pretraining_steps": 4, "pretraining_length": 32, "vocab_size": 300, "num_layers": 2, "hidden_size": 32}
 SMALL |= {"num_heads": 2, "max_train_samples": 48}

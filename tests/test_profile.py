@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 
-FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "profile"
+FOLDER = Path(__file__).resolve().parents[1] / "recipes" / "benchmarks" / "profile"
 SHAPE = {
     **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3},
     **{"num_attention_heads": 4, "num_key_value_heads": 2},

@@ -74,9 +74,7 @@ CASES = {
 def found_yamls() -> list[str]:
     """Every recipe's YAML, named from the folder of recipes, but for those with tests of their own."""
     found = [path.relative_to(RECIPES) for path in RECIPES.rglob("*.y*ml")]
-    return sorted(
-        str(path) for path in found if path.parts[0] not in ("accelerate_configs", "compare", "heterolora", "profile")
-    )
+    return sorted(str(path) for path in found if path.parts[0] not in ("accelerate_configs", "benchmarks"))
 
 
 def script_of(config: str) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits` and `embedded`
+sys.path += [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # for `adalora`, `splits` and `embedded`
 
 from splits import DataArguments, load_splits  # noqa: E402
 

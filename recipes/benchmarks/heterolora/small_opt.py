@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits` and `embedded`
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `splits` and `embedded`
 
 from splits import DataArguments, load_splits  # noqa: E402
 

@@ -12,24 +12,24 @@ the end of training, on the validation set, which nothing was decided by.
 
 # OPT-350M on MRPC from the Hub, on a GPU
 ```bash
-python recipes/heterolora/heterolora.py --config recipes/heterolora/hub.yaml
+python recipes/benchmarks/heterolora/heterolora.py --config recipes/benchmarks/heterolora/hub.yaml
 ```
 
 # A small OPT, made and pre-trained on the spot, on local files of MRPC and SST-2, on a CPU, without the Hub
 ```bash
-python recipes/heterolora/heterolora.py --config recipes/heterolora/small_mrpc.yaml
-python recipes/heterolora/heterolora.py --config recipes/heterolora/small_sst2.yaml
+python recipes/benchmarks/heterolora/heterolora.py --config recipes/benchmarks/heterolora/small_mrpc.yaml
+python recipes/benchmarks/heterolora/heterolora.py --config recipes/benchmarks/heterolora/small_sst2.yaml
 ```
 
 # Other rows: any option of `DiffoRAConfig` after colons
 ```bash
-python recipes/heterolora/heterolora.py --config recipes/heterolora/small_sst2.yaml \
+python recipes/benchmarks/heterolora/heterolora.py --config recipes/benchmarks/heterolora/small_sst2.yaml \
     --methods lora snip:reallocate_epochs=0.5 snip:normalize_scores=true --seeds 0 1
 ```
 
 # The table again, from one or more files of results
 ```bash
-python recipes/heterolora/table.py recipes/heterolora/results/*.jsonl --output_dir tables
+python recipes/benchmarks/heterolora/table.py recipes/benchmarks/heterolora/results/*.jsonl --output_dir tables
 ```
 
 Each result is written as soon as it is there, and none is made twice: a run that was killed goes on where it stopped,

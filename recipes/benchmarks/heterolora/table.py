@@ -2,7 +2,7 @@
 The table of the runs in the setting of HeteroLoRA, from their results.
 
 ```bash
-python recipes/heterolora/table.py recipes/heterolora/results/*.jsonl --output_dir tables
+python recipes/benchmarks/heterolora/table.py recipes/benchmarks/heterolora/results/*.jsonl --output_dir tables
 ```
 """
 

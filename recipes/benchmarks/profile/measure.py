@@ -13,29 +13,29 @@ that it keeps (from the moment it has chosen), and AdaLoRA. Memory is measured i
 
 # A Llama-like model of 16 thin layers, on a CPU
 ```bash
-python recipes/profile/measure.py --config recipes/profile/llama_cpu.yaml
+python recipes/benchmarks/profile/measure.py --config recipes/benchmarks/profile/llama_cpu.yaml
 ```
 
 # The packaged SmolLM2-135M
 ```bash
-python recipes/profile/measure.py --config recipes/profile/smollm2.yaml
+python recipes/benchmarks/profile/measure.py --config recipes/benchmarks/profile/smollm2.yaml
 ```
 
 # Llama shapes of 1B and 8B in bf16 with checkpointing and sequences of 2,048 tokens, on a GPU
 ```bash
-python recipes/profile/measure.py --config recipes/profile/llama_1b.yaml
-python recipes/profile/measure.py --config recipes/profile/llama_8b.yaml
+python recipes/benchmarks/profile/measure.py --config recipes/benchmarks/profile/llama_1b.yaml
+python recipes/benchmarks/profile/measure.py --config recipes/benchmarks/profile/llama_8b.yaml
 ```
 
 # In two processes
 ```bash
-accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/profile/measure.py \
-    --config recipes/profile/llama_cpu.yaml --memory false --variants all_linear diffora kept
+accelerate launch --config_file recipes/accelerate_configs/ddp.yaml recipes/benchmarks/profile/measure.py \
+    --config recipes/benchmarks/profile/llama_cpu.yaml --memory false --variants all_linear diffora kept
 ```
 
 # How long it takes to score, choose and cut 10,000 modules
 ```bash
-python recipes/profile/measure.py --modules 10000
+python recipes/benchmarks/profile/measure.py --modules 10000
 ```
 """
 
@@ -59,7 +59,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `adalora` and `embedded`
+sys.path += [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # for `adalora` and `embedded`
 
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ chosen modules; the validation set is read once, at the end. `chance` cuts at ra
 cuts.
 
 ```bash
-python recipes/ablation/ablation.py --task sst2 --variants budget,sampled,chance,all --seeds 0,1,2 --out ablation.jsonl
-python recipes/ablation/ablation.py --table ablation.jsonl
+python recipes/benchmarks/ablation/ablation.py --variants budget,sampled,chance,all --seeds 0,1,2 --out ablation.jsonl
+python recipes/benchmarks/ablation/ablation.py --table ablation.jsonl
 ```
 
 A run that is in the file already is not made again, so a killed ablation goes on where it stopped.
@@ -37,7 +37,7 @@ from diffora_trainer import ArchitectureSearch, DifferentialAdaptationMatrix, Di
 from diffora_trainer.methods.matrix import BudgetMatrix
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`
+sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `embedded`
 
 from embedded import minilm_folder  # noqa: E402
 
