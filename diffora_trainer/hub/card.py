@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
 from ..core.files import holds_shortcuts, write_file
 from ..core.selection import Selection, sanitize
 from .plots import PICTURE_NAME
+from .redact import public_model_id
 
 
 _BEGIN, _END = "<!-- diffora-trainer: begin -->", "<!-- diffora-trainer: end -->"
@@ -93,23 +92,6 @@ def write_card(
 
 def _option(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def complete_card(trainer: Any, folder: Path) -> None:
-    """Complete the card of a trainer's output or checkpoint folder."""
-    config = trainer.model.peft_config[trainer.model.active_adapters[0]]
-    write_card(folder, trainer.selection, config, trainer.hub_model_id)
-
-
-def public_model_id(name: str | None) -> str | None:
-    """A model's name if it is one on the Hub; a folder on someone's disk means nothing to others, and tells on it."""
-    if not name or name.startswith(".") or os.path.exists(name):
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
 
 
 def _without_placeholders(text: str, title: str) -> str:
