@@ -1,0 +1,240 @@
+"""
+What a place that can have an adapter has to do for a search, whatever the adapter is.
+
+A search asks a *site* what it has to know, and never of which kind it is. LoRA is one kind
+([`~diffora_trainer.adapters.lora.LoraKind`]); another one is a subclass of [`SiteKind`] and one of [`AdapterSite`] in a
+module that registers it, and nothing else has to know of it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a base model's modules."""
+ENTRY_POINTS = "diffora_trainer.sites"
+"""The entry-point group in which another package names the modules that register its kinds of site."""
+
+
+def plain_name(name: str) -> str:
+    """The name of a module in the base model, from its name in the `PeftModel`."""
+    return name.removeprefix(PREFIX)
+
+
+def peft_name(name: str) -> str:
+    """The name of a module in the `PeftModel`, from its name in the base model."""
+    return PREFIX + name
+
+
+class AdapterSite(ABC):
+    """
+    One place of a live model that has an adapter.
+
+    Args:
+        name (`str`): its name in the base model.
+        rank (`int`): rank of its adapter.
+    """
+
+    kind: ClassVar[str]
+    """Name of its [`SiteKind`]."""
+
+    def __init__(self, name: str, rank: int) -> None:
+        self.name = name
+        self.rank = rank
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's parameters; that of the up-projection, which starts at 0, comes last."""
+
+    @property
+    @abstractmethod
+    def gated(self) -> nn.Module:
+        """
+        The module whose output a gate multiplies. What follows it has to be linear and without a bias, so that the
+        adapter's whole contribution is scaled.
+        """
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[Any, ...]:
+        """What must be equal for two sites to share their parameters."""
+
+    @property
+    @abstractmethod
+    def enabled(self) -> bool:
+        """Whether the adapter takes part in the model. One that does not is not called, and not trained."""
+
+    @enabled.setter
+    @abstractmethod
+    def enabled(self, value: bool) -> None: ...
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a `ValueError` if a gate cannot scale the adapter exactly, or it cannot be trained."""
+
+    @property
+    def cost(self) -> int:
+        """Trainable parameters of each unit of rank."""
+        return sum(parameter.numel() for parameter in self.parameters) // self.rank
+
+    def fold(self, factor: float) -> None:
+        """Multiply a gate into the weights for good."""
+        with torch.no_grad():
+            self.parameters[-1].mul_(factor)
+
+    def share(self, other: Any) -> None:
+        """Take over the parameters of another site of equal shape, to be trained together."""
+        raise ValueError(f"{self.name!r} is of the kind {self.kind!r}, which shares no parameters.")
+
+
+class SiteKind(ABC):
+    """
+    A kind of adapter, with what has to be done for all of its sites at once. Register a subclass with
+    [`register_site_kind`].
+
+    A kind that a plain PEFT adapter cannot hold (`in_adapter = False`) has to save and load itself; an adapter that
+    was trained beside it has to be refused by PEFT, or it would be loaded without it in silence.
+    """
+
+    name: ClassVar[str]
+    in_adapter: ClassVar[bool] = False
+    """Whether a plain PEFT adapter holds such sites. At least one that it holds is always kept."""
+    parameter_mark: ClassVar[str]
+    """What the names of all its parameters in a model contain, and no other's."""
+    adapter_folder: ClassVar[str] = ""
+    """Where in a folder PEFT's adapter is saved beside such sites."""
+
+    @abstractmethod
+    def match(self, name: str, module: nn.Module, adapter_name: str) -> AdapterSite | None:
+        """
+        The site that a module of a model is, if it is one of this kind.
+
+        Args:
+            name (`str`): name of the module, without PEFT's prefix.
+            module (`nn.Module`): the module.
+            adapter_name (`str`): the adapter that is searched.
+        """
+
+    @abstractmethod
+    def prune(self, model: nn.Module, sites: Sequence[AdapterSite], adapter_name: str) -> None:
+        """Take sites of this kind out of a model for good."""
+
+    def install(self, model: nn.Module, options: Mapping[str, Any]) -> None:
+        """Put sites of this kind into a `PeftModel`, by the options that stand in `DiffoRAConfig(extra_sites=...)`."""
+        raise ValueError(f"Sites of the kind {self.name!r} cannot be put into a model by a configuration.")
+
+    def separately(self, options: Mapping[str, Any]) -> bool:
+        """Whether these options rank the kind apart from the others, under a budget of its own."""
+        return False
+
+    # Files of a kind that a plain PEFT adapter does not hold
+
+    def installed(self, model: nn.Module) -> bool:
+        """Whether a model has sites of this kind."""
+        return False
+
+    def save(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """Complete a folder in which PEFT has just saved a model; without such sites, remove what is left of them."""
+
+    def load(self, model: nn.Module, folder: str | os.PathLike) -> None:
+        """Put what was saved in a folder into a model that has such sites."""
+
+    def holds(self, folder: str | os.PathLike) -> bool:
+        """Whether what was saved last in a folder has such sites."""
+        return False
+
+    def copy(self, source: str | os.PathLike, target: str | os.PathLike) -> None:
+        """Complete a folder to which the files of another one were copied, but not its folders."""
+
+    def check_whole(self, folder: str | os.PathLike, saved: bool) -> None:
+        """Raise a `ValueError` if a checkpoint that has, or has not, `saved` such sites is not whole."""
+
+    def check_fits(self, folder: str | os.PathLike, model: nn.Module, sites: Sequence[AdapterSite]) -> None:
+        """Raise a `ValueError` if what a checkpoint holds are not these sites of a model."""
+
+
+_KINDS: dict[str, SiteKind] = {}
+_Kind = TypeVar("_Kind", bound=type[SiteKind])
+
+
+def register_site_kind(kind: _Kind) -> _Kind:
+    """Let searches find the sites of a kind. A decorator for subclasses of [`SiteKind`]."""
+    _KINDS[kind.name] = kind()
+    return kind
+
+
+def site_kinds() -> tuple[SiteKind, ...]:
+    """All kinds of site that are registered."""
+    return tuple(_KINDS.values())
+
+
+def extra_kinds() -> tuple[SiteKind, ...]:
+    """The registered kinds that a plain PEFT adapter does not hold."""
+    return tuple(kind for kind in site_kinds() if not kind.in_adapter)
+
+
+def site_kind(name: str) -> SiteKind:
+    """
+    A kind of site by its name: a registered one, one of the entry-point group `diffora_trainer.sites`, or one of
+    `diffora_trainer.experimental`.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if name not in _KINDS:
+        for entry in entry_points(group=ENTRY_POINTS, name=name):
+            entry.load()
+    if name not in _KINDS and name.isidentifier():
+        home = f"{__name__.partition('.')[0]}.experimental.{name}"
+        try:
+            importlib.import_module(home)
+        except ModuleNotFoundError as error:
+            if error.name != home:
+                raise
+    if name not in _KINDS:
+        raise ValueError(f"There is no kind of site {name!r}; known are {sorted(_KINDS)}.")
+    return _KINDS[name]
+
+
+def find_sites(model: nn.Module, adapter_name: str) -> dict[str, AdapterSite]:
+    """The sites of a model by their names in the base model, in the model's order."""
+    found = {}
+    for name, module in model.named_modules():
+        for kind in _KINDS.values():
+            site = kind.match(plain_name(name), module, adapter_name)
+            if site is not None:
+                found[site.name] = site
+    return found
+
+
+def prune_sites(model: nn.Module, sites: Iterable[AdapterSite], adapter_name: str) -> None:
+    """Take sites out of a model for good, kind by kind."""
+    groups: dict[str, list[AdapterSite]] = {}
+    for site in sites:
+        groups.setdefault(site.kind, []).append(site)
+    for kind, group in groups.items():
+        site_kind(kind).prune(model, group, adapter_name)
+
+
+@contextmanager
+def disabled(sites: Iterable[AdapterSite]) -> Any:
+    """For a while, some sites take no part in their model. Those that took none before go on to take none."""
+    switched = [site for site in sites if site.enabled]
+    try:
+        for site in switched:
+            site.enabled = False
+        yield
+    finally:
+        for site in switched:
+            site.enabled = True

@@ -1,0 +1,76 @@
+"""Parameters that leave a live optimizer and its scheduler."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..compat import SCHEDULER_LISTS, inner_schedulers
+
+
+def remove_from_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
+    """
+    Take parameters out of a live optimizer: out of its groups and its state. Groups that this empties go too, together
+    with the scheduler's entries for them. A group that was empty before stays, as the optimizer of a plain run has it.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it in an attribute `optimizer`.
+        parameters (`Iterable[nn.Parameter]`): what to forget.
+        scheduler (*optional*): the learning rate scheduler, or one that wraps it in an attribute `scheduler`.
+    """
+    optimizer = innermost(optimizer)
+    gone = set(parameters)
+    keep = []
+    for group in optimizer.param_groups:
+        left = [parameter for parameter in group["params"] if parameter not in gone]
+        keep.append(bool(left) or not group["params"])
+        group["params"] = left
+    for parameter in gone:
+        optimizer.state.pop(parameter, None)
+    _keep_groups(optimizer, keep, scheduler)
+
+
+def remove_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
+    """Take all groups without parameters out of an optimizer and its scheduler, and tell whether there were any."""
+    optimizer = innermost(optimizer)
+    keep = [bool(group["params"]) for group in optimizer.param_groups]
+    _keep_groups(optimizer, keep, scheduler)
+    return not all(keep)
+
+
+def innermost(optimizer: Any) -> Any:
+    """The optimizer inside of its wrappers."""
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _keep_groups(optimizer: Any, keep: list[bool], scheduler: Any) -> None:
+    if not all(keep):
+        optimizer.param_groups[:] = [g for g, stays in zip(optimizer.param_groups, keep, strict=True) if stays]
+        if scheduler is not None:
+            _forget_groups(scheduler, keep)
+
+
+def sort_parameters(optimizer: Optimizer, model: nn.Module) -> None:
+    """
+    Put the parameters of each group in the model's order. A shared one now comes up first with its group's first
+    module, and an optimizer built anew on resume, whose saved state is matched by position, will find it there.
+    """
+    order = {parameter: index for index, parameter in enumerate(model.parameters())}
+    for group in optimizer.param_groups:
+        group["params"].sort(key=lambda parameter: order.get(parameter, len(order)))
+
+
+def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
+    while hasattr(scheduler, "scheduler"):
+        scheduler = scheduler.scheduler
+    for name in SCHEDULER_LISTS:
+        values = getattr(scheduler, name, None)
+        if isinstance(values, list) and len(values) == len(filled):
+            setattr(scheduler, name, [value for value, keep in zip(values, filled, strict=True) if keep])
+    for inner in inner_schedulers(scheduler):
+        _forget_groups(inner, filled)

@@ -1,0 +1,53 @@
+"""Values out of JSON that may come from anywhere, checked; and what earlier versions wrote, in today's form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .grid import LORA
+from .text import sanitize
+
+
+def as_list(value: Any) -> list[Any]:
+    """A list, or a `TypeError`."""
+    if not isinstance(value, list):
+        raise TypeError(f"{sanitize(repr(value))} should be a list")
+    return value
+
+
+def as_object(value: Any) -> dict[str, Any]:
+    """An object with string keys, or a `TypeError`."""
+    if not isinstance(value, dict):
+        raise TypeError(f"{sanitize(repr(value))} should be an object")
+    return value
+
+
+def as_text(value: Any) -> str:
+    """A string, or a `TypeError`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{sanitize(repr(value))} should be a text")
+    return value
+
+
+def as_whole(value: Any) -> int:
+    """An int that is no bool, or a `TypeError`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{sanitize(repr(value))} should be a whole number")
+    return value
+
+
+def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
+    """
+    A selection as format 1 had it, in the form of format 2. It knew neither ranks, so an adapter has the rank 1 and
+    its parameters are what that costs, nor kinds, but named those modules that are shortcuts.
+    """
+    shortcuts = set(map(as_text, as_list(data.get("shortcuts", []))))
+    records = [dict(record) for record in as_list(data["modules"])]
+    if unknown := shortcuts - {record["name"] for record in records}:
+        raise ValueError(f"it names a shortcut {sanitize(min(unknown))!r} that is not one of its modules")
+    for record in records:
+        if not isinstance(record["kept"], bool):
+            raise TypeError(f"{sanitize(repr(record['kept']))} should be true or false")
+        record.update(rank=1, kept_rank=int(record["kept"]), gain=record.get("gain", record["score"]))
+        record["kind"] = "shortcuts" if record["name"] in shortcuts else LORA
+    return {"history": [], "times": {}, "notes": [], **data, "format": 2, "modules": records}
