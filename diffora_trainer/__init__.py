@@ -14,7 +14,7 @@ _HOMES = {
     "DiffoRAConfig": "config",
     "DiffoRAMixin": "trainer.mixin",
     "DiffoRASFTTrainer": "trainer.sft",
-    "DiffoRATrainer": "trainer.mixin",
+    "DiffoRATrainer": "trainer.trainers",
     "DifferentialAdaptationMatrix": "methods.matrix",
     "Selection": "core.selection",
     "ShortcutConfig": "experimental.shortcuts.shortcuts",
@@ -50,8 +50,9 @@ if TYPE_CHECKING:
     from .experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
     from .methods.matrix import DifferentialAdaptationMatrix
     from .search.search import ArchitectureSearch
-    from .trainer.mixin import DiffoRAMixin, DiffoRATrainer
+    from .trainer.mixin import DiffoRAMixin
     from .trainer.sft import DiffoRASFTTrainer
+    from .trainer.trainers import DiffoRATrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -23,9 +23,7 @@ from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 
 import diffora_trainer
-from diffora_trainer import DiffoRAMixin, compat
-from diffora_trainer.hub.push import PublicPushMixin
-from diffora_trainer.trainer.held_out import HeldOutMixin
+from diffora_trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer, compat
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +31,6 @@ PACKAGE = Path(diffora_trainer.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 COMPAT = {name for name in SOURCES if name.startswith("compat/")}
-MIXINS = (DiffoRAMixin, HeldOutMixin, PublicPushMixin)
 
 
 def project() -> dict:
@@ -195,8 +192,12 @@ def test_no_other_file_names_a_version() -> None:
 
 def test_overridden_methods_are_listed_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of transformers that calls an overridden method by another name is refused, not trained with."""
-    overridden = {name for mixin in MIXINS for name in vars(mixin) if private(name)} & set(dir(transformers.Trainer))
+    overridden = {name for name in vars(DiffoRAMixin) if private(name)} & set(dir(transformers.Trainer))
     assert overridden == set(compat.TRAINER_METHODS)
+    assert DiffoRAMixin.__bases__ == (object,)  # the mixin alone overrides them
+    for trainer in (DiffoRATrainer, DiffoRASFTTrainer):
+        assert trainer.__bases__[0] is DiffoRAMixin
+        assert not {name for name in vars(trainer) if not name.startswith("__")}
     monkeypatch.delattr(transformers.Trainer, "_save_rng_state")
     with pytest.raises(ImportError, match=r"overrides \['_save_rng_state'\].*install a version that is older"):
         make_trainer(tmp_path)

@@ -176,7 +176,7 @@ def test_modules_are_chosen(parent: type[Trainer], tmp_path: Path) -> None:
     # The values of such a loss tell nothing, so none is shown, and none makes the choice doubtful.
     assert not any("held_out" in key or "gap" in key for log in step_logs(trainer).values() for key in log)
     assert trainer.selection.notes == ()
-    assert trainer._rollouts is None  # nothing of the completions is kept
+    assert trainer._held_out.rollouts is None  # nothing of the completions is kept
 
     trainer.save_model(tmp_path / "saved")
     reloaded = PeftModel.from_pretrained(causal_model(), tmp_path / "saved")
@@ -306,7 +306,7 @@ def test_a_harmless_preparation_does_not_stop_holding_out(tmp_path: Path) -> Non
     for cls in (Preparing, Searching):
         trainer = make_trainer(tmp_path, cls=cls)
         trainer.train()
-        assert len(trainer._split.held_out) == 3 and trainer._rollouts is None
+        assert len(trainer._held_out.split.held_out) == 3 and trainer._held_out.rollouts is None
 
 
 def with_vllm(parent: Any) -> Any:

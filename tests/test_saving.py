@@ -30,7 +30,8 @@ from trl import SFTConfig
 from trl.trainer.utils import generate_model_card
 
 from diffora_trainer import DiffoRAConfig, DiffoRASFTTrainer, DiffoRATrainer, Selection
-from diffora_trainer.hub.card import public_model_id, write_card
+from diffora_trainer.hub.card import write_card
+from diffora_trainer.hub.redact import public_model_id
 
 
 QUIET = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 100}

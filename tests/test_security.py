@@ -34,7 +34,7 @@ from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import SELECTION_NAME
 from diffora_trainer.hub.card import write_card
 from diffora_trainer.hub.plots import plot_selection
-from diffora_trainer.hub.push import Private
+from diffora_trainer.hub.push import private_of
 from diffora_trainer.trainer.checkpoint import STATE_NAME, TENSORS_NAME, load_state, save_state
 
 
@@ -416,7 +416,7 @@ def test_what_is_private_is_told_from_what_is_not(tmp_path: Path, monkeypatch: p
     home = tmp_path / "home" / "alice"
     monkeypatch.setattr(Path, "home", lambda: home)
     trainer = make_trainer(home / "out", args={"hub_token": "hf_secret", "run_name": "hf_" + "A1b2" * 8})
-    private = Private(trainer)
+    private = private_of(trainer)
     for text, expected in {
         f"{home}/out/checkpoint-3": "out/checkpoint-3",
         f'"{home}"': '"."',

@@ -13,7 +13,7 @@ from conftest import CUT, adapter, assert_same, make_trainer, rows_of, step_logs
 from torch.utils.data import IterableDataset
 
 from diffora_trainer import DiffoRAConfig
-from diffora_trainer.trainer.checks import read_head
+from diffora_trainer.trainer.held_out import read_head
 
 
 class Stream(IterableDataset):

@@ -1,230 +1,150 @@
-"""What goes to the Hub: copies of the files without tokens, and without the folders of this machine."""
+"""What goes to the Hub: copies of a trainer's folders without tokens, and without the folders of this machine."""
 
 from __future__ import annotations
 
-import copy
-import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import get_token
 from transformers.trainer_utils import HubStrategy
 
 from ..adapters.grid import peft_model
 from ..core.files import write_file
-from ..experimental.shortcuts.model import copy_inner_adapter
-from .card import public_model_id
+from ..core.isolation import replaced
+from .redact import Masked, Private
 
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    class _Base(Trainer):
-        args: Any
-        push_in_progress: Any
-
-        def _save_findings(self, folder: Path) -> None: ...
-
-else:
-    _Base = object
+def private_of(trainer: Any) -> Private:
+    """What must not leave this machine of a trainer's run: the user's tokens, and the folders that it was told of."""
+    configs = getattr(peft_model(trainer.model), "peft_config", {}).values()
+    named = [value for value in _strings(vars(trainer.args)) if os.path.isabs(value)]
+    named += [config.base_model_name_or_path or "" for config in configs]
+    named.append(getattr(trainer.processing_class, "name_or_path", None) or "")
+    folders = {Path.home(), *(Path(name).parent for name in named if os.path.isabs(name))}
+    return Private(folders, [token for token in (trainer.args.hub_token, get_token()) if token and len(token) > 5])
 
 
-# Texts that may name folders: the adapter's configuration, the Trainer's state, the card, what a user adds.
-# Vocabularies are left alone, since they may hold any string.
-_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
-_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
-# What a checkpoint holds to resume from, and its card, of which the output has its own.
-_NOT_OF_THE_ADAPTER = ("README", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "diffora_state")
-_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-_HIDDEN_TOKEN = "<HUB_TOKEN>"
-
-
-class _Masked(str):
-    """A string that is pickled as another one."""
-
-    shown: str
-
-    @classmethod
-    def of(cls, value: str, shown: str) -> _Masked:
-        masked = cls(value)
-        masked.shown = shown
-        return masked
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return str, (self.shown,)
-
-
-class Private:
+class PublicCopies:
     """
-    What must not leave this machine: the user's tokens, and the folders that the run was told of or works in.
+    The copies that a trainer pushes in the place of its folders, of each checkpoint and at the end of the output. The
+    parent pushes its folders as they are, with the user's token in `training_args.bin` and the paths of this machine
+    in several files; so it is given copies without them. They lie in the output folder, where the parent pushes
+    nothing that starts with "_", until the push is done.
 
     Args:
-        trainer (`Trainer`): the run.
+        trainer (`Trainer`): the trainer.
     """
 
     def __init__(self, trainer: Any) -> None:
-        named = [value for value in _strings(vars(trainer.args)) if os.path.isabs(value)]
-        named += [
-            c.base_model_name_or_path or "" for c in getattr(peft_model(trainer.model), "peft_config", {}).values()
-        ]
-        named.append(getattr(trainer.processing_class, "name_or_path", None) or "")
-        folders = {Path.home(), *(Path(name).parent for name in named if os.path.isabs(name))}
-        folders |= {folder.resolve() for folder in folders}
-        words = {str(folder) for folder in folders if folder != Path(folder.anchor)}
-        words |= {json.dumps(word)[1:-1] for word in words}  # as JSON writes it
-        longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)"
-        self._inside = re.compile(rf"(?:{longest_first})(?:[\\/]+|(?![\w.-]))")
-        self._folders = re.compile(rf"(?<![\w.~-]){self._inside.pattern}")  # not in the middle of an address
-        self._tokens = [token for token in (trainer.args.hub_token, get_token()) if token and len(token) > 5]
+        self._trainer = trainer
+        self._pushing = False
+        self._folders: tuple[Path, ...] = ()
 
-    def without(self, text: str) -> str:
-        """A text without tokens, and with paths from the last folder on that says nothing about this machine."""
-        for token in self._tokens:
-            text = text.replace(token, _HIDDEN_TOKEN)
-        text = _TOKEN.sub(_HIDDEN_TOKEN, text)
-        return self._folders.sub(lambda found: "" if found[0].endswith(("/", "\\")) else ".", text)
+    def arguments(self) -> AbstractContextManager[None]:
+        """For a while, give the trainer arguments that are pickled without what is private."""
+        args = self._trainer.args
+        return replaced(self._trainer, "args", private_of(self._trainer).arguments(args))
 
-    def arguments(self, args: Any) -> Any:
-        """A copy of training arguments that reads the same, and is pickled without what is private."""
-        args = copy.copy(args)
-        vars(args).update({name: self._masked(value) for name, value in vars(args).items()})
-        return args
+    def push_checkpoint(
+        self, parent: Callable[[str], None], checkpoint: str, update_output: Callable[[], None]
+    ) -> None:
+        """
+        Push copies of a checkpoint and of the output.
 
-    def _masked(self, value: Any) -> Any:
-        if type(value) is str and (shown := self.without(value)) != value:
-            return _Masked.of(value, shown)
-        if type(value) is dict:
-            return {key: self._masked(entry) for key, entry in value.items()}
-        if type(value) in (list, tuple):
-            return type(value)(self._masked(entry) for entry in value)
-        return value
-
-    def copy(self, source: Path, target: Path) -> None:
-        """Copy what the Trainer would push of a folder. Files in which nothing is private are linked."""
-        target.mkdir()
-        for path in list(source.rglob("*")):
-            name = path.relative_to(source)
-            if not path.is_file() or name.parts[0].startswith(("_", "checkpoint-")) or name.parts[0] == ".git":
-                continue
-            copied = target / name
-            content = self._clean(path)
-            if content is not None:
-                write_file(copied, content)
-                continue
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(path.resolve(), copied)
-            except OSError:  # a file system without links
-                shutil.copyfile(path, copied)
-
-    def _clean(self, path: Path) -> bytes | None:
-        """The content of a file without what is private; `None` if it can stay as it is."""
-        if ".tfevents." in path.name:
-            return b"".join(record for record in _records(path.read_bytes()) if not self._tells(record))
-        if path.suffix not in _TEXTS or path.name in _VOCABULARIES:
-            return None
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
-        clean = text
-        if path.name == "adapter_config.json":
-            config = json.loads(text)
-            if config.get("base_model_name_or_path") and not public_model_id(config["base_model_name_or_path"]):
-                # Not its last part: that would name whatever model has this name on the Hub.
-                config["base_model_name_or_path"] = None
-                clean = json.dumps(config, indent=2, sort_keys=True)
-        clean = self.without(clean)
-        return None if clean == text else clean.encode(errors="surrogateescape")
-
-    def _tells(self, record: bytes) -> bool:
-        text = record.decode(errors="surrogateescape")
-        return self._inside.search(text) is not None or self.without(text) != text
-
-
-class PublicPushMixin(_Base):
-    """
-    A trainer that pushes nothing private. The parent pushes its folders as they are, with the user's token in
-    `training_args.bin` and the paths of this machine in several files; so it is given copies without them, of each
-    checkpoint and at the end of the output. They lie in the output folder, where the parent pushes nothing that starts
-    with "_", until the push is done.
-    """
-
-    _pushing = False
-    _public_folders: tuple[Path, ...] = ()
-
-    def _save(self, *args: Any, **kwargs: Any) -> None:
-        own = self.args
-        self.args = Private(self).arguments(own)  # the parent pickles them
-        try:
-            super()._save(*args, **kwargs)
-        finally:
-            self.args = own
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+        Args:
+            parent (`Callable[[str], None]`): pushes a checkpoint and the output, as the parent trainer does it.
+            checkpoint (`str`): the checkpoint.
+            update_output (`Callable[[], None]`): brings the output to the checkpoint, before it is copied.
+        """
+        trainer = self._trainer
+        busy = trainer.push_in_progress is not None and not trainer.push_in_progress.is_done()
+        if not trainer.is_world_process_zero() or trainer.args.hub_strategy == HubStrategy.END:
             return  # and here the parent pushes nothing either
-        if busy and not self.args.hub_always_push:
+        if busy and not trainer.args.hub_always_push:
             return
         if not busy:
-            self._remove_public_copies()
-        own = self.args
-        for path in Path(checkpoint_folder).iterdir():  # as the parent does it: the output holds the latest adapter
-            if path.is_file() and not path.name.startswith(_NOT_OF_THE_ADAPTER):
-                shutil.copy(path, own.output_dir)
-        copy_inner_adapter(checkpoint_folder, own.output_dir)
-        self._save_findings(Path(own.output_dir))  # with a card of what was copied
+            self._remove()
+        update_output()
+        own = trainer.args
         try:
-            super()._push_from_checkpoint(self._use_public_copies(checkpoint_folder))
+            parent(self._use(checkpoint))
         finally:
-            self.args = own
+            trainer.args = own
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """See [`~transformers.Trainer.push_to_hub`]. The tokens and folders of this machine are left out."""
-        own, self._pushing = self.args, True
+    def push(self, parent: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """
+        Push a copy of the output.
+
+        Args:
+            parent (`Callable`): the parent trainer's `push_to_hub`, which takes the other arguments. It calls
+                [`~PublicCopies.renew`] right before it uploads.
+        """
+        own, self._pushing = self._trainer.args, True
         pushed: Any = None
         try:
-            pushed = super().push_to_hub(*args, **kwargs)
+            pushed = parent(*args, **kwargs)
         finally:
-            self.args, self._pushing = own, False
+            self._trainer.args, self._pushing = own, False
             if isinstance(pushed, Future):  # `blocking=False`
-                pushed.add_done_callback(lambda _: self._remove_public_copies())
+                pushed.add_done_callback(lambda _: self._remove())
             else:
-                self._remove_public_copies()
+                self._remove()
         return pushed
 
-    def _finish_current_push(self) -> None:
-        super()._finish_current_push()
-        self._remove_public_copies()
-        if self._pushing:  # the last that `push_to_hub` calls before it uploads
-            self._use_public_copies()
+    def renew(self) -> None:
+        """No push is under way any more: remove the copies, and make one of the output if it is to be pushed next."""
+        self._remove()
+        if self._pushing:
+            self._use()
 
-    def _use_public_copies(self, checkpoint: str | None = None) -> str:
+    def _use(self, checkpoint: str | None = None) -> str:
         """
         Let the parent push a copy of the output folder, by naming it in `args`; whoever calls this puts them back.
         Gives the copy of the checkpoint.
         """
-        private, output = Private(self), Path(self.args.output_dir)
+        trainer = self._trainer
+        private, output = private_of(trainer), Path(trainer.args.output_dir)
         folder = Path(tempfile.mkdtemp(prefix="_hub-", dir=output))
-        self._public_folders += (folder,)
+        self._folders += (folder,)
         public = folder / "output"
-        private.copy(output, public)
-        self.args = private.arguments(self.args)
-        self.args.output_dir = _Masked.of(str(public), private.without(self.args.output_dir))
+        copy_without(private, output, public)
+        trainer.args = private.arguments(trainer.args)
+        trainer.args.output_dir = Masked.of(str(public), private.without(trainer.args.output_dir))
         if checkpoint is None:
             return ""
         copied = folder / Path(checkpoint).name
-        private.copy(Path(checkpoint), copied)
+        copy_without(private, Path(checkpoint), copied)
         return str(copied)
 
-    def _remove_public_copies(self) -> None:
-        for folder in self._public_folders:
+    def _remove(self) -> None:
+        for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
-        self._public_folders = ()
+        self._folders = ()
+
+
+def copy_without(private: Private, source: Path, target: Path) -> None:
+    """Copy what the Trainer would push of a folder. Files in which nothing is private are linked."""
+    target.mkdir()
+    for path in list(source.rglob("*")):
+        name = path.relative_to(source)
+        if not path.is_file() or name.parts[0].startswith(("_", "checkpoint-")) or name.parts[0] == ".git":
+            continue
+        copied = target / name
+        content = private.clean(path)
+        if content is not None:
+            write_file(copied, content)
+            continue
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(path.resolve(), copied)
+        except OSError:  # a file system without links
+            shutil.copyfile(path, copied)
 
 
 def _strings(value: Any) -> Iterator[str]:
@@ -236,14 +156,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from _strings(entry)
-
-
-def _records(content: bytes) -> Iterator[bytes]:
-    """The records of a TensorBoard file, whole: 8 bytes of length and 4 of checksum, the data, 4 of checksum."""
-    start = 0
-    while start + 12 <= len(content):
-        end = start + 16 + int.from_bytes(content[start : start + 8], "little")
-        if end > len(content):  # still being written
-            return
-        yield content[start:end]
-        start = end

@@ -188,8 +188,8 @@ class BudgetMatrix(DifferentialAdaptationMatrix):
     It is zero-sum by construction, needs no learning rate, and drifts towards a 0/1 matrix. The gradient is taken at
     the matrix itself, so near the target sparsity: with all gates at 1 it would ask which module wants *more*, and
     rank the modules that have already learned last. The weights train with all gates open, so that until the cut a run
-    is, bit for bit, one of plain LoRA on all modules and the rows that are not held out; `recipes/benchmarks/ablation` shows what
-    it costs to train them under gates drawn at the target ratio.
+    is, bit for bit, one of plain LoRA on all modules and the rows that are not held out; `recipes/benchmarks/ablation`
+    shows what it costs to train them under gates drawn at the target ratio.
     """
 
     name = "budget"

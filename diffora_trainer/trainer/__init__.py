@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 
-_HOMES = {"DiffoRAMixin": "mixin", "DiffoRASFTTrainer": "sft", "DiffoRATrainer": "mixin"}  # sft alone imports TRL
+_HOMES = {"DiffoRAMixin": "mixin", "DiffoRASFTTrainer": "sft", "DiffoRATrainer": "trainers"}  # sft alone imports TRL
 __all__ = ["DiffoRAMixin", "DiffoRASFTTrainer", "DiffoRATrainer"]
 
 

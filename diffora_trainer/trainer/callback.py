@@ -23,11 +23,11 @@ from ..core.selection import Selection
 from ..experimental.shortcuts.shortcuts import shortcuts
 from ..logging import get_logger
 from ..search import messages
+from ..search.held_out import ArchitectureBatches, without_labels
 from ..search.reallocation import Reallocation
 from ..search.search import ArchitectureSearch
 from ..search.timing import StepTimes
 from .checkpoint import SEARCH, SELECTED, STATE_NAME, TENSORS_NAME, WARMUP, load_state, reraise_with_path, save_state
-from .data import ArchitectureBatches, without_labels
 from .resume import check_model, check_same, describe_base
 
 

@@ -1,53 +1,49 @@
-"""What the mixin needs to know of a Trainer: what it cannot search with, and its bookkeeping, data and wrappers."""
+"""What cannot be searched with: trainers, training arguments, options and models that are refused before training."""
 
 from __future__ import annotations
 
-import copy
-import inspect
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
 from typing import Any
 
 import torch
 from accelerate.utils import DynamoBackend, parse_flag_from_env
-from datasets import Dataset
-from peft import LoraConfig, PeftModel, TaskType
-from torch import Tensor, nn
-from torch.utils.data import Subset
-from transformers.trainer_utils import has_length
+from torch import nn
 
 from ..compat import (
     activation_checkpointing,
     activation_checkpointing_kwargs,
-    calls_backward_itself,
-    columns_of_model,
-    is_reward_trainer,
+    check_trainer_methods,
     is_sentence_transformer,
     knows_fsdp2,
     makes_completions,
     own_training_loop,
-    own_training_step,
-    preparation,
-    train_batch_size,
     uses_vllm,
-    with_reference_log_probs,
 )
 from ..config import DiffoRAConfig
-from ..experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, shortcuts
+from ..experimental.shortcuts.shortcuts import shortcuts
 from ..logging import get_logger
-from ..search.messages import NO_LABELS
 
 
 logger = get_logger(__name__)
 
-# A stream has no length, so its held-out part is what the search will read, up to this many batches.
-_MAX_STREAM_BATCHES = 64
+
+def check_options(config: Any) -> None:
+    """Raise a `TypeError` if what was passed as the options of a search are none."""
+    if config is not None and not isinstance(config, DiffoRAConfig):
+        raise TypeError(
+            f"`diffora_config` must be a `DiffoRAConfig`, got {type(config).__name__}. "
+            "Please make one of your options: `DiffoRAConfig(selection_ratio=0.5)`."
+        )
 
 
-def check_loop(trainer: type) -> None:
-    """Raise a `TypeError` if a class of trainers never calls what a search does in a step."""
+def check_class(trainer: type) -> None:
+    """
+    Refuse a class of trainers that never calls what a search does in a step.
+
+    Raises:
+        ImportError: if a version of transformers lacks a method that is overridden.
+        TypeError: if the class has a training loop of its own.
+    """
+    check_trainer_methods(trainer)
     if (loop := own_training_loop(trainer)) is not None:
         raise TypeError(
             f"`{loop}` is a training loop of its own, in which the steps of a search would never be called. Please "
@@ -118,7 +114,7 @@ def _check_completions(trainer: Any) -> None:
             f"You passed `discretize_at=0` to {name}, which has made no completions before its first step that the "
             "modules could be scored on. Please set `discretize_at=1` or later."
         )
-    _check_generation(trainer, "makes the completions that it trains on")
+    check_generation(trainer, "makes the completions that it trains on")
     if uses_vllm(trainer) and (config.method == "diffora" or config.reallocate_every is not None):
         logger.warning(
             "`use_vllm=True`: vLLM generates with the LoRA of all modules and without gates. While gates are not open "
@@ -128,27 +124,7 @@ def _check_completions(trainer: Any) -> None:
         )
 
 
-def check_own_loss(trainer: Any) -> None:
-    """Raise a `ValueError` if the loss of a trainer with its own `training_step` cannot be taken from there."""
-    step, name = own_training_step(trainer), type(trainer).__name__
-    assert step is not None
-    out = "Please override `compute_architecture_loss`, so that it gives the loss of a batch"
-    if makes_completions(trainer) or calls_backward_itself(step):
-        how = "prepares its batches" if makes_completions(trainer) else "calls `backward`"
-        raise ValueError(
-            f"The loss of {name} is neither in `compute_loss` nor can it be taken from its `training_step`, which "
-            f"{how} itself. {out}."
-        )
-    _check_generation(trainer, "takes its loss in `training_step`")
-    if uses_vllm(trainer):
-        raise ValueError(
-            f"You passed `use_vllm=True` to {name}, whose `training_step` would generate for architecture steps too: "
-            f"vLLM does it without the gates that the gradient is taken of, and merges the LoRA into the weights for "
-            f"it. {out}, or set `use_vllm=False`."
-        )
-
-
-def _check_generation(trainer: Any, why: str) -> None:
+def check_generation(trainer: Any, why: str) -> None:
     """Options that compare the loss of several passes, or their times: what is generated is not the same in them."""
     config, name = trainer.diffora_config, type(trainer).__name__
     refused = {
@@ -232,117 +208,6 @@ def _check_fsdp(trainer: Any) -> None:
             )
 
 
-def give_shortcuts(model: Any, config: DiffoRAConfig) -> Any:
-    """The model with the shortcuts that a configuration asks for, like its LoRA, unless it has some already."""
-    lora = model.peft_config[model.active_adapters[0]] if isinstance(model, PeftModel) else None
-    # What is not LoRA is refused by the search.
-    if config.shortcuts is not None and not shortcuts(model) and isinstance(lora, LoraConfig):
-        add_shortcuts(model, ShortcutConfig.like(lora, config.shortcuts))
-    return model
-
-
-def task_type_of_trainer(trainer: Any) -> TaskType:
-    """Task type of the model that a TRL trainer loads when it is given a name."""
-    return TaskType.SEQ_CLS if is_reward_trainer(trainer) else TaskType.CAUSAL_LM
-
-
-@contextmanager
-def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
-    """
-    Put a trainer's counters and metrics back as they were. TRL's `compute_loss` appends to `_metrics`, counts tokens
-    in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`; an architecture step must not
-    show in any of them.
-    """
-    plain = (int, float, bool, str, type(None), Tensor)
-    kept = {name: value for name, value in vars(trainer).items() if isinstance(value, plain)}
-    records = {
-        name: value
-        for name, value in vars(trainer).items()
-        if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats"))
-    }
-    try:
-        vars(trainer).update(copy.deepcopy(records))
-        yield
-    finally:
-        vars(trainer).update(kept, **records)
-
-
-def read_head(trainer: Any, stream: Any) -> list[Any]:
-    """
-    The first rows of a stream: as many as the search will read, up to a limit. Of the training stream never more than
-    `arch_split` of it or of what the run reads of it, but one at least; to know how long a short stream is, it is read
-    on without keeping the rows.
-
-    Raises:
-        ValueError: if the stream is read by several workers, has no rows, or only one that should be held out.
-    """
-    args, config = trainer.args, trainer.diffora_config
-    training = stream is trainer.train_dataset
-    if args.dataloader_num_workers > 1 and training:
-        raise ValueError(
-            f"`dataloader_num_workers={args.dataloader_num_workers}` reads the training stream in an order that "
-            "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
-            "`arch_dataset=` to the trainer."
-        )
-    warmup, decision = config.schedule(args.max_steps)[0], config.decision(args.max_steps)
-    batches = min(math.ceil((decision - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
-    if config.method != "diffora":
-        moments = max(1, len(config.reallocations(args.max_steps)))
-        batches = max(config.score_batches, min(moments * config.score_batches, _MAX_STREAM_BATCHES))
-    rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
-    needed, source = batches * rows_a_batch, iter(stream)
-    if training:
-        rows_a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
-        needed = max(1, min(needed, _part(config.arch_split, args.max_steps * rows_a_step)))
-    rows = list(islice(source, needed))
-    if not rows:
-        raise ValueError(
-            "The stream that held-out rows should be read from is empty. Please check its source and its filters."
-        )
-    if training:
-        enough = max(2, math.ceil(len(rows) / config.arch_split))
-        found = len(rows) + sum(1 for _ in islice(source, enough - len(rows)))
-        if found == 1:
-            raise ValueError(
-                "The training stream has 1 row, so nothing is left to train on if it is held out. Please pass a "
-                "longer stream, or `arch_dataset=` to the trainer."
-            )
-        if found < enough:  # that was all of it
-            rows = rows[: max(1, _part(config.arch_split, found))]
-    return rows
-
-
-def _part(share: float, size: int) -> int:
-    """So many of `size` rows as make at most a share of them, whatever the product is rounded to."""
-    return math.floor(share * size + 1e-9)
-
-
-def prepare_dataset(trainer: Any, dataset: Any, formatting_func: Any = None) -> Any:
-    """
-    A held-out data set of the user's own, prepared as the trainer prepared its training set. TRL's trainers tokenize
-    it, and leave a tokenized data set as it is; what they take for that differs from one trainer to another.
-    """
-    prepare = preparation(trainer)
-    if prepare is None:
-        return dataset
-    known = {
-        "dataset": dataset,
-        "processing_class": trainer.processing_class,
-        "args": trainer.args,
-        "packing": getattr(trainer.args, "packing", False),
-        "formatting_func": formatting_func,
-        "dataset_name": "arch",
-    }
-    try:
-        dataset = prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
-        return with_reference_log_probs(trainer, dataset)
-    except (AttributeError, KeyError, StopIteration) as error:
-        raise ValueError(
-            f"The `arch_dataset` with the columns {getattr(dataset, 'column_names', None)} could not be prepared as "
-            f"the training set was ({type(error).__name__}: {error}). Please pass rows in the same form."
-        ) from error
-
-
 def check_loaded(model: Any) -> None:
     """Raise a `ValueError` if a model has no weights. With offloading or FSDP they may be elsewhere."""
     elsewhere = hasattr(model, "hf_device_map") or parse_flag_from_env("ACCELERATE_USE_FSDP")
@@ -355,46 +220,15 @@ def check_loaded(model: Any) -> None:
             )
 
 
-def check_rows_left(trainer: Any) -> None:
-    """Raise a `ValueError` if preparing a data set has left nothing of it. TRL drops rows without any label."""
-    for name in ("train_dataset", "arch_dataset"):
-        dataset = getattr(trainer, name)
-        if dataset is not None and has_length(dataset) and len(dataset) == 0:
-            raise ValueError(
-                f"All rows of the `{name}` that you passed were dropped when the trainer prepared it. {NO_LABELS}"
-            )
-
-
-def check_arch_columns(trainer: Any, given: list[str] | None) -> None:
-    """
-    Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data, or what the
-    trainer has added to the columns of the training set that it was given.
-    """
-    train, held_out = (getattr(data, "column_names", None) for data in (trainer.train_dataset, trainer.arch_dataset))
-    if not train or not held_out:
-        return
-    needed = set() if given is None else set(train) - set(given)
-    if trainer.args.remove_unused_columns:
-        needed = set(columns_of_model(trainer))
-    missing = [name for name in train if name in needed and name not in held_out]
-    if missing:
+def check_can_train(trainer: Any) -> None:
+    """Raise a `ValueError` if a trainer has lost what a run needs since it was built, or never had it."""
+    if trainer._callback not in trainer.callback_handler.callbacks:
         raise ValueError(
-            f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too, which it "
-            "lacks. Please pass rows in the form of the training set, or leave `arch_dataset` out, to hold out a part "
-            "of the training set."
+            "The `DiffoRACallback` was removed from this trainer, so no module would ever be chosen. Please leave "
+            "it in, or use the parent trainer."
         )
-
-
-def subset(dataset: Any, indices: list[int]) -> Any:
-    """Some rows of a map-style data set."""
-    return dataset.select(indices) if isinstance(dataset, Dataset) else Subset(dataset, indices)
-
-
-def steps_of_epoch(trainer: Any) -> tuple[int, int]:
-    """Optimizer steps in an epoch, and the rows that all processes together read for one of them."""
-    args = trainer.args
-    rows_a_step = train_batch_size(trainer) * args.gradient_accumulation_steps * args.world_size
-    if not hasattr(trainer.train_dataset, "__len__"):
-        return args.max_steps, rows_a_step
-    batches = len(trainer.callback_handler.train_dataloader)
-    return max(math.ceil(batches / args.gradient_accumulation_steps), 1), rows_a_step
+    if trainer.train_dataset is None:
+        raise ValueError(
+            "This trainer has `train_dataset=None`, so it can evaluate and predict but not train. Please pass a "
+            "`train_dataset`."
+        )

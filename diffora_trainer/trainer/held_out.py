@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
@@ -14,176 +17,226 @@ from ..compat import (
     collator_without_unused_columns,
     makes_completions,
     noted_preparation,
-    prepare_inputs,
     train_batch_size,
     without_unused_columns,
 )
-from ..config import DiffoRAConfig
+from ..core.isolation import replaced
 from ..logging import get_logger
-from .callback import DiffoRACallback
-from .checks import read_head, steps_of_epoch, subset
-from .data import (
-    ArchitectureBatches,
-    HeldOutBatches,
-    HeldOutSampler,
-    HeldOutStream,
-    RolloutBatches,
-    SplitPlan,
-    split_indices,
-)
+from ..search.held_out import ArchitectureBatches, HeldOutBatches, RolloutBatches
+from .datasets import subset
+from .split import HeldOutSampler, HeldOutStream, SplitPlan, split_indices
 
 
 logger = get_logger(__name__)
 
-if TYPE_CHECKING:
-    from transformers import Trainer
-
-    class _Base(Trainer):
-        args: Any
-        data_collator: Any
-        model: Any
-        train_dataset: Any
-
-else:
-    _Base = object
+# A stream has no length, so its held-out part is what the search will read, up to this many batches.
+_MAX_STREAM_BATCHES = 64
 
 
-class HeldOutMixin(_Base):
+class HeldOutData:
     """
-    A trainer that holds a part of its training data out until the cut, unless it has an `arch_dataset`. What is held
-    out, and when it goes back, is in [`SplitPlan`]. One that makes its own completions holds
-    nothing out: its search reads what its training steps were given ([`RolloutBatches`]).
+    The data that the search of a trainer reads: a part of the training data, held out until the cut, unless the
+    trainer has an `arch_dataset`. What is held out, and when it goes back, is in [`SplitPlan`]. A trainer that makes
+    its own completions holds nothing out: its search reads what its training steps were given ([`RolloutBatches`]).
+
+    Args:
+        trainer (`Trainer`): the trainer, with its `diffora_config` and `arch_dataset`.
+
+    Attributes:
+        split ([`SplitPlan`] or `None`): which rows are held out, where they go back to training after the cut.
+        rollouts ([`RolloutBatches`] or `None`): what the training steps were given, until the cut.
+        removes_columns (`bool`): whether the trainer takes columns that its model does not know out of the training
+            rows, and so out of the held-out ones.
     """
 
-    diffora_config: DiffoRAConfig
-    arch_dataset: Any
-    _callback: DiffoRACallback
-    _split: SplitPlan | None = None
-    _held_out_rows: Any = None
-    _rollouts: RolloutBatches | None = None
-    _generates_for_loss: bool
-    _samples = _removes_columns = False
+    def __init__(self, trainer: Any) -> None:
+        self.split: SplitPlan | None = None
+        self.rollouts: RolloutBatches | None = None
+        self.removes_columns = False
+        self._trainer = trainer
+        self._rows: Any = None
+        self._samples = False
 
-    def get_train_dataloader(self) -> DataLoader:
-        """The parent's data loader; until the cut it leaves the held-out rows out."""
-        self._samples = self._removes_columns = False
-        trained_on = self._callback.is_cut(self.model) and not self._callback.resumed_after_cut
-        if trained_on or self.arch_dataset is not None or makes_completions(self):
-            self._split = None
-            return super().get_train_dataloader()
-        stock = self.train_dataset
+    def train_dataloader(self, parent: Callable[[], DataLoader], hold_out: bool) -> DataLoader:
+        """
+        The data loader of the training rows; until the cut it leaves the held-out ones out.
+
+        Args:
+            parent (`Callable[[], DataLoader]`): the parent trainer's `get_train_dataloader`.
+            hold_out (`bool`): whether the run has still to be cut, or to come to the end of the epoch of its cut.
+        """
+        trainer, config = self._trainer, self._trainer.diffora_config
+        self._samples = self.removes_columns = False
+        if not hold_out or trainer.arch_dataset is not None or makes_completions(trainer):
+            self.split = None
+            return parent()
+        stock = trainer.train_dataset
         if has_length(stock):
-            self._split = SplitPlan(
-                split_indices(len(stock), self.diffora_config.arch_split, self.diffora_config.arch_seed),
-                self.diffora_config.arch_seed,
-            )
-            loader = super().get_train_dataloader()
-            return loader if self._samples else self._without_held_out()
-        self._split = SplitPlan((), self.diffora_config.arch_seed)
-        self._held_out_rows = read_head(self, stock)
-        self.train_dataset = HeldOutStream(stock, self._held_out_rows, self._split)
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = stock
+            self.split = SplitPlan(split_indices(len(stock), config.arch_split, config.arch_seed), config.arch_seed)
+            loader = parent()
+            return loader if self._samples else self._without_held_out(parent)
+        self.split = SplitPlan((), config.arch_seed)
+        self._rows = read_head(trainer, stock)
+        with replaced(trainer, "train_dataset", HeldOutStream(stock, self._rows, self.split)):
+            return parent()
 
-    def _without_held_out(self) -> DataLoader:
+    def _without_held_out(self, parent: Callable[[], DataLoader]) -> DataLoader:
         """The parent's data loader of the other rows, where it does not draw them by `_get_train_sampler`."""
-        assert self._split is not None
-        stock, held_out, self._split = self.train_dataset, self._split.held_out, None
+        assert self.split is not None
+        stock, held_out, self.split = self._trainer.train_dataset, self.split.held_out, None
         if isinstance(stock, IterableDataset):
             raise ValueError(
                 f"The training set is a {type(stock).__name__} with a length, which can only be read in its order, so "
                 "no rows can be held out. Please pass `arch_dataset=` to the trainer, or a data set that has "
                 "`__getitem__`."
             )
-        self._held_out_rows = subset(stock, sorted(held_out))
-        self.train_dataset = subset(stock, [index for index in range(len(stock)) if index not in held_out])
+        self._rows = subset(stock, sorted(held_out))
+        others = subset(stock, [index for index in range(len(stock)) if index not in held_out])
         logger.info(
-            f"{type(self).__name__} has a way of its own to draw batches, so the {len(held_out)} held-out rows stay "
-            "out of training after the cut too."
+            f"{type(self._trainer).__name__} has a way of its own to draw batches, so the {len(held_out)} held-out "
+            "rows stay out of training after the cut too."
         )
-        try:
-            return super().get_train_dataloader()
-        finally:
-            self.train_dataset = stock
+        with replaced(self._trainer, "train_dataset", others):
+            return parent()
 
-    def _remove_unused_columns(self, dataset: Any, description: str | None = None) -> Any:
-        self._removes_columns = True
-        return super()._remove_unused_columns(dataset, description)
-
-    def _get_collator_with_removed_columns(self, data_collator: Any, description: str | None = None) -> Any:
-        self._removes_columns = True
-        return super()._get_collator_with_removed_columns(data_collator, description)
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def train_sampler(self, sampler: Any) -> Any:
+        """The order of the training rows, of which the parent trainer gives the one of a stock run."""
+        args = self._trainer.args
         self._samples = True
-        sampler = super()._get_train_sampler(train_dataset)
-        if self._split is None or sampler is None:
+        if self.split is None or sampler is None:
             return sampler
-        if self.args.train_sampling_strategy == "batch_rebalance":
+        if args.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
-                f"`train_sampling_strategy={self.args.train_sampling_strategy!r}` makes whole batches, from which "
+                f"`train_sampling_strategy={args.train_sampling_strategy!r}` makes whole batches, from which "
                 "single rows cannot be held out. Please pass `arch_dataset=` to the trainer, or use another strategy."
             )
-        if isinstance(sampler, RandomSampler) and self.args.accelerator_config.use_seedable_sampler:
+        if isinstance(sampler, RandomSampler) and args.accelerator_config.use_seedable_sampler:
             # What accelerate makes of a random sampler when it is not wrapped: the order of a stock run.
             sampler = SeedableRandomSampler(
                 data_source=sampler.data_source,
                 replacement=sampler.replacement,
                 num_samples=sampler.num_samples,
                 generator=sampler.generator,
-                data_seed=self.args.data_seed,
+                data_seed=args.data_seed,
             )
-        return HeldOutSampler(sampler, self._split, len(self.train_dataset))
+        return HeldOutSampler(sampler, self.split, len(self._trainer.train_dataset))
 
-    def _set_cut(self, cut: int) -> None:
-        if self._split is not None:
-            self._split.set_cut(cut, *steps_of_epoch(self))
-            self._split.given_back = self._callback.is_cut(self.model)
+    def set_cut(self, cut: int, given_back: bool) -> None:
+        """
+        Set the moment at which the held-out rows go back to training, once the length of the run is known.
 
-    def _kept_rollouts(self) -> AbstractContextManager[None]:
-        """While the search lasts, keep for it what a training step is given."""
-        if self._rollouts is None or not self._callback.gates_active:
+        Args:
+            cut (`int`): optimizer step at whose end that is.
+            given_back (`bool`): whether it is over.
+        """
+        if self.split is not None:
+            self.split.set_cut(cut, *steps_of_epoch(self._trainer))
+            self.split.given_back = given_back
+
+    def keep_rollouts(self, searching: bool) -> AbstractContextManager[None]:
+        """While the search lasts, keep for it what a training step is given, if that is what it reads."""
+        if self.rollouts is None or not searching:
             return nullcontext()
-        return noted_preparation(self, self._rollouts.add)
+        return noted_preparation(self._trainer, self.rollouts.add)
 
-    def _prepare_architecture_batch(self, batch: Any) -> Any:
-        """A batch of the search as the loss takes it. One of a training step has been prepared, at some cost."""
-        return dict(batch if makes_completions(self) else prepare_inputs(self, batch))
+    def batches(self, comparable: bool) -> ArchitectureBatches:
+        """
+        The batches that the search of a run reads.
 
-    def _make_held_out(self, cut: int) -> ArchitectureBatches:
-        """The batches that a run searches on, and the moment at which held-out rows go back to training."""
-        if makes_completions(self):
-            config = self.diffora_config
-            self._rollouts = RolloutBatches(1 if config.method == "diffora" else config.score_batches)
-            return self._rollouts
-        if self.arch_dataset is not None:
-            rows = self.arch_dataset if has_length(self.arch_dataset) else read_head(self, self.arch_dataset)
-        elif self._held_out_rows is not None:
-            rows = self._held_out_rows
+        Args:
+            comparable (`bool`): whether the losses of two models on the same rows tell which is better.
+        """
+        trainer, config = self._trainer, self._trainer.diffora_config
+        if makes_completions(trainer):
+            self.rollouts = RolloutBatches(1 if config.method == "diffora" else config.score_batches)
+            return self.rollouts
+        if trainer.arch_dataset is not None:
+            rows = trainer.arch_dataset
+            rows = rows if has_length(rows) else read_head(trainer, rows)
+        elif self._rows is not None:
+            rows = self._rows
         else:
-            assert self._split is not None
-            rows = subset(self.train_dataset, sorted(self._split.held_out))
-        self._set_cut(cut)
-        collate = self.data_collator
-        if not self._removes_columns:  # the data loader of the training rows leaves all columns in
+            assert self.split is not None
+            rows = subset(trainer.train_dataset, sorted(self.split.held_out))
+        collate = trainer.data_collator
+        if not self.removes_columns:  # the data loader of the training rows leaves all columns in
             pass
         elif isinstance(rows, Dataset):
-            rows = without_unused_columns(self, rows, "held-out")
+            rows = without_unused_columns(trainer, rows, "held-out")
         else:
-            collate = collator_without_unused_columns(self, collate, "held-out")
+            collate = collator_without_unused_columns(trainer, collate, "held-out")
         return HeldOutBatches(
             rows,
             collate,
-            batch_size=self.diffora_config.arch_batch_size or train_batch_size(self),
-            seed=self.diffora_config.arch_seed,
-            rank=self.args.process_index,
-            world_size=self.args.world_size,
-            comparable=not self._generates_for_loss,
+            batch_size=config.arch_batch_size or train_batch_size(trainer),
+            seed=config.arch_seed,
+            rank=trainer.args.process_index,
+            world_size=trainer.args.world_size,
+            comparable=comparable,
         )
 
-    def _give_held_out_back(self) -> None:
-        self._held_out_rows = self._rollouts = None
-        if self._split is not None:
-            self._split.given_back = True
+    def give_back(self) -> None:
+        """The cut is made: the rows go back to training, and nothing is kept for the search any more."""
+        self._rows = self.rollouts = None
+        if self.split is not None:
+            self.split.given_back = True
+
+
+def read_head(trainer: Any, stream: Any) -> list[Any]:
+    """
+    The first rows of a stream: as many as the search will read, up to a limit. Of the training stream never more than
+    `arch_split` of it or of what the run reads of it, but one at least; to know how long a short stream is, it is read
+    on without keeping the rows.
+
+    Raises:
+        ValueError: if the stream is read by several workers, has no rows, or only one that should be held out.
+    """
+    args, config = trainer.args, trainer.diffora_config
+    training = stream is trainer.train_dataset
+    if args.dataloader_num_workers > 1 and training:
+        raise ValueError(
+            f"`dataloader_num_workers={args.dataloader_num_workers}` reads the training stream in an order that "
+            "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
+            "`arch_dataset=` to the trainer."
+        )
+    warmup, decision = config.schedule(args.max_steps)[0], config.decision(args.max_steps)
+    batches = min(math.ceil((decision - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
+    if config.method != "diffora":
+        moments = max(1, len(config.reallocations(args.max_steps)))
+        batches = max(config.score_batches, min(moments * config.score_batches, _MAX_STREAM_BATCHES))
+    rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
+    needed, source = batches * rows_a_batch, iter(stream)
+    if training:
+        rows_a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
+        needed = max(1, min(needed, _part(config.arch_split, args.max_steps * rows_a_step)))
+    rows = list(islice(source, needed))
+    if not rows:
+        raise ValueError(
+            "The stream that held-out rows should be read from is empty. Please check its source and its filters."
+        )
+    if training:
+        enough = max(2, math.ceil(len(rows) / config.arch_split))
+        found = len(rows) + sum(1 for _ in islice(source, enough - len(rows)))
+        if found == 1:
+            raise ValueError(
+                "The training stream has 1 row, so nothing is left to train on if it is held out. Please pass a "
+                "longer stream, or `arch_dataset=` to the trainer."
+            )
+        if found < enough:  # that was all of it
+            rows = rows[: max(1, _part(config.arch_split, found))]
+    return rows
+
+
+def _part(share: float, size: int) -> int:
+    """So many of `size` rows as make at most a share of them, whatever the product is rounded to."""
+    return math.floor(share * size + 1e-9)
+
+
+def steps_of_epoch(trainer: Any) -> tuple[int, int]:
+    """Optimizer steps in an epoch, and the rows that all processes together read for one of them."""
+    args = trainer.args
+    rows_a_step = train_batch_size(trainer) * args.gradient_accumulation_steps * args.world_size
+    if not hasattr(trainer.train_dataset, "__len__"):
+        return args.max_steps, rows_a_step
+    batches = len(trainer.callback_handler.train_dataloader)
+    return max(math.ceil(batches / args.gradient_accumulation_steps), 1), rows_a_step

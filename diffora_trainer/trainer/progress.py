@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler
 
 from .callback import DiffoRACallback
 
@@ -17,17 +17,17 @@ class SearchProgressCallback(TrainerCallback):
 
     Args:
         source ([`DiffoRACallback`]): what to show.
-        find_bar (`Callable[[], ProgressCallback | None]`): the Trainer's own progress callback.
+        handler (`CallbackHandler`): the Trainer's, with its own progress callback.
     """
 
-    def __init__(self, source: DiffoRACallback, find_bar: Callable[[], ProgressCallback | None]) -> None:
+    def __init__(self, source: DiffoRACallback, handler: CallbackHandler) -> None:
         self._source = source
-        self._find_bar = find_bar
+        self._handler = handler
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        progress = self._find_bar()
+        progress = next((c for c in self._handler.callbacks if isinstance(c, ProgressCallback)), None)
         bar = getattr(progress, "training_bar", None)
         if bar is None:
             return

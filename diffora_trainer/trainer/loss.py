@@ -1,0 +1,105 @@
+"""The loss of an architecture step, as a trainer computes it, without a trace in its metrics."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters.grid import peft_model
+from ..compat import (
+    calls_backward_itself,
+    loss_of_training_step,
+    makes_completions,
+    own_training_step,
+    prepare_inputs,
+    uses_vllm,
+)
+from ..core.isolation import replaced
+from .checks import check_generation
+
+
+def architecture_loss(trainer: Any, model: nn.Module, batch: Any) -> Tensor:
+    """The architecture loss of a batch of the search; leaves metrics, counters and the batch as they were."""
+    with preserved_bookkeeping(trainer):
+        inputs = prepare_batch(trainer, batch)
+        with trainer.compute_loss_context_manager():
+            # The search knows the part that has the LoRA, and the loss is one of the whole model.
+            whole = trainer.model if model is peft_model(trainer.model) else model
+            return trainer.compute_architecture_loss(whole, inputs)
+
+
+def prepare_batch(trainer: Any, batch: Any) -> Any:
+    """A batch of the search as the loss takes it. One of a training step has been prepared, at some cost."""
+    return dict(batch if makes_completions(trainer) else prepare_inputs(trainer, batch))
+
+
+def loss_of_trainer(trainer: Any, model: nn.Module, inputs: Any) -> Tensor:
+    """
+    The loss that a trainer trains on: `compute_loss`, or what its `training_step` would take the gradient of.
+
+    Args:
+        trainer (`Trainer`): the trainer.
+        model (`nn.Module`): the model as it is trained.
+        inputs (`dict`): a prepared batch.
+
+    Raises:
+        ValueError: if the `training_step` takes no gradient.
+    """
+    if own_training_step(trainer) is None:
+        loss = trainer.compute_loss(model, inputs)
+        assert isinstance(loss, Tensor)  # a tuple only where outputs are asked for
+        return loss
+    with replaced(trainer, "_in_architecture_step", True):
+        found = loss_of_training_step(trainer, model, inputs)
+    if found is None:
+        raise ValueError(
+            f"The `training_step` of {type(trainer).__name__} handed no loss to `accelerator.backward`, so there is "
+            "none to take the gradient of the gates of. Please override `compute_architecture_loss`."
+        )
+    return found
+
+
+def check_own_loss(trainer: Any) -> None:
+    """Raise a `ValueError` if the loss of a trainer has to be taken from its `training_step`, and cannot be."""
+    step, name = own_training_step(trainer), type(trainer).__name__
+    if step is None or not trainer._generates_for_loss:
+        return
+    out = "Please override `compute_architecture_loss`, so that it gives the loss of a batch"
+    if makes_completions(trainer) or calls_backward_itself(step):
+        how = "prepares its batches" if makes_completions(trainer) else "calls `backward`"
+        raise ValueError(
+            f"The loss of {name} is neither in `compute_loss` nor can it be taken from its `training_step`, which "
+            f"{how} itself. {out}."
+        )
+    check_generation(trainer, "takes its loss in `training_step`")
+    if uses_vllm(trainer):
+        raise ValueError(
+            f"You passed `use_vllm=True` to {name}, whose `training_step` would generate for architecture steps too: "
+            f"vLLM does it without the gates that the gradient is taken of, and merges the LoRA into the weights for "
+            f"it. {out}, or set `use_vllm=False`."
+        )
+
+
+@contextmanager
+def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
+    """
+    Put a trainer's counters and metrics back as they were. TRL's `compute_loss` appends to `_metrics`, counts tokens
+    in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`; an architecture step must not
+    show in any of them.
+    """
+    plain = (int, float, bool, str, type(None), Tensor)
+    kept = {name: value for name, value in vars(trainer).items() if isinstance(value, plain)}
+    records = {
+        name: value
+        for name, value in vars(trainer).items()
+        if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats"))
+    }
+    try:
+        vars(trainer).update(copy.deepcopy(records))
+        yield
+    finally:
+        vars(trainer).update(kept, **records)

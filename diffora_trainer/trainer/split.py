@@ -1,0 +1,161 @@
+"""The part of a training set that is held out, and the order in which its rows go back to training after the cut."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset, Sampler
+
+
+class SplitPlan:
+    """
+    Which rows are held out, and until when. Shared by all readers of the training data; the moment of the cut is
+    filled in when the length of the run is known, before the first row is read.
+
+    Everything is a function of the position in the data, not of time, so workers that fetch ahead and runs that are
+    resumed see the same order.
+
+    Args:
+        held_out (`Iterable[int]`): indices (map-style) or ordinals (streaming) of the held-out rows.
+        seed (`int`): seed of the rows that stand in for held-out ones.
+
+    Attributes:
+        given_back (`bool`): whether the cut has been made. Only streams in their second epoch have to ask.
+    """
+
+    def __init__(self, held_out: Iterable[int], seed: int) -> None:
+        self.held_out = frozenset(held_out)
+        self.seed = seed
+        self.given_back = False
+        self._cut = self._steps_per_epoch = self._rows_per_step = 0
+
+    def set_cut(self, cut: int, steps_per_epoch: int, rows_per_step: int) -> None:
+        """
+        Args:
+            cut (`int`): optimizer step at whose end the rows are given back.
+            steps_per_epoch (`int`): optimizer steps in an epoch.
+            rows_per_step (`int`): rows that all processes together read for one optimizer step.
+        """
+        self._cut, self._steps_per_epoch, self._rows_per_step = cut, steps_per_epoch, rows_per_step
+
+    def rows_before_cut(self, epoch: int) -> float:
+        """Rows of an epoch that are read before the cut; infinite if all of them are."""
+        steps = self._cut - epoch * self._steps_per_epoch
+        if steps >= self._steps_per_epoch > 0:
+            return math.inf
+        return max(0, steps) * self._rows_per_step
+
+
+class HeldOutSampler(Sampler[int]):
+    """
+    The training order with held-out rows moved behind the cut.
+
+    Before the cut a held-out row is put off to the end of the epoch; if the epoch ends before the cut, other rows,
+    drawn at random, stand in for those put off. An epoch has the same length with and without, so schedules do not
+    change.
+
+    Args:
+        sampler (`Sampler[int]`): the order of a stock run.
+        plan ([`SplitPlan`]): what is held out.
+        size (`int`): rows of the training set.
+    """
+
+    def __init__(self, sampler: Sampler[int], plan: SplitPlan, size: int) -> None:
+        self.sampler = sampler
+        self.plan = plan
+        self.size = size
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop before each epoch."""
+        self.epoch = epoch
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.sampler)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[int]:
+        # The epoch is read once: a random sampler moves itself on to the next one when it is exhausted.
+        epoch, held_out = self.epoch, self.plan.held_out
+        before_cut = self.plan.rows_before_cut(epoch)
+        put_off, position = [], 0
+        for index in self.sampler:
+            if index in held_out and position < before_cut:
+                put_off.append(index)
+                continue
+            yield index
+            position += 1
+        generator = torch.Generator().manual_seed(self.plan.seed + epoch)
+        for index in put_off:
+            yield index if position >= before_cut else self._stand_in(generator)
+            position += 1
+
+    def _stand_in(self, generator: torch.Generator) -> int:
+        while True:  # the training part is not empty, so this ends
+            index = int(torch.randint(self.size, (), generator=generator))
+            if index not in self.plan.held_out:
+                return index
+
+
+class HeldOutStream(IterableDataset):
+    """
+    A stream whose first rows are held out; they come back right after the cut, and in later epochs in their place.
+
+    Args:
+        stream (`Iterable`): the training stream.
+        rows (`Sequence`): its first rows, which are held out.
+        plan ([`SplitPlan`]): when they are given back.
+    """
+
+    def __init__(self, stream: Iterable[Any], rows: Sequence[Any], plan: SplitPlan) -> None:
+        self.stream = stream
+        self.rows = rows
+        self.plan = plan
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop before each epoch."""
+        self.epoch = epoch
+        if hasattr(self.stream, "set_epoch"):
+            self.stream.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A stream has no length, so in later epochs only time can tell whether the cut is over.
+        before_cut = self.plan.rows_before_cut(0) if self.epoch == 0 else 0 if self.plan.given_back else math.inf
+        if before_cut == 0:
+            yield from self.stream
+            return
+        position = 0
+        for row in islice(iter(self.stream), len(self.rows), None):
+            if position == before_cut:
+                yield from self.rows
+            yield row
+            position += 1
+        if position == 0:  # accelerate would say that a batch is `None`
+            raise ValueError(
+                f"The training stream gave no row beside the {len(self.rows)} that are held out, so there is nothing "
+                "to train on. Please pass a longer stream, one that can be read again from its start, or "
+                "`arch_dataset=` to the trainer."
+            )
+
+
+def split_indices(size: int, part: float, seed: int) -> list[int]:
+    """
+    Indices of a seeded held-out part of `size` rows, sorted.
+
+    Raises:
+        ValueError: if nothing would be left to train on.
+    """
+    held_out = math.ceil(part * size)
+    if held_out >= size:
+        raise ValueError(
+            f"The training set has {size} row(s), and `arch_split={part}` holds out {held_out} of them, so no data is "
+            "left to train on. Please use a smaller `arch_split`, more data, or pass `arch_dataset=` to the trainer."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    return sorted(torch.randperm(size, generator=generator)[:held_out].tolist())
