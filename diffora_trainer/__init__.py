@@ -15,15 +15,19 @@ _HOMES = {
     "DiffoRAMixin": "trainer.mixin",
     "DiffoRASFTTrainer": "trainer.sft",
     "DiffoRATrainer": "trainer.trainers",
-    "DifferentialAdaptationMatrix": "methods.matrix",
+    "DifferentialAdaptationMatrix": "methods.deprecated",
+    "GradientMethod": "methods.base",
+    "ScoreMethod": "methods.base",
     "Selection": "core.selection",
-    "ShortcutConfig": "experimental.shortcuts.shortcuts",
-    "ShortcutModel": "experimental.shortcuts.model",
-    "add_shortcuts": "experimental.shortcuts.shortcuts",
+    "SelectionRun": "search.run",
+    "ShortcutConfig": "experimental.shortcuts",
+    "ShortcutModel": "experimental.shortcuts",
+    "add_shortcuts": "experimental.shortcuts",
     "apply_selection": "adapters.pruning",
-    "load_shortcuts": "experimental.shortcuts.model",
-    "remove_shortcuts": "experimental.shortcuts.shortcuts",
-    "save_shortcuts": "experimental.shortcuts.model",
+    "load_shortcuts": "experimental.shortcuts",
+    "register_method": "methods.registry",
+    "remove_shortcuts": "experimental.shortcuts",
+    "save_shortcuts": "experimental.shortcuts",
 }
 __all__ = [
     "ArchitectureSearch",
@@ -32,12 +36,16 @@ __all__ = [
     "DiffoRASFTTrainer",
     "DiffoRATrainer",
     "DifferentialAdaptationMatrix",
+    "GradientMethod",
+    "ScoreMethod",
     "Selection",
+    "SelectionRun",
     "ShortcutConfig",
     "ShortcutModel",
     "add_shortcuts",
     "apply_selection",
     "load_shortcuts",
+    "register_method",
     "remove_shortcuts",
     "save_shortcuts",
 ]
@@ -48,7 +56,10 @@ if TYPE_CHECKING:
     from .core.selection import Selection
     from .experimental.shortcuts.model import ShortcutModel, load_shortcuts, save_shortcuts
     from .experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
-    from .methods.matrix import DifferentialAdaptationMatrix
+    from .methods.base import GradientMethod, ScoreMethod
+    from .methods.deprecated import DifferentialAdaptationMatrix
+    from .methods.registry import register_method
+    from .search.run import SelectionRun
     from .search.search import ArchitectureSearch
     from .trainer.mixin import DiffoRAMixin
     from .trainer.sft import DiffoRASFTTrainer

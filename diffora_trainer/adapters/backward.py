@@ -13,7 +13,7 @@ nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,6 +99,24 @@ def input_embeddings(model: nn.Module) -> list[nn.Module]:
         if isinstance(embeddings, nn.Module):
             found.append(embeddings)
     return list(dict.fromkeys(found))
+
+
+def check_backward_ends_early(model: nn.Module, searched: Collection[nn.Parameter]) -> None:
+    """
+    Raise a `ValueError` if the backward pass of a model goes through all layers, whatever is kept.
+
+    Args:
+        model (`nn.Module`): the model.
+        searched (`Collection[nn.Parameter]`): the parameters that may be pruned.
+    """
+    embeddings = {p for module in input_embeddings(model) for p in module.parameters() if p.requires_grad}
+    embeddings -= set(searched)
+    if trained := [name for name, parameter in model.named_parameters() if parameter in embeddings]:
+        raise ValueError(
+            f"You passed `max_step_time` for a model whose input embeddings are trained ({trained[0]!r}), so each "
+            "backward pass goes through all layers down to them, and no choice of modules makes it shorter. Please "
+            "leave `max_step_time` out, or the embeddings out of `modules_to_save` and `trainable_token_indices`."
+        )
 
 
 def _needs_input_gradients(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""Gates on live LoRA modules: attach and detach, and shut off whole modules for a while."""
+"""Gates on the sites of a live model: attach and detach, and see the model as if it were pruned."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -11,38 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ..compat import checkpoint_function, checkpoints, disable_layer
-from ..experimental.shortcuts.shortcuts import Shortcut
+from ..compat import checkpoint_function, checkpoints
 from .backward import without_input_gradients
-from .grid import ModuleGrid, parameters_of, searched_modules
+from .base import AdapterSite, disabled
 
 
 class Gates:
     """
-    Multiplies the output of each module's `lora_A` by a gate: `r` numbers a token, so almost free, and exact, since
-    nothing but `lora_B`, which has no bias, follows. Of a shortcut it multiplies the output.
+    Multiplies the output of a module of each site by a gate. That is exact, since nothing but the up-projection, which
+    has no bias, follows.
 
     The gates are plain tensors held here, not on the tuner layer, because PEFT saves whatever is registered there.
     Which of two vectors applies is read from the module's own mode, training or evaluation.
 
     Args:
-        model (`PeftModel`): the model.
-        grid ([`~diffora_trainer.adapters.grid.ModuleGrid`]): its modules.
+        sites (`Sequence[AdapterSite]`): the sites, in the order of the grid.
     """
 
-    def __init__(self, model: nn.Module, grid: ModuleGrid) -> None:
-        found = searched_modules(model, grid.adapter_name)
-        layers: list[Any] = [found[name] for name in grid.names]
-        self._modules: list[nn.Module] = []
-        self._shapes: list[tuple[Any, ...]] = []
-        for layer in layers:
-            if isinstance(layer, Shortcut):
-                self._modules.append(layer)
-                self._shapes.append((type(layer).__name__, *layer.A.shape))
-            else:
-                pair: list[Any] = [layer.lora_A[grid.adapter_name], layer.lora_B[grid.adapter_name]]
-                self._modules.append(pair[0])
-                self._shapes.append(tuple((type(module).__name__, *module.weight.shape) for module in pair))
+    def __init__(self, sites: Sequence[AdapterSite]) -> None:
+        self._modules = [site.gated for site in sites]
         self._handles: list[RemovableHandle] = []
         self._training: Sequence[Tensor] | None = None
         self._evaluation: Sequence[Tensor] | None = None
@@ -51,11 +38,6 @@ class Gates:
     def device(self) -> torch.device:
         """Where the gates are applied; the first module's device in a model spread over several."""
         return next(self._modules[0].parameters()).device
-
-    @property
-    def shapes(self) -> list[tuple[Any, ...]]:
-        """What must be equal for two modules to share their matrices: class and shape of `lora_A` and `lora_B`."""
-        return self._shapes
 
     @property
     def attached(self) -> bool:
@@ -110,38 +92,18 @@ class Gates:
 
 
 @contextmanager
-def pruned_view(model: Any, kept: Iterable[str], adapter_name: str) -> Iterator[list[nn.Parameter]]:
+def pruned_view(model: nn.Module, sites: Sequence[AdapterSite], kept: Sequence[int]) -> Iterator[None]:
     """
-    For a while, let a model compute what it would after a cut that keeps only some modules; gives their parameters.
+    For a while, let a model compute what it would after all sites but some were pruned.
 
     Args:
-        model (`PeftModel`): a model before the cut.
-        kept (`Iterable[str]`): names of the modules to keep.
-        adapter_name (`str`): the adapter.
+        model (`PeftModel`): the model.
+        sites (`Sequence[AdapterSite]`): its sites.
+        kept (`Sequence[int]`): indices of those that are kept.
     """
-    names = set(kept)
-    layers: dict[str, Any] = dict(searched_modules(model, adapter_name))
-    others = [layer for name, layer in layers.items() if name not in names]
-    frozen = [p for layer in others for p in parameters_of(layer, adapter_name) if p.requires_grad]
-    off = [layer for layer in others if not isinstance(layer, Shortcut)]
-    passed = [layer for layer in others if isinstance(layer, Shortcut) and layer.enabled]
-    before = [layer.disable_adapters for layer in off]
-    try:
-        for layer in off:
-            disable_layer(layer, True)
-        for layer in passed:
-            layer.enabled = False
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        with without_input_gradients(model):
-            yield [p for name in names for p in parameters_of(layers[name], adapter_name)]
-    finally:
-        for layer, disabled in zip(off, before, strict=True):
-            disable_layer(layer, disabled)
-        for layer in passed:
-            layer.enabled = True
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    wanted = set(kept)
+    with disabled(site for index, site in enumerate(sites) if index not in wanted), without_input_gradients(model):
+        yield
 
 
 def checkpoints_activations(model: nn.Module) -> bool:

@@ -66,6 +66,12 @@ class LoraSite(AdapterSite):
         return tuple((type(module).__name__, *module.weight.shape) for module in pair)
 
     @property
+    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that PEFT saves of it."""
+        pair = {part: getattr(self.layer, part)[self.adapter_name].weight.shape for part in ("lora_A", "lora_B")}
+        return {f"{peft_name(self.name)}.{part}.weight": tuple(shape) for part, shape in pair.items()}
+
+    @property
     def enabled(self) -> bool:
         forward = self.layer.__dict__.get("forward")
         return not (isinstance(forward, partial) and forward.func is _passed_by)
@@ -101,8 +107,8 @@ class LoraSite(AdapterSite):
             )
         if layer.merged:
             raise ValueError(
-                f"The adapter is merged into {self.name!r}, so its LoRA takes no part in the forward pass. Please call "
-                "`model.unmerge_adapter()` first."
+                f"The adapter is merged into {self.name!r}, so its LoRA takes no part in the forward pass. Please "
+                "call `model.unmerge_adapter()` first."
             )
         if layer.disable_adapters:
             raise ValueError(

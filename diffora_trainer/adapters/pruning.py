@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from peft import PeftModel
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
-from torch import nn
 from torch.optim import Optimizer
 
-from ..compat import SCHEDULER_LISTS, inner_schedulers, shortened_targets
-from ..core.selection import Selection, sanitize
-from ..experimental.shortcuts.shortcuts import keep_shortcuts
+from ..compat import shortened_targets
+from ..core.selection import Selection
+from ..core.text import some
 from .backward import suspend_input_gradients
+from .base import AdapterSite, find_sites, prune_sites
 from .distributed import reshard, unregister_fsdp_parameters
-from .grid import parameters_of, searched_modules
+from .optimizer import remove_from_optimizer, sort_parameters
 
 
 _CHECKED_MODULES = 1000
@@ -64,114 +63,43 @@ def apply_selection(
             "Please pass one of them, or none for the active one."
         )
     reshard(model)
-    layers: dict[str, Any] = dict(searched_modules(model, adapter_name))
-    if set(layers) != set(selection.modules):
-        missing, extra = set(selection.modules) - set(layers), set(layers) - set(selection.modules)
-        raise ValueError(
-            f"The selection was made for other modules: {len(missing)} of its modules have no LoRA in this model "
-            f"({_some(missing)}), and {len(extra)} LoRA modules of the model are not in it ({_some(extra)}). Please "
-            "pass the model that was searched, with all its LoRA modules."
-        )
-    factors = dict(zip(selection.modules, selection.factors, strict=True))
+    sites = find_sites(model, adapter_name)
+    _check_sites(sites, selection)
     leaders = [group[0] for group in selection.shared]
-    with torch.no_grad():
-        for name in [*selection.selected, *leaders]:
-            parameters_of(layers[name], adapter_name)[1].mul_(factors[name])
+    factors = dict(zip(selection.modules, selection.factors, strict=True))
+    for name in [*selection.selected, *leaders]:
+        sites[name].fold(factors[name])
 
-    parameters_before = {p for layer in layers.values() for p in parameters_of(layer, adapter_name)}
+    before = {parameter for site in sites.values() for parameter in site.parameters}
     for group in selection.shared:
-        leader = layers[group[0]]
         for name in group[1:]:
-            layers[name].lora_A[adapter_name].weight = leader.lora_A[adapter_name].weight
-            layers[name].lora_B[adapter_name].weight = leader.lora_B[adapter_name].weight
-    shortcuts = set(selection.shortcuts)
-    for name in selection.dropped:
-        if name not in shortcuts:
-            _remove(model, name, layers[name], adapter_name)
-    if shortcuts:
-        keep_shortcuts(model, selection.selected_shortcuts)
-    kept = {p for name in selection.adapted for p in parameters_of(layers[name], adapter_name)}
+            sites[name].share(sites[group[0]])
+    prune_sites(model, [sites[name] for name in selection.dropped], adapter_name)
     _narrow(model, adapter_name, selection.lora_modules)
-    unregister_fsdp_parameters(model, parameters_before - kept)
+    gone = before - {parameter for name in selection.adapted for parameter in sites[name].parameters}
+    unregister_fsdp_parameters(model, gone)
     suspend_input_gradients(model)
     if optimizer is not None:
-        remove_from_optimizer(optimizer, parameters_before - kept, scheduler)
+        remove_from_optimizer(optimizer, gone, scheduler)
         if selection.shared:
-            _sort_parameters(optimizer, model)
+            sort_parameters(optimizer, model)
 
 
-def remove_from_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
-    """
-    Take parameters out of a live optimizer: out of its groups and its state. Groups that this empties go too, together
-    with the scheduler's entries for them. A group that was empty before stays, as the optimizer of a plain run has it.
-
-    Args:
-        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it in an attribute `optimizer`.
-        parameters (`Iterable[nn.Parameter]`): what to forget.
-        scheduler (*optional*): the learning rate scheduler, or one that wraps it in an attribute `scheduler`.
-    """
-    optimizer = _innermost(optimizer)
-    gone = set(parameters)
-    keep = []
-    for group in optimizer.param_groups:
-        left = [parameter for parameter in group["params"] if parameter not in gone]
-        keep.append(bool(left) or not group["params"])
-        group["params"] = left
-    for parameter in gone:
-        optimizer.state.pop(parameter, None)
-    _keep_groups(optimizer, keep, scheduler)
-
-
-def remove_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
-    """Take all groups without parameters out of an optimizer and its scheduler, and tell whether there were any."""
-    optimizer = _innermost(optimizer)
-    keep = [bool(group["params"]) for group in optimizer.param_groups]
-    _keep_groups(optimizer, keep, scheduler)
-    return not all(keep)
-
-
-def _innermost(optimizer: Any) -> Any:
-    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _keep_groups(optimizer: Any, keep: list[bool], scheduler: Any) -> None:
-    if not all(keep):
-        optimizer.param_groups[:] = [g for g, stays in zip(optimizer.param_groups, keep, strict=True) if stays]
-        if scheduler is not None:
-            _forget_groups(scheduler, keep)
-
-
-def _sort_parameters(optimizer: Optimizer, model: nn.Module) -> None:
-    """
-    Put the parameters of each group in the model's order. A shared one now comes up first with its group's first
-    module, and an optimizer built anew on resume, whose saved state is matched by position, will find it there.
-    """
-    order = {parameter: index for index, parameter in enumerate(model.parameters())}
-    for group in optimizer.param_groups:
-        group["params"].sort(key=lambda parameter: order.get(parameter, len(order)))
-
-
-def _forget_groups(scheduler: Any, filled: list[bool]) -> None:
-    while hasattr(scheduler, "scheduler"):
-        scheduler = scheduler.scheduler
-    for name in SCHEDULER_LISTS:
-        values = getattr(scheduler, name, None)
-        if isinstance(values, list) and len(values) == len(filled):
-            setattr(scheduler, name, [value for value, keep in zip(values, filled, strict=True) if keep])
-    for inner in inner_schedulers(scheduler):
-        _forget_groups(inner, filled)
-
-
-def _remove(model: nn.Module, name: str, layer: Any, adapter_name: str) -> None:
-    others = {*layer.lora_A, *layer.lora_embedding_A} - {adapter_name}
-    if others:  # another adapter lives here too, such as DPO's frozen reference
-        layer.set_adapter([])  # or PEFT would activate and unfreeze it in place of the deleted one
-        layer.delete_adapter(adapter_name)
-        return
-    parent_name, _, child = f"base_model.model.{name}".rpartition(".")
-    setattr(model.get_submodule(parent_name), child, layer.get_base_layer())
+def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None:
+    """Raise a `ValueError` if a selection cannot be carried out on these sites."""
+    if set(sites) != set(selection.modules):
+        missing, extra = set(selection.modules) - set(sites), set(sites) - set(selection.modules)
+        raise ValueError(
+            f"The selection was made for other modules: {len(missing)} of its modules have no LoRA in this model "
+            f"({some(sorted(missing))}), and {len(extra)} LoRA modules of the model are not in it "
+            f"({some(sorted(extra))}). Please pass the model that was searched, with all its LoRA modules."
+        )
+    for site, rank in zip(selection.grid.sites, selection.ranks, strict=True):
+        if 0 < rank < site.rank:
+            raise ValueError(
+                f"The selection leaves {site.name!r} the rank {rank} of {site.rank}, but an adapter can only be kept "
+                "whole or be pruned. Please pass a selection whose ranks are 0 or those of before."
+            )
 
 
 def own_config(model: Any, adapter_name: str) -> Any:
@@ -233,8 +161,3 @@ def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:
     parts = name.split(".")
     entries = patterns if isinstance(patterns, (set, frozenset)) else set(patterns)
     return any(".".join(parts[start:]) in entries for start in range(len(parts)))
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(map(sanitize, names[:3])) + (", ..." if len(names) > 3 else "") if names else "none"

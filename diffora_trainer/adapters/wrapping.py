@@ -25,7 +25,7 @@ from ..compat import (
     rewrites_all_linear,
 )
 from ..logging import get_logger
-from .grid import check_lora_config, peft_model
+from .lora import check_lora_config, peft_model
 
 
 logger = get_logger(__name__)

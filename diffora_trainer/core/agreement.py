@@ -36,6 +36,13 @@ def is_main_process() -> bool:
     )
 
 
+def world_size() -> int:
+    """How many processes a run has."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return 1
+    return torch.distributed.get_world_size()
+
+
 def fingerprint(text: str) -> Tensor:
     """The 256 bits of a text's SHA-256, as a bool tensor."""
     digest = torch.tensor(list(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8)

@@ -125,7 +125,7 @@ class Budget:
         # Where nothing is allowed, the total is 0; any other is 1 at least.
         return (self.targets / totals.clamp(min=1.0)).clamp(max=1.0)[self.group] * self.allowed
 
-    def choose(self, scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
+    def discretize(self, scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
         """
         The best affordable set.
 
@@ -217,7 +217,7 @@ class Budget:
         Returns:
             `Tensor` of shape `(n,)` with entries 0 or 1.
         """
-        return (self.choose(gains / self.weights) & (gains > 0)).to(gains.dtype)
+        return (self.discretize(gains / self.weights) & (gains > 0)).to(gains.dtype)
 
     def calibrate(self, logits: Tensor) -> Tensor:
         """

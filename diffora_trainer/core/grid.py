@@ -157,9 +157,7 @@ class Grid:
         cells = len(self.rows) * len(self.columns)
         outside = sum(self.rows[site.row] == OTHER_ROW for site in self.sites)
         kinds = list(dict.fromkeys([LORA, *self.kinds]))
-        text = " and ".join(
-            f"{len(self.of_kind(kind))} {'LoRA modules' if kind == LORA else kind}" for kind in kinds
-        )
+        text = " and ".join(f"{len(self.of_kind(kind))} {'LoRA modules' if kind == LORA else kind}" for kind in kinds)
         text += f" in {layers} layers x {len(self.columns)} kinds"
         if outside:
             text += f", {outside} of them outside the numbered layers"

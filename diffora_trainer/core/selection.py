@@ -5,96 +5,63 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .allocation import Allocation
 from .files import write_file
+from .formats import as_list, as_object, as_text, as_whole, upgrade_selection
+from .grid import LORA, Grid, SiteInfo
+from .text import draw_table, sanitize, short_names
 
 
 SELECTION_NAME = "diffora_selection.json"
-_FORMAT = 1
+_FORMAT = 2
 
 _NOT_OURS = "This is not a selection saved by diffora-trainer"
 _PLEASE = f"Please pass the text of a `{SELECTION_NAME}` as a run saved it."
-
-# A selection may come from anywhere. What is shown of it must not be too large to draw up.
-_MAX_CELLS, _MAX_NAME, _MAX_SHOWN = 10_000_000, 1_000, 80
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """
-    Which modules were on from some step until the next reallocation, and by which scores (see `reallocate_every`).
-
-    Args:
-        step (`int`): the optimizer step after which they were chosen.
-        scores (`tuple[float, ...]`): the score of each module, in the order of the grid.
-        on (`tuple[bool, ...]`): whether it was on.
-    """
-
-    step: int
-    scores: tuple[float, ...]
-    on: tuple[bool, ...]
-
-    @classmethod
-    def from_dict(cls, record: dict[str, Any]) -> Allocation:
-        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
-        scores, on = tuple(map(float, _list(record["scores"]))), tuple(_list(record["on"]))
-        if not all(map(math.isfinite, scores)) or not all(isinstance(bit, bool) for bit in on) or not any(on):
-            raise ValueError("an allocation needs finite scores, and at least one module that is on")
-        return cls(_whole(record["step"]), scores, on)
 
 
 @dataclass(frozen=True)
 class Selection:
     """
-    The result of a search: which LoRA modules were kept, and why.
+    The result of a search: the rank that each module keeps, and why.
 
-    All tuples named after modules have one entry a module, in the order of the grid (row by row).
+    All tuples have one entry a module, in the order of the grid (row by row).
 
     Args:
-        rows (`tuple[str, ...]`): names of the rows, one a transformer layer.
-        columns (`tuple[str, ...]`): names of the columns, one a kind of module.
-        modules (`tuple[str, ...]`): full module names in the base model.
-        positions (`tuple[tuple[int, int], ...]`): row and column of each module.
-        parameters (`tuple[int, ...]`): trainable LoRA parameters of each module.
+        grid ([`~diffora_trainer.core.grid.Grid`]): the modules that were chosen among.
+        ranks (`tuple[int, ...]`): rank that each adapter keeps; 0 where it is pruned.
         scores (`tuple[float, ...]`): what the choice was made by; higher is better.
-        gates (`tuple[float, ...]`): value of each gate in the relaxed matrix when it was cut.
-        kept (`tuple[bool, ...]`): whether the module keeps a LoRA of its own.
+        gates (`tuple[float, ...]`): value of each gate in the relaxed matrix when it was discretized.
         gains (`tuple[float, ...]`, *optional*): what decided between equal scores; higher is better. Of the matrix
             that moves by Frank-Wolfe steps, whose entries often stand at exactly 0 or 1, it is the gradient of the
             held-out loss averaged over the steps, with its sign turned: how much a unit of the gate lowers the loss.
             Defaults to the scores.
-        factors (`tuple[float, ...]`, *optional*): what the cut multiplies into each module's `lora_B`: the gate that
+        factors (`tuple[float, ...]`, *optional*): what pruning multiplies into each module's `lora_B`: the gate that
             its weights were trained for. Defaults to 1 for all.
         shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
-        step (`int`, *optional*): optimizer step of the cut.
+        step (`int`, *optional*): optimizer step after which the others were pruned.
         times (`dict[str, float]`, *optional*): seconds of a training step as they were measured and predicted (see
-            `cost="time"`).
+            `max_step_time`).
         config (`dict`): the options of the run.
         versions (`dict`): versions of the libraries that made it.
-        history (`tuple[Allocation, ...]`, *optional*): what was on before the cut, one entry a reallocation.
-        shortcuts (`tuple[str, ...]`, *optional*): those of the modules that are shortcuts and not LoRA modules (see
-            [`~diffora_trainer.add_shortcuts`]). At least one LoRA module is kept.
+        history (`tuple[Allocation, ...]`, *optional*): what was on before, one entry a reallocation.
         notes (`tuple[str, ...]`, *optional*): what makes the choice doubtful, in sentences: that nothing was learned
             of some modules, or that there was nothing to choose.
 
     Raises:
-        ValueError: if the lengths disagree, a number is not finite, a position is outside the grid or taken twice, or
-            a name or the grid is too large for any model.
+        ValueError: if the lengths disagree, a number is not finite, a rank is larger than it was, or no LoRA module is
+            kept.
     """
 
-    rows: tuple[str, ...]
-    columns: tuple[str, ...]
-    modules: tuple[str, ...]
-    positions: tuple[tuple[int, int], ...]
-    parameters: tuple[int, ...]
+    grid: Grid
+    ranks: tuple[int, ...]
     scores: tuple[float, ...]
     gates: tuple[float, ...]
-    kept: tuple[bool, ...]
+    gains: tuple[float, ...] = ()
     factors: tuple[float, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
     step: int | None = None
@@ -102,55 +69,72 @@ class Selection:
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     history: tuple[Allocation, ...] = ()
-    shortcuts: tuple[str, ...] = ()
-    gains: tuple[float, ...] = ()
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        count = len(self.modules)
+        count = len(self.grid)
         if not self.factors:
             object.__setattr__(self, "factors", (1.0,) * count)
         if not self.gains:
             object.__setattr__(self, "gains", self.scores)
-        for name in ("positions", "parameters", "scores", "gates", "factors", "kept", "gains"):
+        for name in ("ranks", "scores", "gates", "factors", "gains"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")
         if any(len(entry.scores) != count or len(entry.on) != count for entry in self.history):
             raise ValueError(f"A selection of {count} modules has a history of another number of modules.")
-        if len(set(self.modules)) != count:
-            raise ValueError("A selection names a module twice.")
         if not all(
             math.isfinite(number)
             for number in (*self.scores, *self.gates, *self.factors, *self.gains, *self.times.values())
         ):
             raise ValueError("A selection holds a score, gate, factor, gain or time that is not finite.")
-        if any(count < 1 for count in self.parameters):
-            raise ValueError("A selection has a module without parameters; each must have at least one.")
-        if len(self.rows) * len(self.columns) > _MAX_CELLS:
-            raise ValueError(
-                f"A selection has a grid of {len(self.rows)} x {len(self.columns)}, larger than that of any model."
-            )
-        if any(len(name) > _MAX_NAME for name in (*self.rows, *self.columns, *self.modules)):
-            raise ValueError(f"A selection has a name of more than {_MAX_NAME} characters, as no model has.")
-        for row, column in self.positions:
-            if not (0 <= row < len(self.rows) and 0 <= column < len(self.columns)):
-                raise ValueError(f"A selection places a module at ({row}, {column}), outside its grid.")
-        if len(set(self.positions)) != count:
-            raise ValueError("A selection places two modules in one cell of its grid.")
-        if not all(isinstance(kept, bool) for kept in self.kept):
-            raise ValueError("A selection's entries in `kept` must be true or false.")
-        if not any(self.kept):
+        for site, rank in zip(self.grid.sites, self.ranks, strict=True):
+            if type(rank) is not int or not 0 <= rank <= site.rank:
+                raise ValueError(f"A selection leaves {site.name!r} the rank {rank!r} of {site.rank}.")
+        if not any(self.ranks):
             raise ValueError("A selection keeps no module at all, so there would be nothing to train.")
-        if len(set(self.shortcuts)) != len(self.shortcuts) or not set(self.shortcuts) <= set(self.modules):
-            raise ValueError("A selection names a shortcut that is not one of its modules, or one of them twice.")
-        if not set(self.selected) - set(self.shortcuts):
-            raise ValueError("A selection keeps shortcuts alone, so there would be no LoRA adapter to save.")
+        if not any(site.kind == LORA for site, rank in zip(self.grid.sites, self.ranks, strict=True) if rank):
+            raise ValueError("A selection keeps no LoRA module, so there would be no LoRA adapter to save.")
         members = [name for group in self.shared for name in group]
         if any(len(group) < 2 for group in self.shared) or len(set(members)) != len(members):
             raise ValueError("A selection shares a pair among fewer than two modules, or a module shares two pairs.")
         for member in members:
-            if member not in self.modules or self.kept[self.modules.index(member)]:
+            if member not in self.grid.names or self.kept[self.grid.names.index(member)]:
                 raise ValueError(f"A selection shares {member!r}, which is not one of its unselected modules.")
+
+    @property
+    def kept(self) -> tuple[bool, ...]:
+        """Whether each module keeps an adapter of its own."""
+        return tuple(rank > 0 for rank in self.ranks)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Name of each module in the base model."""
+        return self.grid.names
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the rows of the grid."""
+        return self.grid.rows
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns of the grid."""
+        return self.grid.columns
+
+    @property
+    def positions(self) -> tuple[tuple[int, int], ...]:
+        """Row and column of each module."""
+        return self.grid.positions
+
+    @property
+    def parameters(self) -> tuple[int, ...]:
+        """Trainable parameters of each module before the others are pruned."""
+        return self.grid.parameters
+
+    def of_kind(self, kind: str) -> tuple[str, ...]:
+        """Names of the selected modules of a kind of site."""
+        kept = zip(self.grid.sites, self.ranks, strict=True)
+        return tuple(site.name for site, rank in kept if rank and site.kind == kind)
 
     @property
     def selected(self) -> tuple[str, ...]:
@@ -158,16 +142,10 @@ class Selection:
         return tuple(name for name, kept in zip(self.modules, self.kept, strict=True) if kept)
 
     @property
-    def selected_shortcuts(self) -> tuple[str, ...]:
-        """Names of the shortcuts that are kept."""
-        shortcuts = set(self.shortcuts)
-        return tuple(name for name in self.selected if name in shortcuts)
-
-    @property
     def lora_modules(self) -> tuple[str, ...]:
-        """Names of all modules with a LoRA after the cut: [`adapted`] without the shortcuts."""
-        shortcuts = set(self.shortcuts)
-        return tuple(name for name in self.adapted if name not in shortcuts)
+        """Names of all modules with a LoRA after the others are pruned: [`adapted`] without other kinds of site."""
+        lora = set(self.grid.of_kind(LORA))
+        return tuple(name for name in self.adapted if name in lora)
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -184,8 +162,10 @@ class Selection:
     @property
     def trainable_parameters(self) -> int:
         """LoRA parameters that are trained after the cut; a shared pair counts once."""
-        size = dict(zip(self.modules, self.parameters, strict=True))
-        return sum(size[name] for name in self.selected) + sum(size[group[0]] for group in self.shared)
+        sites = self.grid.sites
+        own = sum(site.cost * rank for site, rank in zip(sites, self.ranks, strict=True))
+        leaders = {group[0] for group in self.shared}
+        return own + sum(site.parameters for site in sites if site.name in leaders)
 
     def ranking(self) -> tuple[str, ...]:
         """
@@ -206,38 +186,35 @@ class Selection:
     def lowest_row(self) -> str:
         """Name of the first row with a LoRA after the cut. The backward pass need not go below it."""
         adapted = set(self.adapted)
-        places = zip(self.modules, self.positions, strict=True)
-        return self.rows[min(position[0] for name, position in places if name in adapted)]
+        return self.grid.rows[min(site.row for site in self.grid.sites if site.name in adapted)]
 
     def unadapted(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the rows, and of the columns, in which not one module has a LoRA after the cut."""
         adapted = set(self.adapted)
-        places = [p for name, p in zip(self.modules, self.positions, strict=True) if name in adapted]
-        rows, columns = {row for row, _ in places}, {column for _, column in places}
+        sites = [site for site in self.grid.sites if site.name in adapted]
+        rows, columns = {site.row for site in sites}, {site.column for site in sites}
         return (
-            tuple(name for index, name in enumerate(self.rows) if index not in rows),
-            tuple(name for index, name in enumerate(self.columns) if index not in columns),
+            tuple(name for index, name in enumerate(self.grid.rows) if index not in rows),
+            tuple(name for index, name in enumerate(self.grid.columns) if index not in columns),
         )
 
     def matrix(self, values: Sequence[float | bool] | None = None) -> list[list[float | None]]:
         """Values of the modules (by default 1 for a kept one, else 0) as rows x columns; None where no module is."""
-        table: list[list[float | None]] = [[None] * len(self.columns) for _ in self.rows]
-        for (row, column), value in zip(self.positions, self.kept if values is None else values, strict=True):
-            table[row][column] = float(value)
-        return table
+        return self.grid.table([float(value) for value in (self.kept if values is None else values)])
 
     def summary(self) -> str:
         """One line: how much was kept, and what it saves in parameters."""
-        before = sum(self.parameters)
+        before = sum(self.grid.parameters)
         after = self.trainable_parameters
         shared = f", {sum(map(len, self.shared))} share {len(self.shared)} pair(s)" if self.shared else ""
-        if not self.shortcuts:
-            what, kind = f"{len(self.selected)} of {len(self.modules)} LoRA modules", "LoRA "
-        else:
-            lora, kind = len(self.selected) - len(self.selected_shortcuts), ""
-            what = f"{lora} of {len(self.modules) - len(self.shortcuts)} LoRA modules"
-            what += f" and {len(self.selected_shortcuts)} of {len(self.shortcuts)} shortcuts"
-        return f"kept {what}{shared}: {after:,} of {before:,} {kind}parameters ({after / before:.1%})"
+        what = [f"{len(self.of_kind(LORA))} of {len(self.grid.of_kind(LORA))} LoRA modules"]
+        for kind in dict.fromkeys(self.grid.kinds):
+            if kind != LORA:
+                what.append(f"{len(self.of_kind(kind))} of {len(self.grid.of_kind(kind))} {kind}")
+        all_lora = "LoRA " if len(what) == 1 else ""
+        return (
+            f"kept {' and '.join(what)}{shared}: {after:,} of {before:,} {all_lora}parameters ({after / before:.1%})"
+        )
 
     def table(self, markdown: bool = False) -> str:
         """
@@ -248,56 +225,45 @@ class Selection:
         """
         sharing = {name for group in self.shared for name in group}
         keep, share, drop, absent = ("✅", "🔗", "·", "") if markdown else ("x", "s", ".", " ")
-        cells = [[absent] * len(self.columns) for _ in self.rows]
-        for name, (row, column), kept in zip(self.modules, self.positions, self.kept, strict=True):
-            cells[row][column] = keep if kept else share if name in sharing else drop
-        heads = ["layer", *(sanitize(name, markdown) for name in short_names(self.columns))]
-        lines = [[sanitize(row, markdown), *line] for row, line in zip(self.rows, cells, strict=True)]
+        marks = [
+            keep if kept else share if name in sharing else drop
+            for name, kept in zip(self.modules, self.kept, strict=True)
+        ]
+        heads = ["layer", *(sanitize(name, markdown) for name in short_names(self.grid.columns))]
+        cells = self.grid.table(marks, empty=absent)
+        lines = [[sanitize(row, markdown), *line] for row, line in zip(self.grid.rows, cells, strict=True)]
+        text = draw_table(heads, lines, markdown)
         if markdown:
-            rule = ["---", *[":-:"] * len(self.columns)]
-            return "\n".join("| " + " | ".join(line) + " |" for line in [heads, rule, *lines])
-        widths = [max(len(line[index]) for line in [heads, *lines]) for index in range(len(heads))]
-        text = [heads[0].ljust(widths[0]) + "  " + "  ".join(heads[1:])]
-        for line in lines:
-            marks = (mark.center(width) for mark, width in zip(line[1:], widths[1:], strict=True))
-            text.append((line[0].ljust(widths[0]) + "  " + "  ".join(marks)).rstrip())
-        legend = f"{keep} kept   {drop} removed" + (f"   {share} shares a pair" if sharing else "")
-        return "\n".join([*text, legend])
+            return text
+        return f"{text}\n{keep} kept   {drop} removed" + (f"   {share} shares a pair" if sharing else "")
 
     def to_json(self) -> str:
         """The selection as JSON text, a record for each module."""
+        columns = zip(self.grid.sites, self.scores, self.gains, self.gates, self.factors, self.ranks, strict=True)
         records = [
             {
-                "name": name,
-                "row": row,
-                "column": column,
-                "parameters": parameters,
+                "name": site.name,
+                "kind": site.kind,
+                "row": site.row,
+                "column": site.column,
+                "rank": site.rank,
+                "parameters": site.parameters,
                 "score": score,
                 "gain": gain,
                 "gate": gate,
                 "factor": factor,
-                "kept": kept,
+                "kept": rank > 0,
+                "kept_rank": rank,
             }
-            for name, (row, column), parameters, score, gain, gate, factor, kept in zip(
-                self.modules,
-                self.positions,
-                self.parameters,
-                self.scores,
-                self.gains,
-                self.gates,
-                self.factors,
-                self.kept,
-                strict=True,
-            )
+            for site, score, gain, gate, factor, rank in columns
         ]
         return json.dumps(
             {
                 "format": _FORMAT,
-                "rows": self.rows,
-                "columns": self.columns,
+                "rows": self.grid.rows,
+                "columns": self.grid.columns,
                 "modules": records,
                 "selected": self.selected,
-                "shortcuts": self.shortcuts,
                 "shared": self.shared,
                 "step": self.step,
                 "times": self.times,
@@ -314,36 +280,36 @@ class Selection:
     @classmethod
     def from_json(cls, text: str) -> Selection:
         """
-        Read a selection back; the inverse of [`Selection.to_json`].
+        Read a selection back; the inverse of [`Selection.to_json`]. What earlier versions wrote is read too.
 
         Raises:
             ValueError: if the text is not JSON, or not a selection of a known format.
         """
         try:
             data = json.loads(text)
+            if isinstance(data, dict) and data.get("format") == 1:
+                data = upgrade_selection(data)
             if not isinstance(data, dict) or data.get("format") != _FORMAT:
                 raise ValueError(f"its `format` is not {_FORMAT}")
-            records = _list(data["modules"])
+            records = as_list(data["modules"])
             selection = cls(
-                rows=tuple(map(_text, _list(data["rows"]))),
-                columns=tuple(map(_text, _list(data["columns"]))),
-                modules=tuple(_text(record["name"]) for record in records),
-                positions=tuple((_whole(record["row"]), _whole(record["column"])) for record in records),
-                parameters=tuple(_whole(record["parameters"]) for record in records),
+                grid=Grid(
+                    rows=tuple(map(as_text, as_list(data["rows"]))),
+                    columns=tuple(map(as_text, as_list(data["columns"]))),
+                    sites=tuple(map(_site, records)),
+                ),
+                ranks=tuple(as_whole(record["kept_rank"]) for record in records),
                 scores=tuple(float(record["score"]) for record in records),
                 gates=tuple(float(record["gate"]) for record in records),
-                # As written before the gains were kept: the scores alone.
-                gains=tuple(float(record.get("gain", record["score"])) for record in records),
+                gains=tuple(float(record["gain"]) for record in records),
                 factors=tuple(float(record["factor"]) for record in records),
-                kept=tuple(record["kept"] for record in records),
-                history=tuple(map(Allocation.from_dict, _list(data.get("history", [])))),
-                shared=tuple(tuple(map(_text, _list(group))) for group in _list(data["shared"])),
-                step=None if data["step"] is None else _whole(data["step"]),
-                times={name: float(seconds) for name, seconds in data.get("times", {}).items()},
-                config=_object(data["config"]),
-                versions=_object(data["versions"]),
-                shortcuts=tuple(map(_text, _list(data.get("shortcuts", [])))),
-                notes=tuple(map(_text, _list(data.get("notes", [])))),
+                history=tuple(map(Allocation.from_dict, as_list(data["history"]))),
+                shared=tuple(tuple(map(as_text, as_list(group))) for group in as_list(data["shared"])),
+                step=None if data["step"] is None else as_whole(data["step"]),
+                times={name: float(seconds) for name, seconds in data["times"].items()},
+                config=as_object(data["config"]),
+                versions=as_object(data["versions"]),
+                notes=tuple(map(as_text, as_list(data["notes"]))),
             )
             selection.to_json()  # what could not be saved again is refused now
             return selection
@@ -377,55 +343,15 @@ class Selection:
             raise ValueError(f"Could not read {path}: {error}") from error
 
 
-def short_names(names: Sequence[str]) -> list[str]:
-    """The shortest dotted suffixes that still tell the names apart, for headings."""
-    short = []
-    for name in names:
-        parts = name.split(".")
-        suffixes = [".".join(parts[start:]) for start in range(len(parts) - 1, -1, -1)]
-        short.append(
-            next(
-                (s for s in suffixes if sum(other == s or other.endswith("." + s) for other in names) == 1),
-                name,
-            )
-        )
-    return short
-
-
-def sanitize(name: str, markdown: bool = False, limit: int | None = _MAX_SHOWN) -> str:
-    """
-    A name as it can be shown: on one line, without control characters, and not too long.
-
-    Args:
-        name (`str`): any text.
-        markdown (`bool`, *optional*, defaults to `False`): for a Markdown table, in which nothing of it is markup.
-        limit (`int`, *optional*, defaults to `80`): how many characters of it are shown; `None` shows all.
-    """
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in name)
-    if limit is not None and len(text) > limit:
-        text = f"{text[: limit // 2]}…{text[-limit // 2 :]}"
-    return re.sub(r"[^\w .…-]", lambda found: f"&#{ord(found[0])};", text) if markdown else text
-
-
-def _list(value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise TypeError(f"{sanitize(repr(value))} should be a list")
-    return value
-
-
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise TypeError(f"{sanitize(repr(value))} should be an object")
-    return value
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{sanitize(repr(value))} should be a text")
-    return value
-
-
-def _whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{sanitize(repr(value))} should be a whole number")
-    return value
+def _site(record: dict[str, Any]) -> SiteInfo:
+    rank, parameters = as_whole(record["rank"]), as_whole(record["parameters"])
+    if rank < 1 or parameters < rank or parameters % rank:
+        raise ValueError(f"a module of rank {rank} cannot have {parameters} parameters")
+    return SiteInfo(
+        as_text(record["name"]),
+        as_whole(record["row"]),
+        as_whole(record["column"]),
+        rank,
+        parameters // rank,
+        as_text(record["kind"]),
+    )

@@ -12,9 +12,10 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapters.base import SiteKind, extra_kinds
-from ..config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
 from ..core.files import write_file
-from ..core.selection import Selection, sanitize
+from ..core.selection import Selection
+from ..core.text import sanitize
+from ..methods.facts import method_facts
 from .plots import PICTURE_NAME
 from .redact import public_model_id
 
@@ -57,10 +58,7 @@ def write_card(
         card.text = re.sub(r"## Quick start\n.*?(?=\n## )", "", card.text, flags=re.DOTALL)
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
-        method = selection.config.get("method", "diffora")
-        unread = {"base_model_id", *(SCORE_OPTIONS if method == "diffora" else SEARCH_OPTIONS)}
-        if selection.history:
-            unread.remove("arch_warmup")
+        method = method_facts(selection.config)
         shares = {
             keep: [share for share, kept in zip(selection.frequency, selection.kept, strict=True) if kept == keep]
             for keep in (True, False)
@@ -71,14 +69,14 @@ def write_card(
             selection=selection,
             options={
                 sanitize(name, markdown=True): sanitize(_option(value), markdown=True)
-                for name, value in selection.config.items()
-                if value is not None and name not in unread
+                for name, value in method.options.items()
+                if value not in (None, {}) and (name != "arch_warmup" or method.searches or selection.history)
             },
-            mixed=bool(selection.shortcuts),
-            load_note=None if kind is None else kind.card_note(len(selection.selected_shortcuts)),
+            mixed=len(set(selection.grid.kinds)) > 1,
+            load_note=None if kind is None else kind.card_note(len(selection.of_kind(kind.name))),
             loader=SiteKind.loader if kind is None else kind.loader,
             notes=[sanitize(note, markdown=True, limit=None) for note in selection.notes],
-            method=method if method in METHODS else "custom",
+            method=method,
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             auto_class=_AUTO_CLASSES.get(
@@ -94,6 +92,8 @@ def write_card(
 
 
 def _option(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} = {_option(entry)}" for name, entry in value.items() if entry not in (None, {}))
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 

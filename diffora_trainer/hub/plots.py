@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ..core.files import write_file
-from ..core.selection import Selection, sanitize, short_names
+from ..core.selection import Selection
+from ..core.text import sanitize, short_names
 from ..logging import get_logger
+from ..methods.facts import method_facts
 
 
 logger = get_logger(__name__)
@@ -39,12 +41,12 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     from matplotlib.patches import Rectangle
 
     rows, columns = len(selection.rows), len(selection.columns)
-    method = selection.config.get("method", "diffora")
+    method = method_facts(selection.config)
     scale: dict[str, Any]
     shown, scale, label = selection.gates, {"vmin": 0.0, "vmax": 1.0}, "gate at the cut"
     if selection.history:
         shown, label = selection.frequency, "share of choices"
-    elif method != "diffora":
+    elif not method.searches:
         shown, scale, label = selection.scores, {}, "score"
         if 0 < 100 * min(shown) < max(shown):
             scale = {"norm": "log"}
@@ -70,7 +72,7 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     axes.set_xticks(range(0, columns, every), heads[::every], rotation=40, ha="right", **text)
     axes.set_yticks(range(0, rows, skip), sides[::skip], **text)
     axes.set_title(
-        f"{'DAM' if method == 'diffora' else sanitize(str(method))}: {len(selection.selected)} of "
+        f"{'DAM' if method.searches else method.name}: {len(selection.selected)} of "
         f"{len(selection.modules)} modules kept (framed)",
         fontsize=9,
         loc="left",

@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import get_token
 from transformers.trainer_utils import HubStrategy
 
-from ..adapters.grid import peft_model
+from ..adapters.lora import peft_model
 from ..core.files import write_file
 from ..core.isolation import replaced
 from .redact import Masked, Private

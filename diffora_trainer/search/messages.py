@@ -1,13 +1,19 @@
-"""What a run says of itself in the log, as text. When it says so is in `callbacks`."""
+"""What a run says of itself in the log, as text and as numbers. When it says so is in `run`."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
-from ..config import DiffoRAConfig
 from ..core.selection import Selection
-from .search import ArchitectureSearch
-from .timing import StepTimes
+from ..core.times import StepTimes
+from ..methods.base import SelectionMethod
+
+
+if TYPE_CHECKING:
+    from .run import SelectionRun
+    from .search import ArchitectureSearch
 
 
 NO_LABELS = (
@@ -18,30 +24,40 @@ NO_LABELS = (
 )
 
 
-def plan(config: DiffoRAConfig, total_steps: int, data: str) -> str:
-    """What will happen when in a run of so many steps, and on what `data` the search does it."""
-    (warmup, cut), decision = config.schedule(total_steps), config.decision(total_steps)
-    if moments := config.reallocations(total_steps):
-        return (
-            f"All modules train until step {warmup} of {total_steps}. Then they are scored ({config.method}) every "
-            f"{moments.step} steps, {len(moments)} times, the best ones are on in between, and those that are on at "
-            f"step {cut} are kept."
+def plan(run: SelectionRun) -> str:
+    """The grid of a run, and what will happen when."""
+    schedule, method = run.schedule, run.config.method
+    total, prune = schedule.total_steps, schedule.prune
+    if run.reallocation is not None:
+        text = (
+            f"All modules train until step {schedule.warmup} of {total}. Then they are scored ({method}) every "
+            f"{schedule.updates.step} steps, {len(schedule.updates)} times, the best ones are on in between, and "
+            f"those that are on at step {prune} are kept."
         )
-    if config.method != "diffora":
-        begin = f"All modules train until step {cut} of {total_steps}, are then scored"
-        return (
-            f"{begin if cut else 'All modules are scored now'} ({config.method}), and the selected ones go on alone."
+    elif not run.search.method.searches:
+        begin = f"All modules train until step {prune} of {total}, are then scored"
+        text = f"{begin if prune else 'All modules are scored now'} ({method}), and the selected ones go on alone."
+    else:
+        text = (
+            f"Warm-up until step {schedule.warmup}, search ({method}, {run.held_out.describe()}) until step "
+            f"{schedule.discretize}"
+            + (f", the gates of the others fade out until step {prune}" if schedule.fades else "")
+            + f" of {total}, then the selected modules alone."
         )
+    return f"Grid: {run.search.grid.describe()}.\n{text}"
+
+
+def nothing_to_choose(count: int) -> str:
+    """A budget that keeps all modules though only a part of them was asked for."""
     return (
-        f"Warm-up until step {warmup}, search ({config.relaxation}, {data}) until step {decision}"
-        + (f", the others closed until step {cut}" if decision < cut else "")
-        + f" of {total_steps}, then the selected modules alone."
+        f"There is nothing to choose: the budget keeps all {count} modules. Please set `selection_scope='model'` "
+        "where each layer has one module, or a smaller budget."
     )
 
 
 def times(measured: StepTimes, search: ArchitectureSearch) -> str:
     """What the measured step times leave to choose from."""
-    allowed = search.matrix.budget.allowed.tolist()
+    allowed = search.method.budget.allowed.tolist()
     rows = [row for row, yes in zip(search.grid.row_of, allowed, strict=True) if yes]
     return (
         f"A step takes {measured.all_modules:.3g} s with all modules and {min(measured.depth):.3g} s with one near "
@@ -50,28 +66,67 @@ def times(measured: StepTimes, search: ArchitectureSearch) -> str:
     )
 
 
-def scores(method: str, found: Tensor, batches: int) -> str:
+def scores(method: SelectionMethod, found: Tensor, batches: int) -> str:
     """What the modules were scored by, and the range of the scores."""
-    reads = "" if method in ("synflow", "constant") else f" on {batches} batches"
+    reads = f" on {batches} batches" if getattr(method, "reads_data", True) else ""
     return (
-        f"{len(found)} modules are scored by {method}{reads}, from {float(found.min()):.3g} to "
+        f"{len(found)} modules are scored by {method.name}{reads}, from {float(found.min()):.3g} to "
         f"{float(found.max()):.3g}."
     )
 
 
-def cut(selection: Selection, losses: tuple[float, float] | None, before_closing: float | None) -> list[str]:
+def skipped(run: SelectionRun, unlabelled: bool) -> str:
+    """An architecture step whose loss or gradient was not finite."""
+    why = "no token of the held-out batch has a label" if unlabelled else "the loss was not finite"
+    return f"Step {run.step}: {why}; this architecture step is skipped ({run.search.skipped_steps} so far)."
+
+
+def reallocated(run: SelectionRun, on: int, changed: int) -> str:
+    """What a reallocation has switched."""
+    assert run.reallocation is not None
+    return (
+        f"Step {run.step}: reallocation {len(run.reallocation.history)} of {len(run.schedule.updates)} by "
+        f"{run.config.method}: {on} of {len(run.search.grid)} modules are on, {changed} were switched."
+    )
+
+
+def decided(run: SelectionRun, count: int) -> str:
+    """How many modules were chosen ahead of the pruning."""
+    return (
+        f"Step {run.step}: {count} modules are chosen; the gates of the others fade out until step "
+        f"{run.schedule.prune}."
+    )
+
+
+def ended_early(run: SelectionRun) -> str:
+    """A run that ends ahead of its schedule and chooses now."""
+    kept = (
+        "The modules that are on now are kept."
+        if run.reallocation is not None
+        else "The modules are chosen now, from what the search has found so far, and were not trained alone."
+    )
+    return f"Training ended at step {run.step}, before the pruning at step {run.schedule.prune}. {kept}"
+
+
+def ended_before_anything(run: SelectionRun) -> str:
+    """A run that ends before anything was learned of the modules."""
+    before = "the first architecture step" if run.search.method.searches else "the modules were scored"
+    return f"Training ended at step {run.step}, before {before}. No module was chosen; all of them stay."
+
+
+def pruned(selection: Selection, losses: tuple[float, float] | None, before_fading: float | None) -> list[str]:
     """
-    What was kept, and what that did to the held-out loss and the time of a step. Where gates were closed before the
-    cut, the loss just before it is that of the chosen modules already, so what it is compared with is the loss from
-    before the closing. Without `losses`, just before the cut and after it, nothing is said of them.
+    What was kept, and what that did to the held-out loss and the time of a step. Where gates have faded out, the loss
+    just before the pruning is that of the chosen modules already, so what it is compared with is the loss from before.
+    Without `losses`, just before the pruning and after it, nothing is said of them.
     """
     lines = [f"Step {selection.step}: {selection.summary()}.\n{selection.table()}"]
     if losses is not None:
         before, after = losses
         start, when = (
-            (before, "just before the cut") if before_closing is None else (before_closing, "before the closing")
+            (before, "just before the pruning") if before_fading is None else (before_fading, "before gates faded out")
         )
-        lines.append(f"Held-out loss {start:.4f} {when}, {after:.4f} after the cut.")
+        lines.append(f"Held-out loss {start:.4f} {when}, {after:.4f} after the pruning.")
     if seconds := selection.times:
         lines.append(
             f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "
@@ -81,6 +136,23 @@ def cut(selection: Selection, losses: tuple[float, float] | None, before_closing
             "modules spread over all layers by prediction."
         )
     return lines
+
+
+def prune_metrics(selection: Selection, losses: tuple[float, float] | None) -> dict[str, float]:
+    """The numbers of a pruning for the training log."""
+    report = {
+        "diffora/selected_modules": float(len(selection.selected)),
+        "diffora/lora_parameters": float(selection.trainable_parameters),
+    }
+    if losses is not None:
+        before, after = losses
+        report["diffora/held_out_loss_before_cut"] = before
+        report["diffora/held_out_loss_after_cut"] = after
+        report["diffora/gap"] = after - before
+    for kind in dict.fromkeys(selection.grid.kinds):
+        if kind != "lora":
+            report[f"diffora/selected_{kind}"] = float(len(selection.of_kind(kind)))
+    return report
 
 
 def unadapted(selection: Selection) -> list[str]:

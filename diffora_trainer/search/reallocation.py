@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..adapters.grid import parameters_of, searched_modules
-from ..core.selection import Allocation, Selection
-from ..experimental.shortcuts.shortcuts import Shortcut
+from ..core.allocation import Allocation
+from ..core.selection import Selection
 from .search import ArchitectureSearch
 
 
@@ -26,19 +24,7 @@ class Reallocation:
     PyTorch's optimizers pass it over, weight decay included: weights and moments stay bit for bit, and its step
     counter stands still until it is on again.
 
-    ```python
-    search = ArchitectureSearch(model, DiffoRAConfig(method="snip"), loss_fn=lambda model, batch: model(**batch).loss)
-    search.begin()
-    reallocation = Reallocation(search)
-    for step, batch in enumerate(train_batches, start=1):
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        if step < cut and step % 20 == 0:
-            reallocation.reallocate(held_out_batches, step)
-        if step == cut:
-            apply_selection(model, reallocation.finish(step), optimizer, scheduler)
-    ```
+    [`SelectionRun`] calls it at the moments of `reallocate_every`.
 
     Args:
         search ([`ArchitectureSearch`]): a search with a method that scores.
@@ -48,21 +34,17 @@ class Reallocation:
         history (`list[Allocation]`): what was chosen so far.
 
     Raises:
-        ValueError: if the search is one with `method="diffora"`.
+        ValueError: if the method of the search does not score.
     """
 
     def __init__(self, search: ArchitectureSearch) -> None:
-        if search.config.method == "diffora":
+        if search.method.searches:
             raise ValueError(
-                "You passed a search with `method='diffora'`, which scores nothing that could be chosen anew. Please "
-                "use a method that scores, such as `DiffoRAConfig(method='snip')`."
+                f"You passed a search with `method={search.config.method!r}`, which scores nothing that could be "
+                "chosen anew. Please use a method that scores, such as `DiffoRAConfig(method='snip')`."
             )
         self.search = search
-        grid = search.grid
-        layers: dict[str, Any] = dict(searched_modules(search.model, grid.adapter_name))
-        self._layers = [layers[name] for name in grid.names]
-        self._weights: list[list[nn.Parameter]] = [parameters_of(layer, grid.adapter_name) for layer in self._layers]
-        self.on = torch.ones(len(grid), dtype=torch.bool)
+        self.on = torch.ones(len(search.grid), dtype=torch.bool)
         self.history: list[Allocation] = []
 
     def reallocate(self, batches: Sequence[Any], step: int) -> int:
@@ -82,7 +64,7 @@ class Reallocation:
         """
         with self.all_on():
             scores = self.search.score(batches)
-            chosen = self.search.matrix.choose()
+            chosen = self.search.method.discretize()
             self.search.check_choice(chosen)
         changed = int((chosen != self.on).sum())
         self.switch(chosen)
@@ -96,22 +78,10 @@ class Reallocation:
         Args:
             on (`Tensor` of shape `(n,)` and dtype `torch.bool`): which are on from now on.
         """
-        for layer, weights, before, after in zip(
-            self._layers, self._weights, self.on.tolist(), on.tolist(), strict=True
-        ):
-            if isinstance(layer, Shortcut):
-                layer.enabled = after
-            elif before and not after:
-                # Not PEFT's own switches: they work on all adapters of a layer, and every `disable_adapter` of the
-                # model, by which TRL's trainers take the base model for a reference, turns them on again.
-                layer.forward = partial(
-                    _passed_by, layer, self.search.grid.adapter_name, layer.__dict__.get("forward")
-                )
-            elif after and not before:
-                _put_back(layer)
-            for weight in weights:
-                weight.requires_grad_(after)
-                if not after:
+        for site, after in zip(self.search.adapters.sites, on.tolist(), strict=True):
+            site.enabled = after
+            if not after:
+                for weight in site.parameters:
                     weight.grad = None  # or the optimizer would step it
         self.on = on.clone()
 
@@ -144,34 +114,16 @@ class Reallocation:
         """
         if not self.history:
             raise ValueError("No module was chosen yet. Please call `reallocate` before the cut.")
-        self.search.decide(torch.tensor(self.history[-1].on))
+        self.search.discretize(torch.tensor(self.history[-1].on))
         self.release()
         return replace(self.search.finish(step), history=tuple(self.history))
 
-    def state_list(self) -> list[dict[str, Any]]:
-        """The history as JSON values, from which [`load_state_list`] restores all."""
-        return [asdict(entry) for entry in self.history]
-
-    def load_state_list(self, records: Iterable[dict[str, Any]]) -> None:
+    def restore(self, history: Sequence[Allocation]) -> None:
         """
-        Restore the history, and the modules that were on at its end. The scores that they were chosen by are the
-        matrix's (see [`DifferentialAdaptationMatrix.load_state_dict`]).
+        Restore a history, and the modules that were on at its end. The scores that they were chosen by are the
+        method's.
         """
-        history = [Allocation.from_dict(record) for record in records]
         if any(len(entry.on) != len(self.on) or len(entry.scores) != len(self.on) for entry in history):
             raise ValueError(f"The history is not one of {len(self.on)} modules.")
-        self.history = history
+        self.history = list(history)
         self.switch(torch.tensor(history[-1].on) if history else torch.ones_like(self.on))
-
-
-def _passed_by(layer: Any, adapter_name: str, replaced: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward pass of a layer whose LoRA is off. With another adapter active (DPO's reference) it is the usual."""
-    if list(layer.active_adapters) == [adapter_name]:
-        return layer.base_layer(*args, **kwargs)
-    return replaced(*args, **kwargs) if replaced is not None else type(layer).forward(layer, *args, **kwargs)
-
-
-def _put_back(layer: Any) -> None:
-    replaced = layer.__dict__.pop("forward").args[2]
-    if replaced is not None:  # the forward of a hook of accelerate
-        layer.forward = replaced

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel, TaskType
-from torch import nn
+from peft import PeftConfig, PeftModel, TaskType
+from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
+from ..adapters.base import extra_kinds, site_kind
 from ..adapters.compiled import check_not_compiled
+from ..adapters.distributed import rebuild_ddp
+from ..adapters.lora import peft_model
+from ..adapters.pruning import own_config
 from ..adapters.wrapping import complete_lora_config, wrap_model, wrap_model_init
 from ..compat import activation_checkpointing, is_reward_trainer
 from ..config import DiffoRAConfig
-from ..experimental.shortcuts.model import ShortcutModel
-from ..experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, shortcuts
+from ..methods.build import make_schedule
+from ..methods.context import ScoreFunction
+from ..search.run import SelectionRun
+from ..search.runtime import Runtime
+from ..search.search import ArchitectureSearch
 from .checks import check_loaded
 from .datasets import check_dataset
+from .loss import architecture_loss, prepare_batch
 
 
 def parent_arguments(
@@ -96,8 +106,9 @@ def with_lora(
         TypeError: if the model, the data or the training arguments are of a type that the trainer cannot take.
         ValueError: if the model cannot be searched.
     """
-    if isinstance(arguments.get("model"), ShortcutModel):  # as `from_pretrained` gave it, to be trained on
-        arguments = {**arguments, "model": arguments["model"].model}
+    for kind in extra_kinds():  # as its loader gave the model, to be trained on
+        if "model" in arguments:
+            arguments = {**arguments, "model": kind.unwrap(arguments["model"])}
     model, args = arguments.get("model"), arguments.get("args")
     if args is not None and not isinstance(args, TrainingArguments):
         raise TypeError(
@@ -131,13 +142,72 @@ def with_lora(
     return {**arguments, "model": wrap_model(model, peft_config, checkpointing)}
 
 
-def give_shortcuts(model: Any, config: DiffoRAConfig) -> Any:
-    """The model with the shortcuts that a configuration asks for, like its LoRA, unless it has some already."""
-    lora = model.peft_config[model.active_adapters[0]] if isinstance(model, PeftModel) else None
-    # What is not LoRA is refused by the search.
-    if config.shortcuts is not None and not shortcuts(model) and isinstance(lora, LoraConfig):
-        add_shortcuts(model, ShortcutConfig.like(lora, config.shortcuts))
+def install_sites(model: Any, config: DiffoRAConfig) -> Any:
+    """The model with the other kinds of site that a configuration asks for."""
+    assert not isinstance(config.extra_sites, str)
+    for name, options in (config.extra_sites or {}).items():
+        site_kind(name).install(model, options)
     return model
+
+
+def check_model(model: Any, config: DiffoRAConfig, score_function: ScoreFunction | None) -> None:
+    """Raise if the modules of a model cannot be chosen among."""
+    name_base_model(model, config)
+    loss_fn = lambda model, batch: model(**batch).loss  # noqa: E731
+    ArchitectureSearch(peft_model(model), config, loss_fn=loss_fn, score_function=score_function)
+
+
+def name_base_model(model: Any, config: DiffoRAConfig) -> None:
+    """Write the Hub id of the base model that a configuration gives into those of the adapters."""
+    model = peft_model(model)
+    if config.base_model_id is not None:
+        for name in list(getattr(model, "peft_config", ())):
+            own_config(model, name).base_model_name_or_path = config.base_model_id
+
+
+def make_run(
+    trainer: Any, trained: tuple[nn.Module, Any, Any], total_steps: int, after_prune: Callable[[], None]
+) -> SelectionRun:
+    """
+    The run of a trainer's loop.
+
+    Args:
+        trainer (`Trainer`): the trainer.
+        trained (`tuple`): the model, its optimizer and its scheduler.
+        total_steps (`int`): optimizer steps of the loop.
+        after_prune (`Callable`): called when modules have left the model.
+    """
+    config, (model, optimizer, scheduler) = trainer.diffora_config, trained
+    model = peft_model(model)
+    name_base_model(model, config)
+    trainer._set_prune_step(make_schedule(config, total_steps).prune)
+
+    def mean(values: Tensor) -> Tensor:
+        return trainer.accelerator.reduce(values.to(trainer.accelerator.device), reduction="mean").cpu()
+
+    def score(model: nn.Module, batches: list[Any]) -> Any:
+        return trainer.score_function(model, [prepare_batch(trainer, batch) for batch in batches])
+
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    runtime = Runtime(after_prune=after_prune)
+    runtime = replace(
+        runtime, after_switch=lambda: rebuild_ddp(trainer.model_wrapped, trainer.accelerator.ddp_handler)
+    )
+    if trainer.args.world_size > 1:
+        runtime = replace(runtime, reduce=mean)
+    if scaler is not None:
+        runtime = replace(runtime, loss_scale=scaler.get_scale)
+    return SelectionRun(
+        model,
+        optimizer,
+        config,
+        lambda model, batch: architecture_loss(trainer, model, batch),
+        trainer._held_out.batches(comparable=not trainer._generates_for_loss),
+        total_steps,
+        scheduler=scheduler,
+        score_function=None if trainer.score_function is None else score,
+        runtime=runtime,
+    )
 
 
 def task_type_of_trainer(trainer: Any) -> TaskType:

@@ -3,64 +3,60 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import Tensor
 
+from ..adapters.base import extra_kinds, site_kind
 from ..core.files import (
     ADAPTER_CONFIG_NAME,
-    ADAPTER_FOLDER,
     ADAPTER_NAME,
-    SHORTCUT_CONFIG_NAME,
-    SHORTCUT_TENSORS_NAME,
     read_json,
+    reraise_with_path,
+    tensor_shapes,
     write_file,
 )
-from ..core.files import reraise_with_path as reraise_with_path
-from ..core.files import tensor_shapes as tensor_shapes
+from ..core.formats import as_whole
+from ..core.state import RunState
 
 
 STATE_NAME = "diffora_state.json"
 TENSORS_NAME = "diffora_state.safetensors"
 TRAINER_STATE_NAME = "trainer_state.json"  # what the Trainer writes last into a checkpoint
-WARMUP, SEARCH, SELECTED = "warm-up", "search", "selected"
 
-_FORMAT = 2
 _OTHER = "Please resume from another checkpoint."
 # `torch.save` names neither a full disk nor the file.
 _WRITE_ERRORS = ("inline_container", "PytorchStreamWriter")
 
 
-def save_state(folder: str | os.PathLike, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def save_state(folder: str | os.PathLike, state: RunState, tensors: dict[str, Tensor]) -> None:
     """
-    Write the state of a search into a checkpoint folder. The JSON file, which is written last, holds the size of the
+    Write the state of a run into a checkpoint folder. The JSON file, which is written last, holds the size of the
     other, so that a pair from an interrupted save is recognised.
 
     Args:
         folder (`str` or `os.PathLike`): the checkpoint.
-        state (`dict`): JSON values.
-        tensors (`dict[str, Tensor]`): the matrix.
+        state ([`~diffora_trainer.core.state.RunState`]): the state.
+        tensors (`dict[str, Tensor]`): those of the method.
     """
     blob = serialize_tensors({name: tensor.contiguous() for name, tensor in tensors.items()})
     write_file(Path(folder) / TENSORS_NAME, blob)
-    record = {"format": _FORMAT, "tensor_bytes": len(blob), **state}
+    record = {"tensor_bytes": len(blob), **state.to_dict()}
     write_file(Path(folder) / STATE_NAME, json.dumps(record, indent=2, allow_nan=False).encode())
 
 
-def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def load_state(folder: str | os.PathLike) -> tuple[RunState, dict[str, Tensor]]:
     """
-    Read what [`save_state`] wrote.
+    Read what [`save_state`] wrote, now or in an earlier version.
 
     Raises:
         ValueError: if the checkpoint has no such state, or it is damaged. The search is never restarted in silence.
@@ -73,17 +69,13 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             "another checkpoint."
         )
     with reraise_with_path(path):
-        state = read_json(path)
-        state.setdefault("shortcuts", False)  # as written before a search could choose among them
-        if state.get("phase") in (WARMUP, SEARCH):
-            state.setdefault("history", [])  # as written before there were reallocations
-            state.setdefault("reached", None)  # as written before these two were kept
-            state.setdefault("effect", None)
-        _check_state(state)
+        record = read_json(path)
+        state = RunState.from_dict(record)
+        size = as_whole(record["tensor_bytes"])
     with reraise_with_path(tensor_path):
         blob = tensor_path.read_bytes()
-        if len(blob) != state["tensor_bytes"]:
-            raise ValueError(f"it has {len(blob)} bytes instead of {state['tensor_bytes']}")
+        if len(blob) != size:
+            raise ValueError(f"it has {len(blob)} bytes instead of {size}")
         tensors = load_tensors(blob)
     return state, tensors
 
@@ -105,9 +97,9 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     with reraise_with_path(path):
         step = read_json(path)["global_step"]
     state, _ = load_state(folder)
-    if state["step"] != step:
+    if state.step != step:
         raise ValueError(
-            f"The checkpoint {str(folder)!r} is a mixture: {STATE_NAME} is from step {state['step']}, and "
+            f"The checkpoint {str(folder)!r} is a mixture: {STATE_NAME} is from step {state.step}, and "
             f"{TRAINER_STATE_NAME} from step {step}. {_OTHER}"
         )
     adapters = [*folder.glob(ADAPTER_NAME), *folder.glob(f"*/{ADAPTER_NAME}")]  # a named adapter has its own folder
@@ -115,16 +107,10 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
         tensor_shapes(path)
         with reraise_with_path(path.with_name(ADAPTER_CONFIG_NAME)):
             read_json(path.with_name(ADAPTER_CONFIG_NAME))
-    if state["shortcuts"]:
-        with reraise_with_path(folder / SHORTCUT_CONFIG_NAME):
-            read_json(folder / SHORTCUT_CONFIG_NAME)
-        tensor_shapes(folder / SHORTCUT_TENSORS_NAME)
-    elif (folder / SHORTCUT_CONFIG_NAME).is_file():  # the Trainer would read the adapter that was saved with them
-        raise ValueError(
-            f"The checkpoint {str(folder)!r} is a mixture: its model has no shortcuts, so {SHORTCUT_CONFIG_NAME} is "
-            f"left of an earlier one, as uploads to the Hub remove nothing. Please delete it, {SHORTCUT_TENSORS_NAME} "
-            f"and {ADAPTER_FOLDER}/ there."
-        )
+    for name in state.extra_kinds:
+        site_kind(name)  # registered now, if it was not
+    for kind in extra_kinds():
+        kind.check_whole(folder, kind.name in state.extra_kinds)
     randomness = [*folder.glob("rng_state*.pth")] or [folder / "rng_state.pth"]
     # FSDP2 writes its own files, with the adapter once more.
     sharded = [folder / name for name in ("optimizer.bin", "pytorch_model_fsdp.bin")]
@@ -224,90 +210,3 @@ def _is_json(path: Path) -> bool:
         return bool(read_json(path))
     except (OSError, ValueError):
         return False
-
-
-def _whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**40
-
-
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and all(map(check, value))
-
-
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds)
-
-
-def _allocation(value: Any) -> bool:
-    if not isinstance(value, dict) or not _whole(value.get("step")) or not _all(_number)(value.get("scores")):
-        return False
-    return _all(_is(bool))(value.get("on")) and any(value["on"]) and len(value["on"]) == len(value["scores"])
-
-
-def _times(value: Any) -> bool:
-    if value is None:
-        return True
-    single = isinstance(value, dict) and all(_number(value.get(name)) for name in ("all_modules", "per_module"))
-    return single and _all(_number)(value.get("depth")) and bool(value["depth"])
-
-
-_FIELDS = {
-    "tensor_bytes": _whole,
-    "phase": lambda value: value in (WARMUP, SEARCH, SELECTED),
-    "step": _whole,
-    "config": _is(dict),
-    "began_cut": _is(bool),
-    "base_model": _is(dict),
-    "shortcuts": _is(bool),
-}
-_FIELDS_SELECTED = {"selection": _is(str)}
-_FIELDS_SEARCHING = {
-    "warmup": _whole,
-    "decision": _whole,
-    "cut": _whole,
-    "modules": _all(_is(str)),
-    "held_out_position": _whole,
-    "held_out_rows": _whole,
-    "skipped_steps": _whole,
-    "decided": lambda value: value is None or _all(_is(bool))(value),
-    "losses": _all(_number),
-    "effect": lambda value: value is None or _all(_number)(value) and len(value) == 2,
-    "reached": lambda value: value is None or _all(_is(bool))(value),
-    "times": _times,
-    "history": _all(_allocation),
-}
-
-
-def _check_state(state: dict[str, Any]) -> None:
-    """Raise a `ValueError` if a state cannot be that of a run."""
-    if state.get("format") != _FORMAT:
-        raise ValueError(f"its `format` is not {_FORMAT}")
-    for fields in (_FIELDS, _FIELDS_SELECTED if state.get("phase") == SELECTED else _FIELDS_SEARCHING):
-        for name, check in fields.items():
-            if name not in state:
-                raise ValueError(f"it has no `{name}`")
-            if not check(state[name]):
-                raise ValueError(f"its `{name}` cannot be {repr(state[name])[:100]}")
-    if state["phase"] == SELECTED:
-        return
-    step, warmup, decision, cut = (state[name] for name in ("step", "warmup", "decision", "cut"))
-    if not warmup <= decision <= cut or step >= cut or (state["phase"] == WARMUP) != (step < warmup):
-        raise ValueError(f"step {step}, phase {state['phase']!r} and the steps {warmup}, {decision}, {cut} disagree")
-    if (state["decided"] is not None) != (step >= decision):
-        raise ValueError(f"at step {step} its `decided` cannot be {repr(state['decided'])[:100]}")
-    if state["decided"] is not None and len(state["decided"]) != len(state["modules"]):
-        raise ValueError(f"its `decided` has {len(state['decided'])} entries for {len(state['modules'])} modules")
-    if state["reached"] is not None and len(state["reached"]) != len(state["modules"]):
-        raise ValueError(f"its `reached` has {len(state['reached'])} entries for {len(state['modules'])} modules")
-    if (state["times"] is not None) != (state["phase"] == SEARCH and state["config"].get("cost") == "time"):
-        raise ValueError(f"in phase {state['phase']!r} its `times` cannot be {repr(state['times'])[:100]}")
-    allocated = [entry["step"] for entry in state["history"]]
-    reallocates = state["phase"] == SEARCH and state["config"].get("reallocate_every") is not None
-    if bool(allocated) != reallocates or any(not warmup <= at <= step for at in allocated):
-        raise ValueError(f"at step {step} its `history` cannot be one of the steps {allocated}")
-    if any(len(entry["on"]) != len(state["modules"]) for entry in state["history"]):
-        raise ValueError(f"its `history` is not one of {len(state['modules'])} modules")

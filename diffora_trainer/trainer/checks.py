@@ -8,6 +8,7 @@ import torch
 from accelerate.utils import DynamoBackend, parse_flag_from_env
 from torch import nn
 
+from ..adapters.base import kinds_of
 from ..compat import (
     activation_checkpointing,
     activation_checkpointing_kwargs,
@@ -19,8 +20,8 @@ from ..compat import (
     uses_vllm,
 )
 from ..config import DiffoRAConfig
-from ..experimental.shortcuts.shortcuts import shortcuts
 from ..logging import get_logger
+from ..methods.build import method_of
 
 
 logger = get_logger(__name__)
@@ -61,11 +62,11 @@ def check_trainer(trainer: Any) -> None:
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "
             "of the gates alone. Please set `gradient_checkpointing_kwargs={'use_reentrant': False}`."
         )
-    if (shortcuts(trainer.model) or trainer.diffora_config.shortcuts) and len(trainer.model.peft_config) > 1:
+    if (extra := _extra_sites(trainer)) and len(trainer.model.peft_config) > 1:
         raise ValueError(
             f"The model has {len(trainer.model.peft_config)} adapters ({sorted(trainer.model.peft_config)}) and is to "
-            "have shortcuts, which are saved with one. Please pass the base model and a `peft_config` (a DPO trainer "
-            "then takes the model without its adapter for the reference), or leave the shortcuts out."
+            f"have {extra}, which are saved with one. Please pass the base model and a `peft_config` (a DPO trainer "
+            f"then takes the model without its adapter for the reference), or leave the {extra} out."
         )
     if trainer.is_deepspeed_enabled:
         raise ValueError(
@@ -86,7 +87,8 @@ def check_trainer(trainer: Any) -> None:
             "model would not notice the gates of the search. Please train without it, and compile the finished model: "
             "`model.compile()` after the training."
         )
-    if trainer.diffora_config.arch_order == 2 and args.world_size > 1:
+    method, options = method_of(trainer.diffora_config)
+    if getattr(options, "arch_order", 1) == 2 and args.world_size > 1:
         raise ValueError(
             "`arch_order=2` looks ahead along the gradient of one process, so on several they would disagree. Please "
             "set `arch_order=1`."
@@ -115,10 +117,11 @@ def _check_completions(trainer: Any) -> None:
             "modules could be scored on. Please set `discretize_at=1` or later."
         )
     check_generation(trainer, "makes the completions that it trains on")
-    if uses_vllm(trainer) and (config.method == "diffora" or config.reallocate_every is not None):
+    method, options = method_of(config)
+    if uses_vllm(trainer) and (method.searches or options.reallocate_every is not None):
         logger.warning(
             "`use_vllm=True`: vLLM generates with the LoRA of all modules and without gates. While gates are not open "
-            "(with a `relaxation` other than 'budget', in the steps of `arch_closing`, or with modules that are off "
+            "(with a method whose weights train under gates, in the steps of `fade_out`, or with modules that are off "
             "under `reallocate_every`) the completions are those of another policy than the one that is trained, for "
             "which TRL's importance sampling can correct."
         )
@@ -127,27 +130,43 @@ def _check_completions(trainer: Any) -> None:
 def check_generation(trainer: Any, why: str) -> None:
     """Options that compare the loss of several passes, or their times: what is generated is not the same in them."""
     config, name = trainer.diffora_config, type(trainer).__name__
+    method, options = method_of(config)
     refused = {
-        "arch_order": (2, 1, "looks one training step ahead by differences of losses on held-out and training data"),
-        "method": ("alpha_test", "snip", "compares values of the loss, which here say nothing, unlike its gradient"),
-        "cost": ("time", "parameters", "reckons with forward and backward passes, where most of a step is generation"),
+        "arch_order": (
+            *(getattr(options, "arch_order", 1), 1),
+            "looks one training step ahead by differences of losses on held-out and training data",
+        ),
+        "method": (
+            *(config.method, "snip" if method.compares_losses else config.method),
+            "compares values of the loss, which here say nothing, unlike its gradient",
+        ),
+        "max_step_time": (
+            *(config.max_step_time, None),
+            "reckons with forward and backward passes, where most of a step is generation",
+        ),
     }
     for option, (value, instead, reason) in refused.items():
-        if getattr(config, option) == value:
+        if value != instead:
             raise ValueError(
                 f"You passed `{option}={value!r}` to {name}, which {why}: that option {reason}. Please set "
                 f"`{option}={instead!r}`."
             )
 
 
+def _extra_sites(trainer: Any) -> str:
+    """Names of the kinds of site beside LoRA that a trainer's model has or is to have; nothing without any."""
+    named = [*(trainer.diffora_config.extra_sites or ()), *(kind.name for kind in kinds_of(trainer.model))]
+    return " and ".join(dict.fromkeys(named))
+
+
 def _check_sentence_transformer(trainer: Any) -> None:
     """Refuse what cannot be done where the model with the LoRA is a part of the trainer's model."""
-    model, config = trainer.model, trainer.diffora_config
+    model = trainer.model
     if not is_sentence_transformer(model):
         return
-    if config.shortcuts is not None or shortcuts(model):
+    if extra := _extra_sites(trainer):
         raise ValueError(
-            f"You asked for shortcuts in a part of {type(model).__name__}, which could not be saved with it. Please "
+            f"You asked for {extra} in a part of {type(model).__name__}, which could not be saved with it. Please "
             "leave them out."
         )
     if trainer.args.world_size > 1:
@@ -183,24 +202,25 @@ def _check_fsdp(trainer: Any) -> None:
             "`fsdp_state_dict_type: FULL_STATE_DICT`; of an adapter it is small."
         )
     config = trainer.diffora_config
-    if config.method in ("grad_norm", "snip", "synflow", "custom"):
+    method, options = method_of(config)
+    if not method.shardable:
         raise ValueError(
             f"You passed `method={config.method!r}` with FSDP, which holds each parameter in shards, whose gradients "
             "cannot be taken apart from those of training. Please use plain data parallelism, or another method."
         )
-    if config.shortcuts is not None or shortcuts(trainer.model):
+    if extra := _extra_sites(trainer):
         raise ValueError(
-            "You asked for shortcuts with FSDP, which gathers the parameters of a layer for the calls of its own "
+            f"You asked for {extra} with FSDP, which gathers the parameters of a layer for the calls of its own "
             "modules, and not for what is added between them. Please use plain data parallelism (`accelerate launch "
             "--config_file recipes/accelerate_configs/ddp.yaml`), or leave them out."
         )
-    if config.reallocate_every is not None:
+    if (every := getattr(options, "reallocate_every", None)) is not None:
         raise ValueError(
-            f"You passed `reallocate_every={config.reallocate_every}` with FSDP, which gathers and scatters the "
+            f"You passed `reallocate_every={every}` with FSDP, which gathers and scatters the "
             "parameters of all modules, also of those that are off. Please use plain data parallelism (`accelerate "
             "launch --config_file recipes/accelerate_configs/ddp.yaml`), or leave it out to score once."
         )
-    for name, value in (("weight_sharing", "none"), ("cost", "parameters")):
+    for name, value in (("weight_sharing", "none"), ("max_step_time", None)):
         if getattr(config, name) != value:
             raise ValueError(
                 f"You passed `{name}={getattr(config, name)!r}` with FSDP, which holds each parameter in the shards "

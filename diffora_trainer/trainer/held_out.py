@@ -22,6 +22,7 @@ from ..compat import (
 )
 from ..core.isolation import replaced
 from ..logging import get_logger
+from ..methods.build import make_schedule, method_of
 from ..search.held_out import ArchitectureBatches, HeldOutBatches, RolloutBatches
 from .datasets import subset
 from .split import HeldOutSampler, HeldOutStream, SplitPlan, split_indices
@@ -121,16 +122,16 @@ class HeldOutData:
             )
         return HeldOutSampler(sampler, self.split, len(self._trainer.train_dataset))
 
-    def set_cut(self, cut: int, given_back: bool) -> None:
+    def set_prune_step(self, step: int, given_back: bool) -> None:
         """
         Set the moment at which the held-out rows go back to training, once the length of the run is known.
 
         Args:
-            cut (`int`): optimizer step at whose end that is.
+            step (`int`): optimizer step at whose end that is.
             given_back (`bool`): whether it is over.
         """
         if self.split is not None:
-            self.split.set_cut(cut, *steps_of_epoch(self._trainer))
+            self.split.set_prune_step(step, *steps_of_epoch(self._trainer))
             self.split.given_back = given_back
 
     def keep_rollouts(self, searching: bool) -> AbstractContextManager[None]:
@@ -148,7 +149,8 @@ class HeldOutData:
         """
         trainer, config = self._trainer, self._trainer.diffora_config
         if makes_completions(trainer):
-            self.rollouts = RolloutBatches(1 if config.method == "diffora" else config.score_batches)
+            method, options = method_of(config)
+            self.rollouts = RolloutBatches(1 if method.searches else options.score_batches)
             return self.rollouts
         if trainer.arch_dataset is not None:
             rows = trainer.arch_dataset
@@ -199,11 +201,10 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
             "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
             "`arch_dataset=` to the trainer."
         )
-    warmup, decision = config.schedule(args.max_steps)[0], config.decision(args.max_steps)
-    batches = min(math.ceil((decision - warmup) / config.arch_every), _MAX_STREAM_BATCHES)
-    if config.method != "diffora":
-        moments = max(1, len(config.reallocations(args.max_steps)))
-        batches = max(config.score_batches, min(moments * config.score_batches, _MAX_STREAM_BATCHES))
+    (method, options), updates = method_of(config), len(make_schedule(config, args.max_steps).updates)
+    batches = min(updates, _MAX_STREAM_BATCHES)
+    if not method.searches:
+        batches = max(options.score_batches, min(updates * options.score_batches, _MAX_STREAM_BATCHES))
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
     needed, source = batches * rows_a_batch, iter(stream)
     if training:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.grid import peft_model
+from ..adapters.lora import peft_model
 from ..compat import (
     calls_backward_itself,
     loss_of_training_step,

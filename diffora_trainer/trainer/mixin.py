@@ -12,26 +12,25 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.distributed import rebuild_ddp
-from ..adapters.grid import peft_model
-from ..adapters.pruning import own_config
+from ..adapters.lora import peft_model
 from ..compat import output_dir, own_training_step
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
-from ..experimental.shortcuts.model import add_to_adapter
 from ..hub.push import PublicCopies
 from ..logging import follow_log_level
-from ..methods.scores import ScoreFunction, check_score_function
-from ..search.held_out import ArchitectureBatches
-from ..search.search import ArchitectureSearch
+from ..methods.build import check_score_function, make_schedule
+from ..methods.context import ScoreFunction
+from ..search.run import SelectionRun
 from . import saving
-from .building import give_shortcuts, parent_arguments
+from .building import check_model, install_sites, make_run, parent_arguments
 from .callback import DiffoRACallback
 from .checkpoint import atomic_checkpoint
 from .checks import check_can_train, check_class, check_options, check_trainer
 from .datasets import check_dataset, prepare_arch_dataset
 from .held_out import HeldOutData
-from .loss import architecture_loss, check_own_loss, loss_of_trainer, prepare_batch
+from .loss import check_own_loss, loss_of_trainer
 from .progress import SearchProgressCallback
+from .session import Hooks, TrainerSession
 
 
 if TYPE_CHECKING:
@@ -98,7 +97,6 @@ class DiffoRAMixin(_Base):
             do instead.
     """
 
-    _last_train_batch: Any = None
     _loop_began = False
     _in_architecture_step = False
 
@@ -124,7 +122,7 @@ class DiffoRAMixin(_Base):
         check_options(diffora_config)
         check_class(type(self))
         self.diffora_config = diffora_config or DiffoRAConfig()
-        check_score_function(self.diffora_config.method, score_function)
+        check_score_function(self.diffora_config, score_function)
         self.score_function = score_function
         check_dataset("arch_dataset", arch_dataset)
         self.arch_dataset = arch_dataset
@@ -135,56 +133,28 @@ class DiffoRAMixin(_Base):
         follow_log_level(self.args.log_level)
         check_trainer(self)
         check_own_loss(self)
-        give_shortcuts(self.model, self.diffora_config)
+        install_sites(self.model, self.diffora_config)
         self.arch_dataset = prepare_arch_dataset(self, named.get("train_dataset"), named.get("formatting_func"))
-        self._callback = DiffoRACallback(
-            self.diffora_config,
-            make_search=self._make_search,
-            make_held_out=self._make_held_out,
-            resume_split=self._set_cut,
-            after_cut=self._after_cut,
-            last_train_batch=lambda: self._last_train_batch,
-            after_switch=lambda: rebuild_ddp(self.model_wrapped, self.accelerator.ddp_handler),
-        )
+        self._session = TrainerSession(self.diffora_config, Hooks(self._make_run, self._set_prune_step))
+        self._callback = DiffoRACallback(self._session)
         self.add_callback(self._callback)
-        self.add_callback(SearchProgressCallback(self._callback, self.callback_handler))
+        self.add_callback(SearchProgressCallback(self._session, self.callback_handler))
         # What is wrong with the model or the schedule should be said now, not when training starts.
-        self._make_search(self.model)
+        check_model(self.model, self.diffora_config, self.score_function)
         if self.args.max_steps > 0:
-            self.diffora_config.schedule(self.args.max_steps)
+            make_schedule(self.diffora_config, self.args.max_steps)
 
     @property
     def selection(self) -> Selection | None:
         """What was chosen; `None` until the matrix is cut."""
-        return self._callback.selection
+        return self._session.selection
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The parent's, with the shortcuts that the options ask for."""
-        return give_shortcuts(super().call_model_init(*args, **kwargs), self.diffora_config)
+        """The parent's, with the sites that the options ask for."""
+        return install_sites(super().call_model_init(*args, **kwargs), self.diffora_config)
 
-    def _make_search(self, model: nn.Module) -> ArchitectureSearch:
-        model = peft_model(model)
-        if self.diffora_config.base_model_id is not None:
-            for name in list(model.peft_config):  # type: ignore[arg-type]
-                own_config(model, name).base_model_name_or_path = self.diffora_config.base_model_id
-        scaler = getattr(self.accelerator, "scaler", None)
-        return ArchitectureSearch(
-            model,
-            self.diffora_config,
-            loss_fn=self._architecture_loss,
-            reduce=self._mean_over_processes,
-            loss_scale=None if scaler is None else scaler.get_scale,
-            score_function=None if self.score_function is None else self._custom_scores,
-        )
-
-    def _custom_scores(self, model: nn.Module, batches: list[Any]) -> Any:
-        assert self.score_function is not None
-        return self.score_function(model, [prepare_batch(self, batch) for batch in batches])
-
-    def _mean_over_processes(self, values: Tensor) -> Tensor:
-        if self.args.world_size == 1:
-            return values
-        return self.accelerator.reduce(values.to(self.accelerator.device), reduction="mean").cpu()
+    def _make_run(self, model: nn.Module, optimizer: Any, scheduler: Any, total_steps: int) -> SelectionRun:
+        return make_run(self, (model, optimizer, scheduler), total_steps, self._after_prune)
 
     # Training
 
@@ -194,13 +164,13 @@ class DiffoRAMixin(_Base):
         checkpoint that is whole; one whose saving was interrupted is passed over.
         """
         check_can_train(self)
-        self._callback.forget_checkpoint()
+        self._session.forget_checkpoint()
         self._loop_began = False
         checkpoint = saving.checkpoint_to_resume(self, resume_from_checkpoint)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
-            self._callback.give_back(self.model)
+            self._session.give_back(self.model)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` runs the loop again when memory ran out. The parent reads the checkpoint's weights
@@ -211,24 +181,21 @@ class DiffoRAMixin(_Base):
             if checkpoint is not None and not self.is_fsdp_enabled:  # with FSDP the parent reads them in the loop
                 self._load_from_checkpoint(checkpoint)
         self._loop_began = True
-        self._callback.release()
+        self._session.leave_run()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """A training step of the parent, under gates drawn for it while the search lasts."""
         if self._in_architecture_step:  # which runs the step for its loss, under gates of its own
             return super().training_step(model, inputs, *args, **kwargs)
-        if self._callback.gates_active and self._callback.search is not None:
-            self._callback.search.draw_gates()
-            if self.diffora_config.arch_order == 2:
-                self._last_train_batch = inputs
-        with self._held_out.keep_rollouts(self._callback.gates_active):
+        self._session.before_step(inputs)
+        with self._held_out.keep_rollouts(self._session.gates_active):
             return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The parent's log, with the state of the search in those of training."""
         if "loss" in logs or "train_runtime" in logs:
-            logs.update(self._callback.metrics())
+            logs.update(self._session.metrics())
         super().log(logs, *args, **kwargs)
 
     def compute_architecture_loss(self, model: nn.Module, inputs: Any) -> Tensor:
@@ -247,32 +214,24 @@ class DiffoRAMixin(_Base):
         """
         return loss_of_trainer(self, model, inputs)
 
-    def _architecture_loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return architecture_loss(self, model, batch)
-
     @property
     def _generates_for_loss(self) -> bool:
         """Whether an architecture step has to run the parent's `training_step` for its loss."""
         default = type(self).compute_architecture_loss is DiffoRAMixin.compute_architecture_loss
         return default and own_training_step(self) is not None
 
-    def _after_cut(self) -> None:
+    def _after_prune(self) -> None:
         rebuild_ddp(self.model_wrapped, self.accelerator.ddp_handler)
-        self._last_train_batch = None
         self._held_out.give_back()
 
     # Held-out data
 
-    def _make_held_out(self, cut: int) -> ArchitectureBatches:
-        self._set_cut(cut)
-        return self._held_out.batches(comparable=not self._generates_for_loss)
-
-    def _set_cut(self, cut: int) -> None:
-        self._held_out.set_cut(cut, given_back=self._callback.is_cut(self.model))
+    def _set_prune_step(self, step: int) -> None:
+        self._held_out.set_prune_step(step, given_back=self._session.is_pruned(self.model))
 
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the cut it leaves the held-out rows out."""
-        trained_on = self._callback.is_cut(self.model) and not self._callback.resumed_after_cut
+        trained_on = self._session.is_pruned(self.model) and not self._session.resumed_after_prune
         return self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -293,7 +252,7 @@ class DiffoRAMixin(_Base):
             super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-            add_to_adapter(peft_model(self.model), folder)
+            saving.save_sites(peft_model(self.model), folder)
             saving.save_findings(self, folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -310,7 +269,7 @@ class DiffoRAMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.args.should_save:
-            self._callback.save(output_dir, self.state, self.model)
+            self._session.save(output_dir, self.state.global_step, self.model)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
@@ -319,7 +278,7 @@ class DiffoRAMixin(_Base):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
-        self._callback.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
+        self._session.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
         parent = super()._load_from_checkpoint
         saving.load_adapter(self, resume_from_checkpoint, lambda folder: parent(folder, model))
 

@@ -7,7 +7,8 @@ from typing import Any
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from .callback import DiffoRACallback
+from ..methods.base import GradientMethod
+from .session import TrainerSession
 
 
 class SearchProgressCallback(TrainerCallback):
@@ -16,11 +17,11 @@ class SearchProgressCallback(TrainerCallback):
     bar.
 
     Args:
-        source ([`DiffoRACallback`]): what to show.
+        source ([`TrainerSession`]): what to show.
         handler (`CallbackHandler`): the Trainer's, with its own progress callback.
     """
 
-    def __init__(self, source: DiffoRACallback, handler: CallbackHandler) -> None:
+    def __init__(self, source: TrainerSession, handler: CallbackHandler) -> None:
         self._source = source
         self._handler = handler
 
@@ -32,10 +33,11 @@ class SearchProgressCallback(TrainerCallback):
         if bar is None:
             return
         note = self._source.phase
-        search = self._source.search
-        if self._source.gates_active and search is not None and self._source.config.method == "diffora":
-            gates = search.matrix.values()
-            note += f", entropy {search.matrix.entropy():.2f}, gates {float(gates.min()):.2f}-{float(gates.max()):.2f}"
-            if search.last_loss is not None:
-                note += f", arch loss {search.last_loss:.3g}"
+        run = self._source.run
+        if run is not None and run.gates_active and isinstance(run.search.method, GradientMethod):
+            gates = run.search.method.values()
+            note += f", entropy {run.search.method.entropy():.2f}"
+            note += f", gates {float(gates.min()):.2f}-{float(gates.max()):.2f}"
+            if run.search.last_loss is not None:
+                note += f", arch loss {run.search.last_loss:.3g}"
         bar.set_postfix_str(note, refresh=False)

@@ -7,66 +7,57 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..adapters.grid import searched_modules
-from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_FOLDER, ADAPTER_NAME, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
-from ..experimental.shortcuts.hooks import ATTRIBUTE
-from ..experimental.shortcuts.shortcuts import Shortcut, ShortcutConfig, shortcut_config
-from .checkpoint import STATE_NAME, reraise_with_path, tensor_shapes
+from ..adapters.base import extra_kinds, find_sites, site_kind
+from ..adapters.grid import describe_base
+from ..adapters.lora import LoraKind
+from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, tensor_shapes
+from ..core.state import RunState, check_same, short
+from .checkpoint import STATE_NAME
 
 
 # What a checkpoint's weights were trained under, and is not read from it again.
 _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-_SHORTCUT_OPTIONS = ("r", "lora_alpha", "kinds", "dropout")
 
 
-def describe_base(model: Any) -> dict[str, Any]:
-    """What a checkpoint tells base models apart by: it does not hold their weights."""
-    added = (".lora_", f".{ATTRIBUTE}.")
-    parameters = sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in added))
-    # FSDP2 makes a class of its own of a model's.
-    return {"class": type(model.get_base_model()).__name__.removeprefix("FSDP"), "parameters": parameters}
-
-
-def check_model(
-    folder: str, record: dict[str, Any], model: Any, modules: Sequence[str], adapted: Sequence[str]
-) -> None:
+def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str], adapted: Sequence[str]) -> None:
     """
     Raise a `ValueError` if the weights in a checkpoint are not those of this model.
 
     Args:
         folder (`str`): the checkpoint.
-        record (`dict`): its state.
+        state ([`~diffora_trainer.core.state.RunState`]): its state.
         model (`PeftModel`): the model, with the modules of the checkpoint or with those from before its cut.
         modules (`Sequence[str]`): the modules from before the cut, by the state.
         adapted (`Sequence[str]`): the modules that are trained in the checkpoint, by the state.
     """
-    if record["base_model"] != (present := describe_base(model)):
+    if state.base_model != (present := describe_base(model)):
         raise ValueError(
-            f"The checkpoint {folder!r} was made for another base model (saved: {record['base_model']}, now: "
+            f"The checkpoint {folder!r} was made for another base model (saved: {state.base_model}, now: "
             f"{present}). Please resume with the model of the run."
         )
     adapter_name = model.active_adapters[0]
-    layers: dict[str, Any] = dict(searched_modules(model, adapter_name))
-    if set(layers) not in (set(modules), set(adapted)):
+    sites = find_sites(model, adapter_name)
+    if set(sites) not in (set(modules), set(adapted)):
         raise ValueError(
             f"The checkpoint {folder!r} was made for other LoRA modules ({short(list(modules))}) than this model has "
-            f"({short(list(layers))}). Please resume with the model, `target_modules` and `shortcuts` of the run."
+            f"({short(list(sites))}). Please resume with the model, `target_modules` and `extra_sites` of the run."
         )
-    shortcuts = [name for name in adapted if isinstance(layers[name], Shortcut)]
-    if shortcuts:
-        _check_shortcuts(folder, model, {name: layers[name] for name in shortcuts})
-        path = Path(folder, ADAPTER_FOLDER, ADAPTER_NAME)
-    else:
-        path = Path(folder, "" if adapter_name == "default" else adapter_name, ADAPTER_NAME)
-    saved = {name: shape for name, shape in tensor_shapes(path).items() if ".lora_" in name}
-    expected = {
-        f"base_model.model.{name}.lora_{part}.weight": tuple(
-            getattr(layers[name], f"lora_{part}")[adapter_name].weight.shape
-        )
-        for name in adapted
-        if not isinstance(layers[name], Shortcut)
-        for part in "AB"
-    }
+    inner = "" if adapter_name == "default" else adapter_name
+    for kind in extra_kinds():
+        if own := [sites[name] for name in adapted if sites[name].kind == kind.name]:
+            kind.check_fits(folder, model, own)
+            inner = kind.adapter_folder
+    path = Path(folder, inner, ADAPTER_NAME)
+    lora: list[Any] = [sites[name] for name in adapted if site_kind(sites[name].kind).in_adapter]
+    _check_tensors(path, {name: shape for site in lora for name, shape in site.saved_shapes.items()})
+    options = json.loads(path.with_name(ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
+    config = model.peft_config[adapter_name]
+    check_same(folder, {f"`{name}` of the LoRA": (options.get(name), getattr(config, name)) for name in _LORA_OPTIONS})
+
+
+def _check_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise a `ValueError` if the LoRA weights in a file have not these names and shapes."""
+    saved = {name: shape for name, shape in tensor_shapes(path).items() if LoraKind.parameter_mark in name}
     if saved != expected:
         differing = sorted(n for n in {*saved, *expected} if saved.get(n) != expected.get(n))
         raise ValueError(
@@ -74,50 +65,3 @@ def check_model(
             f"{differing[0]!r} (saved: {saved.get(differing[0])}, needed: {expected.get(differing[0])}). Please "
             "resume with the model and the LoRA configuration of the run, or from another checkpoint."
         )
-    options = json.loads(path.with_name(ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
-    config = model.peft_config[adapter_name]
-    check_same(folder, {f"`{name}` of the LoRA": (options.get(name), getattr(config, name)) for name in _LORA_OPTIONS})
-
-
-def _check_shortcuts(folder: str, model: Any, shortcuts: dict[str, Shortcut]) -> None:
-    """Raise a `ValueError` if the shortcuts in a checkpoint are not those that its state names, in this model."""
-    path, config_path = Path(folder, SHORTCUT_TENSORS_NAME), Path(folder, SHORTCUT_CONFIG_NAME)
-    with reraise_with_path(config_path):
-        config = ShortcutConfig.from_json(config_path.read_text(encoding="utf-8"))
-    present = shortcut_config(model)
-    check_same(
-        folder,
-        {
-            f"`{name}` of the shortcuts in {SHORTCUT_CONFIG_NAME}": (getattr(config, name), getattr(present, name))
-            for name in _SHORTCUT_OPTIONS
-        },
-    )
-    expected = {f"{name}.{part}": tuple(getattr(s, part).shape) for name, s in shortcuts.items() for part in "AB"}
-    saved = tensor_shapes(path)
-    if saved != expected or (config.names is not None and set(config.names) != set(shortcuts)):
-        raise ValueError(
-            f"{str(path)!r} does not fit {STATE_NAME} beside it: it holds {len(saved)} tensors of shortcuts where "
-            f"{len(expected)} are needed, or others. Please resume from another checkpoint."
-        )
-
-
-def check_same(folder: str, values: dict[str, tuple[Any, Any]]) -> None:
-    """
-    Raise a `ValueError` if something in a checkpoint differs from the run that is resumed with it.
-
-    Args:
-        folder (`str`): the checkpoint.
-        values (`dict[str, tuple]`): what is saved and what is present, by what it is.
-    """
-    for what, (saved, present) in values.items():
-        if saved != present:
-            raise ValueError(
-                f"The checkpoint {folder!r} does not fit this run: {what} differ(s) (saved: {short(saved)}, now: "
-                f"{short(present)}). Please resume with the model, data and options that the run was started with."
-            )
-
-
-def short(value: Any) -> str:
-    """A value for a message, cut to 200 characters."""
-    text = repr(value)
-    return text if len(text) <= 200 else text[:197] + "..."

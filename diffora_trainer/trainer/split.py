@@ -33,14 +33,14 @@ class SplitPlan:
         self.given_back = False
         self._cut = self._steps_per_epoch = self._rows_per_step = 0
 
-    def set_cut(self, cut: int, steps_per_epoch: int, rows_per_step: int) -> None:
+    def set_prune_step(self, step: int, steps_per_epoch: int, rows_per_step: int) -> None:
         """
         Args:
-            cut (`int`): optimizer step at whose end the rows are given back.
+            step (`int`): optimizer step at whose end the rows are given back.
             steps_per_epoch (`int`): optimizer steps in an epoch.
             rows_per_step (`int`): rows that all processes together read for one optimizer step.
         """
-        self._cut, self._steps_per_epoch, self._rows_per_step = cut, steps_per_epoch, rows_per_step
+        self._cut, self._steps_per_epoch, self._rows_per_step = step, steps_per_epoch, rows_per_step
 
     def rows_before_cut(self, epoch: int) -> float:
         """Rows of an epoch that are read before the cut; infinite if all of them are."""

@@ -1,0 +1,239 @@
+"""What a checkpoint holds of a run, validated once. Files of earlier versions are read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from .allocation import Allocation
+from .schedule import Schedule
+from .selection import Selection
+from .times import StepTimes
+
+
+WARMUP, SEARCH, FADE_OUT, SELECTED = "warm-up", "search", "fade-out", "selected"
+"""The phases of a run."""
+
+_FORMAT = 3
+
+
+@dataclass(frozen=True)
+class RunState:
+    """
+    The state of a run after an optimizer step. Once the others are pruned, the selection is all there is to know of
+    the search.
+
+    Args:
+        step (`int`): the optimizer step.
+        config (`dict`): options of the run.
+        base_model (`dict`): what base models are told apart by.
+        extra_kinds (`tuple[str, ...]`, *optional*): kinds of site in the model that a plain PEFT adapter does not
+        hold.
+        began_pruned (`bool`, *optional*, defaults to `False`): whether the run began with a model that was pruned
+            before, so that it has held no rows out.
+        selection ([`~diffora_trainer.core.selection.Selection`], *optional*): what was chosen, once the others are
+            pruned.
+        modules (`tuple[str, ...]`, *optional*): names of the modules that are searched.
+        warmup (`int`, *optional*): the last step of the warm-up.
+        discretize (`int`, *optional*): the step of the decision.
+        prune (`int`, *optional*): the step of the pruning.
+        held_out_position (`int`, *optional*): how many held-out batches were read.
+        held_out_rows (`int`, *optional*): how many rows are held out.
+        skipped_steps (`int`, *optional*): architecture steps whose loss was not finite.
+        kept (`tuple[bool, ...]`, *optional*): what stays, once that is decided.
+        losses (`tuple[float, ...]`, *optional*): held-out losses since the last log.
+        reached (`tuple[bool, ...]`, *optional*): which gates ever had a gradient; not known of old checkpoints.
+        effect (`tuple[float, float]`, *optional*): held-out loss without the modules and with all of them.
+        times ([`~diffora_trainer.core.times.StepTimes`], *optional*): measured step times.
+        history (`tuple[Allocation, ...]`, *optional*): what was on before.
+
+    Raises:
+        ValueError: if this cannot be the state of a run.
+    """
+
+    step: int
+    config: dict[str, Any]
+    base_model: dict[str, Any]
+    extra_kinds: tuple[str, ...] = ()
+    began_pruned: bool = False
+    selection: Selection | None = None
+    modules: tuple[str, ...] = ()
+    warmup: int = 0
+    discretize: int = 0
+    prune: int = 0
+    held_out_position: int = 0
+    held_out_rows: int = 0
+    skipped_steps: int = 0
+    kept: tuple[bool, ...] | None = None
+    losses: tuple[float, ...] = ()
+    reached: tuple[bool, ...] | None = None
+    effect: tuple[float, float] | None = None
+    times: StepTimes | None = None
+    history: tuple[Allocation, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.selection is not None:
+            return
+        count, moments = len(self.modules), (self.warmup, self.discretize, self.prune)
+        if list(moments) != sorted(moments) or self.step >= self.prune:
+            raise ValueError(f"step {self.step} and the steps {', '.join(map(str, moments))} disagree")
+        if not count:
+            raise ValueError("it searches among no `modules`")
+        if (self.kept is not None) != (self.step >= self.discretize):
+            raise ValueError(f"at step {self.step} its `kept` cannot be {repr(self.kept)[:100]}")
+        for name in ("kept", "reached"):
+            if (value := getattr(self, name)) is not None and len(value) != count:
+                raise ValueError(f"its `{name}` has {len(value)} entries for {count} modules")
+        if any(len(entry.on) != count or len(entry.scores) != count for entry in self.history):
+            raise ValueError(f"its `history` is not one of {count} modules")
+        if any(not self.warmup <= entry.step <= self.step for entry in self.history):
+            raise ValueError(f"at step {self.step} its `history` cannot be one of {[e.step for e in self.history]}")
+        if self.times is not None and self.step < self.warmup:
+            raise ValueError(f"in phase {self.phase!r} its `times` cannot be {repr(self.times)[:100]}")
+
+    @property
+    def phase(self) -> str:
+        """The phase of the run."""
+        if self.selection is not None:
+            return SELECTED
+        if self.step < self.warmup:
+            return WARMUP
+        return SEARCH if self.kept is None else FADE_OUT
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        values["selection"] = None if self.selection is None else self.selection.to_json()
+        values["times"] = None if self.times is None else self.times.to_dict()
+        values["history"] = [asdict(entry) for entry in self.history]
+        if self.selection is not None:
+            values = {name: values[name] for name in _ALWAYS}
+        return {"format": _FORMAT, "phase": self.phase, **values}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunState:
+        """
+        The inverse of [`to_dict`], also after a way through JSON; what earlier versions wrote is read too.
+
+        Raises:
+            ValueError: if this is not the state of a run.
+        """
+        if data.get("format") == 2:
+            data = _upgrade(data)
+        if data.get("format") != _FORMAT:
+            raise ValueError(f"its `format` is not {_FORMAT}")
+        names = list(_ALWAYS) if data.get("selection") is not None else [entry.name for entry in fields(cls)]
+        for name in names:
+            if name not in data:
+                raise ValueError(f"it has no `{name}`")
+            if not _CHECKS[name](data[name]):
+                raise ValueError(f"its `{name}` cannot be {repr(data[name])[:100]}")
+        values: dict[str, Any] = {
+            name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names
+        }
+        if values["selection"] is not None:
+            values["selection"] = Selection.from_json(values["selection"])
+        else:
+            values["times"] = None if values["times"] is None else StepTimes.from_dict(values["times"])
+            values["history"] = tuple(map(Allocation.from_dict, values["history"]))
+        state = cls(**values)
+        if data.get("phase") not in (state.phase, SEARCH if state.phase == FADE_OUT else state.phase):
+            raise ValueError(f"at step {state.step} its `phase` cannot be {repr(data.get('phase'))[:100]}")
+        return state
+
+    def check_schedule(self, schedule: Schedule) -> dict[str, tuple[Any, Any]]:
+        """What has to be equal in a run that is resumed: saved and present, by what it is."""
+        return {
+            "the end of the warm-up": (self.warmup, schedule.warmup),
+            "the step of the pruning": (self.prune, schedule.prune),
+            "the step of the choice": (self.discretize, schedule.discretize),
+        }
+
+
+def check_same(source: str, values: dict[str, tuple[Any, Any]]) -> None:
+    """
+    Raise a `ValueError` if something in a checkpoint differs from the run that is resumed with it.
+
+    Args:
+        source (`str`): the checkpoint.
+        values (`dict[str, tuple]`): what is saved and what is present, by what it is.
+    """
+    for what, (saved, present) in values.items():
+        if saved != present:
+            raise ValueError(
+                f"The checkpoint {source!r} does not fit this run: {what} differ(s) (saved: {short(saved)}, now: "
+                f"{short(present)}). Please resume with the model, data and options that the run was started with."
+            )
+
+
+def short(value: Any) -> str:
+    """A value for a message, cut to 200 characters."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
+    """A state as format 2 had it. It knew one other kind of site, and not always what gates had reached."""
+    renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
+    found = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
+    found["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []
+    if found.get("selection") is None:
+        found = {"history": [], "reached": None, "effect": None, **found}
+    return {**found, "format": _FORMAT}
+
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**40
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(check, value))
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds)
+
+
+def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or check(value)
+
+
+def _allocation(value: Any) -> bool:
+    if not isinstance(value, dict) or not _whole(value.get("step")) or not _all(_number)(value.get("scores")):
+        return False
+    return _all(_is(bool))(value.get("on")) and any(value["on"]) and len(value["on"]) == len(value["scores"])
+
+
+def _times(value: Any) -> bool:
+    single = isinstance(value, dict) and all(_number(value.get(name)) for name in ("all_modules", "per_module"))
+    return single and _all(_number)(value.get("depth")) and bool(value["depth"])
+
+
+_ALWAYS: Sequence[str] = ("step", "config", "base_model", "extra_kinds", "began_pruned", "selection")
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "step": _whole,
+    "config": _is(dict),
+    "base_model": _is(dict),
+    "extra_kinds": _all(_is(str)),
+    "began_pruned": _is(bool),
+    "selection": _maybe(_is(str)),
+    "modules": _all(_is(str)),
+    "warmup": _whole,
+    "discretize": _whole,
+    "prune": _whole,
+    "held_out_position": _whole,
+    "held_out_rows": _whole,
+    "skipped_steps": _whole,
+    "kept": _maybe(_all(_is(bool))),
+    "losses": _all(_number),
+    "reached": _maybe(_all(_is(bool))),
+    "effect": _maybe(lambda value: _all(_number)(value) and len(value) == 2),
+    "times": _maybe(_times),
+    "history": _all(_allocation),
+}

@@ -1,0 +1,284 @@
+"""
+By what modules are chosen: what every method has to say and do.
+
+A method is one class in one file, with the formula, its paper and its options. It declares what others have to know of
+it, so that nobody asks for its name: whether it searches, by gradients of gates on held-out data ([`GradientMethod`]),
+or scores ([`ScoreMethod`]), under which gates the weights train, and what it can be combined with. Register it with
+[`~diffora_trainer.methods.registry.register_method`].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget
+from .context import ScoreContext
+from .options import GradientOptions, ScoreOptions
+from .papers import DIFFORA, Paper
+
+
+# Gains beyond this are an accident; the sums and squares that are formed of them must stay finite in float32.
+_LARGEST_GAIN = 1e15
+
+
+class SelectionMethod(ABC):
+    """
+    What a choice is made by: a state with one entry a module, in the order of the grid, that says how good each is.
+    It lives on the CPU: it has a few hundred numbers, and only what they are made from comes from the device.
+
+    Args:
+        budget ([`~diffora_trainer.core.budget.Budget`]): what may be kept in the end.
+        seed (`int`, *optional*, defaults to `0`): seed of what is drawn.
+
+    Attributes:
+        steps (`int`): how often the state has learned something.
+    """
+
+    name: ClassVar[str] = ""
+    """Under what it is registered, and stands in `DiffoRAConfig(method=...)`."""
+    paper: ClassVar[Paper | None] = None
+    """Its paper."""
+    described: ClassVar[str] = ""
+    """What it is, in Markdown, for the model card; by default its name and its paper."""
+    informed: ClassVar[bool] = True
+    """Whether it looks at the modules at all."""
+    Options: ClassVar[type] = type(None)
+    """A frozen dataclass of its own options."""
+    searches: ClassVar[bool]
+    """Whether it learns from architecture steps, and does not score."""
+    trains_open: ClassVar[bool] = True
+    """Whether the weights train with all gates open, so that at the cut nothing has got used to doing without the
+    modules that go. Then the gates of these fade out before they are pruned."""
+    shardable: ClassVar[bool] = True
+    """Whether it works where FSDP holds each parameter in shards."""
+    compares_losses: ClassVar[bool] = False
+    """Whether it compares values of the loss, so that the loss has to mean something beside its gradient."""
+
+    def __init__(self, budget: Budget, seed: int = 0) -> None:
+        self.budget = budget
+        self.generator = torch.Generator().manual_seed(seed)
+        self.seed = seed
+        self.steps = 0
+        self.options: Any = self.Options()
+
+    @classmethod
+    def create(cls, budget: Budget, options: Any, seed: int = 0) -> SelectionMethod:
+        """The method with its [`Options`]."""
+        method = cls(budget, seed=seed)
+        method.options = options
+        return method
+
+    @abstractmethod
+    def values(self) -> Tensor:
+        """The relaxed matrix, `(n,)` in [0, 1]."""
+
+    @abstractmethod
+    def scores(self) -> Tensor:
+        """What the choice is made by, `(n,)`; higher is better."""
+
+    def tie_breaker(self) -> Tensor | None:
+        """What decides between equal scores, `(n,)`, higher is better; `None` leaves it to the order of the grid."""
+        return None
+
+    def training_gates(self) -> Tensor | None:
+        """The gates of the next training step, `(n,)`; `None`, where the class [`trains_open`], leaves all open."""
+        return None if self.trains_open else self.values()
+
+    def evaluation_gates(self) -> Tensor | None:
+        """
+        The gates of evaluation, `(n,)`, which are also folded into the selected modules when the others are pruned;
+        `None` leaves all of them open. They should be such that the weights have been trained for them.
+        """
+        return None if self.trains_open else self.values()
+
+    def discretize(self) -> Tensor:
+        """The discretized matrix, `(n,)` bools: the best set under the budget. Changes nothing."""
+        return self.budget.discretize(self.scores(), self.tie_breaker())
+
+    def num_boundary_ties(self) -> int:
+        """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
+        scores, ties = self.scores(), self.tie_breaker()
+        ties = torch.zeros_like(scores) if ties is None else ties
+        allowed = self.budget.allowed.tolist()
+        keys = list(zip(self.budget.group.tolist(), allowed, scores.tolist(), ties.tolist(), strict=True))
+        kept = self.discretize().tolist()
+        tied = {key for key, keep in zip(keys, kept, strict=True) if keep}
+        tied &= {key for key, keep in zip(keys, kept, strict=True) if not keep}
+        return sum(key in tied for key in keys)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that a resumed search needs, as tensors."""
+        return {
+            "steps": torch.tensor(self.steps),
+            "generator": self.generator.get_state(),
+            **{name: tensor.detach().clone() for name, tensor in self._tensors().items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore what [`state_dict`] gave. Raises a `ValueError` if it belongs to another method or model."""
+        own = self._tensors()
+        expected = {"steps", "generator", *own}
+        if set(state) != expected:
+            raise ValueError(
+                f"The saved matrix has the entries {sorted(state)}, but method {self.name!r} needs "
+                f"{sorted(expected)}. It was made with another method."
+            )
+        needed = {"steps": torch.tensor(self.steps), "generator": self.generator.get_state(), **own}
+        for name, tensor in needed.items():
+            if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
+                raise ValueError(
+                    f"The saved matrix has {tuple(state[name].shape)} numbers of {state[name].dtype} in {name!r}, "
+                    f"this model needs {tuple(tensor.shape)} of {tensor.dtype}. It was made for another model or "
+                    "other target modules, or is damaged."
+                )
+            if not torch.isfinite(state[name]).all() or name == "steps" and state[name] < 0:
+                raise ValueError(f"The saved matrix has a number in {name!r} that cannot be. It is damaged.")
+        try:
+            self.generator.set_state(state["generator"])
+        except RuntimeError as error:
+            raise ValueError(f"The saved matrix has no state of a generator in 'generator': {error}.") from error
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(state[name])
+        self.steps = int(state["steps"])
+
+    @abstractmethod
+    def _tensors(self) -> dict[str, Tensor]:
+        """The tensors of the state, by name; restored in place."""
+
+
+class GradientMethod(SelectionMethod):
+    """
+    The Differential Adaptation Matrix (DAM) and its architecture optimizer: a gate for each module, relaxed from
+    {0, 1} to [0, 1] and learned on held-out data (DiffoRA, https://huggingface.co/papers/2502.08905).
+
+    The matrix has a row for each transformer layer and a column for each kind of module. Cells without a module are
+    masked: the state is a float32 vector with an entry for each module that exists, in the order of the grid.
+
+    A new one is a subclass that says at which gates the held-out gradient is taken, how that gradient moves the
+    matrix, and under which gates the weights train: all open (`trains_open`), so that the gates of the modules that go
+    fade out before they are pruned, or those of [`training_gates`].
+
+    Args:
+        budget ([`~diffora_trainer.core.budget.Budget`]): what may be kept in the end.
+        learning_rate (`float`, *optional*): step size; defaults to the method's own.
+        seed (`int`, *optional*, defaults to `0`): seed of the gates that are drawn.
+    """
+
+    paper = DIFFORA
+    described = f"an independent implementation of {DIFFORA.link}"
+    Options = GradientOptions
+    searches = True
+    trains_open = False
+    default_learning_rate: ClassVar[float | None] = None
+
+    def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
+        super().__init__(budget, seed)
+        self.learning_rate = self.default_learning_rate if learning_rate is None else learning_rate
+
+    @classmethod
+    def create(cls, budget: Budget, options: Any, seed: int = 0) -> SelectionMethod:
+        method = cls(budget, options.arch_learning_rate, seed)
+        method.options = options
+        return method
+
+    @abstractmethod
+    def step(self, gradient: Tensor) -> None:
+        """
+        Move the matrix.
+
+        Args:
+            gradient (`Tensor` of shape `(n,)`): gradient of the held-out loss at [`search_gates`], finite float32.
+        """
+
+    def search_gates(self) -> Tensor:
+        """The gates at which the next architecture gradient is taken, `(n,)`."""
+        return self.values()
+
+    def scores(self) -> Tensor:
+        return self.values()
+
+    def entropy(self) -> float:
+        """Mean binary entropy of the entries in bits: 1 when nothing is decided, 0 when everything is."""
+        p = self.values().double().clamp(1e-12, 1 - 1e-12)
+        return float(-(p * p.log2() + (1 - p) * (1 - p).log2()).mean())
+
+
+class ScoreMethod(SelectionMethod):
+    """
+    A method that scores the modules: all gates stay open, so the relaxed values are 1, and the choice is made by
+    scores of any range. A new one is a subclass with a [`score`].
+    """
+
+    Options = ScoreOptions
+    searches = False
+    normalizable: ClassVar[bool] = True
+    """Whether the score grows with the size of a module, so that it can be divided by it."""
+    comparable: ClassVar[bool] = False
+    """Whether scores of different kinds of site are on one scale. Others are divided by the mean of their kind."""
+    gradient_score: ClassVar[bool] = False
+    """Whether a score of exactly 0 means that no gradient has arrived at the module."""
+    reads_data: ClassVar[bool] = True
+    """Whether it runs the model on the scoring batches."""
+
+    def __init__(self, budget: Budget, seed: int = 0) -> None:
+        super().__init__(budget, seed)
+        self._scores = torch.zeros(len(budget), dtype=torch.float64)
+        self._tie_breaker = torch.zeros(len(budget), dtype=torch.float64)
+
+    @abstractmethod
+    def score(self, context: ScoreContext) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        Score all modules. It leaves every `.grad` alone; random streams and the model's mode are the caller's affair.
+
+        Args:
+            context ([`~diffora_trainer.methods.context.ScoreContext`]): the model, its sites and the scoring batches.
+
+        Returns:
+            `Tensor` of shape `(n,)`, higher is kept; or two of them, of which the second decides between equal ones.
+        """
+
+    def values(self) -> Tensor:
+        return torch.ones(len(self.budget))
+
+    def scores(self) -> Tensor:
+        return self._scores.clone()
+
+    def tie_breaker(self) -> Tensor:
+        return self._tie_breaker.clone()
+
+    def set_scores(self, scores: Tensor, tie_breaker: Tensor) -> None:
+        """
+        Take over finite scores, `(n,)`, and what decides between equal ones.
+
+        Raises:
+            ValueError: if all scores tie, and nothing else decides between them.
+        """
+        tie = bool((scores == scores[0]).all() and (tie_breaker == tie_breaker[0]).all())
+        if len(scores) > 1 and tie:
+            raise ValueError(
+                f"All {len(scores)} modules have the score {float(scores[0]):g}, so there is nothing to choose by. "
+                "While `lora_B` is still 0, as before the first step or as long as the learning rate is 0, most "
+                "scores are 0. Please score later (`discretize_at`, or `arch_warmup` with `reallocate_every`), load "
+                "an adapter that was trained before, or use another `method`; 'random' is a random choice."
+            )
+        self._scores.copy_(scores)
+        self._tie_breaker.copy_(tie_breaker)
+        self.steps += 1
+
+    def discretize(self) -> Tensor:
+        if not self.steps:
+            raise ValueError("The modules have no scores yet. Please call `score` before the choice is made.")
+        return super().discretize()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {"scores": self._scores, "tie_breaker": self._tie_breaker}
+
+
+def bounded(gradient: Tensor) -> Tensor:
+    """A gradient without what is an accident."""
+    return gradient.clamp(-_LARGEST_GAIN, _LARGEST_GAIN)

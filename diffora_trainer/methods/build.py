@@ -1,0 +1,120 @@
+"""From a configuration to its method, budget and schedule: where options are checked that depend on the method."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..config import DiffoRAConfig
+from ..core.budget import Budget
+from ..core.grid import Grid
+from ..core.schedule import Moments, Schedule
+from .base import SelectionMethod
+from .context import ScoreFunction
+from .registry import get_method, parse_options
+
+
+def method_of(config: DiffoRAConfig) -> tuple[type[SelectionMethod], Any]:
+    """
+    The method of a configuration and its options.
+
+    Raises:
+        ValueError: if there is no such method, it does not have an option or cannot be combined with another one.
+        TypeError: if an option is of the wrong type.
+    """
+    method = get_method(config.method)
+    assert not isinstance(config.method_options, str)
+    options = parse_options(method, config.method_options)
+    if getattr(options, "normalize_scores", False) and not getattr(method, "normalizable", False):
+        raise ValueError(
+            f"You passed `normalize_scores=True` with `method={config.method!r}`, which has no score that grows with "
+            "the size of a module. Please leave it out, or use another method."
+        )
+    every = getattr(options, "reallocate_every", None)
+    if every is not None and config.weight_sharing != "none":
+        raise ValueError(
+            f"You passed `reallocate_every={every}` with `weight_sharing={config.weight_sharing!r}`, which would "
+            "switch the modules that are off on again when the others are pruned. Please set `weight_sharing='none'`."
+        )
+    moments_of(config)
+    return method, options
+
+
+def moments_of(config: DiffoRAConfig) -> Moments:
+    """When a run should do what, by its method."""
+    method = get_method(config.method)
+    assert not isinstance(config.method_options, str)
+    options = parse_options(method, config.method_options)
+    if not method.searches:
+        return Moments(config.discretize_at, config.arch_warmup, every=options.reallocate_every, decides=False)
+    # What is closed would come back as a shared pair.
+    fades = method.trains_open and config.weight_sharing == "none"
+    return Moments(
+        config.discretize_at, config.arch_warmup, config.fade_out if fades else 0.0, every=float(options.arch_every)
+    )
+
+
+def make_schedule(config: DiffoRAConfig, total_steps: int) -> Schedule:
+    """
+    The schedule of a run.
+
+    Args:
+        config ([`DiffoRAConfig`]): its options.
+        total_steps (`int`): optimizer steps of the whole run.
+
+    Raises:
+        ValueError: if the run is too short, or the pruning comes after its last step or not after the warm-up.
+    """
+    method_of(config)
+    return moments_of(config).resolve(total_steps)
+
+
+def make_method(
+    config: DiffoRAConfig,
+    grid: Grid,
+    in_adapter: Sequence[bool],
+    separate: Sequence[str] = (),
+    allowed: Tensor | None = None,
+) -> SelectionMethod:
+    """
+    The method of a run over the modules of a grid, under the configuration's budget.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options of the run.
+        grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
+        in_adapter (`Sequence[bool]`): whether a plain PEFT adapter holds each of them. One that it holds is always
+            kept, since a PEFT adapter without a module could not be loaded.
+        separate (`Sequence[str]`, *optional*): kinds of site that are ranked apart from the others.
+        allowed (`Tensor` of shape `(n,)` and dtype `torch.bool`, *optional*): which modules may be kept at all.
+    """
+    method, options = method_of(config)
+    budget = Budget(
+        grid.row_of,
+        grid.parameters,
+        ratio=config.selection_ratio,
+        scope=config.selection_scope,
+        cap=config.max_trainable_parameters,
+        kinds=[kind in separate for kind in grid.kinds] if separate else None,
+        required=list(in_adapter),
+    )
+    if allowed is not None:
+        budget.restrict(allowed)
+    return method.create(budget, options, seed=config.arch_seed)
+
+
+def check_score_function(config: DiffoRAConfig, function: ScoreFunction | None) -> None:
+    """Raise if a user's own function and `method="custom"` are not passed together."""
+    if function is not None and not callable(function):
+        raise TypeError(
+            f"`score_function` must be a function of the model and a list of batches, got {type(function).__name__}."
+        )
+    if (function is None) == (config.method == "custom"):
+        raise ValueError(
+            "You passed `method='custom'` without a `score_function`. Please pass one beside the configuration: a "
+            "function of the model and a list of batches that gives a dictionary from module names to scores."
+            if function is None
+            else f"You passed a `score_function` with `method={config.method!r}`, which would not call it. Please set "
+            "`DiffoRAConfig(method='custom')`."
+        )

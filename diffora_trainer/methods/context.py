@@ -1,0 +1,135 @@
+"""What a method is given to score the modules by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..core.grid import Grid
+
+
+ScoreFunction = Callable[[nn.Module, list[Any]], Mapping[str, Any]]
+
+
+class Site(Protocol):
+    """What a method may know of a site: its name and its parameters."""
+
+    name: str
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of its adapter."""
+
+
+@dataclass(frozen=True)
+class ScoreContext:
+    """
+    The model, the sites to be scored, and the batches to score them on. Nothing that a method does with it may leave a
+    trace in weights or gradients; random streams and modes are put back afterwards.
+
+    Args:
+        model (`PeftModel`): the model, in evaluation mode, with all gates open.
+        base_model (`nn.Module`): the model without the wrapper of PEFT.
+        grid ([`~diffora_trainer.core.grid.Grid`]): where the sites stand.
+        sites (`Sequence[Site]`): the sites, in the order of the grid.
+        batches (`list`): the scoring batches, as `loss` takes them.
+        loss (`Callable`): gives the scalar loss of a batch.
+        gated (`Callable`): `with gated(values):` lets gates, `(n,)`, act for a while; gradients flow into them.
+        reduce (`Callable`): averages a float32 CPU tensor over all processes. Those of a sharded model have to make
+            equally many passes.
+        loss_scale (`float`): factor of the loss while its gradient is taken, in float16.
+        draw (`int`): how often the modules were scored before.
+        score_function (`Callable`, *optional*): the user's own function.
+    """
+
+    model: nn.Module
+    base_model: Any
+    grid: Grid
+    sites: Sequence[Site]
+    batches: list[Any]
+    loss: Callable[[Any], Tensor]
+    gated: Callable[[Tensor], AbstractContextManager[None]]
+    reduce: Callable[[Tensor], Tensor]
+    loss_scale: float = 1.0
+    draw: int = 0
+    score_function: ScoreFunction | None = None
+
+    def gradients(self, batches: Sequence[Any] | None = None) -> list[list[Tensor]]:
+        """
+        Gradients of the mean loss of some batches (all of them by default) with respect to the parameters of each
+        site, in float32 at least: one forward and backward pass for each batch.
+
+        Raises:
+            ValueError: if the loss depends on no weight.
+        """
+        batches = self.batches if batches is None else batches
+        weights = [weight for site in self.sites for weight in site.parameters]
+        total = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        for batch in batches:
+            loss = self.loss(batch)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "The loss depends on no weight, so no module has a gradient to be scored by. Please let `loss_fn` "
+                    "run the model that it is given, without `torch.no_grad`."
+                )
+            # `torch.autograd.grad` leaves every `.grad` alone.
+            found = torch.autograd.grad(loss * self.loss_scale, weights, allow_unused=True)
+            for mean, gradient in zip(total, found, strict=True):
+                if gradient is not None:
+                    mean.add_(gradient, alpha=1.0 / (self.loss_scale * len(batches)))
+        rest = iter(total)
+        return [[next(rest) for _ in site.parameters] for site in self.sites]
+
+    def sum_over_weights(
+        self, number: Callable[[Tensor, Tensor], Tensor], gradients: Sequence[Sequence[Tensor]] | None = None
+    ) -> Tensor:
+        """
+        For each site the sum of a number over its parameters.
+
+        Args:
+            number (`Callable`): gives the number of a parameter and its gradient.
+            gradients (`list`, *optional*): the gradients; by default those of the mean loss of all batches.
+
+        Returns:
+            `Tensor` of shape `(n,)`, float64, on the CPU.
+        """
+        gradients = self.gradients() if gradients is None else gradients
+        sums = [
+            torch.stack(
+                [number(w.detach(), g).detach().cpu().double() for w, g in zip(site.parameters, found, strict=True)]
+            ).sum()
+            for site, found in zip(self.sites, gradients, strict=True)
+        ]
+        return torch.stack(sums)
+
+    def mean_over_batches(self, number: Callable[[Tensor], Tensor]) -> Tensor:
+        """
+        For each site the sum, over its parameters, of a number of the gradient, averaged over the batches one by one:
+        of squares that is the diagonal of the empirical Fisher information.
+
+        Args:
+            number (`Callable`): gives the number of a gradient.
+
+        Returns:
+            `Tensor` of shape `(n,)`, float64, on the CPU.
+        """
+        found = [
+            self.sum_over_weights(lambda weight, gradient: number(gradient), self.gradients([batch]))
+            for batch in self.batches
+        ]
+        return torch.stack(found).mean(dim=0)
+
+
+def wide(values: Tensor) -> Tensor:
+    """In float64, but on MPS, which has none."""
+    return values.double() if values.device.type != "mps" else values.float()
+
+
+def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
+    """Sum of `|weight * gradient|`."""
+    return (wide(weight) * wide(gradient)).abs().sum()

@@ -1,0 +1,49 @@
+"""The class that relaxations were derived from before methods were registered. It goes in version 0.3."""
+
+from __future__ import annotations
+
+import warnings
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..core.budget import Budget
+from .base import GradientMethod
+from .registry import get_method, register_method
+
+
+class DifferentialAdaptationMatrix(GradientMethod):
+    """Deprecated: derive from [`~diffora_trainer.GradientMethod`] and register the class with `@register_method`."""
+
+    relaxations: ClassVar[dict[str, type[DifferentialAdaptationMatrix]]] = {}
+
+    def __init_subclass__(cls, **kwargs: object) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            return
+        warnings.warn(
+            f"`{cls.__name__}` is registered because it is derived from `DifferentialAdaptationMatrix`, which is "
+            "deprecated and goes in version 0.3. Please derive it from `GradientMethod`, and put "
+            f"`@register_method({cls.name!r})` before it.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        cls.relaxations[cls.name] = cls
+        register_method(cls.name)(cls)
+
+    @classmethod
+    def create(  # type: ignore[override]
+        cls, relaxation: str | Budget, budget: object, learning_rate: float | None = None, seed: int = 0
+    ) -> GradientMethod:
+        """Deprecated: `get_method(name)(budget, learning_rate, seed)`."""
+        if isinstance(relaxation, Budget):  # as any method is made
+            method = cls(relaxation, getattr(budget, "arch_learning_rate", None), seed)
+            method.options = budget
+            return method
+        found = get_method("diffora" if relaxation == "budget" else relaxation)
+        assert issubclass(found, GradientMethod) and isinstance(budget, Budget)
+        return found(budget, learning_rate, seed)
+
+    def choose(self) -> Tensor:
+        """Deprecated: [`discretize`]."""
+        return self.discretize()

@@ -1,0 +1,54 @@
+"""What a model card and a picture say of the method of a selection, which may come from anywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..config import DiffoRAConfig
+from .base import SelectionMethod
+from .build import method_of
+from .custom import Custom
+from .registry import get_method
+
+
+@dataclass(frozen=True)
+class MethodFacts:
+    """
+    A method in words.
+
+    Args:
+        name (`str`): its name.
+        searches (`bool`): whether it learned from architecture steps, and did not score.
+        informed (`bool`): whether it looked at the modules at all.
+        described (`str`): what it is, in Markdown.
+        citation (`str`): BibTeX of its paper, or nothing.
+        options (`dict`): the options of the run that it read, by their names.
+    """
+
+    name: str
+    searches: bool
+    informed: bool
+    described: str
+    citation: str
+    options: dict[str, Any]
+
+
+def method_facts(options: dict[str, Any]) -> MethodFacts:
+    """
+    What there is to say of the method of a run, by the options that its selection holds. A method that is not known
+    here is called the run's own.
+    """
+    method: type[SelectionMethod] = Custom
+    shown = dict(options)
+    try:
+        config = DiffoRAConfig.from_dict({"method": "diffora", **options})
+        shown, method = config.to_dict(), get_method(config.method)
+        method_of(config)
+    except (TypeError, ValueError):  # of another version, or of a method that is not installed
+        pass
+    shown.pop("base_model_id", None)
+    paper = method.paper
+    described = method.described or f"`{method.name}`" + (f" ({paper.link})" if paper is not None else "")
+    citation = paper.bibtex if paper is not None and method.informed else ""
+    return MethodFacts(method.name, method.searches, method.informed, described, citation, shown)

@@ -1,0 +1,106 @@
+"""The options of a method: what belongs to it alone, and stands in `DiffoRAConfig(method_options=...)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..core.values import check_integer, check_number
+
+
+@dataclass(frozen=True)
+class GradientOptions:
+    """
+    Options of a method that searches, as they stand in `DiffoRAConfig(method_options=...)`.
+
+    Args:
+        arch_every (`int`, *optional*, defaults to `4`):
+            During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
+        arch_learning_rate (`float`, *optional*):
+            Step size of the matrix. Defaults to the method's own: `2 / (t + 2)` at the `t`-th Frank-Wolfe step of
+            `"diffora"`, `0.1` for `"sampled"` and `0.05` for the Adam of `"sigmoid"` and `"softmax"`.
+        arch_order (`int`, *optional*, defaults to `1`):
+            `1` takes the gradient of the held-out loss at the present weights; `2` is the finite-difference unrolled
+            step of DARTS (https://huggingface.co/papers/1806.09055, eqs. 7 and 8), about four times as costly.
+        fold_gates (`bool`, *optional*, defaults to `True`):
+            Multiply the gate that each selected module's weights were trained for into its `lora_B` when the others
+            are pruned, so that the model's output does not jump. This matters for `"sigmoid"`, whose weights train
+            under fractions; for the others that gate is 1. With `False` the selected gates are set to 1.
+
+    Raises:
+        TypeError: if a value is of the wrong type.
+        ValueError: if a value is out of its range.
+    """
+
+    arch_every: int = 4
+    arch_learning_rate: float | None = None
+    arch_order: int = 1
+    fold_gates: bool = True
+
+    def __post_init__(self) -> None:
+        check_integer("arch_every", self.arch_every, minimum=1)
+        check_integer("arch_order", self.arch_order)
+        if self.arch_order not in (1, 2):
+            raise ValueError(f"You passed `arch_order={self.arch_order}`; it must be 1 (first order) or 2 (unrolled).")
+        if not isinstance(self.fold_gates, bool):
+            raise TypeError(f"`fold_gates` must be a bool, got {self.fold_gates!r}.")
+        if self.arch_learning_rate is None:
+            return
+        rate = check_number("arch_learning_rate", self.arch_learning_rate)
+        object.__setattr__(self, "arch_learning_rate", rate)
+        if rate <= 0:
+            raise ValueError(
+                f"You passed `arch_learning_rate={rate}`; it must be positive, or None for the method's default."
+            )
+        if rate > 1000:
+            raise ValueError(
+                f"You passed `arch_learning_rate={rate}`, after one step of which every gate would stand at 0 or 1 "
+                "for good. Use a value such as 0.05, or None for the method's default."
+            )
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """
+    Options of a method that scores, as they stand in `DiffoRAConfig(method_options=...)`.
+
+    Args:
+        score_batches (`int`, *optional*, defaults to `32`):
+            Batches that a score is taken on, of `arch_batch_size` rows on each process. They come in random order from
+            the rows of the training set that are held out until the others are pruned (see `arch_split`), each row
+            once: if these are fewer, so are the batches.
+        normalize_scores (`bool`, *optional*, defaults to `False`):
+            Divide each score by the module's number of parameters. By default scores are raw, as published, which
+            favours large modules.
+        reallocate_every (`float`, *optional*):
+            Choose anew every so many optimizer steps (a whole number of 1 or more), or after each such fraction of all
+            steps of the run (a number in (0, 1)); each fifth of an epoch, as HeteroLoRA has it, is
+            `0.2 / num_train_epochs`. From the end of the warm-up (`arch_warmup`, which is read then) until
+            `discretize_at` all modules are switched on and scored at each of these moments, on held-out batches that
+            go on through the rows from moment to moment; the best under the budget stay on, and the others are
+            switched off. These keep their weights and their state in the optimizer, take no part in a step, and go on
+            as they were when they are chosen again. `discretize_at` prunes to the set that is in force:
+            `discretize_at=0.999`, or the number of the last step, goes on to the end. It does not combine with
+            `weight_sharing`. Each moment costs `score_batches` passes. By default modules are scored once.
+
+    Raises:
+        TypeError: if a value is of the wrong type.
+        ValueError: if a value is out of its range.
+    """
+
+    score_batches: int = 32
+    normalize_scores: bool = False
+    reallocate_every: float | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("score_batches", self.score_batches, minimum=1)
+        if not isinstance(self.normalize_scores, bool):
+            raise TypeError(f"`normalize_scores` must be a bool, got {self.normalize_scores!r}.")
+        if self.reallocate_every is None:
+            return
+        every = check_number("reallocate_every", self.reallocate_every)
+        object.__setattr__(self, "reallocate_every", every)
+        if every <= 0 or (every >= 1 and not every.is_integer()):
+            raise ValueError(
+                f"You passed `reallocate_every={every}`. A whole number of 1 or more is a number of optimizer steps "
+                "and a number in (0, 1) a fraction of all steps; this is neither."
+            )

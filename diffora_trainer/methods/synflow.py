@@ -1,0 +1,105 @@
+"""SynFlow: saliency without data, in a model whose weights are all made positive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import saved_buffers
+from .base import ScoreMethod
+from .context import ScoreContext, saliency, wide
+from .papers import HETEROLORA, ZERO_COST
+from .registry import register_method
+
+
+SYNFLOW_LENGTH = 32
+_SIGNED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@register_method("synflow")
+class Synflow(ScoreMethod):
+    """
+    Sum of `|weight * gradient|` over `lora_A` and `lora_B`, where all weights of the model are replaced by their
+    absolute values and the gradient is that of the sum of its outputs, for one row of 32 positions whose embeddings
+    are all ones (Tanaka et al., 2020, https://huggingface.co/papers/2006.05467; after HeteroLoRA). No data is read. In
+    a model without learned positions all positions are then alike, so that attention does not depend on queries and
+    keys: their modules come last, in an order that is rounding. Where the embeddings besides pass through a layer norm
+    first, as in DeBERTa, it makes zeros of the ones, and all scores are 0. They are not finite where the positive
+    weights overflow.
+
+    The signs are put back bit for bit, also when the pass fails; they take a byte for each weight while it runs.
+    """
+
+    paper = HETEROLORA
+    described = f"`synflow`, {ZERO_COST}"
+    shardable = False
+    reads_data = False
+
+    def score(self, context: ScoreContext) -> Tensor:
+        base = context.base_model
+        size = getattr(base.get_input_embeddings(), "embedding_dim", None)
+        if size is None:
+            raise ValueError(
+                "You passed `method='synflow'`, which feeds a model embeddings of ones, but "
+                f"{type(base).__name__} has no token embeddings. Please use another method, such as 'snip'."
+            )
+        weights = [weight for site in context.sites for weight in site.parameters]
+        # Learned positions may begin behind an offset, so not all of them are taken.
+        positions = getattr(base.config, "max_position_embeddings", None) or 2 * SYNFLOW_LENGTH
+        length = min(SYNFLOW_LENGTH, positions // 2)
+        embedding = base.get_input_embeddings().weight
+        dtype = embedding.dtype if embedding.dtype in _SIGNED else torch.float32
+        inputs = {
+            "inputs_embeds": torch.ones(1, length, size, device=embedding.device, dtype=dtype),
+            "attention_mask": torch.ones(1, length, device=embedding.device, dtype=torch.long),
+        }
+        if getattr(base.config, "is_encoder_decoder", False):
+            inputs["decoder_inputs_embeds"] = inputs["inputs_embeds"]
+        # The base model, not the wrapper: on the wrapper accelerate has put the autocast of the training.
+        with positive_weights(base), torch.autocast(embedding.device.type, enabled=False):
+            total = wide(base(**inputs)[0]).sum()
+            found = torch.autograd.grad(total, weights, allow_unused=True)
+            rest = iter(torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True))
+            return context.sum_over_weights(saliency, [[next(rest) for _ in s.parameters] for s in context.sites])
+
+
+@contextmanager
+def positive_weights(model: nn.Module) -> Iterator[None]:
+    """
+    For a while, replace every weight and saved buffer of a model by its absolute value. Afterwards the signs are put
+    back bit for bit, those of zeros included.
+
+    Args:
+        model (`nn.Module`): the model.
+
+    Raises:
+        ValueError: if a weight has no sign that could be taken off and put back.
+    """
+    tensors: list[tuple[str, Tensor]] = list(model.named_parameters())
+    for path, module in model.named_modules():
+        for name, buffer in saved_buffers(module):
+            if buffer.is_floating_point():
+                tensors.append((f"{path}.{name}", buffer))
+    for name, tensor in tensors:
+        if tensor.dtype not in _SIGNED or tensor.is_meta:
+            raise ValueError(
+                f"You passed `method='synflow'`, which needs the absolute value of each weight, but {name!r} is "
+                f"{'offloaded' if tensor.is_meta else f'of {tensor.dtype}, as quantized weights are'}. Please use "
+                "another method, such as 'snip'."
+            )
+    negative: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for _, tensor in tensors:
+                negative.append((tensor, torch.signbit(tensor)))
+                tensor.abs_()
+        yield
+    finally:
+        with torch.no_grad():
+            # The last first: of two tensors in one storage the first has seen the signs. `where`, since -0.0 == 0.0.
+            for tensor, signs in reversed(negative):
+                if signs.any():
+                    tensor.copy_(torch.where(signs, -tensor.abs(), tensor))

@@ -1,0 +1,150 @@
+"""The held-out batches of a run, whatever a training loop has them in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+
+_IGNORED = -100
+"""The label of what is not trained on."""
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """
+    An endless sequence of held-out batches that a resumed run goes on with where it stopped.
+
+    Attributes:
+        position (`int`): how many batches were read by `next`.
+        dataset (`Sequence`): the rows, as far as they are known.
+        comparable (`bool`): whether the losses of two models on the same batches tell which is better.
+    """
+
+    position: int
+    dataset: Sequence[Any]
+    comparable: bool
+
+    def __next__(self) -> Any:
+        """The next batch."""
+
+    def sample(self, count: int) -> Iterator[Any]:
+        """The same `count` batches at each call, or fewer if there are fewer."""
+
+    def take(self, count: int) -> Iterator[Any]:
+        """The next `count` batches, or fewer if there are fewer."""
+
+    def check(self) -> Any:
+        """The first batch, or an error that says what is wrong with it."""
+
+    def describe(self) -> str:
+        """What the gradient of the gates is taken on, as a run says it in the log."""
+
+
+def as_batches(batches: Iterable[Any] | Batches, keep: int) -> Batches:
+    """
+    Any iterable as [`Batches`].
+
+    Args:
+        batches (`Iterable`): the batches.
+        keep (`int`): how many of them are read again and again at most.
+
+    Raises:
+        TypeError: if it cannot be iterated over.
+    """
+    if isinstance(batches, Batches):
+        return batches
+    if isinstance(batches, (str, bytes, Mapping)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"`held_out_batches` must be batches that are not trained on, got {type(batches).__name__}. Please pass a "
+            "list of them, a `DataLoader`, or an endless iterator."
+        )
+    return LoopBatches(batches, keep)
+
+
+class LoopBatches:
+    """
+    [`Batches`] of an iterable, which is read again from its start when it ends. The first ones are kept, since losses
+    are compared on the same batches.
+
+    Args:
+        batches (`Iterable`): the batches.
+        keep (`int`): how many of the first ones are kept.
+    """
+
+    comparable = True
+    dataset: Sequence[Any] = ()
+
+    def __init__(self, batches: Iterable[Any], keep: int) -> None:
+        self._length = len(batches) if isinstance(batches, Sized) else None
+        self._stream = _endless(batches)
+        self._first: list[Any] = []
+        self._keep = keep
+        self._position = 0
+
+    @property
+    def position(self) -> int:
+        """How many batches were read. A fresh sequence can be moved on by setting it."""
+        return self._position
+
+    @position.setter
+    def position(self, value: int) -> None:
+        while self._position < value:
+            next(self)
+
+    def __next__(self) -> Any:
+        if self._position >= len(self._first):
+            try:
+                batch = next(self._stream)
+            except StopIteration:
+                raise ValueError(
+                    f"The held-out batches have come to an end after {self._position}. Please pass a list, a "
+                    "`DataLoader` or an endless iterator, with at least one batch."
+                ) from None
+            if len(self._first) < self._keep:
+                self._first.append(batch)
+        else:
+            batch = self._first[self._position]
+        self._position += 1
+        return batch
+
+    def sample(self, count: int) -> Iterator[Any]:
+        """The first `count` batches, or fewer if there are or were kept fewer."""
+        count = min(count, self._keep, count if self._length is None else self._length)
+        while len(self._first) < count and (batch := next(self._stream, None)) is not None:
+            self._first.append(batch)
+        yield from self._first[:count]
+
+    def take(self, count: int) -> Iterator[Any]:
+        """The next `count` batches, or fewer if the iterable has fewer."""
+        for _ in range(count if self._length is None else min(count, self._length)):
+            yield next(self)
+
+    def check(self) -> Any:
+        """The first batch."""
+        found = list(self.sample(1))
+        if not found:
+            raise ValueError("There is not one held-out batch. Please pass at least one.")
+        return found[0]
+
+    def describe(self) -> str:
+        """What the gradient of the gates is taken on."""
+        return "on the held-out batches"
+
+
+def _endless(batches: Iterable[Any]) -> Iterator[Any]:
+    while True:
+        empty = True
+        for batch in batches:
+            empty = False
+            yield batch
+        if empty:  # also the second time that an iterator is read
+            return
+
+
+def without_labels(batch: Any) -> bool:
+    """Whether every label of a batch is -100, so that nothing in it is trained on."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == _IGNORED).all())

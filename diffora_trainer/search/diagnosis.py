@@ -1,0 +1,86 @@
+"""What makes a choice doubtful, in sentences for the log, the selection and the model card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.text import some
+from ..methods.base import SelectionMethod
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """
+    What a choice rests on.
+
+    Args:
+        reached (`Tensor` of shape `(n,)` and dtype `torch.bool`): which gates ever had a gradient.
+        skipped_steps (`int`): architecture steps whose loss was not finite.
+        effect (`tuple[float, float]`, *optional*): held-out loss without the modules and with all of them.
+    """
+
+    reached: Tensor
+    skipped_steps: int
+    effect: tuple[float, float] | None
+
+
+def keeps_all(method: SelectionMethod) -> bool:
+    """Whether the budget has room for every module, so that there is nothing to choose."""
+    return bool(method.budget.discretize(torch.zeros(len(method.budget))).all())
+
+
+def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wants_all: bool) -> tuple[str, ...]:
+    """
+    What a choice does not rest on: modules of which nothing was learned, equal scores at the edge of the choice, and a
+    budget that leaves nothing to choose. Empty if there is nothing to say.
+
+    Args:
+        method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by.
+        names (`Sequence[str]`): names of the modules.
+        evidence ([`Evidence`]): what it rests on.
+        wants_all (`bool`): whether all modules were asked for.
+    """
+    count, missed = len(names), (~evidence.reached).nonzero().flatten().tolist()
+    if keeps_all(method):
+        why = "." if wants_all else ", since at least one of each layer is kept."
+        return (f"There was nothing to choose: the budget keeps all {count} modules{why}",)
+    arbitrary = "so the modules are kept by their order in the model alone."
+    if not method.steps and evidence.skipped_steps:
+        return (
+            f"The choice is arbitrary: not one of the {evidence.skipped_steps} architecture steps had a finite loss, "
+            f"{arbitrary} Please look for the cause of the NaN or infinity, and start again.",
+        )
+    if not method.steps:
+        return (f"The choice is arbitrary: no architecture step was made, {arbitrary}",)
+    if len(missed) == count:
+        return (
+            f"The choice is arbitrary: the loss had a gradient of exactly 0 in all {count} gates, {arbitrary} "
+            "`lora_B` starts at 0, and so do the gradients of the gates: with a learning rate of 0, an optimizer "
+            "that does not hold the LoRA weights, or a loss whose minimum the model starts from, they stay there.",
+        )
+    notes = []
+    if evidence.effect is not None and not evidence.effect[1] < evidence.effect[0]:
+        without, with_all = evidence.effect
+        notes.append(
+            f"The LoRA did not lower the held-out loss before the choice: {without:.4g} without it, "
+            f"{with_all:.4g} with all {count} modules. The run had nothing to learn, or had not begun to learn "
+            "what carries over to held-out data, so the gates had little to go by. A later choice "
+            "(`discretize_at`) or another learning rate may help."
+        )
+    if missed:
+        notes.append(
+            f"The gates of {len(missed)} of {count} modules never had a gradient "
+            f"({some([names[index] for index in missed])}), so nothing was learned of these modules and they were "
+            "ranked without evidence. They take no part in the loss, or a fused kernel computes their LoRA without "
+            "calling `lora_A`."
+        )
+    if ties := method.num_boundary_ties():
+        notes.append(
+            f"{ties} modules at the edge of the choice have equal scores. Those that stand first in the "
+            "model are kept of them."
+        )
+    return tuple(notes)

@@ -1,0 +1,130 @@
+"""What comes out of a search: the selection, and the numbers to log."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.grid import AdapterGrid
+from ..config import DiffoRAConfig
+from ..core.selection import Selection
+from ..core.text import short_names
+from ..core.times import StepTimes
+from ..methods.base import GradientMethod
+from .diagnosis import Evidence, doubts
+
+
+if TYPE_CHECKING:
+    from .search import ArchitectureSearch
+
+
+_MAX_LOGGED_KINDS = 16
+
+
+def make_selection(search: ArchitectureSearch, step: int | None) -> Selection:
+    """See [`ArchitectureSearch.select`]."""
+    method, grid, config = search.method, search.grid, search.config
+    kept = (method.discretize() if search.kept is None else search.kept).tolist()
+    # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
+    # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
+    relaxed, trained, scores = method.values(), method.evaluation_gates(), method.scores()
+    folds = trained is not None and getattr(method.options, "fold_gates", True)
+    selected = trained if folds else torch.ones(len(kept))
+    factors = torch.where(torch.tensor(kept), selected, relaxed)  # type: ignore[arg-type]
+    gains = method.tie_breaker()
+    wants_all = config.max_trainable_parameters is not None or config.selection_ratio >= 1
+    evidence = Evidence(search.reached, search.skipped_steps, search.effect)
+    return Selection(
+        grid=grid,
+        ranks=tuple(rank if keep else 0 for rank, keep in zip(grid.ranks, kept, strict=True)),
+        scores=tuple(scores.tolist()),
+        gates=tuple(relaxed.tolist()),
+        gains=tuple((scores if gains is None else gains).tolist()),
+        factors=tuple(factors.tolist()),
+        shared=_shared_groups(search.adapters, config.weight_sharing, kept, scores),
+        step=step,
+        times=_predicted(search.times, [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]),
+        config={**config.to_dict(), "method_options": asdict(method.options)},
+        versions=library_versions(),
+        notes=doubts(method, grid.names, evidence, wants_all),
+    )
+
+
+def search_metrics(search: ArchitectureSearch) -> dict[str, float]:
+    """See [`ArchitectureSearch.metrics`]."""
+    method, grid = search.method, search.grid
+    report = {}
+    if isinstance(method, GradientMethod):
+        values, what = method.values(), "gate"
+        report["diffora/entropy"] = method.entropy()
+    elif method.steps:
+        values, what = method.scores(), "score"
+    else:
+        return {}
+    report[f"diffora/{what}_min"] = float(values.min())
+    report[f"diffora/{what}_mean"] = float(values.mean())
+    report[f"diffora/{what}_max"] = float(values.max())
+    if search.config.log_gates_by_kind and len(grid.columns) <= _MAX_LOGGED_KINDS:
+        table = torch.tensor(grid.table(values.float().tolist(), empty=float("nan")))
+        for column, value in zip(short_names(grid.columns), table.nanmean(dim=0).tolist(), strict=True):
+            report[f"diffora/{what}/{column}"] = value
+    if search.pending_losses:
+        report["diffora/arch_loss"] = sum(search.pending_losses) / len(search.pending_losses)
+        search.pending_losses.clear()
+    if search.skipped_steps:
+        report["diffora/skipped_steps"] = float(search.skipped_steps)
+    return report
+
+
+def check_sharing(adapters: AdapterGrid, config: DiffoRAConfig) -> None:
+    """Raise a `ValueError` if modules are to share their matrices beside sites that cannot."""
+    extra = dict.fromkeys(
+        kind for kind, plain in zip(adapters.grid.kinds, adapters.in_adapter, strict=True) if not plain
+    )
+    if extra and config.weight_sharing != "none":
+        raise ValueError(
+            f"You passed `weight_sharing={config.weight_sharing!r}` for a model with {' and '.join(extra)}. What is "
+            "saved beside them shares no matrices. Please set `weight_sharing='none'`, or take them out of the model."
+        )
+
+
+def _shared_groups(
+    adapters: AdapterGrid, scope: str, kept: Sequence[bool], scores: Tensor
+) -> tuple[tuple[str, ...], ...]:
+    """Groups of unselected modules with equal shapes; the best-scored of each group comes first."""
+    if scope == "none":
+        return ()
+    groups: dict[tuple[Any, ...], list[tuple[float, int]]] = {}
+    for index, (site, row) in enumerate(zip(adapters.sites, adapters.grid.row_of, strict=True)):
+        if not kept[index]:
+            key = (row if scope == "layer" else None, *site.shape)
+            groups.setdefault(key, []).append((-float(scores[index]), index))
+    names = adapters.grid.names
+    return tuple(tuple(names[index] for _, index in sorted(group)) for group in groups.values() if len(group) > 1)
+
+
+def _predicted(times: StepTimes | None, rows: Sequence[int]) -> dict[str, float]:
+    if times is None:
+        return {}
+    return {
+        "all_modules": times.all_modules,
+        "spread_over_all_layers": times.spread(len(rows)),
+        "predicted": times.predict(rows),
+    }
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shape a result."""
+    names = ("diffora-trainer", "torch", "transformers", "peft", "trl", "accelerate")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

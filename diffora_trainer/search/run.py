@@ -1,0 +1,449 @@
+"""A run: warm-up, search, fade-out, pruning. The state machine that the trainers and a loop of one's own share."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import extra_kinds
+from ..adapters.grid import describe_base
+from ..adapters.optimizer import innermost
+from ..adapters.pruning import apply_selection
+from ..config import DiffoRAConfig
+from ..core.agreement import is_main_process, world_size
+from ..core.schedule import Event, Schedule
+from ..core.selection import Selection
+from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState, check_same
+from ..logging import get_logger
+from ..methods.build import make_schedule, method_of
+from ..methods.context import ScoreFunction
+from . import messages
+from .batches import Batches, as_batches, without_labels
+from .reallocation import Reallocation
+from .runtime import Runtime
+from .search import ArchitectureSearch, LossFunction
+
+
+logger = get_logger(__name__)
+
+_GAP_BATCHES = 8
+"""Held-out batches on which losses are compared."""
+
+
+class SelectionRun:
+    """
+    Chooses the modules of a model that deserve a LoRA while a training loop trains it, prunes the others at a set
+    step, and lets the loop go on with the chosen ones.
+
+    ```python
+    run = SelectionRun(model, optimizer, config, loss_fn, held_out_batches, total_steps=300)
+    for batch in batches:
+        run.before_step()
+        loss_fn(model, batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.after_step()
+    print(run.selection.table())
+    ```
+
+    That is bit for bit what the trainers of this package do. With gradient accumulation call [`before_step`] before
+    each forward pass of a training batch, and [`after_step`] once, after the optimizer has stepped. What a run does
+    besides leaves no trace in weights, gradients and random streams until modules are pruned.
+
+    Args:
+        model (`PeftModel`): a model with an active LoRA adapter.
+        optimizer (`torch.optim.Optimizer`): the optimizer of its weights; what is pruned leaves it too.
+        config ([`DiffoRAConfig`]): the options.
+        loss_fn (`Callable`): `loss_fn(model, batch)` gives the scalar loss of a batch.
+        held_out_batches (`Iterable`): batches that are not trained on, as `loss_fn` takes them: a list or a
+            `DataLoader`, which is read again and again, or an endless iterator.
+        total_steps (`int`): optimizer steps of the whole run.
+        scheduler (*optional*): the learning rate scheduler, if it holds values for each group of the optimizer.
+        adapter_name (`str`, *optional*): which adapter to search; defaults to the active one.
+        score_function (`Callable`, *optional*): for `method="custom"`: `score_function(model, batches)` gives a
+            dictionary from the name of each LoRA module to its score; higher is kept.
+        runtime ([`~diffora_trainer.search.runtime.Runtime`], *optional*): several processes and a loss scaler.
+
+    Attributes:
+        selection ([`Selection`] or `None`): what was chosen, once the others are pruned.
+        step (`int`): optimizer steps that were made.
+        schedule ([`~diffora_trainer.core.schedule.Schedule`]): when things happen.
+        search ([`ArchitectureSearch`]): how they happen.
+
+    Raises:
+        TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
+        ValueError: if the adapter cannot be searched, no module fits the budget, or the run is too short for it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        config: DiffoRAConfig | None,
+        loss_fn: LossFunction,
+        held_out_batches: Iterable[Any] | Batches,
+        total_steps: int,
+        *,
+        scheduler: Any = None,
+        adapter_name: str | None = None,
+        score_function: ScoreFunction | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.search = ArchitectureSearch(
+            model,
+            config,
+            loss_fn=loss_fn,
+            adapter_name=adapter_name,
+            score_function=score_function,
+            runtime=runtime,
+        )
+        self.config = self.search.config
+        self.schedule: Schedule = make_schedule(self.config, total_steps)
+        keep = max(_GAP_BATCHES, getattr(self.search.method.options, "score_batches", 0))
+        self.held_out = as_batches(held_out_batches, keep)
+        self.step = 0
+        self.selection: Selection | None = None
+        self.reallocation = self._make_reallocation()
+        self._report: dict[str, float] = {}
+        self._train_batch: Any = None
+        self._begun = False
+        self._handlers: dict[Event, Callable[[], None]] = {
+            Event.END_WARMUP: self._end_warmup,
+            Event.UPDATE: self._update,
+            Event.DISCRETIZE: self._discretize,
+            Event.PRUNE: self._prune,
+        }
+        record: list[Any] = [
+            self.config.to_dict(),
+            self.search.grid.names,
+            self.search.grid.parameters,
+            asdict(self.schedule),
+        ]
+        record.append(len(self.held_out.dataset))
+        self.search.check_agreement(json.dumps(record, default=repr))
+
+    @property
+    def phase(self) -> str:
+        """`"warm-up"`, `"search"`, `"fade-out"` or `"selected"`."""
+        if self.selection is not None:
+            return SELECTED
+        if self.step < self.schedule.warmup or self.step == self.schedule.warmup == self.schedule.prune:
+            return WARMUP
+        return SEARCH if self.search.kept is None else FADE_OUT
+
+    @property
+    def gates_active(self) -> bool:
+        """Whether the gates act on the model: from the first step until the others are pruned."""
+        return self.search.gates.attached
+
+    # What a loop calls
+
+    def begin(self) -> None:
+        """
+        Let the gates act, and do what is due before the first step. [`before_step`] calls it if nobody has.
+
+        Raises:
+            ValueError: if no held-out row has a label, or the model checkpoints activations in the reentrant way.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        if self.step == 0:  # what is wrong with the data should be said now
+            batch = self.held_out.check()
+            # If this batch has no label, none has. A loss of the user's own may not need any.
+            if without_labels(batch) and (world_size() > 1 or math.isnan(self.search.held_out_loss([batch]))):
+                raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
+        self.search.begin()
+        self._fade()
+        self._say(messages.plan(self))
+        if self.search.keeps_all and self.config.selection_ratio < 1 and is_main_process():
+            logger.warning(messages.nothing_to_choose(len(self.search.grid)))
+        if self.schedule.prune == 0:
+            self._happen()
+
+    def before_step(self, batch: Any = None) -> None:
+        """
+        Set the gates under which the weights train. Call it before each forward pass of a training batch.
+
+        Args:
+            batch (*optional*): the training batch, as `loss_fn` takes it; needed for `arch_order=2`.
+        """
+        self.begin()
+        if self.gates_active:
+            self.search.draw_gates()
+            if getattr(self.search.method.options, "arch_order", 1) == 2:
+                self._train_batch = batch
+
+    def after_step(self) -> bool:
+        """
+        Do what is due after an optimizer step: search, score, decide, fade out, prune. Call it once the optimizer has
+        stepped and its gradients are gone.
+
+        Returns:
+            `bool`: whether modules were pruned: they have left the model and the optimizer.
+
+        Raises:
+            ValueError: on every process, if the processes would not all keep the same modules.
+        """
+        self.begin()
+        self.step += 1
+        if not self.gates_active:
+            return False
+        self._happen()
+        return self.selection is not None
+
+    def finish(self) -> bool:
+        """
+        End the run, also ahead of its schedule: if something was learned, the modules are chosen now.
+
+        Returns:
+            `bool`: whether modules were pruned by this call.
+        """
+        if not self.gates_active:
+            return False
+        if not self.search.method.steps:
+            self._warn(messages.ended_before_anything(self))
+            self.search.gates.detach()
+            return False
+        self._warn(messages.ended_early(self))
+        self._prune()
+        return True
+
+    def abandon(self) -> None:
+        """Take the gates off the model, and switch on what is off: the model is as it was, but for its training."""
+        self.search.gates.detach()
+        if self.reallocation is not None and self.reallocation.release():
+            self.search.runtime.after_switch()
+
+    def metrics(self) -> dict[str, float]:
+        """What belongs into the next log of the training: it is given once."""
+        report, self._report = self._report, {}
+        return {**self.search.metrics(), **report} if self.gates_active else report
+
+    # What happens
+
+    def _happen(self) -> None:
+        for event in self.schedule.events(self.step):
+            self._handlers[event]()
+        if self.selection is None:
+            self._fade()
+
+    def _fade(self) -> None:
+        """Set the gates of the step after this one, if it is one of those in which gates fade out."""
+        progress = self.schedule.fade_progress(self.step)
+        if self.search.kept is not None and progress is not None:
+            self.search.fade_out(progress)
+
+    def _end_warmup(self) -> None:
+        if self.config.max_step_time is not None:
+            times = self.search.measure_times(next(iter(self.held_out.sample(1))))
+            self._say(messages.times(times, self.search))
+        if self.search.method.searches:
+            self._say(f"Step {self.step}: warm-up done, the search begins.")
+
+    def _update(self) -> None:
+        if self.reallocation is not None:
+            self._reallocate(self.reallocation)
+        elif self.search.method.searches:
+            self._architecture_step()
+        else:
+            batches = list(self.held_out.sample(self.search.method.options.score_batches))
+            scores = self.search.score(batches)
+            self._say(f"Step {self.step}: {messages.scores(self.search.method, scores, len(batches))}")
+
+    def _architecture_step(self) -> None:
+        train_batch, learning_rate = None, None
+        if self.search.method.options.arch_order == 2:
+            train_batch, learning_rate = self._train_batch, float(innermost(self.optimizer).param_groups[0]["lr"])
+        batch = next(self.held_out)
+        if self.search.step(batch, train_batch, learning_rate) is None:
+            self._warn(messages.skipped(self, without_labels(batch)))
+
+    def _reallocate(self, reallocation: Reallocation) -> None:
+        batches = list(self.held_out.take(self.search.method.options.score_batches))
+        changed = reallocation.reallocate(batches, self.step)
+        if changed:
+            self.search.runtime.after_switch()
+        on = int(reallocation.on.sum())
+        self._report.update({"diffora/modules_on": float(on), "diffora/switched_modules": float(changed)})
+        self._say(messages.reallocated(self, on, changed))
+
+    def _discretize(self) -> None:
+        kept = self.search.discretize()
+        if self.held_out.comparable:
+            loss = self.search.measure_effect(self.held_out.sample(_GAP_BATCHES))
+            self._report = {"diffora/held_out_loss_before_closing": loss}
+        self._say(messages.decided(self, int(kept.sum())))
+
+    def _prune(self) -> None:
+        """Decide if that is still to be done, carry it out, and measure what that does."""
+        search, held_out = self.search, self.held_out
+        before = None
+        # Where gates have faded out, all modules were measured right before that.
+        before_fading = None if search.kept is None or search.effect is None else search.effect[1]
+        if held_out.comparable:
+            before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
+            if search.kept is None and search.method.searches:  # a score need not rest on what was learned
+                search.measure_effect(held_out.sample(_GAP_BATCHES))
+        finish = search.finish if self.reallocation is None else self.reallocation.finish
+        if self.reallocation is not None:  # what follows compares with all modules
+            self.reallocation.release()
+        seconds_before = None if search.times is None else search.step_seconds(next(iter(held_out.sample(1))))
+        self._report.update(search.metrics())
+        selection = finish(self.step)
+        apply_selection(self.model, selection, self.optimizer, self.scheduler, adapter_name=search.adapter_name)
+        self.selection = selection
+        search.runtime.after_prune()
+        self._train_batch = None
+        after = search.held_out_loss(held_out.sample(_GAP_BATCHES)) if held_out.comparable else None
+        if seconds_before is not None:
+            seconds = {
+                "before_cut": seconds_before,
+                "after_cut": search.step_seconds(next(iter(held_out.sample(1)))),
+            }
+            self.selection = selection = replace(selection, times={**selection.times, **seconds})
+        losses = None if before is None or after is None else (before, after)
+        self._report.update(messages.prune_metrics(selection, losses))
+        for line in messages.pruned(selection, losses, before_fading):
+            self._say(line)
+        for line in messages.unadapted(selection):
+            self._warn(line)
+
+    def _say(self, line: str) -> None:
+        if is_main_process():
+            logger.info(line)
+
+    def _warn(self, line: str) -> None:
+        if is_main_process():
+            logger.warning(line)
+
+    def _make_reallocation(self) -> Reallocation | None:
+        _, options = method_of(self.config)
+        return None if getattr(options, "reallocate_every", None) is None else Reallocation(self.search)
+
+    # State
+
+    def state(self, began_pruned: bool = False) -> RunState:
+        """
+        What a checkpoint holds of the run, beside the tensors of the method.
+
+        Args:
+            began_pruned (`bool`, *optional*, defaults to `False`): see [`RunState`].
+        """
+        search, schedule = self.search, self.schedule
+        common: dict[str, Any] = {
+            "step": self.step,
+            "config": self._options(),
+            "base_model": describe_base(self.model),
+            "extra_kinds": tuple(kind.name for kind in extra_kinds() if kind.installed(self.model)),
+            "began_pruned": began_pruned,
+        }
+        if self.selection is not None:
+            return RunState(**common, selection=self.selection)
+        return RunState(
+            **common,
+            modules=search.grid.names,
+            warmup=schedule.warmup,
+            discretize=schedule.discretize,
+            prune=schedule.prune,
+            held_out_position=self.held_out.position,
+            held_out_rows=len(self.held_out.dataset),
+            skipped_steps=search.skipped_steps,
+            kept=None if search.kept is None else tuple(search.kept.tolist()),
+            losses=tuple(search.pending_losses),
+            reached=tuple(search.reached.tolist()),
+            effect=search.effect,
+            times=search.times,
+            history=() if self.reallocation is None else tuple(self.reallocation.history),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a resumed run needs beside the states of model and optimizer, as JSON values and tensors."""
+        tensors = {} if self.selection is not None else self.search.method.state_dict()
+        return {"run": self.state().to_dict(), "method": tensors}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Go on where [`state_dict`] was taken. Call it on a fresh run before weights and optimizer are loaded: if
+        modules were pruned they are pruned now, so that these states fit. An endless iterator of held-out batches has
+        to start from its beginning.
+
+        Args:
+            state (`dict`): what [`state_dict`] gave.
+
+        Raises:
+            ValueError: if it is of another model, other options or another schedule, or damaged.
+        """
+        self.restore(RunState.from_dict(state["run"]), state["method"])
+
+    def restore(self, state: RunState, tensors: dict[str, Tensor], source: str = "given") -> None:
+        """
+        [`load_state_dict`] of a state that was read before.
+
+        Args:
+            state ([`RunState`]): the state.
+            tensors (`dict[str, Tensor]`): the tensors of the method.
+            source (`str`, *optional*): where it is from, for messages.
+        """
+        if self._begun:
+            raise ValueError("A state can only be restored before the first step. Please make a new run for it.")
+        search = self.search
+        check_same(source, {"the base model": (state.base_model, describe_base(self.model))})
+        if state.selection is not None:
+            apply_selection(self.model, state.selection, self.optimizer, self.scheduler)
+            self.selection, self.step, self._begun = state.selection, state.step, True
+            return
+        reallocates = self.reallocation is not None and state.step >= state.warmup
+        timed = self.config.max_step_time is not None and state.step >= state.warmup
+        depth = len(search.grid.rows) if state.times is None else len(state.times.depth)
+        check_same(
+            source,
+            {
+                **state.check_schedule(self.schedule),
+                "the number of held-out rows": (state.held_out_rows, len(self.held_out.dataset)),
+                "the order of the modules": (state.modules, search.grid.names),
+                "the options": (comparable_options(state.config), comparable_options(self.config.to_dict())),
+                "the number of layers": (depth, len(search.grid.rows)),
+                "whether modules were chosen anew": (bool(state.history), reallocates),
+                "whether step times were measured": (state.times is not None, timed),
+            },
+        )
+        if state.times is not None:
+            search.restrict(state.times)
+        search.method.load_state_dict(tensors)
+        if self.reallocation is not None:
+            self.reallocation.restore(state.history)
+            search.check_choice(self.reallocation.on)
+            if not self.reallocation.on.all():
+                search.runtime.after_switch()
+        if state.kept is not None:
+            search.discretize(torch.tensor(state.kept))
+        search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
+        search.effect = state.effect
+        if state.reached is not None:
+            search.reached = torch.tensor(state.reached)
+        else:  # not known of a checkpoint from before it was kept
+            search.reached |= search.method.steps > 0
+        self.held_out.position, self.step = state.held_out_position, state.step
+
+    def _options(self) -> dict[str, Any]:
+        return {**self.config.to_dict(), "method_options": asdict(self.search.method.options)}
+
+
+def comparable_options(options: dict[str, Any]) -> dict[str, Any]:
+    """
+    The options of a run in a form in which those of two runs can be compared: by today's names and with the defaults
+    of the method. The name under which the base model is published says nothing of a run.
+    """
+    config = DiffoRAConfig.from_dict({**options, "base_model_id": None})
+    _, of_method = method_of(config)
+    return {**config.to_dict(), "method_options": asdict(of_method)}

@@ -1,0 +1,40 @@
+"""What surrounds a run: several processes, a loss scaler, and who has to be told when the model changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+def _alone(values: Tensor) -> Tensor:
+    return values
+
+
+def _unscaled() -> float:
+    return 1.0
+
+
+def _nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """
+    What a training loop adds to a run. The defaults are those of one process in float32 or bfloat16.
+
+    Args:
+        reduce (`Callable`, *optional*): averages a float32 CPU tensor over all processes, so that all of them take the
+            same decisions. Defaults to the identity.
+        loss_scale (`Callable`, *optional*): gives the factor by which the loss is multiplied before its gradient is
+            taken, and by which the gradient is divided again: the loss scaler's, in float16. Defaults to 1.
+        after_switch (`Callable`, *optional*): called when modules went on or off.
+        after_prune (`Callable`, *optional*): called when modules have left the model.
+    """
+
+    reduce: Callable[[Tensor], Tensor] = _alone
+    loss_scale: Callable[[], float] = _unscaled
+    after_switch: Callable[[], None] = _nothing
+    after_prune: Callable[[], None] = _nothing

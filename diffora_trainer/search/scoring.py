@@ -1,0 +1,114 @@
+"""Scores of all modules of a search by its method, without a trace in the training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.base import plain_name
+from ..compat import checkpoints
+from ..core.grid import Grid
+from ..methods.base import ScoreMethod
+from ..methods.context import ScoreContext, ScoreFunction
+
+
+if TYPE_CHECKING:
+    from .search import ArchitectureSearch
+
+
+def score_sites(search: ArchitectureSearch, batches: list[Any], function: ScoreFunction | None) -> Tensor:
+    """See [`ArchitectureSearch.score`]."""
+    method, grid = search.method, search.grid
+    if not isinstance(method, ScoreMethod):
+        raise ValueError(
+            f"You called `score` with `method={search.config.method!r}`, which learns from architecture steps. Please "
+            "call `step`, or choose another `method`."
+        )
+    if not batches:
+        raise ValueError("There is no batch to score the modules on. Please pass at least one.")
+    base: Any = search.model
+    context = ScoreContext(
+        model=search.model,
+        base_model=base.get_base_model(),
+        grid=grid,
+        sites=search.adapters.sites,
+        batches=batches,
+        loss=search.loss,
+        gated=search.gates.override,
+        reduce=search.runtime.reduce,
+        loss_scale=search.runtime.loss_scale(),
+        draw=method.steps,
+        score_function=None if function is None else _by_plain_name(function),
+    )
+    with search.side_effect_free(training=False), search.gates.override(None):
+        for module in search.model.modules():
+            if checkpoints(module):
+                module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
+        found = method.score(context)
+    scores, ties = found if isinstance(found, tuple) else (found, torch.zeros_like(found))
+    _check_shape(method, grid, scores, ties)
+    scores, ties = search.runtime.reduce(torch.stack([scores, ties]))
+    if method.options.normalize_scores:
+        sizes = torch.tensor(grid.parameters, dtype=torch.float64)
+        scores, ties = scores / sizes, ties / sizes
+    _check_finite(method, grid, scores)
+    if len(set(grid.kinds)) > 1 and not method.comparable and not search.ranks_kinds_apart:
+        scores = scale_free(grid, scores)
+    # Of a score that is a gradient, exactly 0 means that none has arrived.
+    search.reached |= (scores != 0) | torch.tensor(not method.gradient_score)
+    method.set_scores(scores, ties)
+    return method.scores()
+
+
+def scale_free(grid: Grid, scores: Tensor) -> Tensor:
+    """
+    Scores of several kinds of site that can be compared: each divided by the mean magnitude of its kind. A gradient or
+    a weight of one kind of adapter is of another size than one of another kind for reasons that say nothing of its
+    use: a shortcut reads the residual stream, for example, which no norm has scaled.
+
+    Args:
+        grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
+        scores (`Tensor` of shape `(n,)`): finite.
+
+    Returns:
+        `Tensor` of shape `(n,)`. A kind whose scores are all 0 stays at 0.
+    """
+    found = scores.clone()
+    for kind in dict.fromkeys(grid.kinds):
+        own = torch.tensor([other == kind for other in grid.kinds])
+        if (mean := scores[own].abs().mean()) > 0:
+            found[own] = scores[own] / mean
+    return found
+
+
+def _by_plain_name(function: ScoreFunction) -> ScoreFunction:
+    """A user's function, whose names may be those of the PEFT model."""
+
+    def score(model: nn.Module, batches: list[Any]) -> Mapping[str, Any]:
+        found = function(model, batches)
+        return {plain_name(str(n)): v for n, v in found.items()} if isinstance(found, Mapping) else found
+
+    return score
+
+
+def _check_shape(method: ScoreMethod, grid: Grid, *scores: Tensor) -> None:
+    for one in scores:
+        if not isinstance(one, Tensor) or one.shape != (len(grid),):
+            found = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
+            raise ValueError(
+                f"`score` of {type(method).__name__} returned {found}, but a tensor of {len(grid)} numbers is needed, "
+                "one a module in the order of `context.grid`."
+            )
+
+
+def _check_finite(method: ScoreMethod, grid: Grid, scores: Tensor) -> None:
+    bad = [name for name, finite in zip(grid.names, torch.isfinite(scores).tolist(), strict=True) if not finite]
+    if bad:
+        raise ValueError(
+            f"The scores of {len(bad)} of {len(grid)} modules by `method={method.name!r}` are not finite, that of "
+            f"{bad[0]!r} among them. Please look for the cause of the NaN or infinity. With 'synflow', "
+            "whose positive weights add up, load the model in float32 or bfloat16, or use another method."
+        )

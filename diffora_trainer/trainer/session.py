@@ -1,0 +1,228 @@
+"""The run of a trainer over its calls of `train`: made, resumed, saved, and left behind."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import TrainerState
+
+from ..adapters.backward import keep_suspended, restore_input_gradients
+from ..adapters.base import extra_kinds
+from ..adapters.grid import describe_base
+from ..adapters.lora import peft_model
+from ..adapters.pruning import apply_selection
+from ..config import DiffoRAConfig
+from ..core.selection import Selection
+from ..core.state import SELECTED, WARMUP, RunState, check_same
+from ..search.run import SelectionRun
+from .checkpoint import load_state, save_state
+from .resume import check_model
+
+
+_SPLIT_OPTIONS = ("arch_split", "arch_seed")
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """
+    What a session asks of its trainer.
+
+    Args:
+        make_run (`Callable`): makes the run of a model, its optimizer and its scheduler, of so many steps.
+        resume_split (`Callable[[int], None]`): tells the training data of a run that is resumed after the pruning at
+            which step that was: until the end of that epoch the order of the rows depends on it.
+    """
+
+    make_run: Callable[[nn.Module, Any, Any, int], SelectionRun]
+    resume_split: Callable[[int], None]
+
+
+class TrainerSession:
+    """
+    What a trainer knows of the choice of its modules from one call of `train` to the next.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        hooks ([`Hooks`]): what it asks of the trainer.
+
+    Attributes:
+        run ([`~diffora_trainer.search.run.SelectionRun`] or `None`): the run, until its modules are pruned.
+        selection ([`Selection`] or `None`): what was chosen.
+        resumed_after_prune (`bool`): whether training goes on from a checkpoint from after the pruning.
+    """
+
+    def __init__(self, config: DiffoRAConfig, hooks: Hooks) -> None:
+        self.config = config
+        self.run: SelectionRun | None = None
+        self.selection: Selection | None = None
+        self.resumed_after_prune = False
+        self._hooks = hooks
+        self._report: dict[str, float] = {}
+        self._resumed: tuple[str, RunState, dict[str, Tensor]] | None = None
+        # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
+        self._pruned_model: weakref.ref[nn.Module] | None = None
+        self._began_pruned = False
+        self._suspensions: list[RemovableHandle] = []
+        self._first_step = 0
+
+    @property
+    def phase(self) -> str:
+        """The phase of the run."""
+        if self.run is not None:
+            return self.run.phase
+        return WARMUP if self.selection is None else SELECTED
+
+    @property
+    def gates_active(self) -> bool:
+        """Whether the gates act on the model: from the start of training until the others are pruned."""
+        return self.run is not None and self.run.gates_active
+
+    def is_pruned(self, model: nn.Module) -> bool:
+        """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
+        return self._pruned_model is not None and self._pruned_model() is peft_model(model)
+
+    def metrics(self) -> dict[str, float]:
+        """What belongs into the next training log."""
+        report, self._report = self._report, {}
+        return report if self.run is None else self.run.metrics()
+
+    # A training loop
+
+    def begin(self, model: nn.Module, optimizer: Any, scheduler: Any, state: TrainerState) -> bool:
+        """Make the run of a training loop and begin it; tells whether modules were pruned before the first step."""
+        self._first_step = state.global_step
+        self._suspend(model)
+        if self.is_pruned(model):  # resumed after the pruning, or trained again
+            if self.resumed_after_prune and self.selection is not None:
+                self._hooks.resume_split(self.selection.step or 0)
+            # No rows are held out of a training that begins after the pruning, and a checkpoint of it has to say so.
+            self._began_pruned, self.resumed_after_prune = not self.resumed_after_prune, False
+            return False
+        self._began_pruned = False
+        self.leave_run()
+        self.selection = None
+        self.run = self._hooks.make_run(model, optimizer, scheduler, state.max_steps)
+        if self._resumed is not None:
+            (folder, saved, tensors), self._resumed = self._resumed, None
+            self.run.restore(saved, tensors, folder)
+        self.run.begin()
+        return self._take_over()
+
+    def before_step(self, batch: Any) -> None:
+        """Before a forward pass of a training batch."""
+        if self.run is not None:
+            self.run.before_step(batch)
+
+    def after_step(self) -> bool:
+        """After an optimizer step; tells whether modules were pruned."""
+        if self.run is not None:
+            self.run.after_step()
+        return self._take_over()
+
+    def end(self, state: TrainerState) -> bool:
+        """At the end of a training loop; tells whether modules were pruned."""
+        if state.global_step == self._first_step < state.max_steps:
+            self._refuse_no_step(state)
+        if self.run is not None:
+            self.run.finish()
+        return self._take_over()
+
+    def leave_run(self) -> None:
+        """Take the gates off, and switch all modules on, if a run that was interrupted has left them so."""
+        if self.run is not None:
+            self.run.abandon()
+
+    def give_back(self, model: nn.Module) -> None:
+        """
+        Leave a model's embeddings as its user, TRL or PEFT had set them up, at the end of a run or when it fails.
+        Whoever trains the model next may do so in another way, which needs their output to require a gradient.
+        """
+        self._forget_suspensions()
+        restore_input_gradients(model)
+
+    def _take_over(self) -> bool:
+        """Let go of a run whose modules are pruned: nothing of it is kept but what was chosen."""
+        run = self.run
+        if run is None or run.selection is None:
+            return False
+        self.selection, self._report, self.run = run.selection, run.metrics(), None
+        self._pruned_model = weakref.ref(run.model)
+        return True
+
+    def _refuse_no_step(self, state: TrainerState) -> None:
+        """An adapter that nothing was trained of should not be saved as if it were."""
+        held_out = 0 if self.run is None else len(self.run.held_out.dataset)
+        beside = f" beside the {held_out:,} rows that are held out" if held_out else ""
+        self.leave_run()
+        raise ValueError(
+            f"Training ended at step {state.global_step} of {state.max_steps} without having made a step: the data "
+            f"gave no batch{beside}, or a callback stopped it. The adapter is as it was. Please check that the data "
+            "set, its filters and `dataloader_drop_last` leave rows to train on, and that a stream can be read again "
+            "from its start."
+        )
+
+    def _suspend(self, model: nn.Module) -> None:
+        """From here on a backward pass goes no deeper than the lowest module that is trained."""
+        self._forget_suspensions()
+        self._suspensions = keep_suspended(model)
+
+    def _forget_suspensions(self) -> None:
+        for handle in self._suspensions:
+            handle.remove()
+        self._suspensions = []
+
+    # A checkpoint
+
+    def save(self, folder: str, step: int, model: nn.Module) -> None:
+        """Write the state of the run into a checkpoint of a model."""
+        model = peft_model(model)
+        if self.run is not None:
+            save_state(folder, self.run.state(), self.run.search.method.state_dict())
+            return
+        kinds = tuple(kind.name for kind in extra_kinds() if kind.installed(model))
+        common = (step, self.config.to_dict(), describe_base(model), kinds, self._began_pruned)
+        save_state(folder, RunState(*common, selection=self.selection), {})
+
+    def load(self, folder: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
+        """
+        Bring the model to the module set of a checkpoint, before its weights are loaded. The run itself is restored
+        when training begins.
+
+        Raises:
+            ValueError: if the checkpoint has no state, is from before a pruning that this model has already had, or
+                from another model.
+        """
+        model = peft_model(model)
+        state, tensors = load_state(folder)
+        selection = state.selection
+        if selection is not None:
+            if self.is_pruned(model) and (self.selection is None or self.selection.adapted != selection.adapted):
+                raise ValueError(
+                    f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
+                    "pruned. Please build a new trainer to resume from it."
+                )
+            check_model(folder, state, model, selection.modules, selection.adapted)
+            # The order of the rows depends on them until the end of the epoch of the pruning.
+            split = {f"`{name}`": (state.config.get(name), getattr(self.config, name)) for name in _SPLIT_OPTIONS}
+            check_same(folder, split)
+            if not self.is_pruned(model):
+                apply_selection(model, selection, optimizer, scheduler)
+            self.selection, self._pruned_model = selection, weakref.ref(model)
+            self.resumed_after_prune = not state.began_pruned
+            return
+        if self.is_pruned(model):
+            raise ValueError(
+                f"The checkpoint {folder!r} was made before the pruning, but the model of this trainer has already "
+                "lost the unselected modules. Please build a new trainer to resume from it."
+            )
+        check_model(folder, state, model, state.modules, state.modules)
+        self._resumed = (folder, state, tensors)
+
+    def forget_checkpoint(self) -> None:
+        """Drop what a resumption that failed half-way has left, so that the next training starts anew."""
+        self._resumed, self.resumed_after_prune = None, False
