@@ -19,8 +19,10 @@ PIP_OLDEST := $(BIN_OLDEST)/python -m pip install -qq --disable-pip-version-chec
 ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false
 PYTEST := HF_HUB_OFFLINE=1 $(ENV) $(BIN)/python -m pytest
 # The tests of what most depends on the versions of the libraries: some three minutes on two slow cores.
-CORE := $(addprefix tests/test_,$(addsuffix .py,trainer trainers_table rollouts streams backward_depth wrapping \
-	ownership doubts cut resume saving search gates surgery selection config checkpoint shortcuts architectures packaging))
+CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer preference trainers_table trainer_parents rollouts \
+	generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint) \
+	$(addprefix adapters/test_,gates architectures pruning backward) $(addprefix core/test_,selection config) \
+	search/test_search hub/test_saving project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
 SOURCES := $(wildcard diffora_trainer recipes tests)
 
 .DEFAULT_GOAL := help

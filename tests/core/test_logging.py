@@ -1,0 +1,59 @@
+"""Who decides what is shown of this package's log: the user, by any of the usual means, before or after the import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+
+# What is done before the import, after it, and what is then seen of an info line and a warning.
+CASES: dict[str, tuple[str, str, list[str]]] = {
+    "as it comes": ("", "", ["info", "warning"]),
+    "its own level, before": ("logging.getLogger('diffora_trainer').setLevel('WARNING')", "", ["warning"]),
+    "its own level, after": ("", "logging.getLogger('diffora_trainer').setLevel('WARNING')", ["warning"]),
+    "root level, before": ("logging.basicConfig(level='ERROR', stream=sys.stdout)", "", []),
+    "root level, after": ("", "logging.basicConfig(level='WARNING', stream=sys.stdout)", ["warning"]),
+    "root handler, once": ("logging.basicConfig(level='INFO', stream=sys.stdout)", "", ["info", "warning"]),
+    "its own level beats the root's": (
+        "logging.basicConfig(level='WARNING', stream=sys.stdout)",
+        "logging.getLogger('diffora_trainer').setLevel('INFO')",
+        ["info", "warning"],
+    ),
+    "training arguments": ("", "follow_log_level('warning')", ["warning"]),
+    "training arguments, less": ("", "follow_log_level('critical')", []),
+    "training arguments, their default": ("", "follow_log_level('passive')", ["info", "warning"]),
+    "transformers": ("", "transformers.logging.set_verbosity_error(); follow_log_level('passive')", []),
+}
+PROGRAM = """
+import json, logging, subprocess, sys
+import transformers
+before, after = sys.argv[1:]
+exec(before)
+from diffora_trainer.logging import follow_log_level, get_logger
+logger = get_logger("diffora_trainer.part")
+exec(after)
+logger.info("info")
+logger.warning("warning")
+"""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_shown(case: str, tmp_path: Path) -> None:
+    before, after, expected = CASES[case]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, before, after],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    shown = [line.rpartition(":")[2].rpartition("] ")[2] for line in (done.stdout + done.stderr).splitlines()]
+    assert [line for line in shown if line in ("info", "warning")] == expected, json.dumps(done.stdout + done.stderr)

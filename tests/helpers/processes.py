@@ -1,0 +1,63 @@
+"""Programs that run in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from helpers import IMPORT_PATH, ROOT
+
+
+def elsewhere(program: str, jobs: object, folder: Path, missing: tuple[str, ...] = ("diffora_trainer", "trl")) -> Any:
+    """
+    What a program reports that runs in a process of its own, where some packages cannot be imported. It finds its
+    `jobs`, and leaves its `report`.
+    """
+    program = f"""
+import json, sys
+
+for name in {missing!r}:
+    sys.modules[name] = None
+jobs = json.loads(sys.argv[1])
+{program}
+print("REPORT" + json.dumps(report))
+"""
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", program, json.dumps(jobs)]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.split("REPORT")[1])
+
+
+RECIPES = ROOT / "recipes"
+HELPERS = Path(__file__).parent
+
+
+def launch(kind: str | None, script: Path, *arguments: object, ok: bool = True) -> str:
+    """Run a script alone, or in two processes as one of the recipes' files says. Returns what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "3000", "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = IMPORT_PATH
+    command = [sys.executable, script]
+    if kind is not None:
+        accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+        file = RECIPES / "accelerate_configs" / f"{kind}.yaml"
+        command = [*accelerate, "--config_file", file, HELPERS / "launch_on_cpu.py", script]
+    command = [str(part) for part in [*command, *arguments]]
+    # What hangs is killed and fails the test.
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    output = done.stdout + done.stderr
+    assert (done.returncode == 0) == ok, output[-4000:]
+    return output
+
+
+def train(kind: str | None, folder: Path, **options: Any) -> list[dict[str, Any]]:
+    """A run of `distributed_run.py`, and the reports of its processes."""
+    folder.mkdir(exist_ok=True)
+    launch(kind, HELPERS / "distributed_run.py", folder, json.dumps(options))
+    return [json.loads((folder / f"report.{rank}.json").read_text()) for rank in range(1 if kind is None else 2)]

@@ -1,0 +1,219 @@
+"""The comparison of methods: equal parameters, honest statistics, and a file of results that survives a kill."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import peft.helpers
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from helpers import ROOT, models
+from helpers import data as tiny
+
+
+FOLDER = ROOT / "recipes" / "benchmarks" / "compare"
+YAMLS = sorted(path.name for path in FOLDER.glob("*.yaml"))
+# KappaTune, and AdaLoRA whose regularisation may be 0.
+needs_newer_peft = pytest.mark.skipif(
+    not hasattr(peft.helpers, "KappaTuneSelector"), reason="the comparison's baselines need a newer PEFT"
+)
+ALL_METHODS = "random all_linear q_and_v last_layers kappa_tune eva adalora grad_norm diffora full".split()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path.remove(str(FOLDER))
+
+
+def recipe(name: str):
+    return importlib.import_module(name)
+
+
+def run(config: str, **overrides) -> tuple[str, list[dict]]:
+    """Run a YAML in this process, as its command line would; the table and the records."""
+    compare = recipe("compare")
+    words = ["--config", str(FOLDER / config)]
+    for name, value in overrides.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    task, options = compare.make_parser().parse_args_and_config(words)
+    task.training = {**task.training, "max_steps": 8, "use_cpu": True, "per_device_train_batch_size": 4}
+    table = compare.main(task, options)
+    return table, compare.read_results(Path(options.output_dir) / "results.jsonl")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny encoder and language model, and data for both."""
+    folder = tmp_path_factory.mktemp("compare")
+    tokenizer = tiny.tiny_tokenizer()
+    torch.manual_seed(0)
+    encoder = models.encoder_for(tokenizer, layers=3)
+    for name, model in (("encoder", encoder), ("language_model", models.llama(vocab_size=len(tokenizer)).model)):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    rows = [
+        {
+            "review": tokenizer.decode(row["input_ids"], skip_special_tokens=True),
+            "stars": ["bad", "good"][row["label"]],
+        }
+        for row in tiny.classification_dataset(64)
+    ]
+    Dataset.from_list(rows).to_json(folder / "reviews.jsonl")
+    tiny.prompt_completion_dataset(32).to_json(folder / "answers.jsonl")
+    return folder
+
+
+@pytest.mark.parametrize("config", YAMLS)
+def test_every_argument_of_a_yaml_is_known(config: str) -> None:
+    known = {action.dest for action in recipe("compare").make_parser()._actions}
+    assert not yaml.safe_load((FOLDER / config).read_text()).keys() - known
+
+
+@needs_newer_peft
+def test_every_method_on_data_that_the_recipe_has_never_seen(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    reviews = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "task": "reviews", "rank": 4}
+    reviews |= {"text_columns": "review", "label_column": "stars", "workers": 0, "output_dir": out}
+    options = {"budgets": [0.25], "seeds": [0, 1], "draws": 4, "worst": True, "methods": ALL_METHODS}
+    table, records = run("sst2_minilm.yaml", **reviews, **options)
+
+    grid_modules = {name for record in records for name in record["ranks"]}
+    full = next(record for record in records if record["method"] == "full")
+    assert set(full["ranks"]) == grid_modules and len(grid_modules) == 3 * 6 + 1
+    cap = 0.25 * full["parameters"]
+    largest = 4 * (32 + 64)
+    for record in records:
+        if record["method"] == "adalora":  # it prunes ranks, whatever their modules cost
+            assert sum(record["ranks"].values()) == round(0.25 * 4 * len(grid_modules))
+        elif record["method"] != "full":
+            assert cap - largest < record["parameters"] <= cap, record["method"]
+        assert math.isfinite(record["loss"]) and 0 <= record["metric"] <= 1
+    found = {(r["method"], r["reading"], r["seed"], r["draw"]) for r in records}
+    assert len(found) == len(records) == 4 + 2 * 9 + 2 * 3 + 2  # draws, runs, choices, worst sets
+    ranks = {r["method"]: r["ranks"] for r in records if r["reading"] == "run" and r["seed"] == 0}
+    assert set(ranks["q_and_v"]) == {n for n in grid_modules if n.endswith(("query", "value"))}
+    assert set(ranks["all_linear"]) == grid_modules
+    assert "bert.pooler.dense" in ranks["last_layers"]
+    assert set(ranks["diffora"].values()) == {4}
+    worst = next(r for r in records if r["reading"] == "worst" and r["seed"] == 0)
+    assert not set(worst["ranks"]) & set(ranks["diffora"])
+    assert "among 4 random sets" in table and all(f"`{name}`" in table for name in ALL_METHODS[1:])
+    assert (out / "losses.png").stat().st_size > 1000 and (out / "table.md").read_text().strip() == table.strip()
+
+    # A run that was killed while it wrote a line goes on; nothing that is there is made again.
+    results = out / "results.jsonl"
+    lines = results.read_text().splitlines()
+    results.write_text("\n".join(lines[:-3]) + "\n" + lines[-3][:40])
+    again = run("sst2_minilm.yaml", **reviews, **options)[1]
+    assert again[: len(lines) - 3] == records[: len(lines) - 3]
+    by_key = {(r["method"], r["reading"], r["seed"], r["draw"]): r["loss"] for r in records}
+    assert {(r["method"], r["reading"], r["seed"], r["draw"]): r["loss"] for r in again} == by_key
+    assert not run("sst2_minilm.yaml", **{**reviews, "rank": 8}, **{**options, "methods": ["full"]})[1] == again
+
+
+@needs_newer_peft
+def test_a_language_model_on_questions_and_answers(folder: Path, tmp_path: Path) -> None:
+    options = {"methods": ["random", "diffora:arch_every=1", "q_and_v"], "budgets": [0.3], "seeds": [0], "draws": 2}
+    answers = {"model": folder / "language_model", "dataset_name": folder / "answers.jsonl", "workers": 0}
+    columns = {"prompt_column": "prompt", "completion_column": "completion", "max_length": 48}
+    table, records = run("gsm8k_smollm2.yaml", **answers, **columns, **options, output_dir=tmp_path)
+    assert len(records) == 2 + 2 + 1
+    assert len({r["loss"] for r in records}) >= 4 and all(0 <= r["metric"] <= 1 for r in records)
+    assert "### answers, 0.3 of the LoRA parameters" in table
+
+
+@needs_newer_peft
+def test_a_method_that_fails_does_not_end_the_others(folder: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*args):
+        raise OSError("this model has no such layer")
+
+    monkeypatch.setattr(recipe("methods"), "kappa_tune", fail)
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "stars", "workers": 0, "output_dir": tmp_path, "seeds": [0], "budgets": [0.3]}
+    records = run("sst2_minilm.yaml", **base, methods=["kappa_tune", "last_layers"])[1]
+    assert [record["method"] for record in records] == ["last_layers"]
+    assert "FAILED: kappa_tune 0.3 0 0 run: this model has no such layer" in capsys.readouterr().out
+    monkeypatch.undo()
+    records = run("sst2_minilm.yaml", **base, methods=["kappa_tune", "last_layers"])[1]
+    assert [record["method"] for record in records] == ["last_layers", "kappa_tune"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"methods": ["best"]}, "no method 'best'.*grad_norm"),
+        ({"methods": ["random:r=1"]}, "has no options"),
+        ({"budgets": [0]}, r"in \(0, 1\]"),
+        ({"metric": "bleu"}, "`metric` must be one of"),
+        ({"text_columns": ["title"]}, r"no column \['title'\]; it has"),
+        ({"budgets": [0.001]}, "Not one module of rank"),
+    ],
+)
+def test_bad_options_are_named(folder: Path, tmp_path: Path, overrides: dict, message: str) -> None:
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "stars", "workers": 0, "output_dir": tmp_path, "methods": ["random"], "seeds": [0]}
+    with pytest.raises(ValueError, match=message):
+        run("sst2_minilm.yaml", **{**base, **overrides})
+
+
+def test_a_set_of_modules_is_fitted_to_the_budget_to_within_one_module() -> None:
+    grid_class = recipe("methods").Grid
+    rng = random.Random(0)
+    for _ in range(200):
+        count = rng.randint(1, 40)
+        names = tuple(f"layers.{i}.x" for i in range(count))
+        widths = tuple(rng.choice([20, 50, 90]) for _ in names)
+        grid = grid_class(names, widths, rng.randint(1, 16), ())
+        cap = grid.cap(rng.uniform(0.02, 1.0))
+        ranks = grid.fill(names, cap)
+        assert cap - max(widths) < grid.parameters(ranks) <= cap
+        assert max(ranks.values(), default=0) - min(ranks.get(n, 0) for n in names) <= 1
+        if cap >= min(widths) * grid.rank:
+            taken = grid.take(rng.sample(names, count), cap)
+            assert 0 < grid.parameters(taken) <= cap and set(taken.values()) == {grid.rank}
+
+
+def record(method: str, seed: int, loss: float, reading: str = "run", draw: int = 0, modules: str = "ab") -> dict:
+    ranks = dict.fromkeys(modules, 8)
+    return {
+        **{"method": method, "seed": seed, "loss": loss, "reading": reading, "draw": draw, "ranks": ranks},
+        **{"task": "t", "fingerprint": "f", "budget": 0.5, "parameters": 16, "metric": 0.5},
+    }
+
+
+def test_percentiles_differences_and_overlaps() -> None:
+    draws = [record("random", seed, seed + draw / 10, draw=draw) for seed in (0, 1) for draw in range(10)]
+    ours = [record("diffora", 0, 0.25, "choice"), record("diffora", 1, 1.0, "choice", modules="bc")]
+    runs = [record("diffora", 0, 0.2), record("diffora", 1, 1.3), record("full", 0, 0.1)]
+    rival = [record("grad_norm", 0, 0.5), record("grad_norm", 1, 1.4)]
+    results = recipe("report").Results([*draws, *ours, *runs, *rival])
+    percentile, low, high = results.percentile(results.choices["diffora"])
+    assert percentile == pytest.approx((70 + 95) / 2)  # seven draws above 0.25; nine above 1.0 and one equal
+    assert low < percentile < high <= 100
+    assert results.percentile(results.choices["grad_norm"])[0] == pytest.approx((45 + 55) / 2)
+    mean, half, count = results.difference("diffora", "grad_norm")
+    assert (mean, count) == (pytest.approx(-0.2), 2)
+    assert half == pytest.approx(12.71 * 0.1)  # Student's t with one degree of freedom
+    assert results.difference("diffora", "random")[0] == pytest.approx(((0.2 - 0.45) + (1.3 - 1.45)) / 2)
+    assert results.overlap(results.choices["diffora"]) == 0.5
+    assert results.chance_overlap() == 1.0
+
+
+def test_records_of_another_training_are_not_mixed(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    other = {**record("random", 0, 9.0), "fingerprint": "g"}
+    path.write_text("\n".join(json.dumps(r) for r in (record("random", 0, 1.0), other)) + '\n{"task": "cut o')
+    table = recipe("report").write_report([path], tmp_path)
+    assert table.count("### t, 0.5") == 2
+    with pytest.raises(ValueError, match="no results"):
+        recipe("report").write_report([tmp_path / "none.jsonl"], tmp_path)

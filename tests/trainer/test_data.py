@@ -1,0 +1,230 @@
+"""Which rows the weights and the matrix see, and when."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import DataCollatorWithPadding, Trainer, set_seed
+
+from diffora_trainer import DiffoRATrainer
+from helpers.checks import adapter, assert_same, step_logs
+from helpers.data import lm_dataset, rows_of, tiny_tokenizer
+from helpers.trainers import CUT, classifier, lora, make_trainer
+
+
+ROWS = 40
+
+
+def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    batch["labels"] = batch.pop("label")
+    return batch
+
+
+class Recorder:
+    """Notes the rows of each training step, those of evaluations, and those of every other loss."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        self.trained: dict[int, list[int]] = {}
+        self.searched: list[int] = []
+        self.evaluated: list[int] = []
+        self._place = "search"
+        super().__init__(*args, **kwargs)
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.trained.setdefault(self.state.global_step + 1, []).extend(inputs["row"].tolist())
+        self._place = "training"
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self._place = "search"
+
+    def evaluate(self, *args, **kwargs):
+        self._place = "evaluation"
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self._place = "search"
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        inputs = dict(inputs)
+        rows = inputs.pop("row").tolist()
+        if self._place == "search":
+            self.searched += rows
+        elif self._place == "evaluation":
+            self.evaluated += rows
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def rows(self, first: int, last: int) -> list[int]:
+        """What was trained on in these steps, in order."""
+        return [row for step in range(first, last + 1) for row in self.trained[step]]
+
+
+class Searching(Recorder, DiffoRATrainer):
+    pass
+
+
+class Stock(Recorder, Trainer):
+    pass
+
+
+def run(folder: Path, cls: type[Recorder] = Searching, **kwargs: object) -> Recorder:
+    args = {"remove_unused_columns": False, **kwargs.pop("args", {})}
+    settings = {"train_dataset": rows_of(ROWS), "data_collator": collate, **kwargs}
+    if cls is Stock:
+        settings["model"] = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
+        settings.pop("search", None)
+        settings.pop("arch_dataset", None)
+    trainer = make_trainer(folder, cls=cls, args=args, **settings)
+    trainer.train()
+    return trainer
+
+
+# Name: training arguments, options of the search, steps in an epoch. ROWS are 10 batches.
+SPLITS = {
+    "cut in the first epoch": ({"max_steps": 30}, {}, 10),
+    "cut in the second epoch": ({"max_steps": 40}, {"discretize_at": 14}, 10),
+    "cut at the end of an epoch": ({"max_steps": 30}, {"discretize_at": 10}, 10),
+    "accumulation": ({"max_steps": 15, "gradient_accumulation_steps": 2}, {"discretize_at": 7}, 5),
+    "uneven accumulation": ({"num_train_epochs": 4, "max_steps": -1, "gradient_accumulation_steps": 3}, {}, 4),
+    "a worker": ({"max_steps": 30, "dataloader_num_workers": 1}, {}, 10),
+    "a plain sampler": ({"max_steps": 30, "accelerator_config": {"use_seedable_sampler": False}}, {}, 10),
+    "in order": ({"max_steps": 30, "train_sampling_strategy": "sequential"}, {"arch_split": 0.2}, 10),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_held_out_rows_are_kept_from_the_weights_until_the_cut(name: str, tmp_path: Path) -> None:
+    args, search, epoch = SPLITS[name]
+    found = run(tmp_path / "found", args=args, search=search)
+    stock = run(tmp_path / "stock", Stock, args=args)
+    cut, last = int(search.get("discretize_at", CUT)), max(stock.trained)
+    held_out = set(found.searched)
+    assert len(held_out) == math.ceil(search.get("arch_split", 0.1) * ROWS)
+
+    # Before the cut: the order of the stock run without the held-out rows, as far as they leave rows in the epoch.
+    for start in range(1, cut + 1, epoch):
+        steps = start, min(start + epoch - 1, cut)
+        order, expected = found.rows(*steps), [r for r in stock.rows(start, start + epoch - 1) if r not in held_out]
+        assert not held_out & set(order)
+        assert order[: len(expected)] == expected[: len(order)]
+    # The cut gives them back, within the epoch if it is in the midst of one, and then every epoch is the stock run's.
+    assert held_out <= set(found.rows(cut + 1, last))
+    after = math.ceil(cut / epoch) * epoch
+    if after != cut:
+        assert set(found.rows(cut + 1, after)) >= held_out
+        assert len(set(found.rows(after - epoch + 1, after))) == ROWS  # each row once in that epoch
+    assert found.rows(after + 1, last) == stock.rows(after + 1, last)
+    # Nothing of it changes the number of steps, or of rows in a step.
+    assert {s: len(rows) for s, rows in found.trained.items()} == {s: len(rows) for s, rows in stock.trained.items()}
+    assert found.state.max_steps == stock.state.max_steps and found.state.epoch == stock.state.epoch
+
+
+def test_search_never_reads_the_evaluation_set(tmp_path: Path) -> None:
+    trainer = run(tmp_path, eval_dataset=rows_of(12, start=1000), args={"eval_strategy": "steps", "eval_steps": 2})
+    assert set(trainer.evaluated) == set(range(1000, 1012))
+    assert trainer.searched and max(trainer.searched) < ROWS
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stream_gives_its_first_rows_back_after_the_cut(workers: int, tmp_path: Path) -> None:
+    args = {"max_steps": 20, "dataloader_num_workers": workers}
+    stream = rows_of(100).to_iterable_dataset()
+    found = run(tmp_path / "found", train_dataset=stream, args=args, search={"arch_split": 0.25})
+    held_out = list(range(5 * 4))  # five architecture steps of a batch of four
+    assert sorted(set(found.searched)) == held_out
+    assert found.rows(1, CUT) == list(range(20, 20 + 4 * CUT))
+    assert found.rows(CUT + 1, CUT + 5) == held_out
+    assert found.rows(CUT + 6, 20) == list(range(20 + 4 * CUT, 80))
+    assert found.train_dataset is stream
+
+
+def test_stream_of_several_epochs(tmp_path: Path) -> None:
+    """24 rows, of which 12 are held out: the cut comes in the third pass over the others, the fourth pass is whole."""
+    found = run(
+        tmp_path,
+        train_dataset=rows_of(24).to_iterable_dataset(),
+        args={"max_steps": 18},
+        search={"arch_every": 2, "arch_split": 0.5},  # three architecture steps
+    )
+    assert set(found.searched) == set(range(12))
+    assert set(found.rows(1, CUT)) == set(range(12, 24))
+    assert set(found.rows(CUT + 1, 18)) == set(range(24))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_arch_dataset_leaves_the_training_data_alone(streaming: bool, tmp_path: Path) -> None:
+    own = rows_of(16, start=500)
+    args = {"max_steps": 14}
+    found = run(tmp_path / "found", arch_dataset=own.to_iterable_dataset() if streaming else own, args=args)
+    stock = run(tmp_path / "stock", Stock, args=args)
+    assert set(found.searched) == set(range(500, 516))
+    assert found.trained == stock.trained
+
+
+@pytest.mark.parametrize("formatted", [False, True])
+def test_sft_search_prepares_a_raw_arch_dataset(formatted: bool, tmp_path: Path) -> None:
+    """
+    Text is prepared as the training set's is, also by a `formatting_func`: the search gives the numbers that the
+    prepared rows give.
+    """
+    own, options = lm_dataset(8, seed=3), {}
+    if formatted:
+        own = own.rename_column("text", "says")
+        rows = lm_dataset(24).rename_column("text", "says")
+        options = {"train_dataset": rows, "formatting_func": lambda row: row["says"]}
+    raw = make_trainer(tmp_path, "sft", arch_dataset=own, **options)
+    prepared = make_trainer(tmp_path, "sft")
+    prepared.arch_dataset = prepared._prepare_dataset(
+        lm_dataset(8, seed=3), prepared.processing_class, prepared.args, False, None, "arch"
+    )
+    for trainer in (raw, prepared):
+        set_seed(3)
+        trainer.train()
+    losses = [log["diffora/arch_loss"] for log in step_logs(raw).values() if "diffora/arch_loss" in log]
+    assert len(losses) == 5
+    assert raw.selection == prepared.selection
+
+
+@pytest.mark.parametrize("shape", ["packed", "padding-free", "stream"])
+def test_sft_data_shapes(shape: str, tmp_path: Path) -> None:
+    args = {
+        "packed": {"packing": True, "max_length": 48},
+        "padding-free": {"padding_free": True, "max_length": None},
+        "stream": {},
+    }[shape]
+    rows = lm_dataset(60)
+    trainer = make_trainer(
+        tmp_path, "sft", args=args, train_dataset=rows.to_iterable_dataset() if shape == "stream" else rows
+    )
+    trainer.train()
+    logs = step_logs(trainer)
+    assert sorted(logs) == list(range(1, 13)) and "diffora/gap" in logs[CUT]
+    assert all(math.isfinite(value) for log in logs.values() for value in log.values())
+    assert 0 < len(trainer.selection.selected) < len(trainer.selection.modules)
+
+
+def test_collator_that_draws_leaves_no_trace_in_the_training(tmp_path: Path) -> None:
+    """One that masks tokens at random, say: more architecture steps change no weight and no row of the training."""
+    pad = DataCollatorWithPadding(tiny_tokenizer())
+
+    def masking(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = dict(pad(rows))
+        hidden = torch.rand(batch["input_ids"].shape) < 0.3 * random.random() + 0.3 * np.random.random()
+        return {**batch, "input_ids": batch["input_ids"].masked_fill(hidden, 3)}
+
+    found = []
+    for every in (1, 100):
+        search = {"selection_ratio": 1.0, "arch_every": every}
+        trainer = make_trainer(tmp_path, data_collator=masking, search=search)
+        trainer.train()
+        losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        found.append((losses, adapter(trainer.model)))
+    assert_same(*found)

@@ -1,0 +1,219 @@
+"""Several processes decide as one, whether each holds the model or a part of it, and none hangs when another fails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from diffora_trainer.core.agreement import check_agreement, fingerprint
+from helpers.data import chat_dataset, tiny_tokenizer
+from helpers.processes import HELPERS, RECIPES, launch, train
+from helpers.trainers import lora, make_trainer
+
+
+CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
+KINDS = [path.stem for path in CONFIGS]
+SAVES = {"warm-up": 2, "search": 5, "closing": 7, "cut": 8, "selected": 10}
+
+
+SIGMOID = {"search": {"relaxation": "sigmoid", "arch_closing": 0}}  # scores that differ by little
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The run of a single process that reads the same global batches."""
+    return train(None, tmp_path_factory.mktemp("alone"), **SIGMOID)[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path: Path) -> None:
+    """With gradient accumulation and gradient checkpointing."""
+    args = {
+        "gradient_checkpointing": True,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "ddp_find_unused_parameters": False,  # so that one that gets no gradient any more is an error
+    }
+    reports = train(kind, tmp_path, args=args, **SIGMOID)
+    wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModelForCausalLM"}[kind]
+    assert [report["wrapper"] for report in reports] == [wrapper] * 2
+    assert reports[0] == reports[1]  # one decision, and the same weights
+    report = reports[0]
+    assert report["selected"] == alone["selected"]
+    assert report["scores"] == pytest.approx(alone["scores"], abs=1e-5)
+    assert len(set(report["scores"])) > 10
+    assert report["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    for name, weights in alone["weights"].items():
+        assert report["weights"][name] == pytest.approx(weights, abs=1e-4), name
+
+    # After the cut nothing is left of the modules that went: what is wrapped anew learns, and communicates no more
+    # than the model has.
+    assert report["moved"] and all(report["moved"])
+    assert report["gathered"] == report["parameters"]
+    assert report["optimized"] == report["trainable"]
+
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.replace(".weight", ".default.weight") for name in adapter} == set(report["weights"])
+    assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "method"), [("ddp", "snip"), ("ddp", "synflow"), ("fsdp2", "alpha_test")])
+def test_two_processes_score_as_one(kind: str, method: str, tmp_path: Path) -> None:
+    """Each scores on rows of its own, with gradient accumulation; what is not sharded can be scored by gradients."""
+    search = {"method": method, "selection_scope": "model"}
+    reports = train(kind, tmp_path / "two", search=search)
+    assert reports[0] == reports[1] and all(reports[0]["moved"])
+    assert len(set(reports[0]["scores"])) > (1 if method == "alpha_test" else 10)
+    if method == "synflow":  # reads no rows
+        single = train(None, tmp_path / "one", search=search)[0]
+        assert reports[0]["scores"] == pytest.approx(single["scores"], rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_run_is_the_uninterrupted_run(kind: str, tmp_path: Path) -> None:
+    """Bit for bit on both processes, with dropout, in the first, second and third epoch of 4 steps each."""
+    run = {"rows": 32, "dropout": 0.1}
+    whole = train(kind, tmp_path / "whole", save_at=list(SAVES.values()), **run)
+    for moment, step in SAVES.items():
+        resumed = train(kind, tmp_path / moment, resume=f"{tmp_path}/whole/checkpoint-{step}", **run)
+        for key in ("losses", "scores", "selected", "weights"):
+            assert [r[key] for r in resumed] == [w[key] for w in whole], f"{key}, resumed in the phase {moment}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"die_at": 5}, "rank      : 1"),
+        ({"choose_otherwise_at": 5}, "disagree on which modules to keep"),
+        ({"other_search": {"ranks": [1], "search": {"selection_ratio": 0.25}}}, "disagree on what to search"),
+    ],
+    ids=["a process dies", "one would choose otherwise", "one has other options"],
+)
+def test_a_fault_stops_all(kind: str, fault: dict[str, Any], message: str, tmp_path: Path) -> None:
+    """The launcher comes back with an error, which a hanging process would prevent, and no adapter is written."""
+    output = launch(kind, HELPERS / "distributed_run.py", tmp_path, json.dumps(fault), ok=False)
+    assert message in output
+    if "disagree" in message:
+        raising = {line.split("]")[0] for line in output.splitlines() if "disagree on" in line}
+        assert raising == {"[rank0", "[rank1"}
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_recipe_in_two_processes(kind: str, tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    trainer = make_trainer(tmp_path, "sft")
+    base = trainer.model.get_base_model()
+    assert isinstance(base, LlamaForCausalLM)
+    trainer.model.unload().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    chat_dataset(48).to_json(tmp_path / "chats.jsonl")
+    options = {
+        "config": RECIPES / "sft" / "demo.yaml",
+        "model_name_or_path": tmp_path / "model",
+        "dataset_name": tmp_path / "chats.jsonl",
+        "output_dir": tmp_path / "out",
+        **{"max_steps": 6, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_eval_samples": 4},
+        **{"lora_r": 4, "max_length": 64, "answer_tokens": 4, "use_cpu": True, "report_to": "none"},
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", value)]
+    output = launch(kind, RECIPES / "sft" / "sft.py", *words)
+    assert output.count("Chosen modules") == 1  # printed by one process
+    selection = json.loads((tmp_path / "out" / "diffora_selection.json").read_text())
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "out")
+    found = {name.split(".lora_A")[0].removeprefix("base_model.model.") for name, _ in loaded.named_parameters()}
+    assert {name for name in found if "lora_" not in name} >= set(selection["selected"])
+    assert any(p.any() for name, p in loaded.named_parameters() if "lora_B" in name)
+
+
+def test_configurations_are_accelerate_ones() -> None:
+    """What the README names is there, and nothing in it turns a precision on by itself."""
+    assert KINDS == ["ddp", "fsdp2"]
+    for path in CONFIGS:
+        assert yaml.safe_load(path.read_text())["mixed_precision"] == "no"
+
+
+def test_disagreement_is_seen_by_all_alike() -> None:
+    """Three processes of which two agree: the mean tells each of them, also the majority."""
+    held = [fingerprint("a"), fingerprint("a"), fingerprint("b")]
+    assert len(set(map(tuple, (bits.tolist() for bits in held)))) == 2 and len(held[0]) == 256
+    mean = torch.stack([bits.float() for bits in held]).mean(0)
+    for bits in held:
+        with pytest.raises(ValueError, match="disagree on the plan. Start again."):
+            check_agreement(bits, lambda values: mean, "the plan", "Start again.")
+    check_agreement(held[0], lambda values: values, "the plan", "Start again.")
+
+
+class _Plugin:
+    """What is read of accelerate's FSDP plugin."""
+
+    def __init__(
+        self,
+        fsdp_version: int = 2,
+        activation_checkpointing: bool = False,
+        state_dict_type: str = "StateDictType.FULL_STATE_DICT",
+    ) -> None:
+        self.fsdp_version, self.activation_checkpointing = fsdp_version, activation_checkpointing
+        self.state_dict_type = state_dict_type
+
+
+@pytest.mark.parametrize(
+    ("sharding", "search", "message"),
+    [
+        ("deepspeed", {}, "DeepSpeed is not supported.*ZeRO-2.*ZeRO-3.*fsdp2.yaml"),
+        (_Plugin(fsdp_version=1), {}, "FSDP1 is not supported.*fsdp_version: 2"),
+        (_Plugin(activation_checkpointing=True), {}, "without any weights.*gradient_checkpointing=True"),
+        (
+            _Plugin(state_dict_type="StateDictType.SHARDED_STATE_DICT"),
+            {},
+            "SHARDED_STATE_DICT, with which the Trainer writes no adapter.*fsdp_state_dict_type: FULL_STATE_DICT",
+        ),
+        (_Plugin(), {"weight_sharing": "layer"}, "`weight_sharing='layer'` with FSDP.*`weight_sharing='none'`"),
+        (
+            _Plugin(),
+            {"cost": "time", "selection_scope": "model"},
+            "`cost='time'` with FSDP.*`cost='parameters'`",
+        ),
+        (_Plugin(), {"method": "snip"}, "`method='snip'` with FSDP.*plain data parallelism"),
+        (_Plugin(), {"shortcuts": ["residual1"]}, "shortcuts with FSDP.*plain data parallelism.*ddp.yaml"),
+    ],
+)
+def test_what_cannot_be_sharded_is_refused(
+    sharding: Any, search: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffora_trainer.trainer import checks as trainer_utils
+
+    trainer = make_trainer(tmp_path, peft_config=lora(), search=search)
+    if sharding == "deepspeed":
+        trainer.is_deepspeed_enabled = True
+    else:
+        trainer.is_fsdp_enabled = True
+        monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", sharding, raising=False)
+    with pytest.raises(ValueError, match=message):
+        trainer_utils.check_trainer(trainer)
+
+
+def test_fsdp_of_an_unknown_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch in which the private names are gone by which modules are taken out of FSDP2."""
+    from diffora_trainer import compat
+    from diffora_trainer.trainer import checks as trainer_utils
+
+    trainer = make_trainer(tmp_path)
+    trainer.is_fsdp_enabled = True
+    monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", _Plugin(), raising=False)
+    trainer_utils.check_trainer(trainer)
+    monkeypatch.setattr(compat.torch, "FSDP_GROUPS", ("_groups_of_a_later_torch",))
+    with pytest.raises(ValueError, match=r"FSDP2 of torch .* does not keep what it gathers.*ddp.yaml"):
+        trainer_utils.check_trainer(trainer)

@@ -1,0 +1,101 @@
+"""Objects that the user gave are read, and never written into."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import Trainer
+from trl import SFTTrainer
+
+from diffora_trainer import DiffoRAMixin, DiffoRATrainer
+from diffora_trainer.adapters.grid import lora_layers
+from helpers.adapted import wake
+from helpers.data import tiny_tokenizer
+from helpers.trainers import arguments, causal_model, classifier, lora, make_trainer, search_config
+
+
+@pytest.mark.parametrize("base_model_id", [None, "org/base"])
+def test_configuration_is_used_again(base_model_id: str | None, tmp_path: Path) -> None:
+    """A second model that is wrapped with the same configuration has all its modules."""
+    config = lora(task_type="SEQ_CLS", target_modules=["query", "value", "dense"], exclude_modules=["pooler.dense"])
+    model = get_peft_model(classifier().model, config)
+    given, count = copy.deepcopy(config.to_dict()), len(lora_layers(model, "default"))
+    trainer = make_trainer(tmp_path, model=model, peft_config=None, search={"base_model_id": base_model_id})
+    trainer.train()
+    assert len(lora_layers(model, "default")) < count
+    assert model.peft_config["default"].base_model_name_or_path == (base_model_id or given["base_model_name_or_path"])
+    assert config.to_dict() == given
+    assert len(lora_layers(get_peft_model(classifier().model, config), "default")) == count
+
+
+def test_saved_copy_of_the_adapter_is_whole(tmp_path: Path) -> None:
+    """TRL's DPO gives one configuration object to the adapter that it trains and to its frozen copy, the reference."""
+    model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
+    model.add_adapter("ref", model.peft_config["default"])
+    wake(model, "ref")
+    model.set_adapter("default")
+    modules = len(lora_layers(model, "ref"))
+    trainer = make_trainer(tmp_path, "sft", model=model, peft_config=None)
+    trainer.train()
+    model.save_pretrained(tmp_path / "saved")
+
+    def logits(model: nn.Module) -> Tensor:
+        model.eval()
+        with torch.no_grad():
+            return model(input_ids=torch.arange(5, 17).reshape(2, 6)).logits
+
+    for name, folder, count in (
+        ("default", tmp_path / "saved", len(trainer.selection.selected)),
+        ("ref", tmp_path / "saved" / "ref", modules),
+    ):
+        reloaded = PeftModel.from_pretrained(causal_model(), folder)
+        assert len(lora_layers(reloaded, "default")) == count
+        model.set_adapter(name)
+        assert torch.equal(logits(reloaded), logits(model)), name
+
+
+def test_mixin_in_the_wrong_place_is_refused(tmp_path: Path) -> None:
+    class Custom(Trainer):
+        """A trainer of the user's own."""
+
+    for parent in (Trainer, SFTTrainer, Custom):
+        with pytest.raises(TypeError, match=rf"class Wrong\(DiffoRAMixin, {parent.__name__}\)"):
+            type("Wrong", (parent, DiffoRAMixin), {})
+    # It may stand behind classes that come before its own parent, since these hand on to it.
+    right = type("Right", (Custom, DiffoRATrainer), {})
+    trainer = right(
+        model=causal_model(),
+        args=arguments(tmp_path),
+        train_dataset=[{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 24,
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(),
+        diffora_config=search_config(),
+    )
+    trainer.train()
+    assert trainer.selection is not None
+
+
+def test_training_loop_of_ones_own_is_refused(tmp_path: Path) -> None:
+    """As that of TRL's PPO, in which no callback and no `training_step` of ours would ever be called."""
+
+    class Loop(DiffoRAMixin, Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            for batch in self.get_train_dataloader():
+                self.model(**batch).loss.backward()
+
+    class Noted(DiffoRAMixin, Trainer):
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            self.noted = True
+            return super().train(*args, **kwargs)
+
+    with pytest.raises(TypeError, match="`Loop.train` is a training loop of its own.*ArchitectureSearch"):
+        make_trainer(tmp_path, cls=Loop)
+    noted = make_trainer(tmp_path, cls=Noted)
+    noted.train()
+    assert noted.noted and noted.selection is not None

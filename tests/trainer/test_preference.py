@@ -1,0 +1,111 @@
+"""DPO and reward modelling with TRL's trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import Trainer
+from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
+
+from diffora_trainer import DiffoRAMixin
+from diffora_trainer.adapters.grid import lora_layers
+from helpers.adapted import wake
+from helpers.checks import adapter, assert_same, assert_was_searched
+from helpers.data import preference_dataset, tiny_tokenizer, vocabulary
+from helpers.models import llama_classifier
+from helpers.trainers import CUT, Probe, arguments, causal_model, classifier, lora, make_trainer, search_config
+
+
+class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):
+    pass
+
+
+class DiffoRARewardTrainer(DiffoRAMixin, RewardTrainer):
+    pass
+
+
+def dpo_trainer(folder: Path, model: nn.Module, config: LoraConfig | None, **overrides: Any) -> Trainer:
+    return DiffoRADPOTrainer(
+        model=model,
+        args=arguments(folder, DPOConfig, **overrides),
+        train_dataset=preference_dataset(24),
+        processing_class=tiny_tokenizer(),
+        peft_config=config,
+        diffora_config=search_config(),
+    )
+
+
+def assert_saved_adapter_is_the_model(trainer: Trainer, base: nn.Module, folder: Path) -> None:
+    """The adapter alone, on a fresh base model, gives the outputs of the trained model."""
+    trainer.save_model(folder)
+    batch = {"input_ids": torch.arange(5, 17).reshape(2, 6)}
+    found = []
+    for model in (PeftModel.from_pretrained(base, folder), trainer.model):
+        model.eval()
+        with torch.no_grad():
+            found.append(model(**batch).logits)
+    assert torch.equal(*found)
+
+
+def test_dpo(tmp_path: Path) -> None:
+    trainer = dpo_trainer(tmp_path, causal_model(), lora())
+    trainer.train()
+    assert_was_searched(trainer)
+    assert_saved_adapter_is_the_model(trainer, causal_model(), tmp_path / "saved")
+
+
+@pytest.mark.parametrize("precompute", [False, True])
+def test_dpo_with_a_ready_model_keeps_the_reference(precompute: bool, tmp_path: Path) -> None:
+    """TRL copies the ready adapter to a frozen one called "ref", which the cut must neither remove nor wake."""
+    model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
+    wake(model, "default")
+    trainer = dpo_trainer(tmp_path, model, None, precompute_ref_log_probs=precompute)
+    reference = {name: tensor.clone() for name, tensor in model.named_parameters() if ".ref." in name}
+    trainer.train()
+    assert_was_searched(trainer)
+    copied = "ref" in model.peft_config  # older TRL takes the base model for the reference
+    assert set(lora_layers(model, "ref")) == (set(trainer.selection.modules) if copied else set())
+    assert_same({name: tensor for name, tensor in model.named_parameters() if ".ref." in name}, reference)
+    trainable = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert copied == bool(reference) and not trainable & set(reference)
+    assert len(trainable) == 2 * len(trainer.selection.selected)
+    assert_saved_adapter_is_the_model(trainer, causal_model(), tmp_path / "saved")
+
+
+def test_another_adapter_stays_asleep(tmp_path: Path) -> None:
+    """A second, inactive adapter is not switched on in the modules that lose theirs, not even for a moment."""
+    model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
+    model.add_adapter("other", lora(task_type="SEQ_CLS"))
+    wake(model, "other")
+    model.set_adapter("default")
+    trainer = make_trainer(tmp_path, model=model, peft_config=None)
+    layers = list(lora_layers(model, "other").values())
+    trainer.add_callback(
+        active := Probe(lambda **kwargs: [layer for layer in layers if "other" in layer.active_adapters], CUT)
+    )
+    trainer.train()
+    assert_was_searched(trainer)
+    assert active.found[CUT] == []
+    assert set(lora_layers(model, "other")) == set(trainer.selection.modules)
+    trainable = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
+    assert trainable and not any(".other." in name for name in trainable)
+    assert_saved_adapter_is_the_model(trainer, classifier().model, tmp_path / "saved")
+
+
+def test_reward(tmp_path: Path) -> None:
+    trainer = DiffoRARewardTrainer(
+        model=llama_classifier(len(vocabulary()), num_labels=1).model,
+        args=arguments(tmp_path, RewardConfig),
+        train_dataset=preference_dataset(24),
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(),
+        diffora_config=search_config(),
+    )
+    trainer.train()
+    assert_was_searched(trainer)
+    assert any("score" in name for name in adapter(trainer.model))

@@ -1,0 +1,152 @@
+"""Trainers of other classes: with data of their own, and as the scripts of TRL build them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import (
+    DataCollatorWithPadding,
+    Trainer,
+)
+from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, TrlParser, get_peft_config
+
+from diffora_trainer import DiffoRAConfig, DiffoRAMixin
+from helpers.checks import step_logs
+from helpers.data import preference_dataset, rows_of, tiny_tokenizer
+from helpers.parents import TOKENS, kto_dataset, of_trl, reward_dataset, searching
+from helpers.trainers import CUT, arguments, causal_model, classifier, lora, search_config
+
+
+@pytest.mark.parametrize(("name", "data"), [("DPO", preference_dataset), ("KTO", kto_dataset)])
+def test_precomputed_reference_and_own_held_out_data(name: str, data: Any, tmp_path: Path) -> None:
+    """The reference's log-probabilities of the held-out rows are those that are computed in each step otherwise."""
+    parent, args = of_trl(name)
+    if name == "KTO" and not hasattr(parent, "_prepare_dataset"):
+        pytest.skip("this version of KTO prepares its training set in its constructor")
+    scores = []
+    for ahead in (False, True):
+        trainer = searching(parent)(
+            model=causal_model(attention_dropout=0.0),
+            args=arguments(tmp_path / str(ahead), args, precompute_ref_log_probs=ahead),
+            train_dataset=data(24),
+            arch_dataset=data(8, 1),
+            processing_class=tiny_tokenizer(),
+            peft_config=lora(),
+            diffora_config=search_config(),
+        )
+        trainer.train()
+        scores.append(trainer.selection.scores)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("task_type", ["the default", "SEQ_CLS"])
+def test_reward_script_with_use_peft(task_type: str, tmp_path: Path) -> None:
+    """`trl/scripts/reward.py` with `--use_peft`, one import changed. TRL's default task type is a causal LM's."""
+    causal_model().save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    command = ["--dataset_name", "none", "--model_name_or_path", str(tmp_path / "base"), "--use_peft"]
+    command += ["--lora_target_modules", "all-linear", "--output_dir", str(tmp_path / "out"), "--max_steps", "6"]
+    command += [
+        "--use_cpu",
+        "--bf16",
+        "false",
+        "--report_to",
+        "none",
+        "--save_strategy",
+        "no",
+        "--disable_tqdm",
+        "true",
+    ]
+    command += ["--arch_warmup", "1", "--discretize_at", "4", "--arch_every", "1", "--arch_closing", "0"]
+    if task_type == "SEQ_CLS":
+        command += ["--lora_task_type", "SEQ_CLS", "--lora_modules_to_save", "score"]
+    parser = TrlParser((ScriptArguments, RewardConfig, ModelConfig, DiffoRAConfig))
+    _, training_args, model_args, diffora_config = parser.parse_args_and_config(command)
+    trainer = searching(RewardTrainer)(
+        model=model_args.model_name_or_path,
+        args=training_args,
+        train_dataset=reward_dataset(24),
+        peft_config=get_peft_config(model_args),
+        diffora_config=diffora_config,
+    )
+    start = trainer.model.base_model.model.score.modules_to_save["default"].weight.clone()
+    trainer.train()
+    trainer.save_model(training_args.output_dir)
+    assert len(trainer.selection.selected) == 8
+    torch.manual_seed(1)  # another new head
+    base = trainer.model.get_base_model()
+    plain = type(base).from_pretrained(tmp_path / "base", num_labels=base.config.num_labels, dtype="float32")
+    loaded: Any = PeftModel.from_pretrained(plain, training_args.output_dir).eval()
+    trainer.model.eval()
+    assert not torch.equal(start, loaded.base_model.model.score.modules_to_save["default"].weight)
+    with torch.no_grad():
+        assert torch.equal(loaded(**TOKENS).logits, trainer.model(**TOKENS).logits)
+
+
+@pytest.mark.parametrize("own_data", [False, True])
+def test_parent_with_a_data_loader_of_its_own(own_data: bool, tmp_path: Path) -> None:
+    """Its rows are held out of its data, and keep the columns that its own collator needs."""
+    trained: set[int] = set()
+    searched: set[int] = set()
+
+    class Parent(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train_dataset, batch_size=4, shuffle=True, collate_fn=self.data_collator)
+
+        def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            (trained if model.training and not self.in_search else searched).update(inputs.pop("row").tolist())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    class DiffoRAParent(DiffoRAMixin, Parent):
+        in_search = False
+
+        def compute_architecture_loss(self, model: Any, inputs: Any) -> Any:
+            self.in_search = True
+            try:
+                return super().compute_architecture_loss(model, inputs)
+            finally:
+                self.in_search = False
+
+    trainer = DiffoRAParent(
+        model=classifier().model,
+        args=arguments(tmp_path),
+        train_dataset=rows_of(24),
+        arch_dataset=rows_of(4, start=100) if own_data else None,
+        data_collator=DataCollatorWithPadding(tiny_tokenizer()),
+        diffora_config=search_config(),
+    )
+    trainer.train()
+    assert "diffora/gap" in step_logs(trainer)[CUT]
+    assert not trained & searched and len(trained) == (24 if own_data else 21)
+    assert searched == set(range(100, 104)) if own_data else len(searched) == 3
+
+
+def test_iterable_with_a_length_needs_held_out_data(tmp_path: Path) -> None:
+    class Sized(IterableDataset):
+        def __len__(self) -> int:
+            return 24
+
+        def __iter__(self) -> Any:
+            return iter(rows_of(24))
+
+    def trainer(**kwargs: Any) -> Any:
+        collator = DataCollatorWithPadding(tiny_tokenizer())
+        return searching(Trainer)(
+            classifier().model,
+            arguments(tmp_path),
+            train_dataset=Sized(),
+            data_collator=collator,
+            diffora_config=search_config(),
+            **kwargs,
+        )
+
+    with pytest.raises(ValueError, match=r"Sized.*in its order.*arch_dataset"):
+        trainer().train()
+    given = trainer(arch_dataset=rows_of(8))
+    given.train()
+    assert given.selection is not None

@@ -1,0 +1,182 @@
+"""What is filled in for a model that comes without LoRA: what is adapted, and what is trained and saved whole."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import (
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
+
+from diffora_trainer import DiffoRAMixin, DiffoRATrainer
+from diffora_trainer.adapters.grid import lora_layers
+from diffora_trainer.adapters.wrapping import wrap_model
+from diffora_trainer.compat import convert_peft_config_for_transformers
+from helpers.data import tiny_tokenizer
+from helpers.models import MOE_PARAMETERS, moe, speech_to_text, whisper
+from helpers.tasks import Rows, model_for, rows_for
+from helpers.tiny_model import HIDDEN
+from helpers.trainers import arguments, lora, make_trainer, search_config
+
+
+def whole_parts(model: nn.Module) -> set[str]:
+    """What is trained besides LoRA, by the name of the child of the base model."""
+    names = {n for n, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in n}
+    return {name.removeprefix("base_model.model.").partition(".")[0] for name in names}
+
+
+TASKS = {
+    "ForTokenClassification": ["Bert", "Roberta", "DebertaV2", "Llama", "GPT2"],
+    "ForQuestionAnswering": ["Bert", "Roberta", "DebertaV2", "Llama", "GPT2"],
+    "ForQuestionAnsweringSimple": ["XLNet"],
+    "ForMultipleChoice": ["Bert", "DebertaV2"],
+    "ForImageClassification": ["ViT"],
+    "ForSequenceClassification": ["Roberta", "DebertaV2", "XLNet", "T5"],
+}
+
+
+@pytest.mark.parametrize(("kind", "task"), [(kind, task) for task, kinds in TASKS.items() for kind in kinds])
+def test_new_head_is_trained_and_saved_whole(kind: str, task: str, tmp_path: Path) -> None:
+    """With the default configuration, and whatever name the head has."""
+    model = model_for(kind, task)
+    backbone = {name: tensor.clone() for name, tensor in model.base_model.state_dict().items()}
+    trainer = DiffoRATrainer(
+        model,
+        arguments(tmp_path, max_steps=4),
+        train_dataset=rows_for(task),
+        diffora_config=search_config(arch_warmup=1, discretize_at=3),
+    )
+    heads = whole_parts(trainer.model)
+    assert heads and not any(name.partition(".")[0] in heads for name in lora_layers(trainer.model, "default"))
+    trainer.train()
+    assert 0 < len(trainer.selection.selected) < len(trainer.selection.modules)
+    trainer.save_model(str(tmp_path / "saved"))
+
+    fresh = model_for(kind, task, seed=1)  # another head
+    fresh.base_model.load_state_dict(backbone, strict=False)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "saved").eval()
+    batch = {
+        name: value[None].to(trainer.model.device)
+        for name, value in rows_for(task)[0].items()
+        if name in ("input_ids", "pixel_values")
+    }
+    trainer.model.eval()
+    with torch.no_grad():
+        first, second = trainer.model(**batch), loaded(**batch)
+    for name in ("start_logits", "end_logits") if "Question" in task else ("logits",):
+        assert torch.equal(first[name], second[name])
+
+
+def test_what_the_user_excludes_stays_excluded() -> None:
+    for excluded in (["query"], r".*\.query"):
+        given = lora(exclude_modules=excluded)
+        model = wrap_model(model_for("Bert", "ForTokenClassification"), given)
+        names = lora_layers(model, "default")
+        assert len(names) == 10 and not any(name.endswith("query") or name == "classifier" for name in names)
+        assert given.exclude_modules == (set(excluded) if isinstance(excluded, list) else excluded)
+
+
+def test_what_the_user_saves_whole_has_no_lora() -> None:
+    model = wrap_model(model_for("Bert", "ForTokenClassification"), lora(modules_to_save=["attention.output.dense"]))
+    assert len(lora_layers(model, "default")) == 10
+
+
+def mixture(kind: str) -> Any:
+    """Fused experts; in two of the kinds beside shared ones, whose linear layers have the names that experts had."""
+    vocab_size = len(tiny_tokenizer())
+    sizes: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "moe_intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_experts_per_tok": 2,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    torch.manual_seed(0)
+    if kind == "qwen2_moe":
+        return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts=4, shared_expert_intermediate_size=32))
+    if kind == "glm4_moe":
+        return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, n_routed_experts=4, head_dim=8, first_k_dense_replace=1))
+    return moe(vocab_size).model
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "glm4_moe"])
+def test_mixture_of_experts(kind: str, named: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What can have a gate is adapted, and the rest is named in the log; also if the trainer loads the model."""
+    base = mixture(kind)
+    start = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    base.save_pretrained(tmp_path / "base")
+    with caplog.at_level(logging.INFO, "diffora_trainer"):
+        trainer = make_trainer(tmp_path, "sft", model=str(tmp_path / "base") if named else base, peft_config=None)
+    names = lora_layers(trainer.model, "default")
+    attention = {"q_proj", "k_proj", "v_proj", "o_proj"}
+    found = {name.rpartition(".")[2] for name in names}
+    lines = [record.message for record in caplog.records if "mixture of experts" in record.message]
+    if kind == "qwen2_moe":  # PEFT changes nothing for it, so its shared expert can be adapted
+        assert found == {*attention, "shared_expert_gate", "gate_proj", "up_proj", "down_proj"} and not lines
+    elif convert_peft_config_for_transformers is not None:
+        assert found == attention
+        assert "gate_up_proj" in lines[0] or "its fused experts" in lines[0]  # older PEFT does not name them
+        assert ("mlp.shared_experts.up_proj" in lines[0]) == (kind == "glm4_moe")
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    fresh = type(base).from_pretrained(tmp_path / "base", dtype="float32")
+    assert all(torch.equal(fresh.state_dict()[name], tensor) for name, tensor in start.items())
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "saved").eval()
+    assert set(lora_layers(loaded, "default")) == set(trainer.selection.selected)
+    batch = {"input_ids": torch.arange(5, 17).reshape(2, 6)}
+    trainer.model.eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, trainer.model(**batch).logits)
+
+
+def test_parameters_that_the_user_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"target_parameters=.*experts"):
+        make_trainer(tmp_path, "sft", model=moe().model, peft_config=lora(target_parameters=MOE_PARAMETERS))
+
+
+@pytest.mark.parametrize("make", [whisper, speech_to_text])
+@pytest.mark.parametrize("parent", [Trainer, Seq2SeqTrainer])
+def test_models_without_input_ids(make: Any, parent: type[Trainer], tmp_path: Path) -> None:
+    """PEFT's class of sequence-to-sequence tasks would pass them `input_ids`, so no task type is filled in."""
+
+    class DiffoRAParent(DiffoRAMixin, parent):  # type: ignore[misc, valid-type]
+        pass
+
+    args = arguments(tmp_path, Seq2SeqTrainingArguments if parent is Seq2SeqTrainer else TrainingArguments)
+    tiny = make()
+    rows = Rows([{name: value[index % 4] for name, value in tiny.batch.items()} for index in range(24)])
+    trainer = DiffoRAParent(tiny.model, args, train_dataset=rows, diffora_config=search_config())
+    assert len(lora_layers(trainer.model, "default")) == tiny.linear_modules
+    trainer.train()
+    trainer.save_model(str(tmp_path / "saved"))
+    loaded = PeftModel.from_pretrained(make().model, tmp_path / "saved").eval()
+    assert set(lora_layers(loaded, "default")) == set(trainer.selection.selected)
+    trainer.model.eval()
+    with torch.no_grad():
+        first, second = loaded(**tiny.batch).logits, trainer.model(**tiny.batch).logits
+    assert torch.allclose(first, second, atol=1e-6)  # its convolutions round by where their inputs lie in memory
+
+
+def test_task_type_that_passes_input_ids_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"SEQ_2_SEQ_LM.*Whisper.*input_features.*leave `task_type` out"):
+        DiffoRATrainer(whisper().model, arguments(tmp_path), peft_config=lora(task_type="SEQ_2_SEQ_LM"))
