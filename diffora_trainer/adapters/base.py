@@ -211,6 +211,11 @@ def extra_kinds() -> tuple[SiteKind, ...]:
     return tuple(kind for kind in site_kinds() if not kind.in_adapter)
 
 
+def kinds_of(model: nn.Module) -> tuple[SiteKind, ...]:
+    """Those of [`extra_kinds`] of which a model has sites."""
+    return tuple(kind for kind in extra_kinds() if kind.installed(model))
+
+
 @cache
 def _register_installed() -> None:
     for entry in entry_points(group=ENTRY_POINTS):

@@ -10,12 +10,10 @@ from typing import Any
 
 from peft import PeftModel
 
-from ..adapters.grid import peft_model
-from ..adapters.pruning import remove_empty_groups
+from ..adapters.base import extra_kinds, kinds_of
+from ..adapters.lora import peft_model
+from ..adapters.optimizer import remove_empty_groups
 from ..compat import is_sentence_transformer, load_sentence_transformer
-from ..core.files import ADAPTER_FOLDER
-from ..experimental.shortcuts.model import copy_inner_adapter, load_shortcuts
-from ..experimental.shortcuts.shortcuts import shortcuts
 from ..hub.card import write_card
 from ..hub.plots import plot_to
 from ..logging import get_logger
@@ -26,6 +24,12 @@ logger = get_logger(__name__)
 
 # What a checkpoint holds to resume from, and its card, of which the output has its own.
 _NOT_OF_THE_ADAPTER = ("README", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "diffora_state")
+
+
+def complete_adapter(model: Any, folder: Path) -> None:
+    """Complete a folder in which PEFT has just saved a model with what a plain adapter does not hold."""
+    for kind in extra_kinds():
+        kind.save(peft_model(model), folder)
 
 
 def save_findings(trainer: Any, folder: Path) -> None:
@@ -44,7 +48,8 @@ def update_output(trainer: Any, checkpoint: str) -> None:
     for path in Path(checkpoint).iterdir():
         if path.is_file() and not path.name.startswith(_NOT_OF_THE_ADAPTER):
             shutil.copy(path, output)
-    copy_inner_adapter(checkpoint, output)
+    for kind in extra_kinds():
+        kind.copy(checkpoint, output)
     save_findings(trainer, output)
 
 
@@ -82,10 +87,9 @@ def load_adapter(trainer: Any, checkpoint: str, parent: Callable[[str], None]) -
     if is_sentence_transformer(model):
         load_sentence_transformer(model, peft_model(model), checkpoint)
         return
-    folder = "" if not shortcuts(model) else ADAPTER_FOLDER
-    parent(str(Path(checkpoint, folder)))
-    if shortcuts(model):
-        load_shortcuts(model, checkpoint)
+    parent(str(Path(checkpoint, _adapter_folder(model))))
+    for kind in kinds_of(model):
+        kind.load(model, checkpoint)
     # The parent loads the adapter with PEFT's default, which makes LoRA weights in half precision float32: the
     # resumed run would round otherwise than the run that made the checkpoint.
     for name, parameter in model.named_parameters():
@@ -121,12 +125,18 @@ def load_best_adapter(trainer: Any, parent: Callable[[], None]) -> None:
         parent (`Callable[[], None]`): loads the adapter that `state` calls the best, as the parent trainer does it.
     """
     best = trainer.state.best_model_checkpoint
-    if best is None or not shortcuts(trainer.model):
+    if best is None or not kinds_of(trainer.model):
         parent()
         return
-    trainer.state.best_model_checkpoint = str(Path(best, ADAPTER_FOLDER))
+    trainer.state.best_model_checkpoint = str(Path(best, _adapter_folder(trainer.model)))
     try:
         parent()
     finally:
         trainer.state.best_model_checkpoint = best
-    load_shortcuts(trainer.model, best)
+    for kind in kinds_of(trainer.model):
+        kind.load(trainer.model, best)
+
+
+def _adapter_folder(model: Any) -> str:
+    """Where in a folder of a run PEFT's adapter of a model is saved."""
+    return next((kind.adapter_folder for kind in kinds_of(model) if kind.adapter_folder), "")
