@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from diffora_trainer.core.selection import SELECTION_NAME
-from diffora_trainer.hub.push import Private
+from diffora_trainer.hub.push import private_of
 from diffora_trainer.trainer.checkpoint import STATE_NAME
 from helpers import IMPORT_PATH
 from helpers.checks import adapter, assert_same
@@ -150,7 +150,7 @@ def test_what_is_private_is_told_from_what_is_not(tmp_path: Path, monkeypatch: p
     home = tmp_path / "home" / "alice"
     monkeypatch.setattr(Path, "home", lambda: home)
     trainer = make_trainer(home / "out", args={"hub_token": "hf_secret", "run_name": "hf_" + "A1b2" * 8})
-    private = Private(trainer)
+    private = private_of(trainer)
     for text, expected in {
         f"{home}/out/checkpoint-3": "out/checkpoint-3",
         f'"{home}"': '"."',
