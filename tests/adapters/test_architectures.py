@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
 from diffora_trainer.adapters.gates import Gates
-from diffora_trainer.adapters.grid import OTHER_ROW, ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
+from diffora_trainer.core.grid import OTHER_ROW
 from diffora_trainer.core.selection import Selection
 from helpers.adapted import adapted_names, logits, random_selection, randomize
 from helpers.models import ARCHITECTURES, MOE_PARAMETERS, llama_config, moe
@@ -39,7 +40,7 @@ def make(name: str) -> tuple[TinyModel, Any]:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_grid(name: str) -> None:
     tiny, model = make(name)
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     assert set(grid.names) == adapted_names(model)
     assert len(set(grid.positions)) == len(grid) == int(tiny.linear_modules or 0) + len(tiny.outside)
     assert len([row for row in grid.rows if row != OTHER_ROW]) == tiny.rows
@@ -63,7 +64,7 @@ def test_gates_are_exact(name: str) -> None:
     tiny, model = make(name)
     stock = logits(model, tiny)
     base = logits(ARCHITECTURES[name]().model.eval(), tiny)
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     gates = Gates(model, grid)
     gates.attach()
     assert logits(model, tiny).equal(stock)  # nothing is set
@@ -95,7 +96,7 @@ def test_gate_gradient_is_a_finite_difference(name: str) -> None:
         model.get_base_model().set_experts_implementation("eager")  # the fused kernel has no float64
     model.double()
     batch: dict[str, Tensor] = {k: v.double() if v.is_floating_point() else v for k, v in tiny.batch.items()}
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     gates = Gates(model, grid)
     gates.attach()
 
@@ -123,7 +124,7 @@ def test_gate_gradient_is_a_finite_difference(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cut_save_and_reload(name: str, tmp_path: Path) -> None:
     tiny, model = make(name)
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     selection = random_selection(grid, seed=len(grid))
     gates = Gates(model, grid)
     gates.attach()
@@ -148,7 +149,7 @@ def test_gates_do_not_round_a_float64_model() -> None:
     tiny, model = make("gpt2")
     model.double()
     stock = logits(model, tiny)
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     gates = Gates(model, grid)
     gates.attach()
     with gates.override(torch.ones(len(grid), requires_grad=True)):
@@ -161,9 +162,9 @@ def test_experts_are_refused_and_named_projections_work() -> None:
         if not model.peft_config["default"].target_parameters:
             continue  # older PEFT takes no experts for "all-linear"
         with pytest.raises(ValueError, match=r"target_parameters=.*experts.*q_proj|attention"):
-            ModuleGrid.from_model(model)
+            AdapterGrid.from_model(model)
     _, model = make("moe")
-    assert len(ModuleGrid.from_model(model)) == 8
+    assert len(AdapterGrid.from_model(model).grid) == 8
 
 
 def test_many_selected_modules_in_twelve_layers(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_many_selected_modules_in_twelve_layers(tmp_path: Path) -> None:
     for count in (19, 20, 45, 83, 84):
         model = get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")).eval()
         randomize(model)
-        selection = random_selection(ModuleGrid.from_model(model), count)
+        selection = random_selection(AdapterGrid.from_model(model).grid, count)
         apply_selection(model, selection)
         model.save_pretrained(tmp_path / str(count))
         loaded = PeftModel.from_pretrained(base(), tmp_path / str(count)).eval()
@@ -226,7 +227,7 @@ def test_a_selected_name_ends_an_unselected_one(chosen: tuple[str, ...] | None, 
 
     model: Any = get_peft_model(base(), LoraConfig(r=2, target_modules=["q", "v"]))
     randomize(model)
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     assert len(grid.rows) == 22 and len(grid.columns) == 2
     # All of the text tower and a bit of the other: more than 20 names, each the end of another one.
     wanted = chosen or (*(name for name in grid.names if name.startswith("layers.")), "vision.layers.3.q")

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, apply_selection
 from helpers.depth import LATE, LAYERS, Reach, deep, embeddings_require_gradient, late_first, layers_of
+from helpers.options import make_config
 from helpers.trainers import lora
 
 
@@ -55,7 +56,7 @@ def warm(config: LoraConfig | None = None) -> PeftModel:
 
 def test_a_loop_of_one_s_own(tmp_path: Path) -> None:
     """From `begin` on, after `apply_selection` too, and on a model that is cut by a saved selection."""
-    config = DiffoRAConfig(**LATE)
+    config = make_config(**LATE)
     model, batch = checkpointed(warm()), batch_of_ids()
     checkpointed(model)  # a second hook, of which transformers no longer knows the first
     reach = Reach().watch(model)
@@ -88,7 +89,7 @@ def test_checkpointing_that_may_be_reentrant_keeps_what_it_needs() -> None:
     model = checkpointed(warm())
     for found in (False, True):
         search = ArchitectureSearch(
-            model, DiffoRAConfig(**LATE), loss_fn=lambda m, b: m(**b).loss, score_function=late_first
+            model, make_config(**LATE), loss_fn=lambda m, b: m(**b).loss, score_function=late_first
         )
         search.begin()
         assert embeddings_require_gradient(model) == found

@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
-from diffora_trainer.adapters.grid import ModuleGrid
 from helpers.models import llama
 from helpers.trainers import Probe, causal_model, classifier, make_trainer
 
@@ -62,7 +61,7 @@ COMPILED: dict[str, Callable[[], Any]] = {
 def test_compiled_models_are_refused(how: str) -> None:
     """What was traced before the gates were there runs on without them, in silence."""
     model = COMPILED[how]()
-    for use in (ModuleGrid.from_model, lambda model: ArchitectureSearch(model, loss_fn=loss_of)):
+    for use in (AdapterGrid.from_model, lambda model: ArchitectureSearch(model, loss_fn=loss_of)):
         with pytest.raises(ValueError, match=r"compiled model.*torch\.compile.*gates.*model\.compile\(\).*after"):
             use(model)
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from diffora_trainer.adapters.gates import Gates
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from helpers.models import bert, llama
 
 
@@ -25,7 +25,7 @@ def gated(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[Any, dict
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
     model.to(dtype)
-    return model, tiny.batch, Gates(model, ModuleGrid.from_model(model))
+    return model, tiny.batch, Gates(AdapterGrid.from_model(model).sites)
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor]) -> float:
@@ -150,12 +150,12 @@ def test_states_that_cannot_be_searched_are_refused(change: Any, message: str) -
     model, _, _ = gated()
     change(model)
     with pytest.raises(ValueError, match=message):
-        ModuleGrid.from_model(model)
+        AdapterGrid.from_model(model)
 
 
 def test_other_models_are_refused() -> None:
     with pytest.raises(TypeError, match="got LlamaForCausalLM.*get_peft_model"):
-        ModuleGrid.from_model(llama().model)
+        AdapterGrid.from_model(llama().model)
     model = get_peft_model(bert().model, IA3Config(target_modules=["query"], feedforward_modules=[]))
     with pytest.raises(TypeError, match="IA3Config.*LoraConfig"):
-        ModuleGrid.from_model(model)
+        AdapterGrid.from_model(model)

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from diffora_trainer import Selection
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from helpers.strategies import assert_usable
 
 
@@ -39,7 +39,7 @@ def test_every_tree_of_modules_is_a_grid(tree: dict[str, Any]) -> None:
     model = Node(tree)
     linear = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     wrapped = get_peft_model(model, LoraConfig(r=2, target_modules=list(linear)))
-    grid = ModuleGrid.from_model(wrapped)
+    grid = AdapterGrid.from_model(wrapped).grid
     assert sorted(grid.names) == sorted(linear) and len(grid) == len(set(grid.positions)) == len(linear)
     assert list(grid.positions) == sorted(grid.positions)
     for name, (row, column), size in zip(grid.names, grid.positions, grid.parameters, strict=True):
@@ -48,7 +48,7 @@ def test_every_tree_of_modules_is_a_grid(tree: dict[str, Any]) -> None:
         assert size == 2 * (2 + linear[name].out_features)
     assert {row for row, _ in grid.positions} == set(range(len(grid.rows)))
     assert {column for _, column in grid.positions} == set(range(len(grid.columns)))
-    assert ModuleGrid.from_model(wrapped) == grid and grid.describe()
+    assert AdapterGrid.from_model(wrapped).grid == grid and grid.describe()
     selection = Selection(
         grid.rows, grid.columns, grid.names, grid.positions, grid.parameters,
         (0.0,) * len(grid), (1.0,) * len(grid), (True,) * len(grid),

@@ -16,8 +16,9 @@ from torch import nn
 from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
-from diffora_trainer.adapters.grid import ModuleGrid
-from diffora_trainer.adapters.pruning import apply_selection, remove_from_optimizer
+from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.adapters.optimizer import remove_from_optimizer
+from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import Selection
 from helpers.adapted import adapted_names, logits, random_selection, randomize
 from helpers.models import llama
@@ -30,7 +31,7 @@ def make(**options: Any) -> tuple[TinyModel, Any, Selection]:
     config = LoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
     model = get_peft_model(tiny.model, config).eval()
     randomize(model)
-    return tiny, model, random_selection(ModuleGrid.from_model(model))
+    return tiny, model, random_selection(AdapterGrid.from_model(model).grid)
 
 
 def lora(model: nn.Module, name: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -142,7 +143,7 @@ def test_a_second_adapter_stays_apart() -> None:
 
 def test_layer_restrictions_are_spelled_out(tmp_path: Path) -> None:
     tiny, model, _ = make(target_modules=["q_proj", "v_proj", "up_proj"], layers_to_transform=[1])
-    selection = random_selection(ModuleGrid.from_model(model), count=2)
+    selection = random_selection(AdapterGrid.from_model(model).grid, count=2)
     apply_selection(model, selection)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama().model, tmp_path).eval()

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from diffora_trainer import DiffoRAConfig
 from helpers.checks import assert_helpful
+from helpers.options import make_config
 
 
 # What is passed, the class of the error, and the essential part of its message
@@ -42,7 +42,7 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"arch_warmup": 2.5}, ValueError, "arch_warmup=2.5.*neither"),
     ({"arch_warmup": 0.3, "discretize_at": 0.3}, ValueError, "cut before the search starts"),
     ({"arch_warmup": 30, "discretize_at": 20}, ValueError, "cut before the search starts"),
-    ({"arch_closing": -1}, ValueError, "arch_closing=-1.0.*neither"),
+    ({"fade_out": -1}, ValueError, "fade_out=-1.0.*neither"),
     ({"arch_every": 0}, ValueError, "arch_every=0.*1 or more"),
     ({"arch_every": 2.0}, TypeError, "`arch_every` must be"),
     ({"arch_every": True}, TypeError, "`arch_every` must be"),
@@ -70,7 +70,7 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("options", "error", "message"), CONFIG, ids=[str(options) for options, *_ in CONFIG])
 def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as found:
-        DiffoRAConfig(**options)
+        make_config(**options)
     assert_helpful(str(found.value), message)
 
 

@@ -20,7 +20,7 @@ OPTIONS: dict[str, Any] = {
     "max_trainable_parameters": 1000,
     "discretize_at": 40.0,
     "arch_warmup": 0.1,
-    "arch_closing": 0.1,
+    "fade_out": 0.1,
     "cost": "time",
     "max_step_time": 0.6,
     "arch_every": 3,
@@ -89,7 +89,7 @@ def test_a_copy_with_another_seed() -> None:
 
 def test_limits_are_allowed() -> None:
     DiffoRAConfig(selection_ratio=1, arch_warmup=0, arch_learning_rate=1.0, arch_seed=0)
-    DiffoRAConfig(relaxation="sigmoid", arch_learning_rate=5.0)
+    DiffoRAConfig(method="sigmoid", arch_learning_rate=5.0)
     DiffoRAConfig(arch_warmup=0.9, discretize_at=1000)  # one is a fraction, the other a step: only the run can tell
 
 
@@ -120,9 +120,9 @@ def test_schedule(options: dict[str, Any], steps: int, expected: tuple[int, int]
         ({}, 300, 60),
         ({}, 3, 2),  # no time for it
         ({}, 14, 3),
-        ({"arch_closing": 0}, 300, 75),
-        ({"arch_closing": 10}, 300, 65),
-        ({"arch_closing": 1000}, 300, 16),  # one step of the search at least
+        ({"fade_out": 0}, 300, 75),
+        ({"fade_out": 10}, 300, 65),
+        ({"fade_out": 1000}, 300, 16),  # one step of the search at least
         ({"relaxation": "softmax"}, 300, 60),
         ({"relaxation": "sampled"}, 300, 75),  # its weights train under drawn gates
         ({"weight_sharing": "layer"}, 300, 75),  # what is closed would come back as a shared pair

@@ -25,6 +25,7 @@ from diffora_trainer.config import (
 )
 from diffora_trainer.core.budget import Budget
 from helpers.adapted import make_selection
+from helpers.options import make_config
 from helpers.strategies import assert_exact, assert_usable, budgets, fits, vectors
 
 
@@ -52,7 +53,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "max_trainable_parameters": st.none() | st.integers(1, 10**6),
     "discretize_at": MOMENTS,
     "arch_warmup": MOMENTS,
-    "arch_closing": MOMENTS,
+    "fade_out": MOMENTS,
     "arch_every": st.integers(1, 9),
     "relaxation": st.sampled_from(RELAXATIONS),
     "arch_learning_rate": st.none() | st.floats(0, 1),
@@ -91,12 +92,12 @@ def test_options_are_refused_by_name_or_hold_together(
 ) -> None:
     options = {**options, **hostile}
     try:
-        config = DiffoRAConfig(**options)
+        config = make_config(**options)
     except (ValueError, TypeError) as error:
         assert any(f"`{name}" in str(error) for name in options), error
         return
     stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
-    assert DiffoRAConfig(**stored) == config and DiffoRAConfig(**stored).to_dict() == stored
+    assert make_config(**stored) == config and make_config(**stored).to_dict() == stored
     for total in totals:
         try:
             warmup, cut = config.schedule(total)
@@ -127,10 +128,10 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
     budget = data.draw(budgets())
     count = len(budget)
     scores = vectors(data.draw, count)
-    kept = budget.choose(scores)
+    kept = budget.discretize(scores)
     assert_exact(budget, kept)
-    assert budget.choose(torch.zeros(count)).equal(budget.choose(torch.full((count,), 3.0)))
-    assert budget.choose(scores).equal(kept)  # nothing was left behind by the calls in between
+    assert budget.discretize(torch.zeros(count)).equal(budget.discretize(torch.full((count,), 3.0)))
+    assert budget.discretize(scores).equal(kept)  # nothing was left behind by the calls in between
     if budget.cap is None:
         for group in set(budget.group.tolist()):
             members = [i for i in range(count) if budget.group[i] == group and budget.allowed[i]]
@@ -138,7 +139,7 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
             # Python's sort is stable: of equal scores those first in the grid are taken.
             best = sorted(members, key=lambda i: -float(scores[i]))[:number]
             assert [i for i in members if kept[i]] == sorted(best)
-            ties = budget.choose(torch.zeros(count))
+            ties = budget.discretize(torch.zeros(count))
             assert [i for i in members if ties[i]] == members[:number]
     # A choice does not depend on how the grid is numbered, as long as no two scores are equal.
     if len(set(scores.tolist())) == count:
@@ -150,12 +151,12 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
             other.group = budget.group[torch.tensor(order)]
             other.counts, other.targets = budget.counts, budget.targets
         other.restrict(budget.allowed[torch.tensor(order)])
-        assert other.choose(scores[torch.tensor(order)]).equal(kept[torch.tensor(order)])
+        assert other.discretize(scores[torch.tensor(order)]).equal(kept[torch.tensor(order)])
     for bad in (math.nan, math.inf, -math.inf):
         broken = scores.clone()
         broken[data.draw(st.integers(0, count - 1))] = bad
         with pytest.raises(ValueError, match="finite"):
-            budget.choose(broken)
+            budget.discretize(broken)
 
 
 @given(data=st.data())
@@ -163,10 +164,10 @@ def test_one_of_those_that_are_required_is_kept(data: st.DataObject) -> None:
     budget = data.draw(budgets())
     count = len(budget)
     scores = vectors(data.draw, count)
-    before = budget.choose(scores)
+    before = budget.discretize(scores)
     required = torch.tensor(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
     budget.required = required
-    kept = budget.choose(scores)
+    kept = budget.discretize(scores)
     assert_exact(budget, kept)
     possible = required & budget.allowed & fits(budget)
     if (before & required).any() or not possible.any():
@@ -211,7 +212,7 @@ def test_budgets_are_refused_with_a_reason(rows: Any, sizes: Any, ratio: Any, sc
     except ValueError as error:
         assert len(str(error)) > 20
         return
-    assert_exact(budget, budget.choose(torch.zeros(len(rows))))
+    assert_exact(budget, budget.discretize(torch.zeros(len(rows))))
 
 
 # Selections

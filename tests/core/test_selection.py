@@ -65,11 +65,11 @@ def test_ties_are_decided_the_same_way_always() -> None:
     rows, sizes = [0, 0, 0, 1, 1, 1], [10] * 6
     budget = Budget(rows, sizes, ratio=1 / 3)
     equal = torch.zeros(6)
-    assert budget.choose(equal).tolist() == [True, False, False, True, False, False]
+    assert budget.discretize(equal).tolist() == [True, False, False, True, False, False]
     breaker = torch.tensor([0.0, 1.0, 1.0, 0.0, 0.0, 2.0])
-    assert budget.choose(equal, breaker).tolist() == [False, True, False, False, False, True]
+    assert budget.discretize(equal, breaker).tolist() == [False, True, False, False, False, True]
     scores = torch.tensor([0.0, 0.0, 0.1, 0.0, 0.1, 0.0])  # a tie-breaker never overrules a score
-    assert budget.choose(scores, breaker).tolist() == [False, False, True, False, True, False]
+    assert budget.discretize(scores, breaker).tolist() == [False, False, True, False, True, False]
     assert Budget(rows, sizes, cap=25).choose(equal, breaker).nonzero().flatten().tolist() == [1, 5]
 
 
@@ -108,9 +108,13 @@ def test_a_kind_without_a_part_of_the_cap_takes_no_part() -> None:
     assert budget.targets.tolist() == [59, 0] and budget.allowed.tolist() == [True, True, False]
     assert budget.share.tolist() == pytest.approx([0.59, 0.59, 0.0])
     assert budget.calibrate(torch.zeros(3)).tolist() == pytest.approx([0.59, 0.59, 0.0])
-    assert budget.choose(torch.tensor([0.0, 1.0, 2.0])).tolist() == [False, True, False]
+    assert budget.discretize(torch.tensor([0.0, 1.0, 2.0])).tolist() == [False, True, False]
     budget.restrict(torch.tensor([True, False, True]))
-    assert budget.share.tolist() == [1.0, 0.0, 0.0] and budget.choose(torch.zeros(3)).tolist() == [True, False, False]
+    assert budget.share.tolist() == [1.0, 0.0, 0.0] and budget.discretize(torch.zeros(3)).tolist() == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_vertex_is_the_best_affordable_set() -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from diffora_trainer import ShortcutModel, load_shortcuts
-from diffora_trainer.core.files import ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
+from diffora_trainer.experimental.shortcuts.files import ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
 from diffora_trainer.trainer.checkpoint import newest_checkpoint
 from helpers.checks import assert_continues, assert_same
 from helpers.shortcut_runs import ALL, BLOB, JSON, SEARCHED, cut_short, remove, shortcut_trainer, tensors

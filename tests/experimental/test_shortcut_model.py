@@ -19,8 +19,8 @@ from diffora_trainer import (
     remove_shortcuts,
     save_shortcuts,
 )
-from diffora_trainer.core.files import SHORTCUT_CONFIG_NAME as CONFIG_NAME
-from diffora_trainer.core.files import SHORTCUT_TENSORS_NAME as TENSORS_NAME
+from diffora_trainer.experimental.shortcuts.files import SHORTCUT_CONFIG_NAME as CONFIG_NAME
+from diffora_trainer.experimental.shortcuts.files import SHORTCUT_TENSORS_NAME as TENSORS_NAME
 from diffora_trainer.experimental.shortcuts.shortcuts import shortcuts
 from helpers.checks import assert_same
 from helpers.models import bert, gemma, roberta, t5

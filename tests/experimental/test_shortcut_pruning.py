@@ -19,9 +19,9 @@ from diffora_trainer import (
     add_shortcuts,
     apply_selection,
 )
-from diffora_trainer.adapters.grid import ModuleGrid, parameters_of, searched_modules
-from diffora_trainer.experimental.shortcuts.hooks import ATTRIBUTE
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.experimental.shortcuts.shortcuts import KINDS, keep_shortcuts, shortcuts
+from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
 from diffora_trainer.hub.plots import plot_selection
 from diffora_trainer.search.reallocation import Reallocation
 from helpers.checks import assert_same, optimizer_state, snapshot
@@ -55,7 +55,7 @@ def test_what_is_cut_is_gone_and_what_stays_goes_on(method: str) -> None:
     apply_selection(model, selection, optimizer)
 
     names = [name for name, _ in model.named_parameters() if "lora_" in name or ATTRIBUTE in name]
-    assert set(pairs(model)) == set(selection.selected) == set(searched_modules(model, "default"))
+    assert set(pairs(model)) == set(selection.selected) == set(find_sites(model, "default"))
     assert_same({n: t for n, t in snapshot(model).items() if n in names}, {n: weights[n] for n in names})
     assert_same(
         optimizer_state(model, optimizer), {n: moments[n] for n, _ in model.named_parameters() if n in moments}
@@ -133,9 +133,9 @@ def test_shortcuts_that_are_off_are_not_there() -> None:
     assert {name for name, pair in pairs(model).items() if pair[1].grad is not None} == set(kept)
     twin, _ = ready()
     twin.load_state_dict(model.state_dict())
-    for name, module in searched_modules(twin, "default").items():
+    for name, module in find_sites(twin, "default").items():
         if name not in kept:
-            nn.init.zeros_(parameters_of(module, "default")[1])
+            nn.init.zeros_(module.parameters[1])
     torch.testing.assert_close(model_loss(twin, batches[0]), loss)
     assert not any(p.requires_grad for name in off for p in pairs(model)[name])
     # Scored as if they were on.
@@ -172,7 +172,7 @@ def test_a_loaded_model_is_trained_on(task: str, tmp_path: Path) -> None:
     clean = classifier().model if task == "cls" else causal_model()
     loaded = ShortcutModel.from_pretrained(clean, tmp_path / "first", is_trainable=True)
     second = make_trainer(tmp_path / "second", task, model=loaded, peft_config=None, search=options)
-    assert set(ModuleGrid.from_model(second.model).names) == set(kept.selected)
+    assert set(AdapterGrid.from_model(second.model).grid.names) == set(kept.selected)
     before = {name: [p.clone() for p in pair] for name, pair in pairs(second.model).items()}
     second.train()
     assert set(second.selection.selected) < set(kept.selected)

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 
 from diffora_trainer import ShortcutModel
-from diffora_trainer.core.files import ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
+from diffora_trainer.experimental.shortcuts.files import ADAPTER_FOLDER, SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
 from diffora_trainer.experimental.shortcuts.shortcuts import shortcuts
 from helpers import IMPORT_PATH
 from helpers.checks import assert_continues, assert_same, optimizer_state

@@ -18,11 +18,12 @@ from diffora_trainer import (
     Selection,
     add_shortcuts,
 )
-from diffora_trainer.adapters.grid import ModuleGrid
-from diffora_trainer.experimental.shortcuts.hooks import ATTRIBUTE
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.experimental.shortcuts.shortcuts import KINDS, shortcuts
+from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
 from helpers.checks import assert_same, snapshot
 from helpers.models import bert, llama, opt
+from helpers.options import make_config
 from helpers.searches import by_hand, make_search, model_loss, warm
 from helpers.shortcuts import pairs, ready
 from helpers.trainers import lora, make_trainer
@@ -30,8 +31,8 @@ from helpers.trainers import lora, make_trainer
 
 def test_shortcuts_stand_in_the_grid() -> None:
     model, _ = ready()
-    plain = ModuleGrid.from_model(warm()[0])
-    grid = ModuleGrid.from_model(model)
+    plain = AdapterGrid.from_model(warm()[0]).grid
+    grid = AdapterGrid.from_model(model).grid
     assert grid.rows == plain.rows and grid.columns == (*plain.columns, *KINDS)
     assert set(grid.names) == {*plain.names, *shortcuts(model)} == set(pairs(model))
     assert grid.shortcuts == tuple(n for n in grid.names if n in shortcuts(model))
@@ -44,7 +45,7 @@ def test_shortcuts_stand_in_the_grid() -> None:
     # Layers without LoRA keep their place.
     model = get_peft_model(llama().model, lora(target_modules=["layers.1.self_attn.q_proj"]))
     add_shortcuts(model)
-    assert ModuleGrid.from_model(model).rows == plain.rows
+    assert AdapterGrid.from_model(model).grid.rows == plain.rows
 
 
 @pytest.mark.parametrize("kind", [llama, bert, opt])
@@ -72,7 +73,7 @@ def test_alpha_test_takes_a_shortcut_away() -> None:
     twin = copy.deepcopy(model).eval()
     with torch.no_grad():
         whole = float(sum(model_loss(twin, batch) for batch in batches) / len(batches))
-        for name, rise in zip(search.grid.names, search.matrix._tie_breaker.tolist(), strict=True):
+        for name, rise in zip(search.grid.names, search.method._tie_breaker.tolist(), strict=True):
             second = pairs(twin)[name][1]
             kept = second.clone()
             second.zero_()
@@ -99,7 +100,7 @@ def planted(good: set[str], unit: float) -> Any:
     """A score function that gives every name of `good` more than any other of its kind; shortcuts in another unit."""
 
     def scores(model: nn.Module, batches: list[Any]) -> dict[str, float]:
-        grid = ModuleGrid.from_model(model)
+        grid = AdapterGrid.from_model(model).grid
         return {
             name: (1.0 + 0.01 * index + 5.0 * (name in good)) * (unit if shortcut else 1.0)
             for index, (name, shortcut) in enumerate(zip(grid.names, grid.is_shortcut, strict=True))
@@ -188,7 +189,7 @@ def test_config() -> None:
         ["--shortcuts", "shortcut1", "residual1", "--shortcut_ranking", "separated"]
     )
     assert config.shortcuts == ["shortcut1", "residual1"] and config.shortcut_ranking == "separated"
-    assert DiffoRAConfig(**config.to_dict()) == config
+    assert make_config(**config.to_dict()) == config
     for options, error, message in (
         ({"shortcuts": "residual1"}, TypeError, "must be a list"),
         ({"shortcuts": []}, ValueError, "leave it out"),
@@ -199,7 +200,7 @@ def test_config() -> None:
         ({"shortcuts": ["residual1"], "weight_sharing": "layer"}, ValueError, "weight_sharing='layer'.*none"),
     ):
         with pytest.raises(error, match=message):
-            DiffoRAConfig(**options)
+            make_config(**options)
 
 
 def test_refusals() -> None:
@@ -210,7 +211,7 @@ def test_refusals() -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     with pytest.raises(ValueError, match=r"shortcut 'model\.layers\.0\.residual1' is frozen.*is_trainable=True"):
-        ModuleGrid.from_model(model)
+        AdapterGrid.from_model(model)
     assert isinstance(model, PeftModel)
 
 

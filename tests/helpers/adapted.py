@@ -9,7 +9,8 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.base import find_sites
+from diffora_trainer.core.grid import LORA, Grid, SiteInfo
 from diffora_trainer.core.selection import Selection
 from helpers.tiny_model import TinyModel
 
@@ -30,19 +31,21 @@ def adapted_names(model: nn.Module) -> set[str]:
     return {name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 
-def random_selection(grid: ModuleGrid, count: int | None = None, seed: int = 0) -> Selection:
+def lora_layers(model: Any, adapter_name: str) -> dict[str, Any]:
+    """The LoRA layers of an adapter by their names in the base model, in the model's order."""
+    found: list[Any] = [site for site in find_sites(model, adapter_name).values() if site.kind == LORA]
+    return {site.name: site.layer for site in found}
+
+
+def random_selection(grid: Grid, count: int | None = None, seed: int = 0) -> Selection:
     """A random choice, without regard to rows; the gates and what is folded are random too."""
     rng = random.Random(seed)
     chosen = set(rng.sample(grid.names, count or max(1, len(grid) // 2)))
     return Selection(
-        rows=grid.rows,
-        columns=grid.columns,
-        modules=grid.names,
-        positions=grid.positions,
-        parameters=grid.parameters,
+        grid=grid,
         scores=tuple(rng.random() for _ in grid.names),
         gates=tuple(rng.random() for _ in grid.names),
-        kept=tuple(name in chosen for name in grid.names),
+        ranks=tuple(site.rank if site.name in chosen else 0 for site in grid.sites),
         factors=tuple(rng.random() for _ in grid.names),
     )
 
@@ -64,18 +67,30 @@ class PackedLinear(nn.Module):
         return nn.functional.linear(x, ((codes.float() - 8) * self.scales).to(x.dtype))
 
 
-def make_selection(**changes: Any) -> Selection:
+def make_grid(**changes: Any) -> Grid:
     """Two layers of three kinds and a pooler; the first layer's `down` does not exist."""
     fields: dict[str, Any] = {
         "rows": ("layers.0", "layers.1", "other"),
         "columns": ("attn.q", "attn.v", "mlp.down", "pooler"),
-        "modules": ("layers.0.attn.q", "layers.0.attn.v", "layers.1.attn.q", "layers.1.attn.v", "layers.1.mlp.down")
-        + ("pooler",),
-        "positions": ((0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 3)),
-        "parameters": (10, 10, 10, 10, 30, 5),
+        "sites": (
+            SiteInfo("layers.0.attn.q", 0, 0, 5, 2),
+            SiteInfo("layers.0.attn.v", 0, 1, 5, 2),
+            SiteInfo("layers.1.attn.q", 1, 0, 5, 2),
+            SiteInfo("layers.1.attn.v", 1, 1, 5, 2),
+            SiteInfo("layers.1.mlp.down", 1, 2, 5, 6),
+            SiteInfo("pooler", 2, 3, 5, 1),
+        ),
+    }
+    return Grid(**{**fields, **changes})
+
+
+def make_selection(**changes: Any) -> Selection:
+    """The first module of [`make_grid`] and its pooler are kept."""
+    fields: dict[str, Any] = {
+        "grid": make_grid(),
+        "ranks": (5, 0, 0, 0, 0, 5),
         "scores": (0.5, -1.25, 3.0e-9, 0.1, 2.0, 1 / 3),
         "gates": (1.0, 0.0, 0.125, 0.1, 1 / 3, 0.7),
-        "kept": (True, False, False, False, False, True),
         "shared": (("layers.1.attn.q", "layers.0.attn.v"),),
         "step": 75,
         "config": {"selection_ratio": 0.5, "base_model_id": None},

@@ -13,7 +13,7 @@ from transformers import (
     Trainer,
 )
 
-from diffora_trainer.adapters.grid import lora_layers
+from helpers.adapted import lora_layers
 from helpers.trainers import CUT
 
 

@@ -69,7 +69,7 @@ def live(order: dict) -> None:
         search={
             "arch_warmup": 6,
             "discretize_at": CUT,
-            "arch_closing": 8,
+            "fade_out": 8,
             "arch_every": 2,
             "shortcuts": order.get("shortcuts"),
         },

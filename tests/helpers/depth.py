@@ -21,7 +21,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from diffora_trainer import DiffoRAMixin
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from helpers.data import preference_dataset, tiny_tokenizer
 from helpers.models import llama_config
 from helpers.trainers import VOCABULARY, arguments, lora, make_trainer, search_config
@@ -42,7 +42,7 @@ def layer_of(name: str) -> int:
 
 
 def late_first(model: nn.Module, batches: list[Any]) -> dict[str, float]:
-    return {name: layer_of(name) + index / 1e3 for index, name in enumerate(ModuleGrid.from_model(model).names)}
+    return {name: layer_of(name) + index / 1e3 for index, name in enumerate(AdapterGrid.from_model(model).grid.names)}
 
 
 def deep(kind: str, task: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
-from diffora_trainer.experimental.shortcuts.hooks import ATTRIBUTE
+from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
 from helpers.checks import raw_optimizer, step_logs
 from helpers.data import lm_dataset
 from helpers.trainers import causal_model, make_trainer
@@ -76,7 +76,7 @@ def main(folder: Path, options: dict) -> None:
             "save_steps": 1000,
             **options.get("args", {}),
         },
-        search={"arch_batch_size": 4 // world, "arch_closing": 2, **search},
+        search={"arch_batch_size": 4 // world, "fade_out": 2, **search},
         callbacks=[SaveAt(options.get("save_at", []))],
     )
     if "die_at" in options and rank == 1:
@@ -84,7 +84,7 @@ def main(folder: Path, options: dict) -> None:
     if "choose_otherwise_at" in options and rank == 1:
 
         def flip() -> None:
-            matrix = trainer._callback.search.matrix
+            matrix = trainer._callback.search.method
             matrix.choose = lambda: ~type(matrix).choose(matrix)
 
         trainer.add_callback(At(options["choose_otherwise_at"], flip))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffora_trainer.methods.matrix import ScoreMatrix
+from diffora_trainer.methods.base import ScoreMethod
 
 
 DYNAMIC = {"method": "snip", "reallocate_every": 2, "selection_scope": "model", "score_batches": 2}
@@ -20,7 +20,7 @@ def weights_of(model: nn.Module, name: str) -> list[str]:
 def rotating(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores of which a third of the modules is best in turn, so that modules go, wait and come back."""
 
-    def choose(self: ScoreMatrix) -> Tensor:
+    def choose(self: ScoreMethod) -> Tensor:
         return torch.arange(len(self.budget)) % 3 == self.steps % 3
 
-    monkeypatch.setattr(ScoreMatrix, "choose", choose)
+    monkeypatch.setattr(ScoreMethod, "choose", choose)

@@ -11,22 +11,24 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from diffora_trainer import ArchitectureSearch, DiffoRAConfig
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer import ArchitectureSearch
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.core.budget import Budget
-from diffora_trainer.methods.matrix import DifferentialAdaptationMatrix
+from diffora_trainer.methods.base import GradientMethod
+from diffora_trainer.methods.registry import register_method, unregister_method
 from helpers.models import llama
+from helpers.options import make_config
 from helpers.trainers import lora
 
 
 @contextmanager
-def gain_relaxation(**attributes: object) -> Iterator[type[DifferentialAdaptationMatrix]]:
+def gain_relaxation(**attributes: object) -> Iterator[type[GradientMethod]]:
     """A relaxation of a user's own, `"gain"`, for a while."""
 
-    class GainMatrix(DifferentialAdaptationMatrix):
+    @register_method("gain")
+    class GainMatrix(GradientMethod):
         """The plain sum of all gains."""
 
-        name = "gain"
         default_learning_rate = 0.5
 
         def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
@@ -48,7 +50,7 @@ def gain_relaxation(**attributes: object) -> Iterator[type[DifferentialAdaptatio
     try:
         yield GainMatrix
     finally:
-        DifferentialAdaptationMatrix.relaxations.pop("gain", None)
+        unregister_method("gain")
 
 
 def warm(tiny: Any = None, spread: float = 0.3) -> tuple[Any, list[dict[str, Tensor]]]:
@@ -69,7 +71,7 @@ def model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def make_search(model: nn.Module, method: str, loss_fn: Any = model_loss, **options: Any) -> ArchitectureSearch:
     keywords = {name: options.pop(name) for name in ("score_function", "loss_scale", "reduce") if name in options}
-    search = ArchitectureSearch(model, DiffoRAConfig(method=method, **options), loss_fn=loss_fn, **keywords)
+    search = ArchitectureSearch(model, make_config(method=method, **options), loss_fn=loss_fn, **keywords)
     search.begin()
     return search
 
@@ -77,7 +79,7 @@ def make_search(model: nn.Module, method: str, loss_fn: Any = model_loss, **opti
 def pairs(model: nn.Module) -> list[list[nn.Parameter]]:
     """`lora_A` and `lora_B` of each module in the grid's order, by their names."""
     weights = dict(model.named_parameters())
-    names = ModuleGrid.from_model(model).names
+    names = AdapterGrid.from_model(model).grid.names
     return [[weights[f"base_model.model.{name}.lora_{x}.default.weight"] for x in "AB"] for name in names]
 
 
@@ -107,6 +109,6 @@ def by_hand(
 def gradients_of(search: ArchitectureSearch) -> list[Tensor]:
     """The gradients that reach the matrix from here on."""
     seen: list[Tensor] = []
-    step = search.matrix.step
-    search.matrix.step = lambda gradient: seen.append(gradient) or step(gradient)  # type: ignore[method-assign]
+    step = search.method.step
+    search.method.step = lambda gradient: seen.append(gradient) or step(gradient)  # type: ignore[method-assign]
     return seen

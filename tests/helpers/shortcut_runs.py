@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from diffora_trainer.adapters.grid import ModuleGrid
-from diffora_trainer.core.files import SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
+from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.experimental.shortcuts.files import SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME
 from diffora_trainer.experimental.shortcuts.shortcuts import shortcut_tensors, shortcuts
 from helpers.data import lm_dataset
 from helpers.trainers import CUT, make_trainer
 
 
 ALL = ["residual1", "residual2", "shortcut1", "shortcut2"]
-SEARCHED = {"shortcuts": ALL, "shortcut_ranking": "separated", "arch_closing": 2}
-SCORED = {"shortcuts": ALL, "selection_scope": "model", "score_batches": 2, "arch_closing": 0}
+SEARCHED = {"shortcuts": ALL, "shortcut_ranking": "separated", "fade_out": 2}
+SCORED = {"shortcuts": ALL, "selection_scope": "model", "score_batches": 2, "fade_out": 0}
 DYNAMIC = {**SCORED, "method": "grad_norm", "reallocate_every": 2}
 # The search ends at step 6, so that the gates of the others close during the steps 7 and 8.
 MOMENTS = {"warm-up": 2, "search": 5, "closing": 7, "cut": CUT, "selected": 10}
@@ -40,7 +40,7 @@ def shortcut_trainer(folder: Path, task: str = "cls", **kwargs: Any) -> Trainer:
 
 def last(model: nn.Module, batches: Any) -> dict[str, float]:
     """Scores by which no shortcut is kept."""
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     return {name: 0.0 if name in grid.shortcuts else 1.0 + at for at, name in enumerate(grid.names)}
 
 

@@ -11,7 +11,7 @@ from diffora_trainer import (
     ShortcutConfig,
     add_shortcuts,
 )
-from diffora_trainer.experimental.shortcuts.hooks import ATTRIBUTE
+from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
 from helpers.searches import warm
 
 

@@ -20,8 +20,10 @@ from transformers import (
 from trl import SFTConfig
 
 from diffora_trainer import DiffoRAConfig, DiffoRASFTTrainer, DiffoRATrainer
+from diffora_trainer.methods.registry import get_method
 from helpers.data import classification_dataset, lm_dataset, tiny_tokenizer, vocabulary
 from helpers.models import bert, llama_classifier, llama_config
+from helpers.options import make_config
 from helpers.tiny_model import TinyModel
 
 
@@ -36,9 +38,10 @@ def lora(**overrides: object) -> LoraConfig:
 
 def search_config(**overrides: object) -> DiffoRAConfig:
     """Warm-up until step 3, search until the cut at step 8, an architecture step after each training step."""
-    return DiffoRAConfig(
-        **{"arch_warmup": WARMUP, "discretize_at": CUT, "arch_every": 1, "arch_closing": 0, **overrides}
-    )
+    options: dict[str, Any] = {"arch_warmup": WARMUP, "discretize_at": CUT, "fade_out": 0, **overrides}
+    if get_method(options.get("method", "diffora")).searches:
+        options = {"arch_every": 1, **options}
+    return make_config(**options)
 
 
 def arguments(folder: object, cls: type = TrainingArguments, **overrides: object) -> TrainingArguments:

@@ -9,7 +9,7 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from diffora_trainer import add_shortcuts
-from diffora_trainer.adapters.grid import lora_layers
+from helpers.adapted import lora_layers
 from helpers.trainers import causal_model, classifier, lora
 
 

@@ -11,7 +11,8 @@ from datasets import Dataset
 from transformers import BertForSequenceClassification, BertModel
 
 from diffora_trainer import DiffoRAMixin
-from diffora_trainer.adapters.grid import lora_layers, peft_model
+from diffora_trainer.adapters.lora import peft_model
+from helpers.adapted import lora_layers
 from helpers.checks import step_logs
 from helpers.data import preference_dataset, tiny_tokenizer, vocabulary
 from helpers.models import bert

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from diffora_trainer.config import RELAXATIONS
 from diffora_trainer.core.budget import Budget
-from diffora_trainer.methods.matrix import BudgetMatrix, DifferentialAdaptationMatrix, SampledMatrix
+from diffora_trainer.methods.base import GradientMethod
+from diffora_trainer.methods.frank_wolfe import FrankWolfe
+from diffora_trainer.methods.registry import get_method
+from diffora_trainer.methods.sampled import Sampled
 from helpers.searches import gain_relaxation
 
 
@@ -33,7 +36,7 @@ def planted(seed: int = 0) -> Tensor:
     return gains
 
 
-def learn(matrix: DifferentialAdaptationMatrix, gains: Tensor, steps: int = 40, noise: float = 1.5) -> Iterator[None]:
+def learn(matrix: GradientMethod, gains: Tensor, steps: int = 40, noise: float = 1.5) -> Iterator[None]:
     """Steps on gradients with noise; each useful module's is drowned in it in any single step."""
     generator = torch.Generator().manual_seed(7)
     for _ in range(steps):
@@ -49,15 +52,15 @@ def test_planted_modules_are_found(relaxation: str, budget: str) -> None:
     found = chance = 0.0
     for seed in range(3):
         rule, gains = BUDGETS[budget], planted(seed)
-        matrix = DifferentialAdaptationMatrix.create(relaxation, rule)
+        matrix = get_method(relaxation)(rule)
         assert matrix.values().shape == (36,) and matrix.values().dtype == torch.float32
         for _ in learn(matrix, gains):
             pass
         best = float(torch.dot(rule.linear_oracle(gains), gains))
-        found += float(torch.dot(matrix.choose().float(), gains)) / best / 3
+        found += float(torch.dot(matrix.discretize().float(), gains)) / best / 3
         generator = torch.Generator().manual_seed(seed)
         for _ in range(20):
-            lot = rule.choose(torch.randn(36, generator=generator)).float()
+            lot = rule.discretize(torch.randn(36, generator=generator)).float()
             chance += float(torch.dot(lot, gains)) / best / 60
     assert chance < 0.4
     assert found > 0.8, found
@@ -65,7 +68,7 @@ def test_planted_modules_are_found(relaxation: str, budget: str) -> None:
 
 def test_budget_matrix_stays_in_the_polytope_and_decides() -> None:
     for budget in BUDGETS.values():
-        matrix = BudgetMatrix(budget)
+        matrix = FrankWolfe(budget)
         before = matrix.entropy()
         for _ in learn(matrix, planted(), noise=1.0):
             values = matrix.values()
@@ -74,7 +77,7 @@ def test_budget_matrix_stays_in_the_polytope_and_decides() -> None:
             assert (spent <= budget.targets * (1 + 1e-5)).all()
         assert matrix.entropy() < 0.8 * before
         # Gates only leave the budget's share if it is worth something: with losses alone all of them fall to zero.
-        empty = BudgetMatrix(budget)
+        empty = FrankWolfe(budget)
         for _ in learn(empty, torch.full((36,), -5.0), noise=0.0):
             pass
         assert empty.values().max() < 0.01
@@ -82,22 +85,22 @@ def test_budget_matrix_stays_in_the_polytope_and_decides() -> None:
 
 def test_first_frank_wolfe_step() -> None:
     budget = Budget([0, 0, 0, 0], [5] * 4, ratio=0.5)
-    matrix = BudgetMatrix(budget)
+    matrix = FrankWolfe(budget)
     matrix.step(torch.tensor([-4.0, 1.0, -3.0, -2.0]))
     # From 0.5 by 2/3 of the way to the corner (1, 0, 1, 0).
     assert matrix.values().tolist() == pytest.approx([5 / 6, 1 / 6, 5 / 6, 1 / 6])
-    longer = BudgetMatrix(budget, learning_rate=1.0)
+    longer = FrankWolfe(budget, learning_rate=1.0)
     longer.step(torch.tensor([-4.0, 1.0, -3.0, -2.0]))
     assert longer.values().tolist() == [1.0, 0.0, 1.0, 0.0]
     # Ties at 0 and 1 are decided by the gain, not by the order of the modules.
-    last = BudgetMatrix(Budget([0] * 4, [5] * 4, ratio=0.75), learning_rate=1.0)
+    last = FrankWolfe(Budget([0] * 4, [5] * 4, ratio=0.75), learning_rate=1.0)
     last.step(torch.tensor([1.0, 0.5, -3.0, -2.0]))
     assert last.values().tolist() == [0.0, 0.0, 1.0, 1.0]
     assert last.choose().tolist() == [False, True, True, True]
 
 
 def test_softmax_is_zero_sum() -> None:
-    matrix = DifferentialAdaptationMatrix.create("softmax", Budget([0, 0, 0, 0, 1, 1], [5] * 6, ratio=0.5))
+    matrix = get_method("softmax", Budget([0, 0, 0, 0, 1, 1], [5] * 6, ratio=0.5))
     before = matrix.values()
     for _ in range(10):  # only module 1 wants more
         matrix.step(torch.tensor([0.0, -1.0, 0.0, 0.0, 0.0, 0.0]))
@@ -109,14 +112,14 @@ def test_softmax_is_zero_sum() -> None:
 
 def test_sampled_gates_are_at_the_target_and_share_one_noise_scale() -> None:
     for name, budget in BUDGETS.items():
-        matrix = SampledMatrix(budget, seed=3)
+        matrix = Sampled(budget, seed=3)
         for _ in range(5):
             gates = matrix.search_gates()
             assert set(gates.tolist()) <= {0.0, 1.0}
             if name != "cap":
                 assert float(gates.sum()) == 12
         assert not matrix.search_gates().equal(matrix.search_gates())
-        plain, scaled = SampledMatrix(budget), SampledMatrix(budget)
+        plain, scaled = Sampled(budget), Sampled(budget)
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):
             gradient = torch.randn(36, generator=generator) - planted()
@@ -125,7 +128,7 @@ def test_sampled_gates_are_at_the_target_and_share_one_noise_scale() -> None:
         assert torch.allclose(plain.scores(), scaled.scores(), rtol=1e-4, atol=1e-5)
         assert plain.scores().abs().max() > 0.5
         # One common scale: a noisy useless entry must not be blown up to the size of the others.
-        lopsided = SampledMatrix(budget)
+        lopsided = Sampled(budget)
         for _ in range(5):
             lopsided.step(torch.tensor([-1.0, *[1e-4 * (-1) ** i for i in range(35)]]))
         assert lopsided.scores()[1:].abs().max() < 1e-3 * lopsided.scores()[0]
@@ -137,22 +140,22 @@ def test_state_goes_on_bit_for_bit(relaxation: str) -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = [-gains + torch.randn(36, generator=generator) for _ in range(12)]
 
-    def go_on(matrix: DifferentialAdaptationMatrix) -> list[Tensor]:
+    def go_on(matrix: GradientMethod) -> list[Tensor]:
         trace = []
         for gradient in gradients[6:]:
             training = matrix.training_gates()
             trace += [torch.ones(36) if training is None else training, matrix.search_gates()]
             matrix.step(gradient)
-            trace += [matrix.values(), matrix.scores(), matrix.choose()]
+            trace += [matrix.values(), matrix.scores(), matrix.discretize()]
         return trace
 
-    original = DifferentialAdaptationMatrix.create(relaxation, budget, seed=1)
+    original = get_method(relaxation, budget, seed=1)
     for gradient in gradients[:6]:
         original.training_gates()
         original.step(gradient)
     state = original.state_dict()
     expected = go_on(original)  # must not change the state that was taken
-    resumed = DifferentialAdaptationMatrix.create(relaxation, budget, seed=99)
+    resumed = get_method(relaxation, budget, seed=99)
     resumed.load_state_dict(state)
     assert resumed.steps == 6
     assert all(a.equal(b) for a, b in zip(go_on(resumed), expected, strict=True))
@@ -160,32 +163,32 @@ def test_state_goes_on_bit_for_bit(relaxation: str) -> None:
 
 def test_foreign_states_are_refused() -> None:
     budget = BUDGETS["layer"]
-    matrix = BudgetMatrix(budget)
+    matrix = FrankWolfe(budget)
     with pytest.raises(ValueError, match="'logits'.*'budget' needs.*another relaxation"):
-        matrix.load_state_dict(SampledMatrix(budget).state_dict())
+        matrix.load_state_dict(Sampled(budget).state_dict())
     with pytest.raises(ValueError, match=r"\(2,\) numbers.*\(36,\).*another model"):
-        matrix.load_state_dict(BudgetMatrix(Budget([0, 0], [1, 1])).state_dict())
-    assert matrix.values().equal(BudgetMatrix(budget).values())
+        matrix.load_state_dict(FrankWolfe(Budget([0, 0], [1, 1])).state_dict())
+    assert matrix.values().equal(FrankWolfe(budget).values())
     with pytest.raises(ValueError, match="no relaxation 'hard'.*'budget', 'sampled'"):
-        DifferentialAdaptationMatrix.create("hard", budget)
+        get_method("hard")(budget)
 
 
 def test_a_new_relaxation_is_one_subclass() -> None:
     with gain_relaxation() as kind:
-        matrix = DifferentialAdaptationMatrix.create("gain", BUDGETS["model"])
+        matrix = get_method("gain")(BUDGETS["model"])
         assert isinstance(matrix, kind)
         gains = planted()
         for _ in learn(matrix, gains, noise=0.1):
             pass
-        assert matrix.choose().equal(gains > 0.5)
-        again = DifferentialAdaptationMatrix.create("gain", BUDGETS["model"])
+        assert matrix.discretize().equal(gains > 0.5)
+        again = get_method("gain")(BUDGETS["model"])
         again.load_state_dict(matrix.state_dict())
         assert again.values().equal(matrix.values()) and again.steps == 40
-    assert sorted(DifferentialAdaptationMatrix.relaxations) == sorted(RELAXATIONS)
+    assert sorted(GradientMethod.relaxations) == sorted(RELAXATIONS)
 
 
 def test_entropy_and_the_view_as_a_matrix() -> None:
-    matrix = BudgetMatrix(Budget([0, 0, 1, 1], [1] * 4, ratio=0.5), learning_rate=1.0)
+    matrix = FrankWolfe(Budget([0, 0, 1, 1], [1] * 4, ratio=0.5), learning_rate=1.0)
     assert matrix.entropy() == pytest.approx(1.0)
     matrix.step(torch.tensor([-1.0, 1.0, 1.0, -1.0]))
     assert matrix.entropy() == pytest.approx(0.0, abs=1e-6)

@@ -11,7 +11,8 @@ from diffora_trainer.config import (
     RELAXATIONS,
 )
 from diffora_trainer.core.budget import Budget
-from diffora_trainer.methods.matrix import DifferentialAdaptationMatrix
+from diffora_trainer.methods.base import GradientMethod
+from diffora_trainer.methods.registry import get_method
 from helpers.strategies import FINITE, assert_exact, budgets, vectors
 
 
@@ -25,16 +26,16 @@ def test_a_relaxation_stays_within_bounds_and_goes_on_from_its_state(relaxation:
     sizes = FINITE | st.floats(-1, 1, width=32)
     gradients = [vectors(data.draw, len(budget), sizes) for _ in range(data.draw(st.integers(0, 6)))]
 
-    def make() -> DifferentialAdaptationMatrix:
-        return DifferentialAdaptationMatrix.create(relaxation, budget, rate, seed)
+    def make() -> GradientMethod:
+        return get_method(relaxation, budget, rate, seed)
 
-    def look(matrix: DifferentialAdaptationMatrix) -> list[torch.Tensor]:
+    def look(matrix: GradientMethod) -> list[torch.Tensor]:
         gates = (matrix.values(), matrix.search_gates(), matrix.training_gates(), matrix.evaluation_gates())
         seen = [gate for gate in gates if gate is not None]
         assert all(torch.isfinite(gate).all() and gate.min() >= 0 and gate.max() <= 1 for gate in seen)
         assert 0 <= matrix.entropy() <= 1
-        assert_exact(budget, matrix.choose())
-        return [*seen, matrix.choose()]
+        assert_exact(budget, matrix.discretize())
+        return [*seen, matrix.discretize()]
 
     matrix, half = make(), len(gradients) // 2
     for gradient in gradients[:half]:
@@ -51,6 +52,6 @@ def test_a_relaxation_stays_within_bounds_and_goes_on_from_its_state(relaxation:
 
 def test_a_softmax_of_rows_far_apart_is_finite() -> None:
     """One row is decided with logits so large that those of the other vanish beside them."""
-    matrix = DifferentialAdaptationMatrix.create("softmax", Budget([0, 0, 1, 1], [1] * 4, ratio=0.5), 1000.0)
+    matrix = get_method("softmax", Budget([0, 0, 1, 1], [1] * 4, ratio=0.5), 1000.0)
     matrix.step(torch.tensor([-1.0, 1.0, 0.0, 0.0]))
     assert matrix.values().tolist() == [1.0, 0.0, 0.5, 0.5]

@@ -17,12 +17,13 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, TrlParser
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.config import METHODS
 from diffora_trainer.core.budget import Budget
-from diffora_trainer.methods.matrix import ScoreMatrix
+from diffora_trainer.methods.base import ScoreMethod
 from helpers.checks import assert_same
 from helpers.models import bert, gpt2, llama, opt
+from helpers.options import make_config
 from helpers.searches import by_hand, make_search, model_loss, pairs, warm
 from helpers.trainers import CUT, WARMUP, classifier, lora, make_trainer, search_config
 
@@ -166,7 +167,7 @@ def test_scoring_leaves_no_trace(method: str, fails: bool) -> None:
     assert torch.get_rng_state().equal(streams[0]) and random.getstate() == streams[1]
     assert (np.random.get_state()[1] == streams[2]).all()  # type: ignore[index]
     assert search.gates._evaluation is None and search.gates._training is None
-    assert bool(search.matrix.steps) != fails
+    assert bool(search.method.steps) != fails
 
 
 def test_dropout_is_off_also_where_activations_are_checkpointed() -> None:
@@ -188,9 +189,9 @@ def test_dropout_is_off_also_where_activations_are_checkpointed() -> None:
 
 def test_what_decides_between_equal_scores_is_enough() -> None:
     # ALPHA-TEST gives every module 0 when each of them alone can be spared; the rises of the loss still differ.
-    matrix = ScoreMatrix(Budget([0] * 4, [1] * 4, ratio=0.5))
+    matrix = ScoreMethod(Budget([0] * 4, [1] * 4, ratio=0.5))
     matrix.set_scores(torch.zeros(4), torch.tensor([0.1, 0.3, 0.0, 0.2]))
-    assert matrix.choose().tolist() == [False, True, False, True] and not matrix.num_boundary_ties()
+    assert matrix.discretize().tolist() == [False, True, False, True] and not matrix.num_boundary_ties()
     with pytest.raises(ValueError, match="nothing to choose by"):
         matrix.set_scores(torch.zeros(4), torch.full((4,), 0.1))
 
@@ -199,7 +200,7 @@ def test_what_decides_between_equal_scores_is_enough() -> None:
 def test_scores_that_tie_choose_nothing(method: str) -> None:
     tiny = llama()
     model = get_peft_model(tiny.model, lora(target_modules=tiny.target_modules))  # lora_B is 0
-    function = {"score_function": lambda model, batches: dict.fromkeys(ModuleGrid.from_model(model).names, 2)}
+    function = {"score_function": lambda model, batches: dict.fromkeys(AdapterGrid.from_model(model).grid.names, 2)}
     search = make_search(model, method, **(function if method == "custom" else {}))
     value = 2 if method == "custom" else 0
     with pytest.raises(ValueError, match=f"All 14 modules have the score {value}, .*score later"):
@@ -209,14 +210,14 @@ def test_scores_that_tie_choose_nothing(method: str) -> None:
 
 
 def test_ties_at_the_edge_of_the_choice_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    matrix = ScoreMatrix(Budget([0, 0, 0, 1, 1, 1], [1] * 6, ratio=0.5))  # keeps two of three in each row
+    matrix = ScoreMethod(Budget([0, 0, 0, 1, 1, 1], [1] * 6, ratio=0.5))  # keeps two of three in each row
     matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.zeros(6))
-    assert matrix.choose().tolist() == [True, True, False, True, True, False] and matrix.num_boundary_ties() == 2
+    assert matrix.discretize().tolist() == [True, True, False, True, True, False] and matrix.num_boundary_ties() == 2
     matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.arange(6.0))
-    assert matrix.choose().tolist() == [True, False, True, True, True, False] and matrix.num_boundary_ties() == 0
+    assert matrix.discretize().tolist() == [True, False, True, True, True, False] and matrix.num_boundary_ties() == 0
 
     def nearly_equal(model: nn.Module, batches: list[Any]) -> dict[str, int]:
-        return {name: int(index == 5) for index, name in enumerate(ModuleGrid.from_model(model).names)}
+        return {name: int(index == 5) for index, name in enumerate(AdapterGrid.from_model(model).grid.names)}
 
     search = {"method": "custom", "selection_scope": "model"}
     make_trainer(tmp_path, score_function=nearly_equal, search=search).train()
@@ -283,8 +284,8 @@ def test_function_and_method_go_together(tmp_path: Path) -> None:
 
 
 def test_config(tmp_path: Path) -> None:
-    config = DiffoRAConfig(method="snip", score_batches=5, normalize_scores=True, discretize_at=1)
-    assert DiffoRAConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    config = make_config(method="snip", score_batches=5, normalize_scores=True, discretize_at=1)
+    assert make_config(**json.loads(json.dumps(config.to_dict()))) == config
     (parsed,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(
         ["--method", "snip", "--score_batches", "5", "--normalize_scores", "--discretize_at", "1"]
     )
@@ -303,4 +304,4 @@ def test_config(tmp_path: Path) -> None:
         ({"normalize_scores": True}, "`normalize_scores=True`"),
     ):
         with pytest.raises(ValueError, match=message):
-            DiffoRAConfig(**options)
+            make_config(**options)

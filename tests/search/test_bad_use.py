@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from diffora_trainer import ArchitectureSearch, Selection
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import SELECTION_NAME
 from diffora_trainer.hub.card import write_card
@@ -36,7 +36,7 @@ def small() -> PeftModel:
 
 def twice() -> None:
     model = small()
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     numbers = (0.0,) * len(grid)
     kept = (True,) + (False,) * (len(grid) - 1)
     selection = Selection(grid.rows, grid.columns, grid.names, grid.positions, grid.parameters, numbers, numbers, kept)

@@ -16,11 +16,12 @@ from transformers import HfArgumentParser
 from trl.trainer.utils import use_adapter
 
 from diffora_trainer import DiffoRAConfig, Selection, apply_selection
-from diffora_trainer.adapters.grid import lora_layers
-from diffora_trainer.core.selection import Allocation
+from diffora_trainer.core.allocation import Allocation
 from diffora_trainer.search.reallocation import Reallocation
+from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, snapshot
 from helpers.models import llama
+from helpers.options import make_config
 from helpers.reallocation import DYNAMIC, MOMENTS, rotating, weights_of
 from helpers.searches import make_search, pairs, warm
 from helpers.trainers import lora, make_trainer, search_config
@@ -117,7 +118,7 @@ def test_scoring_leaves_no_trace(dynamic: Any) -> None:
     assert not reallocation.history
     changed = reallocation.reallocate(batches, 1)
     assert torch.equal(torch.tensor(reallocation.history[0].scores), expected.float())
-    assert torch.equal(reallocation.on, reallocation.search.matrix.choose())
+    assert torch.equal(reallocation.on, reallocation.search.method.discretize())
     assert changed == int((reallocation.on != on).sum())
     assert_same(snapshot(model), before[0])
     assert torch.equal(torch.get_rng_state(), before[2])
@@ -199,12 +200,12 @@ def test_history_through_json(tmp_path: Path) -> None:
 
 
 def test_config() -> None:
-    config = DiffoRAConfig(method="snip", reallocate_every=0.2, discretize_at=0.999)
-    assert DiffoRAConfig(**json.loads(json.dumps(config.to_dict()))) == config
+    config = make_config(method="snip", reallocate_every=0.2, discretize_at=0.999)
+    assert make_config(**json.loads(json.dumps(config.to_dict()))) == config
     assert config.schedule(100) == (5, 100) and list(config.reallocations(100)) == [5, 25, 45, 65, 85]
     assert list(search_config(**DYNAMIC).reallocations(12)) == MOMENTS
     assert not DiffoRAConfig(method="snip").reallocations(100)
-    assert list(DiffoRAConfig(method="snip", reallocate_every=0.01, discretize_at=0.5).reallocations(3)) == [1]
+    assert list(make_config(method="snip", reallocate_every=0.01, discretize_at=0.5).reallocations(3)) == [1]
     (parsed,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(
         ["--method", "snip", "--reallocate_every", "0.2", "--discretize_at", "0.999"]
     )
@@ -219,9 +220,9 @@ def test_config() -> None:
         ({"reallocate_every": 0.1, "method": "snip", "arch_warmup": 0.3}, "cut before the search starts|never anew"),
     ):
         with pytest.raises(ValueError, match=message):
-            DiffoRAConfig(**options)
+            make_config(**options)
     with pytest.raises(TypeError, match="`reallocate_every` must be a number"):
-        DiffoRAConfig(method="snip", reallocate_every="2")
+        make_config(method="snip", reallocate_every="2")
 
 
 def test_refusals(dynamic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

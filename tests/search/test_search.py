@@ -12,9 +12,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.search.search import make_matrix
 from helpers.models import llama
+from helpers.options import make_config
 from helpers.searches import gradients_of
 
 
@@ -67,7 +68,7 @@ def test_second_order_is_the_unrolled_gradient(relaxation: str) -> None:
         model = toy(torch.float64)
         search = ArchitectureSearch(
             model,
-            DiffoRAConfig(arch_order=order, relaxation=relaxation, selection_scope="model"),
+            make_config(arch_order=order, relaxation=relaxation, selection_scope="model"),
             loss_fn=squared_error,
         )
         search.begin()
@@ -100,17 +101,17 @@ def test_a_step_leaves_no_trace(order: int, training: bool) -> None:
         return squared_error(model, data) + noise
 
     model = toy()
-    search = ArchitectureSearch(model, DiffoRAConfig(arch_order=order), loss_fn=noisy)
+    search = ArchitectureSearch(model, make_config(arch_order=order), loss_fn=noisy)
     search.begin()
     squared_error(model.train(), batch(3)).backward()
     model.train(training)
     weights = [p for p in model.parameters() if p.requires_grad]
     before = [(p.detach().clone(), p.grad, p.grad.clone() if p.grad is not None else None) for p in weights]
     streams = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()  # type: ignore[union-attr]
-    values = search.matrix.values()
+    values = search.method.values()
     assert search.step(batch(1), batch(2), 0.1) is not None
     search.held_out_loss([batch(1)])
-    assert not search.matrix.values().equal(values)
+    assert not search.method.values().equal(values)
     assert torch.get_rng_state().equal(streams[0]) and random.getstate() == streams[1]
     assert (np.random.get_state()[1] == streams[2]).all()  # type: ignore[index]
     for parameter, (value, grad, copy) in zip(weights, before, strict=True):
@@ -134,7 +135,7 @@ def test_dropout_is_off_in_a_step() -> None:
     search = ArchitectureSearch(model, loss_fn=squared_error)
     search.begin()
     seen = gradients_of(search)
-    search.matrix.search_gates = lambda: torch.full((2,), 0.5)  # type: ignore[method-assign]
+    search.method.search_gates = lambda: torch.full((2,), 0.5)  # type: ignore[method-assign]
     search.step(batch(1))
     search.step(batch(1))
     assert seen[0].equal(seen[1]) and seen[0].abs().min() > 0
@@ -149,10 +150,10 @@ def test_what_is_not_finite_is_skipped(order: int) -> None:
         loss = squared_error(model, data)
         return loss * bad[0] if bad and model(data[0]).requires_grad and data[0].sum() != 0 else loss
 
-    search = ArchitectureSearch(model, DiffoRAConfig(arch_order=order), loss_fn=sometimes)
+    search = ArchitectureSearch(model, make_config(arch_order=order), loss_fn=sometimes)
     search.begin()
     weights = [p.detach().clone() for p in model.parameters()]
-    state = search.matrix.state_dict()
+    state = search.method.state_dict()
     while bad:
         assert search.step(batch(1), batch(2), 0.1) is None
         bad.pop(0)
@@ -162,10 +163,10 @@ def test_what_is_not_finite_is_skipped(order: int) -> None:
     assert search.skipped_steps == 3 and search.metrics()["diffora/skipped_steps"] == 3.0
     assert "diffora/arch_loss" not in search.metrics()
     assert all(a.equal(b) for a, b in zip(model.parameters(), weights, strict=True))
-    assert all(search.matrix.state_dict()[name].equal(value) for name, value in state.items())
+    assert all(search.method.state_dict()[name].equal(value) for name, value in state.items())
     search._loss_fn = squared_error
     assert search.step(batch(1), batch(2), 0.1) == pytest.approx(search.metrics()["diffora/arch_loss"])
-    assert search.skipped_steps == 3 and search.matrix.steps == 1
+    assert search.skipped_steps == 3 and search.method.steps == 1
 
 
 def test_scaled_and_reduced_gradients() -> None:
@@ -202,14 +203,14 @@ def test_bf16_model_moves_the_matrix_in_float32() -> None:
         seen = gradients_of(search)
         assert search.step(tiny.batch) is not None
         assert seen[0].dtype == torch.float32 and not seen[0].equal(seen[0].bfloat16().float())
-        assert all(t.dtype == torch.float32 for name, t in search.matrix._tensors().items())
+        assert all(t.dtype == torch.float32 for name, t in search.method._tensors().items())
         search.finish()
 
 
 def test_errors() -> None:
     model = toy()
     with pytest.raises(ValueError, match="arch_order=2.*`train_batch` and `learning_rate`"):
-        ArchitectureSearch(model, DiffoRAConfig(arch_order=2), loss_fn=squared_error).step(batch(1))
+        ArchitectureSearch(model, make_config(arch_order=2), loss_fn=squared_error).step(batch(1))
     with pytest.raises(ValueError, match="max_trainable_parameters=3.*not one fits"):
         ArchitectureSearch(model, DiffoRAConfig(max_trainable_parameters=3), loss_fn=squared_error)
     with pytest.raises(TypeError, match="got Toy"):
@@ -281,7 +282,7 @@ def test_planted_modules_are_chosen(relaxation: str, scope: str) -> None:
 
 def test_gates_of_the_training_step_are_drawn_anew() -> None:
     model = toy().train()
-    config = DiffoRAConfig(selection_scope="model", relaxation="sampled")
+    config = DiffoRAConfig(selection_scope="model", method="sampled")
     search = ArchitectureSearch(model, config, loss_fn=squared_error)
     stock = model.eval()(batch(1)[0])
     search.begin()
@@ -304,11 +305,11 @@ def test_select_decides_nothing_and_shares_by_shape() -> None:
         search.begin()
         generator = torch.Generator().manual_seed(0)
         for _ in range(3):
-            search.matrix.step(torch.randn(14, generator=generator))
-        state = search.matrix.state_dict()
+            search.method.step(torch.randn(14, generator=generator))
+        state = search.method.state_dict()
         selection = search.select()
         assert search.gates.attached and search.select() == selection
-        assert all(search.matrix.state_dict()[name].equal(value) for name, value in state.items())
+        assert all(search.method.state_dict()[name].equal(value) for name, value in state.items())
         assert len(selection.selected) == 4  # two of the seven in each layer
         scores = dict(zip(selection.modules, selection.scores, strict=True))
         shapes = dict(zip(selection.modules, search.gates.shapes, strict=True))
@@ -331,15 +332,13 @@ def test_metrics_and_the_matrix_of_a_config() -> None:
     losses = [search.step(batch(seed)) for seed in (1, 2)]
     metrics = search.metrics()
     assert metrics["diffora/arch_loss"] == pytest.approx(sum(losses) / 2)  # type: ignore[arg-type]
-    values = search.matrix.values()
+    values = search.method.values()
     assert metrics["diffora/gate/fc"] == pytest.approx(float(values.mean()))
     assert metrics["diffora/gate_max"] == float(values.max())
     assert "diffora/arch_loss" not in search.metrics()  # told once
 
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     assert make_matrix(grid, DiffoRAConfig(0.5)).choose().tolist() == [True, True]  # one a layer at least
     assert make_matrix(grid, DiffoRAConfig(0.5, "model")).choose().sum() == 1
-    capped = make_matrix(
-        grid, DiffoRAConfig(max_trainable_parameters=20, relaxation="sampled", arch_learning_rate=0.3)
-    )
+    capped = make_matrix(grid, make_config(max_trainable_parameters=20, method="sampled", arch_learning_rate=0.3))
     assert capped.choose().tolist() == [False, True] and capped.learning_rate == 0.3  # 22 and 18 parameters

@@ -55,7 +55,7 @@ def test_the_allowed_modules_are_as_many_as_time_permits_and_as_the_budget_needs
     scores = torch.arange(8.0).flip(0)  # the best ones are not allowed
     for one in (budget, capped):
         one.restrict(one.max_depth_mask(depth, 2.5))
-        kept = one.choose(scores)
+        kept = one.discretize(scores)
         assert not (kept & ~one.allowed).any()
         assert one.linear_oracle(torch.ones(8)).sum() == kept.sum() == (2 if one is budget else 4)
         assert torch.all(one.share[~one.allowed] == 0)

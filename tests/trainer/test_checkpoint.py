@@ -29,7 +29,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 1000}
 def build(folder: Path, **kwargs: Any) -> Trainer:
     """Saves at steps 2 (in the warm-up), 5 (gates are closing), 8 (the cut) and 10."""
     kwargs["args"] = {**SAVING, **kwargs.pop("args", {})}
-    return make_trainer(folder, **{"search": {"arch_closing": 4}, "callbacks": [SaveAt()], **kwargs})
+    return make_trainer(folder, **{"search": {"fade_out": 4}, "callbacks": [SaveAt()], **kwargs})
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
-from diffora_trainer.adapters.grid import lora_layers
+from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, optimizer_state, raw_optimizer, step_logs
 from helpers.data import vocabulary
 from helpers.tiny_model import TinyModel
@@ -271,15 +271,15 @@ def test_parameter_cap_is_kept(tmp_path: Path) -> None:
 
 
 def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "cls", search={"arch_closing": 4, "selection_scope": "model"})
+    trainer = make_trainer(tmp_path, "cls", search={"fade_out": 4, "selection_scope": "model"})
     search_gates: dict[int, Tensor] = {}
     scores: dict[int, Tensor] = {}
 
     def look(model: nn.Module, **kwargs: object) -> None:
         search, step = trainer._callback.search, trainer.state.global_step
         if search is not None:
-            scores[step] = search.matrix.scores()
-            if search.decided is not None:
+            scores[step] = search.method.scores()
+            if search.kept is not None:
                 search_gates[step + 1] = search._closing
 
     trainer.add_callback(Probe(look))

@@ -24,7 +24,7 @@ KINDS = [path.stem for path in CONFIGS]
 SAVES = {"warm-up": 2, "search": 5, "closing": 7, "cut": 8, "selected": 10}
 
 
-SIGMOID = {"search": {"relaxation": "sigmoid", "arch_closing": 0}}  # scores that differ by little
+SIGMOID = {"search": {"relaxation": "sigmoid", "fade_out": 0}}  # scores that differ by little
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from diffora_trainer import DiffoRATrainer, Selection
-from diffora_trainer.adapters.grid import lora_layers
+from helpers.adapted import lora_layers
 from helpers.checks import step_logs
 from helpers.searches import gain_relaxation
 from helpers.trainers import CUT, Probe, causal_model, classifier, lora, make_trainer
@@ -125,7 +125,7 @@ def test_ranking_tells_all_modules_apart(tmp_path: Path) -> None:
 
 def test_relaxation_of_another_package_is_closed_before_the_cut(tmp_path: Path) -> None:
     """It says itself that its weights train with open gates; no list of names does."""
-    search = {"relaxation": "gain", "arch_closing": 2}
+    search = {"relaxation": "gain", "fade_out": 2}
     with gain_relaxation(trains_open=True):
         trainer = make_trainer(tmp_path, search=search)
         trainer.train()
@@ -140,7 +140,7 @@ def test_line_at_the_cut_compares_with_the_loss_before_the_closing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "diffora_trainer")
-    trainer = make_trainer(tmp_path, search={"arch_closing": 2})
+    trainer = make_trainer(tmp_path, search={"fade_out": 2})
     trainer.train()
     logs = step_logs(trainer)
     before = logs[CUT - 2]["diffora/held_out_loss_before_closing"]

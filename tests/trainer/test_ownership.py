@@ -14,8 +14,7 @@ from transformers import Trainer
 from trl import SFTTrainer
 
 from diffora_trainer import DiffoRAMixin, DiffoRATrainer
-from diffora_trainer.adapters.grid import lora_layers
-from helpers.adapted import wake
+from helpers.adapted import lora_layers, wake
 from helpers.data import tiny_tokenizer
 from helpers.trainers import arguments, causal_model, classifier, lora, make_trainer, search_config
 

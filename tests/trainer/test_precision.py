@@ -15,9 +15,11 @@ from transformers import Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
 from diffora_trainer.adapters.gates import Gates, pruned_view
-from diffora_trainer.adapters.grid import ModuleGrid, lora_layers
+from diffora_trainer.adapters.grid import AdapterGrid
+from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.models import llama
+from helpers.options import make_config
 from helpers.searches import gradients_of
 from helpers.trainers import CUT, WARMUP, causal_model, classifier, lora, make_trainer, saving_trainer
 
@@ -63,7 +65,7 @@ def half_trainer(folder: Path, task: str, precision: str, **kwargs: Any) -> Trai
         model=model,
         peft_config=None,
         args={"bf16": autocast},
-        search={"arch_closing": CLOSING},
+        search={"fade_out": CLOSING},
         **kwargs,
     )
 
@@ -85,7 +87,7 @@ def recorded_gradients(patch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, T
 def assert_gradients_are_exact(found: list[Any], task: str, dtype: torch.dtype) -> None:
     """They are those of the same weights in float32, but for what half precision makes of the activations."""
     exact = get_peft_model(base_model(task, dtype), lora(task_type=TASKS[task])).float().eval()
-    gates = Gates(exact, ModuleGrid.from_model(exact))
+    gates = Gates(AdapterGrid.from_model(exact).sites)
     gates.attach()
     for batch, weights, values, gradient in found:
         exact.load_state_dict(weights, strict=False)
@@ -149,7 +151,7 @@ def test_run_in_bf16(task: str, precision: str, tmp_path: Path, monkeypatch: pyt
 def test_gates_are_exact_in_half_precision(dtype: torch.dtype, lora_dtype: str, autocast: bool) -> None:
     """1 changes nothing, 0 removes the module, and what lies between is the same in both levels of the search."""
     tiny, model = half_llama(dtype, lora_dtype == "float32")
-    grid = ModuleGrid.from_model(model)
+    grid = AdapterGrid.from_model(model).grid
     gates = Gates(model, grid)
 
     def logits() -> Tensor:
@@ -239,7 +241,7 @@ def test_fp16_loop_with_a_scaler(tmp_path: Path) -> None:
     assert_same(scaler.state_dict(), stock_scaler.state_dict())
     skipped = [scale for scale, loss in steps if loss is None]
     assert 0 < len(skipped) < len(steps) and min(skipped) > max(scale for scale, loss in steps if loss is not None)
-    assert search.skipped_steps == len(skipped) and search.matrix.steps == len(steps) - len(skipped)
+    assert search.skipped_steps == len(skipped) and search.method.steps == len(steps) - len(skipped)
 
     selection = search.finish(10)
     apply_selection(model, selection, optimizer)
@@ -263,7 +265,7 @@ def test_scaled_gradient_is_the_unscaled_one(order: int) -> None:
     batch, train = next(rows(1)), next(rows(2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     scaler.scale(fp16_loss(model, train))  # it makes its state with the first loss
-    found, config = [], DiffoRAConfig(arch_order=order)
+    found, config = [], make_config(arch_order=order)
     for loss, scale in ((loss_of, None), (fp16_loss, scaler.get_scale)):
         search = ArchitectureSearch(model, config, loss_fn=loss, loss_scale=scale)
         search.begin()
@@ -277,9 +279,9 @@ def test_scaled_gradient_is_the_unscaled_one(order: int) -> None:
     assert float(half.norm()) == pytest.approx(float(exact.norm()), rel=0.05)
     # Too high a scale: neither the matrix nor the weights nor the scaler notice the step that was too large.
     scaler.update(new_scale=1e30)
-    before = search.matrix.state_dict(), adapter(model), scaler.state_dict()
+    before = search.method.state_dict(), adapter(model), scaler.state_dict()
     assert search.step(batch, train, 0.1) is None and search.skipped_steps == 1
-    assert_same((search.matrix.state_dict(), adapter(model), scaler.state_dict()), before)
+    assert_same((search.method.state_dict(), adapter(model), scaler.state_dict()), before)
     assert search.metrics()["diffora/skipped_steps"] == 1.0
 
 

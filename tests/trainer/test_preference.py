@@ -13,8 +13,7 @@ from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from diffora_trainer import DiffoRAMixin
-from diffora_trainer.adapters.grid import lora_layers
-from helpers.adapted import wake
+from helpers.adapted import lora_layers, wake
 from helpers.checks import adapter, assert_same, assert_was_searched
 from helpers.data import preference_dataset, tiny_tokenizer, vocabulary
 from helpers.models import llama_classifier

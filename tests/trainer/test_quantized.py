@@ -17,8 +17,7 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 from trl import SFTConfig
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRASFTTrainer, apply_selection
-from diffora_trainer.adapters.grid import lora_layers
-from helpers.adapted import PackedLinear
+from helpers.adapted import PackedLinear, lora_layers
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import lm_dataset, tiny_tokenizer
 from helpers.models import llama

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from diffora_trainer import Selection
-from diffora_trainer.adapters.grid import ModuleGrid, lora_layers
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.hub.plots import plot_selection
+from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_same, optimizer_state, snapshot, step_logs
 from helpers.processes import train
 from helpers.reallocation import DYNAMIC, MOMENTS, rotating, weights_of
@@ -47,7 +48,7 @@ def test_what_is_off_waits(optim: str, tmp_path: Path, monkeypatch: pytest.Monke
 
     args = {"optim": optim, "weight_decay": 0.1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     trainer = make_trainer(tmp_path, search=DYNAMIC, args=args)
-    names = ModuleGrid.from_model(trainer.model).names
+    names = AdapterGrid.from_model(trainer.model).grid.names
     trainer.add_callback(Probe(look))
     trainer.train()
 
@@ -79,7 +80,7 @@ def test_run(tmp_path: Path) -> None:
 
     search = {**DYNAMIC, "max_trainable_parameters": cap, "reallocate_every": 1, "score_batches": 1}
     trainer = make_trainer(tmp_path, "sft", search=search, args={"learning_rate": 0.5})
-    sizes = ModuleGrid.from_model(trainer.model).parameters
+    sizes = AdapterGrid.from_model(trainer.model).grid.parameters
     trainer.add_callback(Probe(look))
     trainer.train()
     trainer.save_model()
@@ -116,7 +117,7 @@ def test_batches_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def scores(model: Any, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         read.append([row for batch in batches for row in batch["input_ids"].tolist()])
-        return {name: index for index, name in enumerate(ModuleGrid.from_model(model).names)}
+        return {name: index for index, name in enumerate(AdapterGrid.from_model(model).grid.names)}
 
     search = {**DYNAMIC, "method": "custom", "arch_batch_size": 1, "arch_split": 0.5}
     trainer = make_trainer(tmp_path, search=search, score_function=scores)
@@ -210,7 +211,7 @@ def test_run_that_ends_early_keeps_what_is_on(tmp_path: Path, caplog: pytest.Log
         trainer.train()
         selection = trainer.selection
         assert selection.step == at and selection.kept == selection.history[-1].on
-        assert set(ModuleGrid.from_model(trainer.model).names) == set(selection.selected)
+        assert set(AdapterGrid.from_model(trainer.model).grid.names) == set(selection.selected)
         assert selection.history[-1].step == at - 1
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTTrainer
 
-from diffora_trainer.methods.matrix import BudgetMatrix
+from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.data import classification_dataset, lm_dataset
 from helpers.trainers import (
@@ -47,7 +47,7 @@ RUNS = {
     "classifier, accumulated": ("cls", 2, {}),
     "sft": ("sft", 1, {}),
     "sft, accumulated": ("sft", 2, {}),
-    "closing": ("cls", 1, {"search": {"arch_closing": 4}}),  # chosen at step 4, so step 5 lies among the closing ones
+    "closing": ("cls", 1, {"search": {"fade_out": 4}}),  # chosen at step 4, so step 5 lies among the closing ones
     "sampled": ("cls", 1, {"search": {"relaxation": "sampled", "selection_scope": "model"}}),
     "sigmoid, second order": ("sft", 1, {"search": {"relaxation": "sigmoid", "arch_order": 2, "arch_every": 2}}),
     # All of equal shapes, so that moments that land on another pair are a wrong result and not a crash.
@@ -73,7 +73,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
             made[name] = saving_trainer(tmp_path_factory.mktemp("run"), task, accumulation, **dict(options))
             with pytest.MonkeyPatch.context() as patch:
                 if name == "shared pairs":  # the last of the pair's modules leads it
-                    patch.setattr(BudgetMatrix, "scores", lambda self: torch.arange(len(self.budget)).float())
+                    patch.setattr(FrankWolfe, "scores", lambda self: torch.arange(len(self.budget)).float())
                 made[name].train()
         return made[name]
 
@@ -103,7 +103,7 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, whole_runs
 
     with monkeypatch.context() as patch:
         if name == "shared pairs":
-            patch.setattr(BudgetMatrix, "scores", lambda self: torch.arange(len(self.budget)).float())
+            patch.setattr(FrankWolfe, "scores", lambda self: torch.arange(len(self.budget)).float())
         resumed.train(resume_from_checkpoint=checkpoint)
 
     assert_continues(resumed, whole, step)

@@ -15,6 +15,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
 from helpers.checks import adapter, assert_same, step_logs
+from helpers.options import make_config
 from helpers.rollouts import (
     ARCHITECTURE_STEPS,
     GENERATIONS,
@@ -142,7 +143,7 @@ def test_methods_read_the_latest_completions(name: str, tmp_path: Path) -> None:
         options = {"relaxation": "sigmoid", "discretize_at": CUT, "arch_warmup": WARMUP}
     trainer = rollout_trainer(
         tmp_path,
-        diffora_config=DiffoRAConfig(**options),
+        diffora_config=make_config(**options),
         score_function=scores if name == "custom" else None,
     )
     trainer.train()

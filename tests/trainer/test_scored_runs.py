@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
 from diffora_trainer import ArchitectureSearch, Selection
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.config import METHODS
-from diffora_trainer.methods.matrix import ScoreMatrix
+from diffora_trainer.methods.base import ScoreMethod
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.data import lm_dataset
 from helpers.trainers import CUT, SAVES, classifier, lora, make_trainer, saving_trainer
@@ -31,10 +31,10 @@ SCORES = METHODS[1:-1]
 def test_run(method: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All modules train as in a run of plain LoRA, the best-scored go on, and the adapter is plain PEFT."""
     seen: list[Tensor] = []
-    take = ScoreMatrix.set_scores
-    monkeypatch.setattr(ScoreMatrix, "set_scores", lambda self, s, t: (seen.append(s.clone()), take(self, s, t))[1])
+    take = ScoreMethod.set_scores
+    monkeypatch.setattr(ScoreMethod, "set_scores", lambda self, s, t: (seen.append(s.clone()), take(self, s, t))[1])
     trainer = make_trainer(tmp_path, task, search={"method": method, "selection_scope": "model", "arch_warmup": 0})
-    names = ModuleGrid.from_model(trainer.model).names
+    names = AdapterGrid.from_model(trainer.model).grid.names
     trainer.train()
     trainer.save_model()
 
@@ -61,7 +61,7 @@ def test_run(method: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_scoring_leaves_no_trace_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one and the same choice the runs of all methods are one run, in the middle of an epoch, with dropout."""
-    monkeypatch.setattr(ScoreMatrix, "choose", lambda self: torch.arange(len(self.budget)) % 2 == 0)
+    monkeypatch.setattr(ScoreMethod, "choose", lambda self: torch.arange(len(self.budget)) % 2 == 0)
 
     def run(method: str) -> tuple[Any, Any]:
         trainer = make_trainer(
@@ -151,7 +151,7 @@ def test_learning_rate_of_zero_is_explained(tmp_path: Path) -> None:
 
 def test_run_that_ends_before_the_scores_keeps_all(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, search={"method": "snip"})
-    modules = len(ModuleGrid.from_model(trainer.model))
+    modules = len(AdapterGrid.from_model(trainer.model).grid)
 
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -160,7 +160,7 @@ def test_run_that_ends_before_the_scores_keeps_all(tmp_path: Path) -> None:
     trainer.add_callback(Stop())
     trainer.train()
     assert trainer.selection is None and not trainer._callback.gates_active
-    assert len(ModuleGrid.from_model(trainer.model)) == modules
+    assert len(AdapterGrid.from_model(trainer.model).grid) == modules
 
 
 def test_budget_of_time_and_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +187,7 @@ def test_function_of_ones_own(tmp_path: Path) -> None:
     def last_ones(model: PeftModel, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         called.append(len(batches))
         assert not model.training and model(**batches[0]).loss.requires_grad
-        grid = ModuleGrid.from_model(model)
+        grid = AdapterGrid.from_model(model).grid
         return {f"base_model.model.{name}": index for index, name in enumerate(grid.names)}
 
     search = {"method": "custom", "selection_scope": "model", "arch_batch_size": 1, "score_batches": 2}

@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from trl import SFTConfig
 
 from diffora_trainer import DiffoRASFTTrainer, Selection
-from diffora_trainer.adapters.grid import ModuleGrid
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import SELECTION_NAME
 from diffora_trainer.hub.card import write_card
@@ -209,7 +209,7 @@ def test_hostile_names_are_data(kind: str, tmp_path: Path) -> None:
 def test_names_of_another_model_touch_nothing() -> None:
     """A selection names modules, and only the LoRA layers that a model has are ever looked up by them."""
     model: Any = get_peft_model(llama().model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    names = ModuleGrid.from_model(model).names
+    names = AdapterGrid.from_model(model).grid.names
     selection = make_selection()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -242,7 +242,7 @@ def test_names_are_no_patterns(tmp_path: Path) -> None:
 
     for kept in (("a.c", "x|y"), ("q(x+)",), ("^$", "vision.x|y")):
         model: Any = get_peft_model(Odd(), LoraConfig(r=2, target_modules=[*names, "vision.x|y"]))
-        grid = ModuleGrid.from_model(model)
+        grid = AdapterGrid.from_model(model).grid
         selection = Selection(
             grid.rows, grid.columns, grid.names, grid.positions, grid.parameters,
             (0.0,) * len(grid), (1.0,) * len(grid), tuple(name in kept for name in grid.names),

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from torch.utils.data import IterableDataset
 
-from diffora_trainer import DiffoRAConfig
 from diffora_trainer.trainer.held_out import read_head
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import rows_of
+from helpers.options import make_config
 from helpers.trainers import CUT, make_trainer
 
 
@@ -51,7 +51,7 @@ def test_at_most_its_share_is_held_out(
         tmp_path,
         train_dataset=stream,
         args={"max_steps": steps, "per_device_train_batch_size": 32},
-        diffora_config=DiffoRAConfig(arch_split=share, arch_every=1, discretize_at=0.9),
+        diffora_config=make_config(arch_split=share, arch_every=1, discretize_at=0.9),
     )
     rows = read_head(trainer, stream)
     assert len(rows) == expected

@@ -15,9 +15,8 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
-from diffora_trainer.adapters.grid import lora_layers
 from diffora_trainer.trainer.callback import DiffoRACallback
-from helpers.adapted import base_weights
+from helpers.adapted import base_weights, lora_layers
 from helpers.checks import adapter, assert_same, assert_was_searched, optimizer_state, search_keys, snapshot, step_logs
 from helpers.data import classification_dataset, lm_dataset, tiny_tokenizer
 from helpers.trainers import CUT, WARMUP, Probe, arguments, causal_model, classifier, lora, make_trainer, search_config

@@ -26,8 +26,7 @@ from transformers import (
     Wav2Vec2ForSequenceClassification,
 )
 
-from diffora_trainer.adapters.grid import lora_layers
-from helpers.adapted import base_weights
+from helpers.adapted import base_weights, lora_layers
 from helpers.checks import adapter, step_logs
 from helpers.data import chat_dataset, lm_dataset, preference_dataset, tiny_tokenizer
 from helpers.models import bert, llama, llama_classifier, speech_to_text, t5, vit, whisper
