@@ -36,7 +36,7 @@ def apply_selection(
 
     The selected modules keep their parameters, and these their moments in the optimizer; the others leave the model,
     the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
-    Shortcuts that are not selected leave the model and the optimizer in the same way. A backward pass ends at the
+    What is not selected of other kinds of site leaves them in the same way. A backward pass ends at the
     lowest module that is left, also with (non-reentrant) activation checkpointing.
 
     Args:

@@ -51,3 +51,16 @@ def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
         record.update(rank=1, kept_rank=int(record["kept"]), gain=record.get("gain", record["score"]))
         record["kind"] = "shortcuts" if record["name"] in shortcuts else LORA
     return {"history": [], "times": {}, "notes": [], **data, "format": 2, "modules": records}
+
+
+def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
+    """
+    The state of a run as format 2 had it, in the form of format 3. It knew one other kind of site, and not always
+    which gates a gradient had reached.
+    """
+    renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
+    found = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
+    found["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []
+    if found.get("selection") is None:
+        found = {"history": [], "reached": None, "effect": None, **found}
+    return {**found, "format": 3}

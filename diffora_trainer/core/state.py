@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from .allocation import Allocation
+from .formats import upgrade_state
 from .schedule import Schedule
 from .selection import Selection
 from .times import StepTimes
@@ -121,7 +122,7 @@ class RunState:
             ValueError: if this is not the state of a run.
         """
         if data.get("format") == 2:
-            data = _upgrade(data)
+            data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
         names = list(_ALWAYS) if data.get("selection") is not None else [entry.name for entry in fields(cls)]
@@ -172,16 +173,6 @@ def short(value: Any) -> str:
     """A value for a message, cut to 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else text[:197] + "..."
-
-
-def _upgrade(data: dict[str, Any]) -> dict[str, Any]:
-    """A state as format 2 had it. It knew one other kind of site, and not always what gates had reached."""
-    renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
-    found = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
-    found["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []
-    if found.get("selection") is None:
-        found = {"history": [], "reached": None, "effect": None, **found}
-    return {**found, "format": _FORMAT}
 
 
 def _whole(value: Any) -> bool:

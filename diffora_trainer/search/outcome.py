@@ -35,7 +35,7 @@ def make_selection(search: ArchitectureSearch, step: int | None) -> Selection:
     relaxed, trained, scores = method.values(), method.evaluation_gates(), method.scores()
     folds = trained is not None and getattr(method.options, "fold_gates", True)
     selected = trained if folds else torch.ones(len(kept))
-    factors = torch.where(torch.tensor(kept), selected, relaxed)  # type: ignore[arg-type]
+    factors = torch.where(torch.tensor(kept), selected, relaxed)
     gains = method.tie_breaker()
     wants_all = config.max_trainable_parameters is not None or config.selection_ratio >= 1
     evidence = Evidence(search.reached, search.skipped_steps, search.effect)

@@ -5,29 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..adapters.base import extra_kinds
-from ..adapters.grid import describe_base
 from ..adapters.optimizer import innermost
-from ..adapters.pruning import apply_selection
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process, world_size
 from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
-from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState, check_same
+from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState
 from ..logging import get_logger
-from ..methods.build import make_schedule, method_of
+from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
 from . import messages
 from .batches import Batches, as_batches, without_labels
+from .measured import LossFunction
+from .pruning import prune_run
 from .reallocation import Reallocation
+from .run_state import restore_run, state_of
 from .runtime import Runtime
-from .search import ArchitectureSearch, LossFunction
+from .search import ArchitectureSearch
 
 
 logger = get_logger(__name__)
@@ -112,7 +111,8 @@ class SelectionRun:
         self.held_out = as_batches(held_out_batches, keep)
         self.step = 0
         self.selection: Selection | None = None
-        self.reallocation = self._make_reallocation()
+        anew = getattr(self.search.method.options, "reallocate_every", None) is not None
+        self.reallocation = Reallocation(self.search) if anew else None
         self._report: dict[str, float] = {}
         self._train_batch: Any = None
         self._begun = False
@@ -165,8 +165,8 @@ class SelectionRun:
         self.search.begin()
         self._fade()
         self._say(messages.plan(self))
-        if self.search.keeps_all and self.config.selection_ratio < 1 and is_main_process():
-            logger.warning(messages.nothing_to_choose(len(self.search.grid)))
+        if self.search.keeps_all and self.config.selection_ratio < 1:
+            self._warn(messages.nothing_to_choose(len(self.search.grid)))
         if self.schedule.prune == 0:
             self._happen()
 
@@ -245,7 +245,7 @@ class SelectionRun:
 
     def _end_warmup(self) -> None:
         if self.config.max_step_time is not None:
-            times = self.search.measure_times(next(iter(self.held_out.sample(1))))
+            times = self.search.measure_times(next(self.held_out.sample(1)))
             self._say(messages.times(times, self.search))
         if self.search.method.searches:
             self._say(f"Step {self.step}: warm-up done, the search begins.")
@@ -286,36 +286,12 @@ class SelectionRun:
 
     def _prune(self) -> None:
         """Decide if that is still to be done, carry it out, and measure what that does."""
-        search, held_out = self.search, self.held_out
-        before = None
-        # Where gates have faded out, all modules were measured right before that.
-        before_fading = None if search.kept is None or search.effect is None else search.effect[1]
-        if held_out.comparable:
-            before = search.held_out_loss(held_out.sample(_GAP_BATCHES), relaxed=True)
-            if search.kept is None and search.method.searches:  # a score need not rest on what was learned
-                search.measure_effect(held_out.sample(_GAP_BATCHES))
-        finish = search.finish if self.reallocation is None else self.reallocation.finish
-        if self.reallocation is not None:  # what follows compares with all modules
-            self.reallocation.release()
-        seconds_before = None if search.times is None else search.step_seconds(next(iter(held_out.sample(1))))
-        self._report.update(search.metrics())
-        selection = finish(self.step)
-        apply_selection(self.model, selection, self.optimizer, self.scheduler, adapter_name=search.adapter_name)
-        self.selection = selection
-        search.runtime.after_prune()
-        self._train_batch = None
-        after = search.held_out_loss(held_out.sample(_GAP_BATCHES)) if held_out.comparable else None
-        if seconds_before is not None:
-            seconds = {
-                "before_cut": seconds_before,
-                "after_cut": search.step_seconds(next(iter(held_out.sample(1)))),
-            }
-            self.selection = selection = replace(selection, times={**selection.times, **seconds})
-        losses = None if before is None or after is None else (before, after)
-        self._report.update(messages.prune_metrics(selection, losses))
-        for line in messages.pruned(selection, losses, before_fading):
+        outcome = prune_run(self, _GAP_BATCHES)
+        self.selection, self._train_batch = outcome.selection, None
+        self._report.update(outcome.metrics)
+        for line in outcome.lines:
             self._say(line)
-        for line in messages.unadapted(selection):
+        for line in messages.unadapted(outcome.selection):
             self._warn(line)
 
     def _say(self, line: str) -> None:
@@ -326,10 +302,6 @@ class SelectionRun:
         if is_main_process():
             logger.warning(line)
 
-    def _make_reallocation(self) -> Reallocation | None:
-        _, options = method_of(self.config)
-        return None if getattr(options, "reallocate_every", None) is None else Reallocation(self.search)
-
     # State
 
     def state(self, began_pruned: bool = False) -> RunState:
@@ -339,32 +311,7 @@ class SelectionRun:
         Args:
             began_pruned (`bool`, *optional*, defaults to `False`): see [`RunState`].
         """
-        search, schedule = self.search, self.schedule
-        common: dict[str, Any] = {
-            "step": self.step,
-            "config": self._options(),
-            "base_model": describe_base(self.model),
-            "extra_kinds": tuple(kind.name for kind in extra_kinds() if kind.installed(self.model)),
-            "began_pruned": began_pruned,
-        }
-        if self.selection is not None:
-            return RunState(**common, selection=self.selection)
-        return RunState(
-            **common,
-            modules=search.grid.names,
-            warmup=schedule.warmup,
-            discretize=schedule.discretize,
-            prune=schedule.prune,
-            held_out_position=self.held_out.position,
-            held_out_rows=len(self.held_out.dataset),
-            skipped_steps=search.skipped_steps,
-            kept=None if search.kept is None else tuple(search.kept.tolist()),
-            losses=tuple(search.pending_losses),
-            reached=tuple(search.reached.tolist()),
-            effect=search.effect,
-            times=search.times,
-            history=() if self.reallocation is None else tuple(self.reallocation.history),
-        )
+        return state_of(self, began_pruned)
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs beside the states of model and optimizer, as JSON values and tensors."""
@@ -396,54 +343,4 @@ class SelectionRun:
         """
         if self._begun:
             raise ValueError("A state can only be restored before the first step. Please make a new run for it.")
-        search = self.search
-        check_same(source, {"the base model": (state.base_model, describe_base(self.model))})
-        if state.selection is not None:
-            apply_selection(self.model, state.selection, self.optimizer, self.scheduler)
-            self.selection, self.step, self._begun = state.selection, state.step, True
-            return
-        reallocates = self.reallocation is not None and state.step >= state.warmup
-        timed = self.config.max_step_time is not None and state.step >= state.warmup
-        depth = len(search.grid.rows) if state.times is None else len(state.times.depth)
-        check_same(
-            source,
-            {
-                **state.check_schedule(self.schedule),
-                "the number of held-out rows": (state.held_out_rows, len(self.held_out.dataset)),
-                "the order of the modules": (state.modules, search.grid.names),
-                "the options": (comparable_options(state.config), comparable_options(self.config.to_dict())),
-                "the number of layers": (depth, len(search.grid.rows)),
-                "whether modules were chosen anew": (bool(state.history), reallocates),
-                "whether step times were measured": (state.times is not None, timed),
-            },
-        )
-        if state.times is not None:
-            search.restrict(state.times)
-        search.method.load_state_dict(tensors)
-        if self.reallocation is not None:
-            self.reallocation.restore(state.history)
-            search.check_choice(self.reallocation.on)
-            if not self.reallocation.on.all():
-                search.runtime.after_switch()
-        if state.kept is not None:
-            search.discretize(torch.tensor(state.kept))
-        search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
-        search.effect = state.effect
-        if state.reached is not None:
-            search.reached = torch.tensor(state.reached)
-        else:  # not known of a checkpoint from before it was kept
-            search.reached |= search.method.steps > 0
-        self.held_out.position, self.step = state.held_out_position, state.step
-
-    def _options(self) -> dict[str, Any]:
-        return {**self.config.to_dict(), "method_options": asdict(self.search.method.options)}
-
-
-def comparable_options(options: dict[str, Any]) -> dict[str, Any]:
-    """
-    The options of a run in a form in which those of two runs can be compared: by today's names and with the defaults
-    of the method. The name under which the base model is published says nothing of a run.
-    """
-    config = DiffoRAConfig.from_dict({**options, "base_model_id": None})
-    _, of_method = method_of(config)
-    return {**config.to_dict(), "method_options": asdict(of_method)}
+        self._begun = restore_run(self, state, tensors, source)

@@ -67,7 +67,7 @@ def scale_free(grid: Grid, scores: Tensor) -> Tensor:
     """
     Scores of several kinds of site that can be compared: each divided by the mean magnitude of its kind. A gradient or
     a weight of one kind of adapter is of another size than one of another kind for reasons that say nothing of its
-    use: a shortcut reads the residual stream, for example, which no norm has scaled.
+    use: one may read the residual stream, for example, which no norm has scaled.
 
     Args:
         grid ([`~diffora_trainer.core.grid.Grid`]): the modules.

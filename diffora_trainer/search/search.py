@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -14,21 +12,20 @@ from torch import Tensor, nn
 
 from ..adapters.backward import check_backward_ends_early, suspend_input_gradients
 from ..adapters.base import site_kind
-from ..adapters.gates import Gates, checkpoints_activations, pruned_view
+from ..adapters.gates import checkpoints_activations
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
-from ..core.agreement import check_agreement, fingerprint, is_main_process
-from ..core.grid import OTHER_ROW
-from ..core.isolation import side_effect_free
+from ..core.agreement import is_main_process
 from ..core.selection import Selection
 from ..core.times import StepTimes
 from ..logging import get_logger
 from ..methods.base import GradientMethod, SelectionMethod
 from ..methods.build import check_score_function, make_method
 from ..methods.context import ScoreFunction
-from . import timing
 from .bilevel import ArchitectureGradient
+from .deprecated import OldNames
 from .diagnosis import keeps_all
+from .measured import GatedModel, LossFunction
 from .outcome import check_sharing, make_selection, search_metrics
 from .runtime import Runtime
 from .scoring import score_sites
@@ -36,10 +33,8 @@ from .scoring import score_sites
 
 logger = get_logger(__name__)
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
 
-
-class ArchitectureSearch:
+class ArchitectureSearch(OldNames, GatedModel):
     """
     Learns which LoRA modules of a model to keep (DiffoRA, https://huggingface.co/papers/2502.08905), or scores them.
 
@@ -88,17 +83,14 @@ class ArchitectureSearch:
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         _check_arguments(config, loss_fn)
-        self.model = model
         self.config = config or DiffoRAConfig()
         check_score_function(self.config, score_function)
         changed: dict[str, Any] = {"reduce": reduce, "loss_scale": loss_scale}
-        self.runtime = replace(runtime or Runtime(), **{k: v for k, v in changed.items() if v is not None})
-        self.adapters = AdapterGrid.from_model(model, adapter_name)
-        self.grid = self.adapters.grid
+        runtime = replace(runtime or Runtime(), **{k: v for k, v in changed.items() if v is not None})
+        super().__init__(model, AdapterGrid.from_model(model, adapter_name), loss_fn, runtime)
         check_sharing(self.adapters, self.config)
         if self.config.max_step_time is not None:
             check_backward_ends_early(model, [p for site in self.adapters.sites for p in site.parameters])
-        self.gates = Gates(self.adapters.sites)
         self.method = self._make_method()
         self.kept: Tensor | None = None
         self.times: StepTimes | None = None
@@ -107,10 +99,8 @@ class ArchitectureSearch:
         self.skipped_steps = 0
         self.pending_losses: list[float] = []
         self.last_loss: float | None = None
-        self._loss_fn = loss_fn
         self._score_function = score_function
         self._gradient = ArchitectureGradient(model, self.gates, self.loss, self.runtime.loss_scale)
-        self._checkpointing = False
         self._fading: Tensor | None = None
 
     @property
@@ -141,25 +131,6 @@ class ArchitectureSearch:
         self.gates.attach()
         self.gates.set_evaluation(self.method.evaluation_gates())
 
-    def check_agreement(self, record: str) -> None:
-        """
-        Make sure that all processes hold the same record of what they search, before they wait for each other.
-
-        Args:
-            record (`str`): what must be equal.
-
-        Raises:
-            ValueError: on every process, if any two differ.
-        """
-        what = "what to search: modules, options, schedule or the number of held-out rows"
-        remedy = "Please start all of them with the same script, arguments and data."
-        check_agreement(fingerprint(record), self.runtime.reduce, what, remedy)
-
-    def check_choice(self, kept: Tensor) -> None:
-        """Raise a `ValueError` on every process if they would not all keep the same modules, `(n,)` bools."""
-        remedy = "Please make sure that all of them read the same data and files."
-        check_agreement(kept, self.runtime.reduce, "which modules to keep", remedy)
-
     # Gates
 
     def draw_gates(self) -> None:
@@ -169,9 +140,10 @@ class ArchitectureSearch:
         Raises:
             TypeError: if the method leaves the gates open and its class does not say so.
         """
-        self.gates.set_training(self._training_gates())
+        self.gates.set_training(self.training_gates())
 
-    def _training_gates(self) -> Tensor | None:
+    def training_gates(self) -> Tensor | None:
+        """The gates under which the weights train next, `(n,)`, or `None` if all are open."""
         if self._fading is not None:
             return self._fading
         gates = self.method.training_gates()
@@ -267,22 +239,6 @@ class ArchitectureSearch:
         """
         return score_sites(self, list(batches), self._score_function)
 
-    def held_out_loss(self, batches: Iterable[Any], relaxed: bool = False) -> float:
-        """
-        Mean loss over batches, in evaluation mode and without gradients; it leaves no trace in the training.
-
-        Args:
-            batches (`Iterable`): as `loss_fn` takes them.
-            relaxed (`bool`, *optional*, defaults to `False`): under the gates that the weights are trained with, drawn
-                anew for each batch, instead of those of evaluation.
-        """
-        losses = []
-        with self.side_effect_free(training=False), torch.no_grad():
-            for batch in batches:
-                with self.gates.override(self._training_gates()) if relaxed else nullcontext():
-                    losses.append(self.loss(batch).detach().float().cpu().reshape(1))
-        return float(self.runtime.reduce(torch.cat(losses).mean().reshape(1)))
-
     def measure_effect(self, batches: Iterable[Any]) -> float:
         """
         Measure what the modules have learned: the held-out loss without them and with all of them. A choice among
@@ -313,11 +269,7 @@ class ArchitectureSearch:
         Args:
             batch: a batch of the size of a training batch, as `loss_fn` takes it.
         """
-        numbered = [row != OTHER_ROW for row in self.grid.rows]
-        times = timing.measure_step_times(lambda kept: self._seconds(batch, kept), self.grid.row_of, numbered)
-        # All processes must restrict the search alike.
-        flat = self.runtime.reduce(torch.tensor([times.all_modules, times.per_module, *times.depth])).tolist()
-        times = StepTimes(flat[0], tuple(flat[2:]), flat[1])
+        times = self.step_times(batch)
         self.restrict(times)
         return times
 
@@ -330,21 +282,6 @@ class ArchitectureSearch:
         limit = self.config.max_step_time * times.spread(budget.expected_count) - others
         self.method = self._make_method(budget.max_depth_mask([times.depth[row] for row in self.grid.row_of], limit))
         self.gates.set_evaluation(self.method.evaluation_gates())
-
-    def step_seconds(self, batch: Any) -> float:
-        """Seconds of a training step (forward and backward pass) of the model as it is: the least of a few."""
-        return min(self._time(batch) for _ in range(timing.REPEATS + 1))
-
-    def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
-        with pruned_view(self.model, self.adapters.sites, kept):
-            return self._time(batch)
-
-    def _time(self, batch: Any) -> float:
-        # With what is trained beside the LoRA, such as a head: the backward pass goes down to the lowest of all.
-        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with self.side_effect_free(training=True), self.gates.override(None):
-            step = lambda: torch.autograd.grad(self.loss(batch), weights, allow_unused=True)  # noqa: E731
-            return timing.timed(step, self.gates.device)
 
     # The choice
 
@@ -399,22 +336,6 @@ class ArchitectureSearch:
         """
         return search_metrics(self)
 
-    def decide(self, kept: Tensor | None = None) -> None:
-        """Deprecated: [`discretize`]."""
-        _warn_of_name("decide", "discretize")
-        self.discretize(kept)
-
-    def close(self, progress: float) -> None:
-        """Deprecated: [`fade_out`]."""
-        _warn_of_name("close", "fade_out")
-        self.fade_out(progress)
-
-    @property
-    def matrix(self) -> SelectionMethod:
-        """Deprecated: [`method`]."""
-        _warn_of_name("matrix", "method")
-        return self.method
-
     @property
     def _separate_kinds(self) -> list[str]:
         extra = self.config.extra_sites
@@ -429,22 +350,6 @@ class ArchitectureSearch:
     def _make_method(self, allowed: Tensor | None = None) -> SelectionMethod:
         return make_method(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds, allowed)
 
-    def loss(self, batch: Any) -> Tensor:
-        """The loss of a batch, or a `TypeError` if it is not one number."""
-        loss = self._loss_fn(self.model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(
-                f"The loss function returned {found}, but one number is needed. Please return a tensor of one "
-                "element, such as `model(**batch).loss`."
-            )
-        return loss
-
-    def side_effect_free(self, training: bool | None = None) -> AbstractContextManager[None]:
-        """Run the model without a trace: by default in evaluation mode, unless it checkpoints activations."""
-        training = self._checkpointing if training is None else training
-        return side_effect_free(self.model, self.gates.device, training)
-
 
 def _check_arguments(config: Any, loss_fn: Any) -> None:
     if not isinstance(config, (DiffoRAConfig, type(None))):
@@ -454,11 +359,3 @@ def _check_arguments(config: Any, loss_fn: Any) -> None:
             f"`loss_fn` must be a function of the model and a batch, got {type(loss_fn).__name__}. Please pass "
             "one, such as `lambda model, batch: model(**batch).loss`."
         )
-
-
-def _warn_of_name(old: str, new: str) -> None:
-    warnings.warn(
-        f"`ArchitectureSearch.{old}` is deprecated and will be removed in version 0.3. Please use `{new}`.",
-        FutureWarning,
-        stacklevel=3,
-    )

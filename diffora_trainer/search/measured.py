@@ -1,0 +1,125 @@
+"""A model under gates: its loss and the time of its steps, taken without a trace in its training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapters.gates import Gates, pruned_view
+from ..adapters.grid import AdapterGrid
+from ..core.agreement import check_agreement, fingerprint
+from ..core.grid import OTHER_ROW
+from ..core.isolation import side_effect_free
+from ..core.times import StepTimes
+from . import timing
+from .runtime import Runtime
+
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class GatedModel:
+    """
+    A model whose sites are behind gates.
+
+    Args:
+        model (`PeftModel`): the model.
+        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): its sites.
+        loss_fn (`Callable`): `loss_fn(model, batch)` gives the scalar loss of a batch.
+        runtime ([`~diffora_trainer.search.runtime.Runtime`]): several processes and a loss scaler.
+    """
+
+    def __init__(self, model: nn.Module, adapters: AdapterGrid, loss_fn: LossFunction, runtime: Runtime) -> None:
+        self.model = model
+        self.adapters = adapters
+        self.grid = adapters.grid
+        self.gates = Gates(adapters.sites)
+        self.runtime = runtime
+        self._loss_fn = loss_fn
+        self._checkpointing = False
+
+    def loss(self, batch: Any) -> Tensor:
+        """The loss of a batch, or a `TypeError` if it is not one number."""
+        loss = self._loss_fn(self.model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise TypeError(
+                f"The loss function returned {found}, but one number is needed. Please return a tensor of one "
+                "element, such as `model(**batch).loss`."
+            )
+        return loss
+
+    def side_effect_free(self, training: bool | None = None) -> AbstractContextManager[None]:
+        """Run the model without a trace: by default in evaluation mode, unless it checkpoints activations."""
+        training = self._checkpointing if training is None else training
+        return side_effect_free(self.model, self.gates.device, training)
+
+    def check_agreement(self, record: str) -> None:
+        """
+        Make sure that all processes hold the same record of what they search, before they wait for each other.
+
+        Args:
+            record (`str`): what must be equal.
+
+        Raises:
+            ValueError: on every process, if any two differ.
+        """
+        what = "what to search: modules, options, schedule or the number of held-out rows"
+        remedy = "Please start all of them with the same script, arguments and data."
+        check_agreement(fingerprint(record), self.runtime.reduce, what, remedy)
+
+    def check_choice(self, kept: Tensor) -> None:
+        """Raise a `ValueError` on every process if they would not all keep the same modules, `(n,)` bools."""
+        remedy = "Please make sure that all of them read the same data and files."
+        check_agreement(kept, self.runtime.reduce, "which modules to keep", remedy)
+
+    def training_gates(self) -> Tensor | None:
+        """The gates under which the weights train next, `(n,)`, or `None` if all are open."""
+        return None
+
+    def held_out_loss(self, batches: Iterable[Any], relaxed: bool = False) -> float:
+        """
+        Mean loss over batches, in evaluation mode and without gradients; it leaves no trace in the training.
+
+        Args:
+            batches (`Iterable`): as `loss_fn` takes them.
+            relaxed (`bool`, *optional*, defaults to `False`): under the gates that the weights are trained with, drawn
+                anew for each batch, instead of those of evaluation.
+        """
+        losses = []
+        with self.side_effect_free(training=False), torch.no_grad():
+            for batch in batches:
+                with self.gates.override(self.training_gates()) if relaxed else nullcontext():
+                    losses.append(self.loss(batch).detach().float().cpu().reshape(1))
+        return float(self.runtime.reduce(torch.cat(losses).mean().reshape(1)))
+
+    def step_times(self, batch: Any) -> StepTimes:
+        """
+        Time training steps of different depths: the mean over all processes.
+
+        Args:
+            batch: a batch of the size of a training batch.
+        """
+        numbered = [row != OTHER_ROW for row in self.grid.rows]
+        times = timing.measure_step_times(lambda kept: self._seconds(batch, kept), self.grid.row_of, numbered)
+        flat = self.runtime.reduce(torch.tensor([times.all_modules, times.per_module, *times.depth])).tolist()
+        return StepTimes(flat[0], tuple(flat[2:]), flat[1])
+
+    def step_seconds(self, batch: Any) -> float:
+        """Seconds of a training step (forward and backward pass) of the model as it is: the least of a few."""
+        return min(self._time(batch) for _ in range(timing.REPEATS + 1))
+
+    def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
+        with pruned_view(self.model, self.adapters.sites, kept):
+            return self._time(batch)
+
+    def _time(self, batch: Any) -> float:
+        # With what is trained beside the LoRA, such as a head: the backward pass goes down to the lowest of all.
+        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        with self.side_effect_free(training=True), self.gates.override(None):
+            step = lambda: torch.autograd.grad(self.loss(batch), weights, allow_unused=True)  # noqa: E731
+            return timing.timed(step, self.gates.device)

@@ -1,0 +1,64 @@
+"""The pruning of a run: decided, carried out on model and optimizer, and measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ..adapters.pruning import apply_selection
+from ..core.selection import Selection
+from . import messages
+
+
+if TYPE_CHECKING:
+    from .run import SelectionRun
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """
+    What a pruning has done.
+
+    Args:
+        selection ([`~diffora_trainer.core.selection.Selection`]): what was kept.
+        metrics (`dict[str, float]`): numbers for the training log.
+        lines (`list[str]`): lines for the log.
+    """
+
+    selection: Selection
+    metrics: dict[str, float]
+    lines: list[str]
+
+
+def prune_run(run: SelectionRun, gap_batches: int) -> Pruning:
+    """
+    Prune the modules of a run. Whatever is not decided yet is decided now.
+
+    Args:
+        run ([`SelectionRun`]): the run.
+        gap_batches (`int`): how many held-out batches the losses before and after are compared on.
+    """
+    search, held_out = run.search, run.held_out
+    before = None
+    # Where gates have faded out, all modules were measured right before that.
+    before_fading = None if search.kept is None or search.effect is None else search.effect[1]
+    if held_out.comparable:
+        before = search.held_out_loss(held_out.sample(gap_batches), relaxed=True)
+        if search.kept is None and search.method.searches:  # a score need not rest on what was learned
+            search.measure_effect(held_out.sample(gap_batches))
+    finish = search.finish if run.reallocation is None else run.reallocation.finish
+    if run.reallocation is not None:  # what follows compares with all modules
+        run.reallocation.release()
+    seconds_before = None if search.times is None else search.step_seconds(next(held_out.sample(1)))
+    metrics = search.metrics()
+    selection = finish(run.step)
+    apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
+    search.runtime.after_prune()
+    after = search.held_out_loss(held_out.sample(gap_batches)) if held_out.comparable else None
+    if seconds_before is not None:
+        seconds_after = search.step_seconds(next(held_out.sample(1)))
+        times = {**selection.times, "before_cut": seconds_before, "after_cut": seconds_after}
+        selection = replace(selection, times=times)
+    losses = None if before is None or after is None else (before, after)
+    metrics.update(messages.prune_metrics(selection, losses))
+    return Pruning(selection, metrics, messages.pruned(selection, losses, before_fading))

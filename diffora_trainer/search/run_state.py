@@ -1,0 +1,107 @@
+"""The state of a run taken and restored."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..adapters.base import kinds_of
+from ..adapters.grid import describe_base
+from ..adapters.pruning import apply_selection
+from ..config import DiffoRAConfig
+from ..core.state import RunState, check_same
+from ..methods.build import method_of
+
+
+if TYPE_CHECKING:
+    from .run import SelectionRun
+
+
+def state_of(run: SelectionRun, began_pruned: bool) -> RunState:
+    """See [`SelectionRun.state`]."""
+    search, schedule = run.search, run.schedule
+    common: dict[str, Any] = {
+        "step": run.step,
+        "config": _options(run),
+        "base_model": describe_base(run.model),
+        "extra_kinds": tuple(kind.name for kind in kinds_of(run.model)),
+        "began_pruned": began_pruned,
+    }
+    if run.selection is not None:
+        return RunState(**common, selection=run.selection)
+    return RunState(
+        **common,
+        modules=search.grid.names,
+        warmup=schedule.warmup,
+        discretize=schedule.discretize,
+        prune=schedule.prune,
+        held_out_position=run.held_out.position,
+        held_out_rows=len(run.held_out.dataset),
+        skipped_steps=search.skipped_steps,
+        kept=None if search.kept is None else tuple(search.kept.tolist()),
+        losses=tuple(search.pending_losses),
+        reached=tuple(search.reached.tolist()),
+        effect=search.effect,
+        times=search.times,
+        history=() if run.reallocation is None else tuple(run.reallocation.history),
+    )
+
+
+def restore_run(run: SelectionRun, state: RunState, tensors: dict[str, Tensor], source: str) -> bool:
+    """See [`SelectionRun.restore`]. Tells whether the modules were pruned, so that there is nothing more to do."""
+    search = run.search
+    check_same(source, {"the base model": (state.base_model, describe_base(run.model))})
+    if state.selection is not None:
+        apply_selection(run.model, state.selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
+        run.selection, run.step = state.selection, state.step
+        return True
+    reallocates = run.reallocation is not None and state.step >= state.warmup
+    timed = run.config.max_step_time is not None and state.step >= state.warmup
+    depth = len(search.grid.rows) if state.times is None else len(state.times.depth)
+    check_same(
+        source,
+        {
+            **state.check_schedule(run.schedule),
+            "the number of held-out rows": (state.held_out_rows, len(run.held_out.dataset)),
+            "the order of the modules": (state.modules, search.grid.names),
+            "the options": (comparable_options(state.config), comparable_options(run.config.to_dict())),
+            "the number of layers": (depth, len(search.grid.rows)),
+            "whether modules were chosen anew": (bool(state.history), reallocates),
+            "whether step times were measured": (state.times is not None, timed),
+        },
+    )
+    if state.times is not None:
+        search.restrict(state.times)
+    search.method.load_state_dict(tensors)
+    if run.reallocation is not None:
+        run.reallocation.restore(state.history)
+        search.check_choice(run.reallocation.on)
+        if not run.reallocation.on.all():
+            search.runtime.after_switch()
+    if state.kept is not None:
+        search.discretize(torch.tensor(state.kept))
+    search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
+    search.effect = state.effect
+    if state.reached is not None:
+        search.reached = torch.tensor(state.reached)
+    else:  # not known of a checkpoint from before it was kept
+        search.reached |= search.method.steps > 0
+    run.held_out.position, run.step = state.held_out_position, state.step
+    return False
+
+
+def _options(run: SelectionRun) -> dict[str, Any]:
+    return {**run.config.to_dict(), "method_options": asdict(run.search.method.options)}
+
+
+def comparable_options(options: dict[str, Any]) -> dict[str, Any]:
+    """
+    The options of a run in a form in which those of two runs can be compared: by today's names and with the defaults
+    of the method. The name under which the base model is published says nothing of a run.
+    """
+    config = DiffoRAConfig.from_dict({**options, "base_model_id": None})
+    _, of_method = method_of(config)
+    return {**config.to_dict(), "method_options": asdict(of_method)}
