@@ -12,15 +12,15 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .core.schedule import check_moment
 from .core.values import check_integer, check_number, parse_mapping
-from .renamed import OLD_NAMES, take_over_old_names
+from .renamed import OLD_NAMES, REMEDIES, Renamed, take_over_old_names
 
 
 SELECTION_SCOPES = ("layer", "model")
 WEIGHT_SHARING = ("none", "layer", "model")
 
 
-def _old(what: str, **metadata: Any) -> Any:
-    return field(default=None, repr=False, metadata={"help": f"Deprecated: pass {what} instead.", **metadata})
+def _old(name: str) -> Any:
+    return field(default=Renamed(name), repr=False, compare=False, metadata={"help": f"Deprecated: {REMEDIES[name]}."})
 
 
 @dataclass
@@ -210,18 +210,18 @@ class DiffoRAConfig:
     )
 
     # Names of before, read until version 0.3
-    relaxation: str | None = _old("the name of the relaxation as `method`")
-    cost: str | None = _old("`max_step_time`")
-    arch_closing: float | None = _old("`fade_out`")
-    arch_every: int | None = _old("it in `method_options`")
-    arch_learning_rate: float | None = _old("it in `method_options`")
-    arch_order: int | None = _old("it in `method_options`")
-    fold_gates: bool | None = _old("it in `method_options`")
-    score_batches: int | None = _old("it in `method_options`")
-    normalize_scores: bool | None = _old("it in `method_options`")
-    reallocate_every: float | None = _old("it in `method_options`")
-    shortcuts: list[str] | None = _old("it in `extra_sites`")
-    shortcut_ranking: str | None = _old("it in `extra_sites`")
+    relaxation: str | None = _old("relaxation")
+    cost: str | None = _old("cost")
+    arch_closing: float | None = _old("arch_closing")
+    arch_every: int | None = _old("arch_every")
+    arch_learning_rate: float | None = _old("arch_learning_rate")
+    arch_order: int | None = _old("arch_order")
+    fold_gates: bool | None = _old("fold_gates")
+    score_batches: int | None = _old("score_batches")
+    normalize_scores: bool | None = _old("normalize_scores")
+    reallocate_every: float | None = _old("reallocate_every")
+    shortcuts: list[str] | None = _old("shortcuts")
+    shortcut_ranking: str | None = _old("shortcut_ranking")
 
     def __post_init__(self) -> None:
         self.method_options = parse_mapping("method_options", self.method_options)

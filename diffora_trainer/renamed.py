@@ -22,7 +22,7 @@ _DEFAULT_STEP_TIME = 0.7
 OLD_NAMES = ("relaxation", "cost", "arch_closing", *_OF_A_METHOD, "shortcuts", "shortcut_ranking")
 """Fields of a configuration that are left empty."""
 
-_REMEDIES = {
+REMEDIES = {
     "relaxation": "`relaxation` is `method` (and 'budget' is 'diffora')",
     "cost": "instead of `cost` set `max_step_time`",
     "arch_closing": "`arch_closing` is `fade_out`",
@@ -30,6 +30,52 @@ _REMEDIES = {
     "shortcut_ranking": "`shortcut_ranking` is `extra_sites={'shortcuts': {'ranking': ...}}`",
     **{name: f"`{name}` is `method_options={{{name!r}: ...}}`" for name in _OF_A_METHOD},
 }
+
+
+class _ReadInt(int):
+    """A value that was read by a name of before, and so was not passed by it when a configuration is copied."""
+
+
+class _ReadFloat(float):
+    """The same of a float."""
+
+
+class Renamed:
+    """
+    An option under its name of before. What is passed is kept until [`take_over_old_names`] has read it; what is read
+    afterwards is the option by its present name, if it is a number: that is what training loops have read.
+
+    Args:
+        name (`str`): the name of before.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, config: Any, owner: type) -> Any:
+        if config is None:
+            return self
+        passed = vars(config).get("_passed", {})
+        if self._name in passed:
+            return passed[self._name]
+        value = config.fade_out if self._name == "arch_closing" else config.method_options.get(self._name)
+        value = _READ_DEFAULTS.get(self._name) if value is None else value
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return None
+        return _ReadInt(value) if isinstance(value, int) else _ReadFloat(value)
+
+    def __set__(self, config: Any, value: Any) -> None:
+        passed = vars(config).setdefault("_passed", {})
+        if value is None or value is self or isinstance(value, (_ReadInt, _ReadFloat)):
+            passed.pop(self._name, None)
+        else:
+            passed[self._name] = value
+
+    def __repr__(self) -> str:
+        return "None"
+
+
+_READ_DEFAULTS = {"arch_every": 4, "arch_order": 1, "score_batches": 32}
 
 
 def take_over_old_names(config: Any) -> list[str]:
@@ -45,10 +91,8 @@ def take_over_old_names(config: Any) -> list[str]:
     Raises:
         ValueError: if a value is none that there was.
     """
-    old = {name: getattr(config, name) for name in OLD_NAMES if getattr(config, name) is not None}
-    remedies = [_REMEDIES[name] for name in old]
-    for name in old:
-        setattr(config, name, None)
+    old = vars(config).pop("_passed", {})
+    remedies = [REMEDIES[name] for name in OLD_NAMES if name in old]
     if config.method == "constant":
         config.method = "random"
         remedies.append("`method='constant'` is `method='random'`")

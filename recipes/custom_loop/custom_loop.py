@@ -30,7 +30,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler, set_seed
 from trl import TrlParser
 
-from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, apply_selection
+from diffora_trainer import DiffoRAConfig, Selection, SelectionRun
 
 
 Batch = dict[str, torch.Tensor]
@@ -85,28 +85,23 @@ def train(
     """Train a LoRA model, choose its modules on the way, and go on with the chosen ones alone."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     scheduler = get_scheduler("linear", optimizer, num_warmup_steps=0, num_training_steps=max_steps)
-    search = ArchitectureSearch(model, config, loss_fn=lambda model, batch: model(**batch).loss)
-    warmup, cut = config.schedule(max_steps)
-    decision = config.decision(max_steps)
+    run = SelectionRun(model, optimizer, config, loss_of, held_out_batches, max_steps, scheduler=scheduler)
     model.train()
-    search.begin()
-    for step in range(1, max_steps + 1):
-        if step <= cut:
-            search.draw_gates()
-        model(**next(train_batches)).loss.backward()
+    for _ in range(max_steps):
+        batch = next(train_batches)
+        run.before_step(batch)
+        loss_of(model, batch).backward()
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        if warmup < step <= decision and (step - warmup - 1) % config.arch_every == 0:
-            search.step(next(held_out_batches))
-        if step == decision < cut:
-            search.decide()
-        if decision <= step < cut:
-            search.close((step + 1 - decision) / (cut - decision))  # the gates of the next step
-        if step == cut:
-            selection = search.finish(step)
-            apply_selection(model, selection, optimizer, scheduler)
-    return selection
+        run.after_step()
+    assert run.selection is not None
+    return run.selection
+
+
+def loss_of(model: PeftModel, batch: Batch) -> torch.Tensor:
+    """What the weights and the gates are trained on."""
+    return model(**batch).loss
 
 
 def make_base(args: RecipeArguments) -> PreTrainedModel:
@@ -136,8 +131,6 @@ def batches(batch_size: int, seed: int, length: int = 16) -> Iterator[Batch]:
 
 def main(script_args: RecipeArguments, diffora_args: DiffoRAConfig) -> dict[str, Any]:
     """Run the recipe. Returns what is printed at the end."""
-    if diffora_args.arch_order != 1:
-        raise ValueError("The loop of this recipe makes first-order steps only. Please set `arch_order=1`.")
     lora = LoraConfig(
         r=script_args.lora_r, lora_alpha=script_args.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
     )
@@ -146,21 +139,21 @@ def main(script_args: RecipeArguments, diffora_args: DiffoRAConfig) -> dict[str,
     training, held_out, test = (batches(script_args.batch_size, script_args.seed + offset) for offset in (1, 2, 3))
     probe = next(test)
 
-    def loss_of(model: PeftModel) -> float:
+    def test_loss(model: PeftModel) -> float:
         model.eval()
         with torch.no_grad():
-            return float(model(**probe).loss)
+            return float(loss_of(model, probe))
 
-    loss_before = loss_of(model)
+    loss_before = test_loss(model)
     selection = train(model, training, held_out, diffora_args, script_args.max_steps, script_args.learning_rate)
-    loss_after = loss_of(model)
+    loss_after = test_loss(model)
 
     # What is saved is an ordinary PEFT adapter: it is loaded again without this package.
     output_dir = Path(script_args.output_dir)
     model.save_pretrained(output_dir)
     selection.save(output_dir)
     reloaded = PeftModel.from_pretrained(make_base(script_args), output_dir)
-    loss_reloaded = loss_of(reloaded)
+    loss_reloaded = test_loss(reloaded)
 
     print("Chosen modules")
     print(selection.table())
