@@ -17,7 +17,6 @@ from ..adapters.pruning import own_config
 from ..compat import output_dir, own_training_step
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
-from ..experimental.shortcuts.model import add_to_adapter
 from ..hub.push import PublicCopies
 from ..logging import follow_log_level
 from ..methods.scores import ScoreFunction, check_score_function
@@ -292,9 +291,7 @@ class DiffoRAMixin(_Base):
         with self._public_copies.arguments():  # the parent pickles them
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-            add_to_adapter(peft_model(self.model), folder)
-            saving.save_findings(self, folder)
+            saving.complete_adapter(self, Path(output_dir if output_dir is not None else self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's card, PEFT's facts, and what the search found."""

@@ -14,7 +14,7 @@ from ..adapters.grid import peft_model
 from ..adapters.pruning import remove_empty_groups
 from ..compat import is_sentence_transformer, load_sentence_transformer
 from ..core.files import ADAPTER_FOLDER
-from ..experimental.shortcuts.model import copy_inner_adapter, load_shortcuts
+from ..experimental.shortcuts.model import add_to_adapter, copy_inner_adapter, load_shortcuts
 from ..experimental.shortcuts.shortcuts import shortcuts
 from ..hub.card import write_card
 from ..hub.plots import plot_to
@@ -26,6 +26,12 @@ logger = get_logger(__name__)
 
 # What a checkpoint holds to resume from, and its card, of which the output has its own.
 _NOT_OF_THE_ADAPTER = ("README", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "diffora_state")
+
+
+def complete_adapter(trainer: Any, folder: Path) -> None:
+    """Complete what the parent trainer has just saved: with what its model has beside LoRA, and what was found."""
+    add_to_adapter(peft_model(trainer.model), folder)
+    save_findings(trainer, folder)
 
 
 def save_findings(trainer: Any, folder: Path) -> None:
