@@ -2,17 +2,21 @@
 What a place that can have an adapter has to do for a search, whatever the adapter is.
 
 A search asks a *site* what it has to know, and never of which kind it is. LoRA is one kind
-([`~diffora_trainer.adapters.lora.LoraKind`]); another one is a subclass of [`SiteKind`] and one of [`AdapterSite`] in a
-module that registers it, and nothing else has to know of it.
+([`~diffora_trainer.adapters.lora.LoraKind`]); another one is a subclass of [`SiteKind`] and one of [`AdapterSite`] in
+a module that registers it, and nothing else has to know of it.
 """
+
+# ruff: noqa: B027 (a kind overrides what it needs)
 
 from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, TypeVar
 
@@ -24,6 +28,7 @@ PREFIX = "base_model.model."
 """What PEFT puts before the names of a base model's modules."""
 ENTRY_POINTS = "diffora_trainer.sites"
 """The entry-point group in which another package names the modules that register its kinds of site."""
+_OWN = f"{__name__.partition('.')[0]}.experimental"
 
 
 def plain_name(name: str) -> str:
@@ -114,6 +119,10 @@ class SiteKind(ABC):
     """What the names of all its parameters in a model contain, and no other's."""
     adapter_folder: ClassVar[str] = ""
     """Where in a folder PEFT's adapter is saved beside such sites."""
+    library: ClassVar[str] = "peft"
+    """The library by which a model with such sites is loaded, as the Hub calls it."""
+    loader: ClassVar[tuple[str, str]] = ("peft", "PeftModel")
+    """Module and name of the class whose `from_pretrained(model, folder)` loads it."""
 
     @abstractmethod
     def match(self, name: str, module: nn.Module, adapter_name: str) -> AdapterSite | None:
@@ -133,6 +142,16 @@ class SiteKind(ABC):
     def install(self, model: nn.Module, options: Mapping[str, Any]) -> None:
         """Put sites of this kind into a `PeftModel`, by the options that stand in `DiffoRAConfig(extra_sites=...)`."""
         raise ValueError(f"Sites of the kind {self.name!r} cannot be put into a model by a configuration.")
+
+    def reattach(self, model: nn.Module) -> None:
+        """
+        Put the sites of this kind where they act, after sites of any kind were pruned: what one hangs on may be
+        another module now.
+        """
+
+    def unwrap(self, model: Any) -> Any:
+        """The model inside one that the `loader` has given; any other as it is."""
+        return model
 
     def separately(self, options: Mapping[str, Any]) -> bool:
         """Whether these options rank the kind apart from the others, under a budget of its own."""
@@ -157,6 +176,10 @@ class SiteKind(ABC):
     def copy(self, source: str | os.PathLike, target: str | os.PathLike) -> None:
         """Complete a folder to which the files of another one were copied, but not its folders."""
 
+    def card_note(self, count: int) -> str:
+        """What a model card says of loading a model that keeps so many sites of this kind, in Markdown."""
+        return ""
+
     def check_whole(self, folder: str | os.PathLike, saved: bool) -> None:
         """Raise a `ValueError` if a checkpoint that has, or has not, `saved` such sites is not whole."""
 
@@ -180,8 +203,20 @@ def site_kinds() -> tuple[SiteKind, ...]:
 
 
 def extra_kinds() -> tuple[SiteKind, ...]:
-    """The registered kinds that a plain PEFT adapter does not hold."""
+    """
+    The kinds that a plain PEFT adapter does not hold: all that are installed, for a folder may have the files of one
+    that nothing in this process has asked for.
+    """
+    _register_installed()
     return tuple(kind for kind in site_kinds() if not kind.in_adapter)
+
+
+@cache
+def _register_installed() -> None:
+    for entry in entry_points(group=ENTRY_POINTS):
+        entry.load()
+    for module in pkgutil.iter_modules(importlib.import_module(_OWN).__path__, f"{_OWN}."):
+        importlib.import_module(module.name)
 
 
 def site_kind(name: str) -> SiteKind:
@@ -196,7 +231,7 @@ def site_kind(name: str) -> SiteKind:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             entry.load()
     if name not in _KINDS and name.isidentifier():
-        home = f"{__name__.partition('.')[0]}.experimental.{name}"
+        home = f"{_OWN}.{name}"
         try:
             importlib.import_module(home)
         except ModuleNotFoundError as error:
@@ -223,8 +258,10 @@ def prune_sites(model: nn.Module, sites: Iterable[AdapterSite], adapter_name: st
     groups: dict[str, list[AdapterSite]] = {}
     for site in sites:
         groups.setdefault(site.kind, []).append(site)
-    for kind, group in groups.items():
-        site_kind(kind).prune(model, group, adapter_name)
+    for name, group in groups.items():
+        site_kind(name).prune(model, group, adapter_name)
+    for kind in site_kinds():
+        kind.reattach(model)
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Writing files whole or not at all."""
+"""Files written whole or not at all, and read with an error that names them."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 SHORTCUT_CONFIG_NAME = "shortcut_config.json"
@@ -42,3 +45,40 @@ def write_file(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
+    """The shapes in a safetensors file, by name. Raises a `ValueError` if the file is not whole."""
+    path = Path(path)
+    with reraise_with_path(path), path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= path.stat().st_size - 8:
+            raise ValueError("it is not whole")
+        header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if path.stat().st_size != end:
+            raise ValueError(f"it has {path.stat().st_size} bytes instead of {end}")
+        return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+@contextmanager
+def reraise_with_path(path: Path) -> Iterator[None]:
+    """Whatever goes wrong with a file is a `ValueError` that names it."""
+    try:
+        yield
+    except Exception as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{str(path)!r} cannot be read: {what}. Please resume from another checkpoint.") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of strict JSON."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"it holds {name}, which is no number")
+
+    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    if not isinstance(value, dict):
+        raise ValueError("it is not a JSON object")
+    return value

@@ -11,8 +11,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..adapters.base import SiteKind, extra_kinds
 from ..config import METHODS, SCORE_OPTIONS, SEARCH_OPTIONS
-from ..core.files import holds_shortcuts, write_file
+from ..core.files import write_file
 from ..core.selection import Selection, sanitize
 from .plots import PICTURE_NAME
 from .redact import public_model_id
@@ -47,12 +48,12 @@ def write_card(
     path = folder / "README.md"
     card = ModelCard.load(path) if path.is_file() else ModelCard.from_template(ModelCardData())
     base_model = public_model_id(peft_config.base_model_name_or_path)
-    has_shortcuts = holds_shortcuts(folder)
+    kind = next((kind for kind in extra_kinds() if kind.holds(folder)), None)
     # By the library's name the Hub shows how to load it, and finds the base model of a PEFT adapter.
-    _complete_metadata(card, base_model, "diffora-trainer" if has_shortcuts else "peft")
+    _complete_metadata(card, base_model, SiteKind.library if kind is None else kind.library)
     name = adapter or folder.resolve().name
     card.text = _named(_without_placeholders(card.text, name), base_model, name)
-    if has_shortcuts:  # TRL's example loads it with PEFT, which refuses it
+    if kind is not None:  # TRL's example loads it with PEFT, which refuses it
         card.text = re.sub(r"## Quick start\n.*?(?=\n## )", "", card.text, flags=re.DOTALL)
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
@@ -73,7 +74,9 @@ def write_card(
                 for name, value in selection.config.items()
                 if value is not None and name not in unread
             },
-            has_shortcuts=has_shortcuts,
+            mixed=bool(selection.shortcuts),
+            load_note=None if kind is None else kind.card_note(len(selection.selected_shortcuts)),
+            loader=SiteKind.loader if kind is None else kind.loader,
             notes=[sanitize(note, markdown=True, limit=None) for note in selection.notes],
             method=method if method in METHODS else "custom",
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,

@@ -24,8 +24,11 @@ from ..core.files import (
     ADAPTER_NAME,
     SHORTCUT_CONFIG_NAME,
     SHORTCUT_TENSORS_NAME,
+    read_json,
     write_file,
 )
+from ..core.files import reraise_with_path as reraise_with_path
+from ..core.files import tensor_shapes as tensor_shapes
 
 
 STATE_NAME = "diffora_state.json"
@@ -70,7 +73,7 @@ def load_state(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Ten
             "another checkpoint."
         )
     with reraise_with_path(path):
-        state = _read_json(path)
+        state = read_json(path)
         state.setdefault("shortcuts", False)  # as written before a search could choose among them
         if state.get("phase") in (WARMUP, SEARCH):
             state.setdefault("history", [])  # as written before there were reallocations
@@ -100,7 +103,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"interrupted. {_OTHER}"
         )
     with reraise_with_path(path):
-        step = _read_json(path)["global_step"]
+        step = read_json(path)["global_step"]
     state, _ = load_state(folder)
     if state["step"] != step:
         raise ValueError(
@@ -111,10 +114,10 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
     for path in adapters or [folder / ADAPTER_NAME]:
         tensor_shapes(path)
         with reraise_with_path(path.with_name(ADAPTER_CONFIG_NAME)):
-            _read_json(path.with_name(ADAPTER_CONFIG_NAME))
+            read_json(path.with_name(ADAPTER_CONFIG_NAME))
     if state["shortcuts"]:
         with reraise_with_path(folder / SHORTCUT_CONFIG_NAME):
-            _read_json(folder / SHORTCUT_CONFIG_NAME)
+            read_json(folder / SHORTCUT_CONFIG_NAME)
         tensor_shapes(folder / SHORTCUT_TENSORS_NAME)
     elif (folder / SHORTCUT_CONFIG_NAME).is_file():  # the Trainer would read the adapter that was saved with them
         raise ValueError(
@@ -216,44 +219,9 @@ def atomic_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]
         ) from error
 
 
-def tensor_shapes(path: str | os.PathLike) -> dict[str, tuple[int, ...]]:
-    """The shapes in a safetensors file, by name. Raises a `ValueError` if the file is not whole."""
-    path = Path(path)
-    with reraise_with_path(path), path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if not 0 < size <= path.stat().st_size - 8:
-            raise ValueError("it is not whole")
-        header = json.loads(file.read(size))
-        header.pop("__metadata__", None)
-        end = 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if path.stat().st_size != end:
-            raise ValueError(f"it has {path.stat().st_size} bytes instead of {end}")
-        return {name: tuple(entry["shape"]) for name, entry in header.items()}
-
-
-@contextmanager
-def reraise_with_path(path: Path) -> Iterator[None]:
-    """Whatever goes wrong with a file is a `ValueError` that names it."""
-    try:
-        yield
-    except Exception as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"{str(path)!r} cannot be read: {what}. {_OTHER}") from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    def refuse(name: str) -> None:
-        raise ValueError(f"it holds {name}, which is no number")
-
-    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    if not isinstance(value, dict):
-        raise ValueError("it is not a JSON object")
-    return value
-
-
 def _is_json(path: Path) -> bool:
     try:
-        return bool(_read_json(path))
+        return bool(read_json(path))
     except (OSError, ValueError):
         return False
 

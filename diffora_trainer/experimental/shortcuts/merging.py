@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...compat import adapters_disabled
-from .hooks import ATTRIBUTE, Parts, plan_layers
 from .shortcuts import Shortcut, remove_shortcuts, shortcut_config, shortcuts
+from .structure import ATTRIBUTE, Parts, plan_layers
 
 
 # Where a layer has the first matrix of its feed-forward, the activation and the second matrix, and what the

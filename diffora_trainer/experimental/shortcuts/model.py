@@ -17,17 +17,15 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as serialize_tensors
 from torch import nn
 
-from ...core.files import (
-    ADAPTER_CONFIG_NAME,
+from ...core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, write_file
+from ...core.text import sanitize
+from .files import (
     ADAPTER_FOLDER,
-    ADAPTER_NAME,
     SHORTCUT_CONFIG_NAME,
     SHORTCUT_TENSORS_NAME,
     holds_plain_adapter,
     holds_shortcuts,
-    write_file,
 )
-from ...core.selection import sanitize
 from .merging import merge_shortcuts
 from .shortcuts import (
     Shortcut,

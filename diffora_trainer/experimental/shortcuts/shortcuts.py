@@ -56,13 +56,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ...adapters.compiled import check_not_compiled
-from ...config import SHORTCUTS
-from ...core.files import SHORTCUT_CONFIG_NAME
-from ...core.selection import sanitize
-from .hooks import ATTRIBUTE, LayerShortcuts, plan_layers
+from ...core.text import sanitize
+from .files import SHORTCUT_CONFIG_NAME
+from .hooks import LayerShortcuts
+from .structure import ATTRIBUTE, plan_layers
 
 
-KINDS = SHORTCUTS
+KINDS = ("residual1", "residual2", "shortcut1", "shortcut2")
 _FORMAT = 1
 
 
@@ -256,6 +256,24 @@ def keep_shortcuts(model: nn.Module, names: Iterable[str]) -> None:
     if wanted:
         kept = tuple(name for name in there if name in wanted)
         _install(model, replace(config, names=kept), there)
+
+
+def reconnect_shortcuts(model: nn.Module) -> None:
+    """
+    Connect the shortcuts of a model again where a part of a layer is no longer the module that their hooks are on: a
+    feed-forward of two linear layers, whose LoRA was pruned.
+
+    Args:
+        model (`PeftModel` or `PreTrainedModel`): the model; one without shortcuts is left as it is.
+    """
+    blocks = _blocks(model)
+    if not blocks:
+        return
+    config, there = shortcut_config(model), shortcuts(model)
+    plan = plan_layers(model, config.kinds, config.names)
+    if any(name in blocks and blocks[name].parts != parts for name, _, parts, _ in plan):
+        remove_shortcuts(model)
+        _install(model, config, there)
 
 
 def _install(model: nn.Module, config: ShortcutConfig, there: Mapping[str, Shortcut]) -> None:
