@@ -12,7 +12,6 @@ from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.distributed import rebuild_ddp
-from ..adapters.lora import peft_model
 from ..compat import output_dir, own_training_step
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
@@ -251,9 +250,7 @@ class DiffoRAMixin(_Base):
         with self._public_copies.arguments():  # the parent pickles them
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-            saving.save_sites(peft_model(self.model), folder)
-            saving.save_findings(self, folder)
+            saving.complete_adapter(self, Path(output_dir if output_dir is not None else self.args.output_dir))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's card, PEFT's facts, and what the search found."""

@@ -26,16 +26,11 @@ logger = get_logger(__name__)
 _NOT_OF_THE_ADAPTER = ("README", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "diffora_state")
 
 
-def complete_adapter(model: Any, folder: Path) -> None:
-    """Complete a folder in which PEFT has just saved a model with what a plain adapter does not hold."""
+def complete_adapter(trainer: Any, folder: Path) -> None:
+    """Complete what the parent trainer has just saved: with what its model has beside LoRA, and what was found."""
     for kind in extra_kinds():
-        kind.save(peft_model(model), folder)
-
-
-def save_sites(model: Any, folder: Path) -> None:
-    """Complete a folder in which PEFT has just saved a model with what a plain adapter does not hold."""
-    for kind in extra_kinds():
-        kind.save(model, folder)
+        kind.save(peft_model(trainer.model), folder)
+    save_findings(trainer, folder)
 
 
 def save_findings(trainer: Any, folder: Path) -> None:

@@ -61,6 +61,12 @@ def test_what_is_imported_is_what_is_declared() -> None:
     assert {name for name, tree in TREES.items() if plots & set(imported(tree))} == {"hub/plots.py"}
 
 
+def test_held_out_batches_need_neither_a_trainer_nor_its_libraries() -> None:
+    tree = TREES["search/held_out.py"]
+    own = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+    assert set(imported(tree)) - sys.stdlib_module_names == {"torch"} and own == {"core.isolation"}
+
+
 def test_the_oldest_versions_that_are_declared_are_those_that_are_tested() -> None:
     declared = project()
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
