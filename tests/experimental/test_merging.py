@@ -18,10 +18,10 @@ from transformers.activations import ACT2FN
 from diffora_trainer import ShortcutConfig, ShortcutModel, add_shortcuts
 from diffora_trainer.experimental.shortcuts.hooks import LayerShortcuts
 from diffora_trainer.experimental.shortcuts.shortcuts import keep_shortcuts, shortcuts
-from helpers.adapted import PackedLinear
 from helpers.checks import assert_same, snapshot
 from helpers.models import bert, deberta_v2, llama, opt, opt_post_norm, roberta, vit
 from helpers.processes import elsewhere
+from helpers.quantized import PackedLinear
 from helpers.shortcuts import filled, hooks, result
 from helpers.tiny_model import HIDDEN, PAD, VOCAB, TinyModel
 from helpers.trainers import lora, make_trainer

@@ -25,18 +25,13 @@ from transformers import (
     Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
-    Speech2TextConfig,
-    Speech2TextForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
-    WhisperConfig,
-    WhisperForConditionalGeneration,
 )
 
 from helpers.tiny_model import (
-    BATCH,
     BOS,
     EOS,
     HIDDEN,
@@ -50,7 +45,6 @@ from helpers.tiny_model import (
     classification_batch,
     image_batch,
     seq2seq_batch,
-    speech_batch,
 )
 
 
@@ -171,6 +165,22 @@ def opt() -> TinyModel:
     )
     outside = ("model.decoder.project_in", "model.decoder.project_out")
     return TinyModel(OPTForCausalLM(config), causal_batch(), "all-linear", "CAUSAL_LM", 2, 6, outside=outside)
+
+
+def opt_post_norm() -> TinyModel:
+    """The order of OPT-350m: norms after the sums. With dropout, as all OPT."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN, "ffn_dim": 2 * HIDDEN}
+    config = OPTConfig(
+        **sizes,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=PAD,
+        do_layer_norm_before=False,
+        init_std=0.2,
+    )
+    return TinyModel(OPTForCausalLM(config), opt().batch, "all-linear", "CAUSAL_LM", 2, 6)
 
 
 def bert() -> TinyModel:
@@ -319,39 +329,6 @@ def moe(vocab_size: int = VOCAB) -> TinyModel:
     return TinyModel(MixtralForCausalLM(config), causal_batch(), "all-linear", "CAUSAL_LM", 2, 4, parameters=3)
 
 
-_SPEECH: dict[str, object] = {
-    "vocab_size": VOCAB,
-    "d_model": HIDDEN,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 2 * HIDDEN,
-    "decoder_ffn_dim": 2 * HIDDEN,
-    "max_target_positions": 20,
-    "pad_token_id": PAD,
-    "bos_token_id": BOS,
-    "eos_token_id": EOS,
-    "decoder_start_token_id": BOS,
-}
-
-
-def whisper() -> TinyModel:
-    """A Whisper: it reads `input_features`, and knows no `input_ids`."""
-    torch.manual_seed(SEED)
-    config = WhisperConfig(**_SPEECH, num_mel_bins=8, max_source_positions=20)
-    return TinyModel(WhisperForConditionalGeneration(config), speech_batch((8, 40)), "all-linear", None, 4, 10, 32)
-
-
-def speech_to_text() -> TinyModel:
-    """A Speech2Text model: features in time, and a mask of them that PEFT would take for that of tokens."""
-    torch.manual_seed(SEED)
-    sizes = {"input_feat_per_channel": 8, "input_channels": 1, "conv_channels": 16, "num_conv_layers": 2}
-    config = Speech2TextConfig(**_SPEECH, **sizes, max_source_positions=40)
-    batch = {**speech_batch((40, 8)), "attention_mask": torch.ones(BATCH, 40, dtype=torch.long)}
-    return TinyModel(Speech2TextForConditionalGeneration(config), batch, "all-linear", None, 4, 10, 32)
-
-
 ARCHITECTURES: dict[str, Callable[[], TinyModel]] = {
     "llama": llama,
     "qwen": qwen,
@@ -365,19 +342,3 @@ ARCHITECTURES: dict[str, Callable[[], TinyModel]] = {
     "vit": vit,
     "moe": moe,
 }
-
-
-def opt_post_norm() -> TinyModel:
-    """The order of OPT-350m: norms after the sums. With dropout, as all OPT."""
-    torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN, "ffn_dim": 2 * HIDDEN}
-    config = OPTConfig(
-        **sizes,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        pad_token_id=PAD,
-        do_layer_norm_before=False,
-        init_std=0.2,
-    )
-    return TinyModel(OPTForCausalLM(config), opt().batch, "all-linear", "CAUSAL_LM", 2, 6)

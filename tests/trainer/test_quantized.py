@@ -17,10 +17,11 @@ from transformers import BitsAndBytesConfig, LlamaForCausalLM, TorchAoConfig
 from trl import SFTConfig
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRASFTTrainer, apply_selection
-from helpers.adapted import PackedLinear, lora_layers
+from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import lm_dataset, tiny_tokenizer
 from helpers.models import llama
+from helpers.quantized import PackedLinear
 from helpers.trainers import CUT, Probe, SaveAt, arguments, causal_model, lora, make_trainer, search_config
 
 

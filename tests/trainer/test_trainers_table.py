@@ -29,8 +29,9 @@ from transformers import (
 from helpers.adapted import base_weights, lora_layers
 from helpers.checks import adapter, step_logs
 from helpers.data import chat_dataset, lm_dataset, preference_dataset, tiny_tokenizer
-from helpers.models import bert, llama, llama_classifier, speech_to_text, t5, vit, whisper
+from helpers.models import bert, llama, llama_classifier, t5, vit
 from helpers.parents import TOKENS, kto_dataset, of_trl, reward_dataset, searching
+from helpers.speech_models import speech_to_text, whisper
 from helpers.tasks import Rows, model_for, rows_for
 from helpers.tiny_model import HIDDEN, TinyModel
 from helpers.trainers import CUT, VOCABULARY, Probe, arguments, causal_model, search_config

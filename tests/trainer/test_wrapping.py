@@ -26,7 +26,8 @@ from diffora_trainer.adapters.wrapping import wrap_model
 from diffora_trainer.compat import convert_peft_config_for_transformers
 from helpers.adapted import lora_layers
 from helpers.data import tiny_tokenizer
-from helpers.models import MOE_PARAMETERS, moe, speech_to_text, whisper
+from helpers.models import MOE_PARAMETERS, moe
+from helpers.speech_models import speech_to_text, whisper
 from helpers.tasks import Rows, model_for, rows_for
 from helpers.tiny_model import HIDDEN
 from helpers.trainers import arguments, lora, make_trainer, search_config
