@@ -12,7 +12,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .core.schedule import check_moment
 from .core.values import check_integer, check_number, parse_mapping
-from .renamed import OLD_NAMES, REMEDIES, Renamed, take_over_old_names
+from .renamed import OLD_NAMES, REMEDIES, Renamed, old_schedule, take_over_old_names
 
 
 SELECTION_SCOPES = ("layer", "model")
@@ -324,24 +324,9 @@ class DiffoRAConfig:
 
     def schedule(self, total_steps: int) -> tuple[int, int]:
         """Deprecated: `warmup` and `prune` of `make_schedule(config, total_steps)`."""
-        from .methods.build import make_schedule
-
-        _warn_of_method("schedule")
-        found = make_schedule(self, total_steps)
+        found = old_schedule(self, total_steps, "schedule")
         return found.warmup, found.prune
 
     def decision(self, total_steps: int) -> int:
         """Deprecated: `make_schedule(config, total_steps).discretize`."""
-        from .methods.build import make_schedule
-
-        _warn_of_method("decision")
-        return make_schedule(self, total_steps).discretize
-
-
-def _warn_of_method(name: str) -> None:
-    warnings.warn(
-        f"`DiffoRAConfig.{name}` is deprecated and will be removed in version 0.3. Please use `SelectionRun` for a "
-        "training loop of your own, or `diffora_trainer.methods.build.make_schedule(config, total_steps)`.",
-        FutureWarning,
-        stacklevel=3,
-    )
+        return old_schedule(self, total_steps, "decision").discretize

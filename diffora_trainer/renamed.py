@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from typing import Any
+
+from .core.schedule import Schedule
 
 
 # Those that belong to a method alone now, and whether it is one that searches.
@@ -122,3 +126,16 @@ def _step_time(cost: Any, limit: float | None) -> float | None:
     if cost == "parameters":
         return None
     return _DEFAULT_STEP_TIME if limit is None else limit
+
+
+def old_schedule(config: Any, total_steps: int, name: str) -> Schedule:
+    """The schedule of a run for a method of [`DiffoRAConfig`] that goes in version 0.3."""
+    warnings.warn(
+        f"`DiffoRAConfig.{name}` is deprecated and will be removed in version 0.3. Please use `SelectionRun` for a "
+        "training loop of your own, or `diffora_trainer.methods.build.make_schedule(config, total_steps)`.",
+        FutureWarning,
+        stacklevel=3,
+    )
+    # A configuration knows no methods; who asks it for a schedule does not pass it to them.
+    build = importlib.import_module(f"{__name__.partition('.')[0]}.methods.build")
+    return build.make_schedule(config, total_steps)

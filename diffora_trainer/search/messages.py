@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
+from ..core.budget import Budget
+from ..core.grid import LORA, Grid
+from ..core.schedule import Schedule
 from ..core.selection import Selection
 from ..core.times import StepTimes
 from ..methods.base import SelectionMethod
-
-
-if TYPE_CHECKING:
-    from .run import SelectionRun
-    from .search import ArchitectureSearch
 
 
 NO_LABELS = (
@@ -24,27 +20,33 @@ NO_LABELS = (
 )
 
 
-def plan(run: SelectionRun) -> str:
-    """The grid of a run, and what will happen when."""
-    schedule, method = run.schedule, run.config.method
+def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool) -> str:
+    """
+    What will happen when.
+
+    Args:
+        schedule ([`~diffora_trainer.core.schedule.Schedule`]): the schedule of the run.
+        method ([`~diffora_trainer.methods.base.SelectionMethod`]): its method.
+        data (`str`): what the gradient of the gates is taken on.
+        anew (`bool`): whether modules are chosen anew and again.
+    """
     total, prune = schedule.total_steps, schedule.prune
-    if run.reallocation is not None:
-        text = (
-            f"All modules train until step {schedule.warmup} of {total}. Then they are scored ({method}) every "
+    if anew:
+        return (
+            f"All modules train until step {schedule.warmup} of {total}. Then they are scored ({method.name}) every "
             f"{schedule.updates.step} steps, {len(schedule.updates)} times, the best ones are on in between, and "
             f"those that are on at step {prune} are kept."
         )
-    elif not run.search.method.searches:
+    if not method.searches:
         begin = f"All modules train until step {prune} of {total}, are then scored"
-        text = f"{begin if prune else 'All modules are scored now'} ({method}), and the selected ones go on alone."
-    else:
-        text = (
-            f"Warm-up until step {schedule.warmup}, search ({method}, {run.held_out.describe()}) until step "
-            f"{schedule.discretize}"
-            + (f", the gates of the others fade out until step {prune}" if schedule.fades else "")
-            + f" of {total}, then the selected modules alone."
+        return (
+            f"{begin if prune else 'All modules are scored now'} ({method.name}), and the selected ones go on alone."
         )
-    return f"Grid: {run.search.grid.describe()}.\n{text}"
+    return (
+        f"Warm-up until step {schedule.warmup}, search ({method.name}, {data}) until step {schedule.discretize}"
+        + (f", the gates of the others fade out until step {prune}" if schedule.fades else "")
+        + f" of {total}, then the selected modules alone."
+    )
 
 
 def nothing_to_choose(count: int) -> str:
@@ -55,14 +57,13 @@ def nothing_to_choose(count: int) -> str:
     )
 
 
-def times(measured: StepTimes, search: ArchitectureSearch) -> str:
+def times(measured: StepTimes, grid: Grid, budget: Budget) -> str:
     """What the measured step times leave to choose from."""
-    allowed = search.method.budget.allowed.tolist()
-    rows = [row for row, yes in zip(search.grid.row_of, allowed, strict=True) if yes]
+    allowed = budget.allowed.tolist()
+    rows = [row for row, yes in zip(grid.row_of, allowed, strict=True) if yes]
     return (
         f"A step takes {measured.all_modules:.3g} s with all modules and {min(measured.depth):.3g} s with one near "
-        f"the end. The search considers {len(rows)} of {len(allowed)} modules, those from "
-        f"{search.grid.rows[min(rows)]} on."
+        f"the end. The search considers {len(rows)} of {len(allowed)} modules, those from {grid.rows[min(rows)]} on."
     )
 
 
@@ -75,43 +76,26 @@ def scores(method: SelectionMethod, found: Tensor, batches: int) -> str:
     )
 
 
-def skipped(run: SelectionRun, unlabelled: bool) -> str:
-    """An architecture step whose loss or gradient was not finite."""
+def skipped(step: int, unlabelled: bool, count: int) -> str:
+    """An architecture step whose loss or gradient was not finite, the `count`-th of the run."""
     why = "no token of the held-out batch has a label" if unlabelled else "the loss was not finite"
-    return f"Step {run.step}: {why}; this architecture step is skipped ({run.search.skipped_steps} so far)."
+    return f"Step {step}: {why}; this architecture step is skipped ({count} so far)."
 
 
-def reallocated(run: SelectionRun, on: int, changed: int) -> str:
-    """What a reallocation has switched."""
-    assert run.reallocation is not None
-    return (
-        f"Step {run.step}: reallocation {len(run.reallocation.history)} of {len(run.schedule.updates)} by "
-        f"{run.config.method}: {on} of {len(run.search.grid)} modules are on, {changed} were switched."
-    )
-
-
-def decided(run: SelectionRun, count: int) -> str:
-    """How many modules were chosen ahead of the pruning."""
-    return (
-        f"Step {run.step}: {count} modules are chosen; the gates of the others fade out until step "
-        f"{run.schedule.prune}."
-    )
-
-
-def ended_early(run: SelectionRun) -> str:
+def ended_early(step: int, schedule: Schedule, anew: bool) -> str:
     """A run that ends ahead of its schedule and chooses now."""
     kept = (
         "The modules that are on now are kept."
-        if run.reallocation is not None
+        if anew
         else "The modules are chosen now, from what the search has found so far, and were not trained alone."
     )
-    return f"Training ended at step {run.step}, before the pruning at step {run.schedule.prune}. {kept}"
+    return f"Training ended at step {step}, before the pruning at step {schedule.prune}. {kept}"
 
 
-def ended_before_anything(run: SelectionRun) -> str:
+def ended_before_anything(step: int, method: SelectionMethod) -> str:
     """A run that ends before anything was learned of the modules."""
-    before = "the first architecture step" if run.search.method.searches else "the modules were scored"
-    return f"Training ended at step {run.step}, before {before}. No module was chosen; all of them stay."
+    before = "the first architecture step" if method.searches else "the modules were scored"
+    return f"Training ended at step {step}, before {before}. No module was chosen; all of them stay."
 
 
 def pruned(selection: Selection, losses: tuple[float, float] | None, before_fading: float | None) -> list[str]:
@@ -150,7 +134,7 @@ def prune_metrics(selection: Selection, losses: tuple[float, float] | None) -> d
         report["diffora/held_out_loss_after_cut"] = after
         report["diffora/gap"] = after - before
     for kind in dict.fromkeys(selection.grid.kinds):
-        if kind != "lora":
+        if kind != LORA:
             report[f"diffora/selected_{kind}"] = float(len(selection.of_kind(kind)))
     return report
 

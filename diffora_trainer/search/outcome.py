@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,25 +16,23 @@ from ..core.selection import Selection
 from ..core.text import short_names
 from ..core.times import StepTimes
 from ..methods.base import GradientMethod
+from .base import SearchBase
 from .diagnosis import Evidence, doubts
-
-
-if TYPE_CHECKING:
-    from .search import ArchitectureSearch
 
 
 _MAX_LOGGED_KINDS = 16
 
 
-def make_selection(search: ArchitectureSearch, step: int | None) -> Selection:
+def make_selection(search: SearchBase, step: int | None) -> Selection:
     """See [`ArchitectureSearch.select`]."""
     method, grid, config = search.method, search.grid, search.config
     kept = (method.discretize() if search.kept is None else search.kept).tolist()
     # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
     # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
     relaxed, trained, scores = method.values(), method.evaluation_gates(), method.scores()
-    folds = trained is not None and getattr(method.options, "fold_gates", True)
-    selected = trained if folds else torch.ones(len(kept))
+    selected = torch.ones(len(kept))
+    if trained is not None and getattr(method.options, "fold_gates", True):
+        selected = trained
     factors = torch.where(torch.tensor(kept), selected, relaxed)
     gains = method.tie_breaker()
     wants_all = config.max_trainable_parameters is not None or config.selection_ratio >= 1
@@ -55,7 +53,7 @@ def make_selection(search: ArchitectureSearch, step: int | None) -> Selection:
     )
 
 
-def search_metrics(search: ArchitectureSearch) -> dict[str, float]:
+def search_metrics(search: SearchBase) -> dict[str, float]:
     """See [`ArchitectureSearch.metrics`]."""
     method, grid = search.method, search.grid
     report = {}

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from ..adapters.pruning import apply_selection
 from ..core.selection import Selection
 from . import messages
-
-
-if TYPE_CHECKING:
-    from .run import SelectionRun
+from .parts import RunParts
 
 
 @dataclass(frozen=True)
@@ -30,12 +26,12 @@ class Pruning:
     lines: list[str]
 
 
-def prune_run(run: SelectionRun, gap_batches: int) -> Pruning:
+def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     """
     Prune the modules of a run. Whatever is not decided yet is decided now.
 
     Args:
-        run ([`SelectionRun`]): the run.
+        run ([`RunParts`]): the run.
         gap_batches (`int`): how many held-out batches the losses before and after are compared on.
     """
     search, held_out = run.search, run.held_out

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from ..adapters.optimizer import innermost
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process, world_size
-from ..core.schedule import Event, Schedule
-from ..core.selection import Selection
+from ..core.schedule import Event
 from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState
 from ..logging import get_logger
 from ..methods.build import make_schedule
@@ -22,6 +21,7 @@ from ..methods.context import ScoreFunction
 from . import messages
 from .batches import Batches, as_batches, without_labels
 from .measured import LossFunction
+from .parts import RunParts
 from .pruning import prune_run
 from .reallocation import Reallocation
 from .run_state import restore_run, state_of
@@ -35,7 +35,7 @@ _GAP_BATCHES = 8
 """Held-out batches on which losses are compared."""
 
 
-class SelectionRun:
+class SelectionRun(RunParts):
     """
     Chooses the modules of a model that deserve a LoRA while a training loop trains it, prunes the others at a set
     step, and lets the loop go on with the chosen ones.
@@ -94,10 +94,7 @@ class SelectionRun:
         score_function: ScoreFunction | None = None,
         runtime: Runtime | None = None,
     ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.search = ArchitectureSearch(
+        search = ArchitectureSearch(
             model,
             config,
             loss_fn=loss_fn,
@@ -105,14 +102,11 @@ class SelectionRun:
             score_function=score_function,
             runtime=runtime,
         )
-        self.config = self.search.config
-        self.schedule: Schedule = make_schedule(self.config, total_steps)
-        keep = max(_GAP_BATCHES, getattr(self.search.method.options, "score_batches", 0))
-        self.held_out = as_batches(held_out_batches, keep)
-        self.step = 0
-        self.selection: Selection | None = None
-        anew = getattr(self.search.method.options, "reallocate_every", None) is not None
-        self.reallocation = Reallocation(self.search) if anew else None
+        options, schedule = search.method.options, make_schedule(search.config, total_steps)
+        held_out = as_batches(held_out_batches, max(_GAP_BATCHES, getattr(options, "score_batches", 0)))
+        anew = getattr(options, "reallocate_every", None) is not None
+        reallocation = Reallocation(search) if anew else None
+        super().__init__(model, optimizer, scheduler, search, schedule, held_out, reallocation)
         self._report: dict[str, float] = {}
         self._train_batch: Any = None
         self._begun = False
@@ -164,7 +158,10 @@ class SelectionRun:
                 raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
         self.search.begin()
         self._fade()
-        self._say(messages.plan(self))
+        self._say(f"Grid: {self.search.grid.describe()}.")
+        self._say(
+            messages.plan(self.schedule, self.search.method, self.held_out.describe(), self.reallocation is not None)
+        )
         if self.search.keeps_all and self.config.selection_ratio < 1:
             self._warn(messages.nothing_to_choose(len(self.search.grid)))
         if self.schedule.prune == 0:
@@ -211,10 +208,10 @@ class SelectionRun:
         if not self.gates_active:
             return False
         if not self.search.method.steps:
-            self._warn(messages.ended_before_anything(self))
+            self._warn(messages.ended_before_anything(self.step, self.search.method))
             self.search.gates.detach()
             return False
-        self._warn(messages.ended_early(self))
+        self._warn(messages.ended_early(self.step, self.schedule, self.reallocation is not None))
         self._prune()
         return True
 
@@ -246,7 +243,7 @@ class SelectionRun:
     def _end_warmup(self) -> None:
         if self.config.max_step_time is not None:
             times = self.search.measure_times(next(self.held_out.sample(1)))
-            self._say(messages.times(times, self.search))
+            self._say(messages.times(times, self.search.grid, self.search.method.budget))
         if self.search.method.searches:
             self._say(f"Step {self.step}: warm-up done, the search begins.")
 
@@ -266,7 +263,7 @@ class SelectionRun:
             train_batch, learning_rate = self._train_batch, float(innermost(self.optimizer).param_groups[0]["lr"])
         batch = next(self.held_out)
         if self.search.step(batch, train_batch, learning_rate) is None:
-            self._warn(messages.skipped(self, without_labels(batch)))
+            self._warn(messages.skipped(self.step, without_labels(batch), self.search.skipped_steps))
 
     def _reallocate(self, reallocation: Reallocation) -> None:
         batches = list(self.held_out.take(self.search.method.options.score_batches))
@@ -275,14 +272,21 @@ class SelectionRun:
             self.search.runtime.after_switch()
         on = int(reallocation.on.sum())
         self._report.update({"diffora/modules_on": float(on), "diffora/switched_modules": float(changed)})
-        self._say(messages.reallocated(self, on, changed))
+        which = f"{len(reallocation.history)} of {len(self.schedule.updates)} by {self.config.method}"
+        self._say(
+            f"Step {self.step}: reallocation {which}: {on} of {len(reallocation.on)} modules are on, {changed} were "
+            "switched."
+        )
 
     def _discretize(self) -> None:
         kept = self.search.discretize()
         if self.held_out.comparable:
             loss = self.search.measure_effect(self.held_out.sample(_GAP_BATCHES))
             self._report = {"diffora/held_out_loss_before_closing": loss}
-        self._say(messages.decided(self, int(kept.sum())))
+        self._say(
+            f"Step {self.step}: {int(kept.sum())} modules are chosen; the gates of the others fade out until step "
+            f"{self.schedule.prune}."
+        )
 
     def _prune(self) -> None:
         """Decide if that is still to be done, carry it out, and measure what that does."""

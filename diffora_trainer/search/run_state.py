@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,13 +14,10 @@ from ..adapters.pruning import apply_selection
 from ..config import DiffoRAConfig
 from ..core.state import RunState, check_same
 from ..methods.build import method_of
+from .parts import RunParts
 
 
-if TYPE_CHECKING:
-    from .run import SelectionRun
-
-
-def state_of(run: SelectionRun, began_pruned: bool) -> RunState:
+def state_of(run: RunParts, began_pruned: bool) -> RunState:
     """See [`SelectionRun.state`]."""
     search, schedule = run.search, run.schedule
     common: dict[str, Any] = {
@@ -50,7 +47,7 @@ def state_of(run: SelectionRun, began_pruned: bool) -> RunState:
     )
 
 
-def restore_run(run: SelectionRun, state: RunState, tensors: dict[str, Tensor], source: str) -> bool:
+def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], source: str) -> bool:
     """See [`SelectionRun.restore`]. Tells whether the modules were pruned, so that there is nothing more to do."""
     search = run.search
     check_same(source, {"the base model": (state.base_model, describe_base(run.model))})
@@ -93,7 +90,7 @@ def restore_run(run: SelectionRun, state: RunState, tensors: dict[str, Tensor], 
     return False
 
 
-def _options(run: SelectionRun) -> dict[str, Any]:
+def _options(run: RunParts) -> dict[str, Any]:
     return {**run.config.to_dict(), "method_options": asdict(run.search.method.options)}
 
 

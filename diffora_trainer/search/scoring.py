@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,10 @@ from ..compat import checkpoints
 from ..core.grid import Grid
 from ..methods.base import ScoreMethod
 from ..methods.context import ScoreContext, ScoreFunction
+from .base import SearchBase
 
 
-if TYPE_CHECKING:
-    from .search import ArchitectureSearch
-
-
-def score_sites(search: ArchitectureSearch, batches: list[Any], function: ScoreFunction | None) -> Tensor:
+def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction | None) -> Tensor:
     """See [`ArchitectureSearch.score`]."""
     method, grid = search.method, search.grid
     if not isinstance(method, ScoreMethod):

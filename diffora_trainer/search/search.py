@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.backward import check_backward_ends_early, suspend_input_gradients
-from ..adapters.base import site_kind
 from ..adapters.gates import checkpoints_activations
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
@@ -19,13 +18,14 @@ from ..core.agreement import is_main_process
 from ..core.selection import Selection
 from ..core.times import StepTimes
 from ..logging import get_logger
-from ..methods.base import GradientMethod, SelectionMethod
-from ..methods.build import check_score_function, make_method
+from ..methods.base import GradientMethod
+from ..methods.build import check_score_function
 from ..methods.context import ScoreFunction
+from .base import SearchBase
 from .bilevel import ArchitectureGradient
 from .deprecated import OldNames
 from .diagnosis import keeps_all
-from .measured import GatedModel, LossFunction
+from .measured import LossFunction
 from .outcome import check_sharing, make_selection, search_metrics
 from .runtime import Runtime
 from .scoring import score_sites
@@ -34,7 +34,7 @@ from .scoring import score_sites
 logger = get_logger(__name__)
 
 
-class ArchitectureSearch(OldNames, GatedModel):
+class ArchitectureSearch(OldNames, SearchBase):
     """
     Learns which LoRA modules of a model to keep (DiffoRA, https://huggingface.co/papers/2502.08905), or scores them.
 
@@ -83,22 +83,15 @@ class ArchitectureSearch(OldNames, GatedModel):
         loss_scale: Callable[[], float] | None = None,
     ) -> None:
         _check_arguments(config, loss_fn)
-        self.config = config or DiffoRAConfig()
-        check_score_function(self.config, score_function)
+        config = config or DiffoRAConfig()
+        check_score_function(config, score_function)
         changed: dict[str, Any] = {"reduce": reduce, "loss_scale": loss_scale}
         runtime = replace(runtime or Runtime(), **{k: v for k, v in changed.items() if v is not None})
-        super().__init__(model, AdapterGrid.from_model(model, adapter_name), loss_fn, runtime)
-        check_sharing(self.adapters, self.config)
-        if self.config.max_step_time is not None:
-            check_backward_ends_early(model, [p for site in self.adapters.sites for p in site.parameters])
-        self.method = self._make_method()
-        self.kept: Tensor | None = None
-        self.times: StepTimes | None = None
-        self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
-        self.effect: tuple[float, float] | None = None
-        self.skipped_steps = 0
-        self.pending_losses: list[float] = []
-        self.last_loss: float | None = None
+        adapters = AdapterGrid.from_model(model, adapter_name)
+        check_sharing(adapters, config)
+        if config.max_step_time is not None:
+            check_backward_ends_early(model, [p for site in adapters.sites for p in site.parameters])
+        super().__init__(model, adapters, config, loss_fn, runtime)
         self._score_function = score_function
         self._gradient = ArchitectureGradient(model, self.gates, self.loss, self.runtime.loss_scale)
         self._fading: Tensor | None = None
@@ -280,7 +273,7 @@ class ArchitectureSearch(OldNames, GatedModel):
         budget = self.method.budget
         others = times.per_module * (budget.expected_count - 1)
         limit = self.config.max_step_time * times.spread(budget.expected_count) - others
-        self.method = self._make_method(budget.max_depth_mask([times.depth[row] for row in self.grid.row_of], limit))
+        self.method = self.make_method(budget.max_depth_mask([times.depth[row] for row in self.grid.row_of], limit))
         self.gates.set_evaluation(self.method.evaluation_gates())
 
     # The choice
@@ -335,20 +328,6 @@ class ArchitectureSearch(OldNames, GatedModel):
         loss since the last call. Of a method that scores: the scores, once there are any.
         """
         return search_metrics(self)
-
-    @property
-    def _separate_kinds(self) -> list[str]:
-        extra = self.config.extra_sites
-        assert not isinstance(extra, str)
-        return [name for name, options in (extra or {}).items() if site_kind(name).separately(options)]
-
-    @property
-    def ranks_kinds_apart(self) -> bool:
-        """Whether different kinds of site have budgets of their own."""
-        return bool(self._separate_kinds)
-
-    def _make_method(self, allowed: Tensor | None = None) -> SelectionMethod:
-        return make_method(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds, allowed)
 
 
 def _check_arguments(config: Any, loss_fn: Any) -> None:

@@ -1,0 +1,48 @@
+"""What a run consists of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from ..config import DiffoRAConfig
+from ..core.schedule import Schedule
+from ..core.selection import Selection
+from .batches import Batches
+from .reallocation import Reallocation
+from .search import ArchitectureSearch
+
+
+@dataclass(eq=False)
+class RunParts:
+    """
+    The parts of a run and where it stands.
+
+    Args:
+        model (`PeftModel`): the model.
+        optimizer (`torch.optim.Optimizer`): the optimizer of its weights.
+        scheduler (*optional*): the learning rate scheduler.
+        search ([`ArchitectureSearch`]): how things happen.
+        schedule ([`~diffora_trainer.core.schedule.Schedule`]): when they do.
+        held_out ([`~diffora_trainer.search.batches.Batches`]): batches that are not trained on.
+        reallocation ([`Reallocation`], *optional*): what switches modules off and on.
+        step (`int`, *optional*, defaults to `0`): optimizer steps that were made.
+        selection ([`Selection`], *optional*): what was chosen, once the others are pruned.
+    """
+
+    model: nn.Module
+    optimizer: Any
+    scheduler: Any
+    search: ArchitectureSearch
+    schedule: Schedule
+    held_out: Batches
+    reallocation: Reallocation | None
+    step: int = field(default=0)
+    selection: Selection | None = field(default=None)
+
+    @property
+    def config(self) -> DiffoRAConfig:
+        """The options of the run."""
+        return self.search.config
