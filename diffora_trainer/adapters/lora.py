@@ -169,7 +169,7 @@ def peft_model(model: Any) -> Any:
 def check_lora_config(config: LoraConfig) -> None:
     """
     Raise a `TypeError` if a configuration is of another method that is derived from LoRA, and a `ValueError` if it
-    asks for something that a gate or the cut cannot do exactly.
+    asks for something that a gate or the pruning cannot do exactly.
     """
     if config.peft_type != PeftType.LORA:
         raise TypeError(

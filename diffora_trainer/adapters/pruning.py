@@ -152,7 +152,7 @@ def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:
     """
     What PEFT does with `target_modules` and `exclude_modules`: a string is matched in full, the entries of a list as
     dotted suffixes. PEFT compares a name with one entry after the other; looking up the name's few suffixes keeps the
-    cut of 10,000 modules from taking a minute.
+    pruning of 10,000 modules from taking a minute.
     """
     if not patterns:
         return False

@@ -90,7 +90,7 @@ def complete_lora_config(
             "`target_modules='all-linear'`. Please name its layers in `LoraConfig(target_modules=...)`, or use "
             "another model."
         )
-    config = copy.deepcopy(config)  # PEFT and the cut write into it
+    config = copy.deepcopy(config)  # PEFT and the pruning write into it
     natural = task_type if model is None else _task_type(model)
     if config.task_type is None:
         config.task_type = natural

@@ -149,7 +149,7 @@ class Selection:
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """Names of all modules that are trained after the cut: the selected ones and those that share a LoRA."""
+        """Names of all modules that are trained after the pruning: the selected ones and those that share a LoRA."""
         sharing = {name for group in self.shared for name in group}
         return tuple(n for n, kept in zip(self.modules, self.kept, strict=True) if kept or n in sharing)
 
@@ -161,7 +161,7 @@ class Selection:
 
     @property
     def trainable_parameters(self) -> int:
-        """LoRA parameters that are trained after the cut; a shared pair counts once."""
+        """LoRA parameters that are trained after the pruning; a shared pair counts once."""
         sites = self.grid.sites
         own = sum(site.cost * rank for site, rank in zip(sites, self.ranks, strict=True))
         leaders = {group[0] for group in self.shared}
@@ -184,12 +184,12 @@ class Selection:
 
     @property
     def lowest_row(self) -> str:
-        """Name of the first row with a LoRA after the cut. The backward pass need not go below it."""
+        """Name of the first row with a LoRA after the pruning. The backward pass need not go below it."""
         adapted = set(self.adapted)
         return self.grid.rows[min(site.row for site in self.grid.sites if site.name in adapted)]
 
     def unadapted(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Names of the rows, and of the columns, in which not one module has a LoRA after the cut."""
+        """Names of the rows, and of the columns, in which not one module has a LoRA after the pruning."""
         adapted = set(self.adapted)
         sites = [site for site in self.grid.sites if site.name in adapted]
         rows, columns = {site.row for site in sites}, {site.column for site in sites}
@@ -332,8 +332,8 @@ class Selection:
             path = path / SELECTION_NAME
         if not path.exists():
             raise FileNotFoundError(
-                f"There is no {path}. A run writes it when it saves after its cut. Please pass its output folder, or "
-                "a checkpoint from after the cut."
+                f"There is no {path}. A run writes it when it saves after its pruning. Please pass its output folder, or "
+                "a checkpoint from after the pruning."
             )
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ _MAX_INCHES, _MAX_LABELS, _MAX_LABEL = 60.0, 150, 40
 
 def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     """
-    Draw the matrix at the cut: a row for each layer, a column for each kind of module, the value of each gate as a
+    Draw the matrix at the pruning: a row for each layer, a column for each kind of module, the value of each gate as a
     shade, and a frame around what was kept. Of a method that scores, the scores are drawn; if it chose more than once,
     how often each module was on.
     Needs Matplotlib (`pip install diffora-trainer[plots]`).
@@ -43,7 +43,7 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     rows, columns = len(selection.rows), len(selection.columns)
     method = method_facts(selection.config)
     scale: dict[str, Any]
-    shown, scale, label = selection.gates, {"vmin": 0.0, "vmax": 1.0}, "gate at the cut"
+    shown, scale, label = selection.gates, {"vmin": 0.0, "vmax": 1.0}, "gate at the pruning"
     if selection.history:
         shown, label = selection.frequency, "share of choices"
     elif not method.searches:

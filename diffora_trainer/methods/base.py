@@ -51,7 +51,7 @@ class SelectionMethod(ABC):
     searches: ClassVar[bool]
     """Whether it learns from architecture steps, and does not score."""
     trains_open: ClassVar[bool] = True
-    """Whether the weights train with all gates open, so that at the cut nothing has got used to doing without the
+    """Whether the weights train with all gates open, so that at the pruning nothing has got used to doing without the
     modules that go. Then the gates of these fade out before they are pruned."""
     shardable: ClassVar[bool] = True
     """Whether it works where FSDP holds each parameter in shards."""

@@ -49,7 +49,7 @@ def moments_of(config: DiffoRAConfig) -> Moments:
     options = parse_options(method, config.method_options)
     if not method.searches:
         return Moments(config.discretize_at, config.arch_warmup, every=options.reallocate_every, decides=False)
-    # What is closed would come back as a shared pair.
+    # What fades out would come back as a shared pair.
     fades = method.trains_open and config.weight_sharing == "none"
     return Moments(
         config.discretize_at, config.arch_warmup, config.fade_out if fades else 0.0, every=float(options.arch_every)

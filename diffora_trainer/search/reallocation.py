@@ -104,7 +104,7 @@ class Reallocation:
     def finish(self, step: int | None = None) -> Selection:
         """
         Make the set in force final: all modules are on again, the gates are off, and the selection, which holds the
-        history, says what to cut. To carry it out, pass it to [`apply_selection`].
+        history, says what to prune. To carry it out, pass it to [`apply_selection`].
 
         Args:
             step (`int`, *optional*): present optimizer step, for the record.
@@ -113,7 +113,7 @@ class Reallocation:
             ValueError: if nothing was chosen yet.
         """
         if not self.history:
-            raise ValueError("No module was chosen yet. Please call `reallocate` before the cut.")
+            raise ValueError("No module was chosen yet. Please call `reallocate` before the pruning.")
         self.search.discretize(torch.tensor(self.history[-1].on))
         self.release()
         return replace(self.search.finish(step), history=tuple(self.history))

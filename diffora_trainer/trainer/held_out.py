@@ -1,4 +1,4 @@
-"""How a trainer comes by its held-out data, and leaves it out of training until the cut."""
+"""How a trainer comes by its held-out data, and leaves it out of training until the pruning."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MAX_STREAM_BATCHES = 64
 
 class HeldOutData:
     """
-    The data that the search of a trainer reads: a part of the training data, held out until the cut, unless the
+    The data that the search of a trainer reads: a part of the training data, held out until the pruning, unless the
     trainer has an `arch_dataset`. What is held out, and when it goes back, is in [`SplitPlan`]. A trainer that makes
     its own completions holds nothing out: its search reads what its training steps were given ([`RolloutBatches`]).
 
@@ -44,8 +44,8 @@ class HeldOutData:
         trainer (`Trainer`): the trainer, with its `diffora_config` and `arch_dataset`.
 
     Attributes:
-        split ([`SplitPlan`] or `None`): which rows are held out, where they go back to training after the cut.
-        rollouts ([`RolloutBatches`] or `None`): what the training steps were given, until the cut.
+        split ([`SplitPlan`] or `None`): which rows are held out, where they go back to training after the pruning.
+        rollouts ([`RolloutBatches`] or `None`): what the training steps were given, until the pruning.
         removes_columns (`bool`): whether the trainer takes columns that its model does not know out of the training
             rows, and so out of the held-out ones.
     """
@@ -60,11 +60,12 @@ class HeldOutData:
 
     def train_dataloader(self, parent: Callable[[], DataLoader], hold_out: bool) -> DataLoader:
         """
-        The data loader of the training rows; until the cut it leaves the held-out ones out.
+        The data loader of the training rows; until the pruning it leaves the held-out ones out.
 
         Args:
             parent (`Callable[[], DataLoader]`): the parent trainer's `get_train_dataloader`.
-            hold_out (`bool`): whether the run has still to be cut, or to come to the end of the epoch of its cut.
+            hold_out (`bool`): whether the run has still to be pruned, or to come to the end of the epoch of its
+            pruning.
         """
         trainer, config = self._trainer, self._trainer.diffora_config
         self._samples = self.removes_columns = False
@@ -95,7 +96,7 @@ class HeldOutData:
         others = subset(stock, [index for index in range(len(stock)) if index not in held_out])
         logger.info(
             f"{type(self._trainer).__name__} has a way of its own to draw batches, so the {len(held_out)} held-out "
-            "rows stay out of training after the cut too."
+            "rows stay out of training after the pruning too."
         )
         with replaced(self._trainer, "train_dataset", others):
             return parent()
@@ -178,7 +179,7 @@ class HeldOutData:
         )
 
     def give_back(self) -> None:
-        """The cut is made: the rows go back to training, and nothing is kept for the search any more."""
+        """The pruning is made: the rows go back to training, and nothing is kept for the search any more."""
         self._rows = self.rollouts = None
         if self.split is not None:
             self.split.given_back = True

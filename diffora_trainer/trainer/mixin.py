@@ -62,12 +62,12 @@ class DiffoRAMixin(_Base):
     nothing and calls no reward function; prompts, groups and their order are the parent's. Of the bi-level idea this
     gives up one thing: the gates learn from completions that the weights have just been stepped on, and not from
     held-out prompts. The value of such a loss says nothing (right after a step it is the mean advantage, whatever the
-    model), so no losses are compared around the cut. One micro-batch is kept, or the latest `score_batches` for
+    model), so no losses are compared around the pruning. One micro-batch is kept, or the latest `score_batches` for
     another `method`.
 
     A trainer whose loss is in its `training_step` (OnlineDPO) runs that step on held-out prompts, up to its backward
     pass: each architecture step, or each of the `score_batches` of another `method`, generates and calls the reward
-    functions or the judge once. Here too no losses are compared around the cut.
+    functions or the judge once. Here too no losses are compared around the pruning.
 
     The trainer takes all that its parent takes, plus:
 
@@ -79,16 +79,16 @@ class DiffoRAMixin(_Base):
             Options of the search.
         arch_dataset (`Dataset` or `IterableDataset`, *optional*):
             Held-out data for the matrix, in the form of the training data. By default a part of the training set is
-            held out until the cut (see `arch_split`). The evaluation set is never used. Not for trainers that make
+            held out until the pruning (see `arch_split`). The evaluation set is never used. Not for trainers that make
             their own completions.
         score_function (`Callable`, *optional*):
             For `DiffoRAConfig(method="custom")`: `score_function(model, batches)` gives a dictionary from the name of
-            each LoRA module to its score, of which the highest are kept. It is called once, right before the cut (or
-            at each moment of `reallocate_every`), with the model in evaluation mode and a list of held-out batches on
-            its device.
+            each LoRA module to its score, of which the highest are kept. It is called once, right before the pruning
+            (or at each moment of `reallocate_every`), with the model in evaluation mode and a list of held-out batches
+            on its device.
 
     Attributes:
-        selection ([`Selection`] or `None`): what was chosen, once the matrix is cut.
+        selection ([`Selection`] or `None`): what was chosen, once the others are pruned.
 
     Raises:
         TypeError: if `diffora_config` is not a [`DiffoRAConfig`] or `peft_config` not a `LoraConfig`.
@@ -145,7 +145,7 @@ class DiffoRAMixin(_Base):
 
     @property
     def selection(self) -> Selection | None:
-        """What was chosen; `None` until the matrix is cut."""
+        """What was chosen; `None` until the others are pruned."""
         return self._session.selection
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -159,7 +159,7 @@ class DiffoRAMixin(_Base):
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """
-        Train, search and cut. See [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest
+        Train, search and prune. See [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest
         checkpoint that is whole; one whose saving was interrupted is passed over.
         """
         check_can_train(self)
@@ -229,7 +229,7 @@ class DiffoRAMixin(_Base):
         self._held_out.set_prune_step(step, given_back=self._session.is_pruned(self.model))
 
     def get_train_dataloader(self) -> DataLoader:
-        """The parent's data loader; until the cut it leaves the held-out rows out."""
+        """The parent's data loader; until the pruning it leaves the held-out rows out."""
         trained_on = self._session.is_pruned(self.model) and not self._session.resumed_after_prune
         return self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
 

@@ -26,8 +26,8 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
     Args:
         folder (`str`): the checkpoint.
         state ([`~diffora_trainer.core.state.RunState`]): its state.
-        model (`PeftModel`): the model, with the modules of the checkpoint or with those from before its cut.
-        modules (`Sequence[str]`): the modules from before the cut, by the state.
+        model (`PeftModel`): the model, with the modules of the checkpoint or with those from before its pruning.
+        modules (`Sequence[str]`): the modules from before the pruning, by the state.
         adapted (`Sequence[str]`): the modules that are trained in the checkpoint, by the state.
     """
     if state.base_model != (present := describe_base(model)):

@@ -110,7 +110,7 @@ def load_optimizer(trainer: Any, checkpoint: str | None, parent: Callable[[str |
     try:
         parent(checkpoint)
     except ValueError:
-        # A group that the cut emptied has left the run, but an optimizer that is built anew may have it, empty.
+        # A group that the pruning emptied has left the run, but an optimizer that is built anew may have it, empty.
         pruned = trainer._session.is_pruned(trainer.model)
         if not pruned or not remove_empty_groups(trainer.optimizer, trainer.lr_scheduler):
             raise

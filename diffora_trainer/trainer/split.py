@@ -1,4 +1,4 @@
-"""The part of a training set that is held out, and the order in which its rows go back to training after the cut."""
+"""The part of a training set that is held out, and the order in which its rows go back to training after the pruning."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset, Sampler
 
 class SplitPlan:
     """
-    Which rows are held out, and until when. Shared by all readers of the training data; the moment of the cut is
+    Which rows are held out, and until when. Shared by all readers of the training data; the moment of the pruning is
     filled in when the length of the run is known, before the first row is read.
 
     Everything is a function of the position in the data, not of time, so workers that fetch ahead and runs that are
@@ -24,7 +24,7 @@ class SplitPlan:
         seed (`int`): seed of the rows that stand in for held-out ones.
 
     Attributes:
-        given_back (`bool`): whether the cut has been made. Only streams in their second epoch have to ask.
+        given_back (`bool`): whether the pruning has been made. Only streams in their second epoch have to ask.
     """
 
     def __init__(self, held_out: Iterable[int], seed: int) -> None:
@@ -43,7 +43,7 @@ class SplitPlan:
         self._cut, self._steps_per_epoch, self._rows_per_step = step, steps_per_epoch, rows_per_step
 
     def rows_before_cut(self, epoch: int) -> float:
-        """Rows of an epoch that are read before the cut; infinite if all of them are."""
+        """Rows of an epoch that are read before the pruning; infinite if all of them are."""
         steps = self._cut - epoch * self._steps_per_epoch
         if steps >= self._steps_per_epoch > 0:
             return math.inf
@@ -52,11 +52,11 @@ class SplitPlan:
 
 class HeldOutSampler(Sampler[int]):
     """
-    The training order with held-out rows moved behind the cut.
+    The training order with held-out rows moved behind the pruning.
 
-    Before the cut a held-out row is put off to the end of the epoch; if the epoch ends before the cut, other rows,
-    drawn at random, stand in for those put off. An epoch has the same length with and without, so schedules do not
-    change.
+    Before the pruning a held-out row is put off to the end of the epoch; if the epoch ends before the pruning, other
+    rows, drawn at random, stand in for those put off. An epoch has the same length with and without, so schedules do
+    not change.
 
     Args:
         sampler (`Sampler[int]`): the order of a stock run.
@@ -104,7 +104,7 @@ class HeldOutSampler(Sampler[int]):
 
 class HeldOutStream(IterableDataset):
     """
-    A stream whose first rows are held out; they come back right after the cut, and in later epochs in their place.
+    A stream whose first rows are held out; they come back right after the pruning, and in later epochs in their place.
 
     Args:
         stream (`Iterable`): the training stream.
@@ -125,7 +125,7 @@ class HeldOutStream(IterableDataset):
             self.stream.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Any]:
-        # A stream has no length, so in later epochs only time can tell whether the cut is over.
+        # A stream has no length, so in later epochs only time can tell whether the pruning is over.
         before_cut = self.plan.rows_before_cut(0) if self.epoch == 0 else 0 if self.plan.given_back else math.inf
         if before_cut == 0:
             yield from self.stream

@@ -83,8 +83,8 @@ class ShortcutConfig:
             Dropout of what a shortcut reads, in training. It draws from PyTorch's random stream, so that with it the
             other dropouts of the model draw other masks than without shortcuts.
         names (`tuple[str, ...]`, *optional*):
-            Only these of them, by name, `"<layer>.<kind>"`: what a cut has left. By default every layer has all kinds,
-            but the first, which has no layer before it, no `"shortcut2"`.
+            Only these of them, by name, `"<layer>.<kind>"`: what a pruning has left. By default every layer has all
+            kinds, but the first, which has no layer before it, no `"shortcut2"`.
 
     Raises:
         ValueError: if a value is out of its range.
