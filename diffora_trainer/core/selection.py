@@ -332,8 +332,8 @@ class Selection:
             path = path / SELECTION_NAME
         if not path.exists():
             raise FileNotFoundError(
-                f"There is no {path}. A run writes it when it saves after its pruning. Please pass its output folder, or "
-                "a checkpoint from after the pruning."
+                f"There is no {path}. A run writes it when it saves after its pruning. Please pass its output folder, "
+                "or a checkpoint from after the pruning."
             )
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The part of a training set that is held out, and the order in which its rows go back to training after the pruning."""
+"""The held-out part of a training set, and the order in which its rows go back to training after the pruning."""
 
 from __future__ import annotations
 
