@@ -224,6 +224,8 @@ class DiffoRAConfig:
     shortcut_ranking: str | None = _old("shortcut_ranking")
 
     def __post_init__(self) -> None:
+        if not isinstance(self.method, str):
+            raise TypeError(f"`method` must be the name of a method, got {self.method!r}.")
         self.method_options = parse_mapping("method_options", self.method_options)
         self.extra_sites = parse_mapping("extra_sites", self.extra_sites)
         if remedies := take_over_old_names(self):
@@ -243,8 +245,6 @@ class DiffoRAConfig:
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
-        if not isinstance(self.method, str):
-            raise TypeError(f"`method` must be the name of a method, got {self.method!r}.")
         if not isinstance(self.log_gates_by_kind, bool):
             raise TypeError(f"`log_gates_by_kind` must be a bool, got {self.log_gates_by_kind!r}.")
         self._check_budget()

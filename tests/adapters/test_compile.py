@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
+from diffora_trainer.adapters.grid import AdapterGrid
 from helpers.models import llama
 from helpers.trainers import Probe, causal_model, classifier, make_trainer
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from diffora_trainer.methods.build import method_of
 from helpers.checks import assert_helpful
 from helpers.options import make_config
 
@@ -20,11 +21,17 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"selection_ratio": True}, TypeError, "`selection_ratio` must be"),
     ({"selection_scope": "head"}, ValueError, "selection_scope='head'.*'layer', 'model'"),
     ({"selection_scope": ["layer"]}, ValueError, r"selection_scope=\['layer'\].*must be one of"),
-    ({"relaxation": "hard"}, ValueError, "relaxation='hard'.*'budget'"),
-    ({"relaxation": None}, ValueError, "relaxation=None.*must be one of"),
+    ({"method": "hard"}, ValueError, "method='hard'.*'diffora'"),
+    ({"method": None}, TypeError, "`method` must be the name of a method, got None"),
+    ({"method": "snip", "arch_every": 2}, ValueError, "`arch_every` with `method='snip'`.*score_batches.*leave it out"),
+    ({"method_options": {"arch_evry": 2}}, ValueError, "`arch_evry` with `method='diffora'`.*'arch_every'"),
+    ({"method_options": "{arch_every: 2}"}, ValueError, "`method_options='{arch_every: 2}'`.*no JSON"),
+    ({"method_options": ["arch_every"]}, TypeError, "`method_options` must be a dictionary"),
+    ({"extra_sites": 3}, TypeError, "`extra_sites` must be a dictionary"),
+    ({"extra_sites": {"shortcuts": {}}, "weight_sharing": "layer"}, ValueError, "extra_sites.*weight_sharing='none'"),
     ({"weight_sharing": "all"}, ValueError, "weight_sharing='all'.*'none'"),
     ({"cost": "flops"}, ValueError, "cost='flops'.*must be one of"),
-    ({"cost": "time"}, ValueError, "cost='time'.*selection_scope='model'"),
+    ({"max_step_time": 0.7}, ValueError, "max_step_time=0.7.*selection_scope='model'"),
     ({"max_step_time": 1.5}, ValueError, "max_step_time=1.5.*must be in"),
     ({"max_trainable_parameters": 0}, ValueError, "max_trainable_parameters=0.*positive"),
     ({"max_trainable_parameters": 10.5}, TypeError, "`max_trainable_parameters` must be"),
@@ -40,16 +47,16 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"discretize_at": "half"}, TypeError, "`discretize_at` must be"),
     ({"arch_warmup": -0.1}, ValueError, "arch_warmup=-0.1.*neither"),
     ({"arch_warmup": 2.5}, ValueError, "arch_warmup=2.5.*neither"),
-    ({"arch_warmup": 0.3, "discretize_at": 0.3}, ValueError, "cut before the search starts"),
-    ({"arch_warmup": 30, "discretize_at": 20}, ValueError, "cut before the search starts"),
+    ({"arch_warmup": 0.3, "discretize_at": 0.3}, ValueError, "pruned before the search starts"),
+    ({"arch_warmup": 30, "discretize_at": 20}, ValueError, "pruned before the search starts"),
     ({"fade_out": -1}, ValueError, "fade_out=-1.0.*neither"),
     ({"arch_every": 0}, ValueError, "arch_every=0.*1 or more"),
     ({"arch_every": 2.0}, TypeError, "`arch_every` must be"),
     ({"arch_every": True}, TypeError, "`arch_every` must be"),
     ({"arch_learning_rate": 0}, ValueError, "arch_learning_rate=0.0.*positive"),
-    ({"arch_learning_rate": float("inf"), "relaxation": "sigmoid"}, ValueError, "arch_learning_rate=inf.*finite"),
+    ({"arch_learning_rate": float("inf"), "method": "sigmoid"}, ValueError, "arch_learning_rate=inf.*finite"),
     ({"arch_learning_rate": 1.5}, ValueError, "arch_learning_rate=1.5.*Frank-Wolfe"),
-    ({"arch_learning_rate": 1e30, "relaxation": "softmax"}, ValueError, "arch_learning_rate=1e.30.*such as 0.05"),
+    ({"arch_learning_rate": 1e30, "method": "softmax"}, ValueError, "arch_learning_rate=1e.30.*such as 0.05"),
     ({"arch_learning_rate": "0.1"}, TypeError, "`arch_learning_rate` must be.*without quotes"),
     ({"arch_order": 3}, ValueError, "arch_order=3"),
     ({"arch_order": "2"}, TypeError, "`arch_order` must be"),
@@ -70,7 +77,7 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
 @pytest.mark.parametrize(("options", "error", "message"), CONFIG, ids=[str(options) for options, *_ in CONFIG])
 def test_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error) as found:
-        make_config(**options)
+        method_of(make_config(**options))
     assert_helpful(str(found.value), message)
 
 

@@ -14,22 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffora_trainer import DiffoRAConfig, Selection
-from diffora_trainer.config import (
-    COSTS,
-    METHODS,
-    RELAXATIONS,
-    SELECTION_SCOPES,
-    SHORTCUT_RANKINGS,
-    SHORTCUTS,
-    WEIGHT_SHARING,
-)
+from diffora_trainer.config import SELECTION_SCOPES, WEIGHT_SHARING
 from diffora_trainer.core.budget import Budget
+from diffora_trainer.core.grid import Grid, SiteInfo
+from diffora_trainer.methods.build import make_schedule, method_of
+from diffora_trainer.methods.registry import method_names
+from diffora_trainer.renamed import OLD_NAMES
 from helpers.adapted import make_selection
-from helpers.options import make_config
 from helpers.strategies import assert_exact, assert_usable, budgets, fits, vectors
 
 
-NAMES = [field.name for field in dataclasses.fields(DiffoRAConfig)]
+NAMES = [field.name for field in dataclasses.fields(DiffoRAConfig) if field.name not in OLD_NAMES]
 
 
 # Options
@@ -54,26 +49,29 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "discretize_at": MOMENTS,
     "arch_warmup": MOMENTS,
     "fade_out": MOMENTS,
-    "arch_every": st.integers(1, 9),
-    "relaxation": st.sampled_from(RELAXATIONS),
-    "arch_learning_rate": st.none() | st.floats(0, 1),
-    "arch_order": st.sampled_from([1, 2]),
     "arch_split": st.floats(0, 1),
     "arch_batch_size": st.none() | st.integers(1, 99),
     "arch_seed": st.integers(0, 2**32 - 1),
     "weight_sharing": st.sampled_from(WEIGHT_SHARING),
-    "fold_gates": st.booleans(),
     "log_gates_by_kind": st.booleans(),
     "base_model_id": st.none() | st.sampled_from(["org/name", "gpt2"]),
-    "cost": st.sampled_from(COSTS),
-    "max_step_time": st.floats(0, 1),
-    "method": st.sampled_from(METHODS),
+    "max_step_time": st.none() | st.floats(0, 1),
+    "method": st.sampled_from(method_names()),
+    "method_options": st.none() | st.deferred(lambda: METHOD_OPTIONS),
+    "extra_sites": st.none() | st.just({"shortcuts": {"kinds": ["residual1"]}}),
+}
+OF_METHODS: dict[str, st.SearchStrategy[Any]] = {
+    "arch_every": st.integers(1, 9),
+    "arch_learning_rate": st.none() | st.floats(0, 1),
+    "arch_order": st.sampled_from([1, 2]),
+    "fold_gates": st.booleans(),
     "score_batches": st.integers(1, 99),
     "normalize_scores": st.booleans(),
     "reallocate_every": st.none() | MOMENTS,
-    "shortcuts": st.none() | st.lists(st.sampled_from(SHORTCUTS), max_size=4),
-    "shortcut_ranking": st.sampled_from(SHORTCUT_RANKINGS),
 }
+METHOD_OPTIONS = st.fixed_dictionaries({}, optional=OF_METHODS) | st.dictionaries(
+    st.sampled_from([*OF_METHODS, "arch_evry"]), HOSTILE, max_size=2
+)
 TOTALS = st.one_of(st.integers(-2, 60), st.sampled_from([10**6, 2**53 + 1, 2**63 - 1, 2**63, 10**400, -(10**400)]))
 
 
@@ -92,32 +90,34 @@ def test_options_are_refused_by_name_or_hold_together(
 ) -> None:
     options = {**options, **hostile}
     try:
-        config = make_config(**options)
+        config = DiffoRAConfig(**options)
+        method, of_method = method_of(config)
     except (ValueError, TypeError) as error:
-        assert any(f"`{name}" in str(error) for name in options), error
+        assert any(f"`{name}" in str(error) for name in (*options, *OF_METHODS, "arch_evry")), error
         return
     stored = json.loads(json.dumps(config.to_dict(), allow_nan=False))
-    assert make_config(**stored) == config and make_config(**stored).to_dict() == stored
+    assert DiffoRAConfig(**stored) == config and DiffoRAConfig(**stored).to_dict() == stored
     for total in totals:
         try:
-            warmup, cut = config.schedule(total)
+            schedule = make_schedule(config, total)
         except ValueError:
-            with pytest.raises(ValueError):
-                config.decision(total)
             continue
-        if config.method == "diffora":
-            assert 1 <= warmup < config.decision(total) <= cut <= total
-        elif config.reallocate_every is not None:
-            assert 1 <= warmup < config.decision(total) == cut <= total
-            assert config.reallocations(total)[0] == warmup and config.reallocations(total)[-1] < cut
+        warmup, decision, prune = schedule.warmup, schedule.discretize, schedule.prune
+        if method.searches:
+            assert 1 <= warmup < decision <= prune <= total and schedule.updates[0] == warmup + 1
+            assert schedule.updates[-1] <= decision and schedule.updates.step == of_method.arch_every
+        elif of_method.reallocate_every is not None:
+            assert 1 <= warmup < decision == prune <= total
+            assert schedule.updates[0] == warmup and schedule.updates[-1] < prune
         else:
-            assert (config.discretize_at > 0) <= warmup == config.decision(total) == cut <= total
+            assert (config.discretize_at > 0) <= warmup == decision == prune <= total
+            assert list(schedule.updates) == [prune]
 
 
 def test_the_length_of_a_run_is_a_number_of_steps() -> None:
     for total in (None, True, 10.0, "10", float("nan")):
         with pytest.raises(TypeError, match="total_steps"):
-            DiffoRAConfig().schedule(total)  # type: ignore[arg-type]
+            make_schedule(DiffoRAConfig(), total)  # type: ignore[arg-type]
 
 
 # Budgets
@@ -238,15 +238,15 @@ def selections(draw: st.DrawFn) -> Selection:
     kept.insert(draw(st.integers(0, count - 1)), True)
     rest = [name for name, keep in zip(modules, kept, strict=True) if not keep]
     numbers = st.tuples(*[st.floats(allow_nan=False, allow_infinity=False)] * count)
+    sites = [
+        SiteInfo(name, row, column, draw(st.integers(1, 99)), draw(st.integers(1, 10**30)))
+        for name, (row, column) in zip(modules, positions, strict=True)
+    ]
     return Selection(
-        rows=tuple(rows),
-        columns=tuple(columns),
-        modules=tuple(modules),
-        positions=tuple(positions),
-        parameters=tuple(draw(st.integers(1, 10**30)) for _ in range(count)),
+        grid=Grid(tuple(rows), tuple(columns), tuple(sites)),
+        ranks=tuple(draw(st.integers(1, s.rank)) if keep else 0 for s, keep in zip(sites, kept, strict=True)),
         scores=draw(numbers),
         gates=draw(numbers),
-        kept=tuple(kept),
         factors=draw(numbers),
         shared=(tuple(rest),) if len(rest) > 1 and draw(st.booleans()) else (),
         step=draw(st.none() | st.integers(0, 10**9)),

@@ -84,7 +84,7 @@ def main(folder: Path, options: dict) -> None:
     if "choose_otherwise_at" in options and rank == 1:
 
         def flip() -> None:
-            matrix = trainer._callback.search.method
+            matrix = trainer._session.run.search.method
             matrix.choose = lambda: ~type(matrix).choose(matrix)
 
         trainer.add_callback(At(options["choose_otherwise_at"], flip))
@@ -104,7 +104,7 @@ def main(folder: Path, options: dict) -> None:
         "wrapper": type(trainer.model_wrapped).__name__,
         "scores": trainer.selection.scores,
         "selected": trainer.selection.selected,
-        "selected_shortcuts": trainer.selection.selected_shortcuts,
+        "selected_shortcuts": trainer.selection.of_kind("shortcuts"),
         "losses": {step: log["loss"] for step, log in step_logs(trainer).items()},
         "moved": [not torch.equal(weights[name], start) for name, start in at_cut.items()],
         "weights": {name: weight.flatten().tolist() for name, weight in weights.items()},

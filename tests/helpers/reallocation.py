@@ -23,4 +23,4 @@ def rotating(monkeypatch: pytest.MonkeyPatch) -> None:
     def choose(self: ScoreMethod) -> Tensor:
         return torch.arange(len(self.budget)) % 3 == self.steps % 3
 
-    monkeypatch.setattr(ScoreMethod, "choose", choose)
+    monkeypatch.setattr(ScoreMethod, "discretize", choose)

@@ -60,8 +60,8 @@ def logits(model: nn.Module) -> Tensor:
 def assert_chose(trainer: Trainer) -> None:
     """Some shortcuts were kept and some dropped, and the model has those that were kept, which have learned."""
     selection = trainer.selection
-    assert 0 < len(selection.selected_shortcuts) < len(selection.shortcuts)
-    assert sorted(shortcuts(trainer.model)) == sorted(selection.selected_shortcuts)
+    assert 0 < len(selection.of_kind("shortcuts")) < len(selection.grid.of_kind("shortcuts"))
+    assert sorted(shortcuts(trainer.model)) == sorted(selection.of_kind("shortcuts"))
     assert all(shortcut.B.any() for shortcut in shortcuts(trainer.model).values())
 
 

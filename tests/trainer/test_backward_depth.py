@@ -126,7 +126,7 @@ def test_a_run_under_a_time_budget_is_as_short_as_it_was_measured(
     reach = Reach().watch(trainer.model)
     # A clock that counts the layers of the pass that it is held to, and no noise.
     monkeypatch.setattr(
-        "diffora_trainer.search.search.timed", lambda step, device: (step(), 1.0 + len(reach.passes[-1]))[1]
+        "diffora_trainer.search.timing.timed", lambda step, device: (step(), 1.0 + len(reach.passes[-1]))[1]
     )
     measured = Probe(lambda **_: [set(layers) for layers in reach.passes], WARMUP)
     trainer.add_callback(measured)

@@ -276,7 +276,7 @@ def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) ->
     scores: dict[int, Tensor] = {}
 
     def look(model: nn.Module, **kwargs: object) -> None:
-        search, step = trainer._callback.search, trainer.state.global_step
+        search, step = trainer._session.run.search, trainer.state.global_step
         if search is not None:
             scores[step] = search.method.scores()
             if search.kept is not None:

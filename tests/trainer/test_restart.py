@@ -143,7 +143,7 @@ def test_memory_that_runs_out_in_the_search_restarts_it(tmp_path: Path) -> None:
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs) -> None:
-            search = trainer._callback.search
+            search = trainer._session.run.search
             steps.append(None if search is None else (search.method.steps, len(search.gates.shapes)))
 
     args = {"auto_find_batch_size": True}
@@ -181,7 +181,7 @@ def test_each_trial_of_a_hyperparameter_search_is_a_run_of_its_own(tmp_path: Pat
             if state.global_step == 5:
                 gc.collect()
                 assert sum(model() is not None for model in models) <= 1  # the trial before has left no model
-                assert len(trainer._callback.search.grid) == 14
+                assert len(trainer._session.run.search.grid) == 14
 
         def on_train_begin(self, args, state, control, model, **kwargs) -> None:
             models.append(weakref.ref(model))

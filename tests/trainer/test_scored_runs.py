@@ -61,7 +61,7 @@ def test_run(method: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_scoring_leaves_no_trace_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With one and the same choice the runs of all methods are one run, in the middle of an epoch, with dropout."""
-    monkeypatch.setattr(ScoreMethod, "choose", lambda self: torch.arange(len(self.budget)) % 2 == 0)
+    monkeypatch.setattr(ScoreMethod, "discretize", lambda self: torch.arange(len(self.budget)) % 2 == 0)
 
     def run(method: str) -> tuple[Any, Any]:
         trainer = make_trainer(

@@ -16,7 +16,7 @@ TIMED = {"cost": "time", "selection_scope": "model", "selection_ratio": 1 / 3}
 def test_a_run_under_a_time_budget(tmp_path, monkeypatch, limit: float, lowest: int) -> None:
     trainer = make_trainer(tmp_path, "sft", model=deep_model, search={**TIMED, "max_step_time": limit})
     # Real steps are made and timed; what decides is a clock that this machine's noise cannot reach.
-    monkeypatch.setattr("diffora_trainer.search.search.timed", lambda step, device: _made_up(trainer, step))
+    monkeypatch.setattr("diffora_trainer.search.timing.timed", lambda step, device: _made_up(trainer, step))
     probe = Probe(lambda model, **kw: [p.grad is not None for p in model.parameters()], WARMUP)
     trainer.add_callback(probe)
     trainer.train()
