@@ -64,8 +64,8 @@ def test_gates_are_exact(name: str) -> None:
     tiny, model = make(name)
     stock = logits(model, tiny)
     base = logits(ARCHITECTURES[name]().model.eval(), tiny)
-    grid = AdapterGrid.from_model(model).grid
-    gates = Gates(model, grid)
+    adapters = AdapterGrid.from_model(model)
+    grid, gates = adapters.grid, Gates(adapters.sites)
     gates.attach()
     assert logits(model, tiny).equal(stock)  # nothing is set
     gates.set_evaluation(torch.ones(len(grid)))
@@ -96,8 +96,8 @@ def test_gate_gradient_is_a_finite_difference(name: str) -> None:
         model.get_base_model().set_experts_implementation("eager")  # the fused kernel has no float64
     model.double()
     batch: dict[str, Tensor] = {k: v.double() if v.is_floating_point() else v for k, v in tiny.batch.items()}
-    grid = AdapterGrid.from_model(model).grid
-    gates = Gates(model, grid)
+    adapters = AdapterGrid.from_model(model)
+    grid, gates = adapters.grid, Gates(adapters.sites)
     gates.attach()
 
     def loss(values: Tensor) -> Tensor:
@@ -124,9 +124,9 @@ def test_gate_gradient_is_a_finite_difference(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_cut_save_and_reload(name: str, tmp_path: Path) -> None:
     tiny, model = make(name)
-    grid = AdapterGrid.from_model(model).grid
+    adapters = AdapterGrid.from_model(model)
+    grid, gates = adapters.grid, Gates(adapters.sites)
     selection = random_selection(grid, seed=len(grid))
-    gates = Gates(model, grid)
     gates.attach()
     gates.set_evaluation(torch.tensor(selection.factors) * torch.tensor(selection.kept))
     gated = logits(model, tiny)
@@ -149,8 +149,8 @@ def test_gates_do_not_round_a_float64_model() -> None:
     tiny, model = make("gpt2")
     model.double()
     stock = logits(model, tiny)
-    grid = AdapterGrid.from_model(model).grid
-    gates = Gates(model, grid)
+    adapters = AdapterGrid.from_model(model)
+    grid, gates = adapters.grid, Gates(adapters.sites)
     gates.attach()
     with gates.override(torch.ones(len(grid), requires_grad=True)):
         assert logits(model, tiny).equal(stock)
@@ -232,10 +232,8 @@ def test_a_selected_name_ends_an_unselected_one(chosen: tuple[str, ...] | None, 
     # All of the text tower and a bit of the other: more than 20 names, each the end of another one.
     wanted = chosen or (*(name for name in grid.names if name.startswith("layers.")), "vision.layers.3.q")
     selection = random_selection(grid)
-    fields = {name: getattr(selection, name) for name in ("rows", "columns", "modules", "positions", "parameters")}
-    selection = Selection(
-        **fields, scores=selection.scores, gates=selection.gates, kept=tuple(name in wanted for name in grid.names)
-    )
+    ranks = tuple(site.rank if site.name in wanted else 0 for site in grid.sites)
+    selection = Selection(grid, ranks, selection.scores, selection.gates)
     apply_selection(model, selection)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(base(), tmp_path)

@@ -108,8 +108,8 @@ def test_activation_checkpointing_gives_the_same_gradient() -> None:
 
 
 def test_shapes_tell_who_can_share() -> None:
-    _, _, gates = gated()
-    shapes = gates.shapes
+    model, _, _ = gated()
+    shapes = [site.shape for site in AdapterGrid.from_model(model).sites]
     q, k, v, o, gate, up, down = shapes[:7]
     assert q == o and k == v and gate == up and shapes[7:] == shapes[:7]
     assert len({q, k, gate, down}) == 4

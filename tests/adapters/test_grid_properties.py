@@ -49,8 +49,5 @@ def test_every_tree_of_modules_is_a_grid(tree: dict[str, Any]) -> None:
     assert {row for row, _ in grid.positions} == set(range(len(grid.rows)))
     assert {column for _, column in grid.positions} == set(range(len(grid.columns)))
     assert AdapterGrid.from_model(wrapped).grid == grid and grid.describe()
-    selection = Selection(
-        grid.rows, grid.columns, grid.names, grid.positions, grid.parameters,
-        (0.0,) * len(grid), (1.0,) * len(grid), (True,) * len(grid),
-    )  # fmt: skip
+    selection = Selection(grid, grid.ranks, (0.0,) * len(grid), (1.0,) * len(grid))
     assert_usable(selection)

@@ -23,7 +23,11 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"selection_scope": ["layer"]}, ValueError, r"selection_scope=\['layer'\].*must be one of"),
     ({"method": "hard"}, ValueError, "method='hard'.*'diffora'"),
     ({"method": None}, TypeError, "`method` must be the name of a method, got None"),
-    ({"method": "snip", "arch_every": 2}, ValueError, "`arch_every` with `method='snip'`.*score_batches.*leave it out"),
+    (
+        {"method": "snip", "arch_every": 2},
+        ValueError,
+        "`arch_every` with `method='snip'`.*score_batches.*leave it out",
+    ),
     ({"method_options": {"arch_evry": 2}}, ValueError, "`arch_evry` with `method='diffora'`.*'arch_every'"),
     ({"method_options": "{arch_every: 2}"}, ValueError, "`method_options='{arch_every: 2}'`.*no JSON"),
     ({"method_options": ["arch_every"]}, TypeError, "`method_options` must be a dictionary"),

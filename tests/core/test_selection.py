@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 
 from diffora_trainer.core.budget import Budget
+from diffora_trainer.core.grid import SiteInfo
 from diffora_trainer.core.selection import SELECTION_NAME, Selection, short_names
-from helpers.adapted import make_selection
+from helpers.adapted import make_grid, make_selection
 
 
 def random_rows(rng: random.Random) -> tuple[list[int], list[int]]:
@@ -34,14 +36,14 @@ def test_exact_counts() -> None:
         ratio = rng.choice([0.01, 0.25, 1 / 3, 0.5, 0.9, 1.0, rng.uniform(0.01, 1)])
         scores = torch.randn(len(rows), generator=torch.Generator().manual_seed(rng.randrange(999)))
 
-        kept = Budget(rows, sizes, ratio=ratio, scope="layer").choose(scores)
+        kept = Budget(rows, sizes, ratio=ratio, scope="layer").discretize(scores)
         for row in set(rows):
             members = [i for i, r in enumerate(rows) if r == row]
             count = max(1, half_up(ratio * len(members)))
             best = sorted(members, key=lambda i: -float(scores[i]))[:count]
             assert [i for i in members if kept[i]] == sorted(best)
 
-        kept = Budget(rows, sizes, ratio=ratio, scope="model").choose(scores)
+        kept = Budget(rows, sizes, ratio=ratio, scope="model").discretize(scores)
         count = max(1, half_up(ratio * len(rows)))
         assert set(kept.nonzero().flatten().tolist()) == set(scores.topk(count).indices.tolist())
 
@@ -52,7 +54,7 @@ def test_cap_holds_and_nothing_else_fits() -> None:
         rows, sizes = random_rows(rng)
         cap = rng.randint(min(sizes), sum(sizes) + 10)
         scores = torch.randn(len(rows), generator=torch.Generator().manual_seed(rng.randrange(999)))
-        kept = Budget(rows, sizes, ratio=0.1, scope=rng.choice(["layer", "model"]), cap=cap).choose(scores)
+        kept = Budget(rows, sizes, ratio=0.1, scope=rng.choice(["layer", "model"]), cap=cap).discretize(scores)
         spent = sum(size for size, keep in zip(sizes, kept, strict=True) if keep)
         assert 0 < spent <= cap
         assert all(spent + size > cap for size, keep in zip(sizes, kept, strict=True) if not keep)
@@ -70,7 +72,7 @@ def test_ties_are_decided_the_same_way_always() -> None:
     assert budget.discretize(equal, breaker).tolist() == [False, True, False, False, False, True]
     scores = torch.tensor([0.0, 0.0, 0.1, 0.0, 0.1, 0.0])  # a tie-breaker never overrules a score
     assert budget.discretize(scores, breaker).tolist() == [False, False, True, False, True, False]
-    assert Budget(rows, sizes, cap=25).choose(equal, breaker).nonzero().flatten().tolist() == [1, 5]
+    assert Budget(rows, sizes, cap=25).discretize(equal, breaker).nonzero().flatten().tolist() == [1, 5]
 
 
 @pytest.mark.parametrize("options", [{"scope": "layer"}, {"scope": "model"}, {"cap": 120}])
@@ -154,9 +156,9 @@ def test_vertex_counts_gains_per_parameter_under_a_cap() -> None:
         (lambda: Budget([0, 1], [5]), "2 rows for 1 parameter counts"),
         (lambda: Budget([0], [5], scope="row"), "scope='row'"),
         (lambda: Budget([0, 0], [1500, 2000], cap=1000), "max_trainable_parameters=1,000.*1,500.*raise the cap"),
-        (lambda: Budget([0, 0], [5, 5]).choose(torch.zeros(3)), r"Expected 2 scores.*\(3,\)"),
-        (lambda: Budget([0, 0], [5, 5]).choose(torch.tensor([0.0, float("nan")])), "finite"),
-        (lambda: Budget([0, 0], [5, 5]).choose(torch.tensor([0.0, float("inf")])), "finite"),
+        (lambda: Budget([0, 0], [5, 5]).discretize(torch.zeros(3)), r"Expected 2 scores.*\(3,\)"),
+        (lambda: Budget([0, 0], [5, 5]).discretize(torch.tensor([0.0, float("nan")])), "finite"),
+        (lambda: Budget([0, 0], [5, 5]).discretize(torch.tensor([0.0, float("inf")])), "finite"),
     ],
 )
 def test_budget_errors(make: Any, message: str) -> None:
@@ -248,16 +250,28 @@ def test_bytes_that_are_no_text_are_a_value_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kept": (True,)}, "6 modules has 1 entries in `kept`"),
+        ({"ranks": (5,)}, "6 modules has 1 entries in `ranks`"),
         ({"scores": (float("nan"),) * 6}, "not finite"),
-        ({"kept": (False,) * 6}, "keeps no module"),
-        ({"modules": ("a",) * 6}, "twice"),
-        ({"positions": ((0, 4),) * 6}, "outside its grid"),
+        ({"ranks": (0,) * 6}, "keeps no module"),
+        ({"ranks": (6, 0, 0, 0, 0, 5)}, "the rank 6 of 5"),
+        ({"ranks": (True, 0, 0, 0, 0, 5)}, "the rank True of 5"),
     ],
 )
 def test_impossible_selections_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_selection(**changes)
+
+
+def test_impossible_grids_are_refused() -> None:
+    site = SiteInfo("a", 0, 0, 5, 2)
+    for sites, message in (
+        ((site, site), "twice"),
+        ((replace(site, column=4),), "outside its grid"),
+        ((site, replace(site, name="b")), "one cell"),
+        ((replace(site, rank=0),), "without parameters"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_grid(sites=sites)
 
 
 def test_what_becomes_of_each_module() -> None:

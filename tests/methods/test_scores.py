@@ -18,7 +18,6 @@ from trl import SFTConfig, TrlParser
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
 from diffora_trainer.adapters.grid import AdapterGrid
-from diffora_trainer.config import METHODS
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.methods.base import ScoreMethod
 from helpers.checks import assert_same

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from diffora_trainer import ArchitectureSearch, Selection
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import SELECTION_NAME
+from diffora_trainer.core.state import RunState
 from diffora_trainer.hub.card import write_card
 from diffora_trainer.trainer.checkpoint import STATE_NAME, load_state, save_state
 from helpers.adapted import make_selection
@@ -38,8 +40,7 @@ def twice() -> None:
     model = small()
     grid = AdapterGrid.from_model(model).grid
     numbers = (0.0,) * len(grid)
-    kept = (True,) + (False,) * (len(grid) - 1)
-    selection = Selection(grid.rows, grid.columns, grid.names, grid.positions, grid.parameters, numbers, numbers, kept)
+    selection = Selection(grid, (grid.ranks[0],) + (0,) * (len(grid) - 1), numbers, numbers)
     for _ in range(2):
         apply_selection(model, selection)
 
@@ -55,8 +56,9 @@ def written(folder: Path, content: bytes | None) -> Path:
 
 
 def damaged(folder: Path, **changes: Any) -> Path:
-    state = {"phase": "selected", "config": {}, "selection": make_selection().to_json(), **changes}
-    save_state(folder, state, {})
+    save_state(folder, RunState(3, {}, {}, selection=make_selection()), {})
+    path = folder / STATE_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     return folder
 
 
@@ -114,8 +116,8 @@ OTHER: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no file": (lambda f: Selection.load(f), FileNotFoundError, f"no .*{SELECTION_NAME}.*output folder"),
     "a folder as a file": (lambda f: Selection.load(written(f, None)), OSError, SELECTION_NAME),
     "empty file": (lambda f: Selection.load(written(f, b"")), ValueError, f"{SELECTION_NAME}.*Please pass"),
-    "a list": (lambda f: Selection.load(written(f, b"[]")), ValueError, "`format` is not 1.*Please pass"),
-    "another format": (lambda f: Selection.load(written(f, b'{"format": 2}')), ValueError, "`format` is not 1"),
+    "a list": (lambda f: Selection.load(written(f, b"[]")), ValueError, "`format` is not 2.*Please pass"),
+    "another format": (lambda f: Selection.load(written(f, b'{"format": 3}')), ValueError, "`format` is not 2"),
     "no modules": (lambda f: Selection.load(written(f, b'{"format": 1}')), ValueError, "has no 'modules'"),
     "binary": (lambda f: Selection.load(written(f, b"\x80\x04\xff\x00")), ValueError, "it is no text.*Please pass"),
     "no state": (lambda f: load_state(f), ValueError, f"holds no {STATE_NAME}.*start a new run"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from diffora_trainer import DiffoRAConfig, Selection, apply_selection
 from diffora_trainer.core.allocation import Allocation
+from diffora_trainer.methods.build import make_schedule, method_of
 from diffora_trainer.search.reallocation import Reallocation
 from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, snapshot
@@ -146,7 +147,8 @@ def test_without_a_trainer(monkeypatch: pytest.MonkeyPatch) -> None:
             other, _ = warm()
             other.load_state_dict(model.state_dict())
             restored = Reallocation(make_search(other, "grad_norm", selection_scope="model"))
-            restored.load_state_list(json.loads(json.dumps(reallocation.state_list())))
+            records = json.loads(json.dumps([asdict(entry) for entry in reallocation.history]))
+            restored.restore([Allocation.from_dict(record) for record in records])
             assert torch.equal(restored.on, reallocation.on) and restored.history == reallocation.history
             outputs = [m.eval()(**batches[0]).logits for m in (model, other)]
     assert torch.equal(*outputs)
@@ -181,7 +183,7 @@ def test_history_through_json(tmp_path: Path) -> None:
     data = json.loads(selection.to_json())
     assert Selection.from_json(json.dumps(data)) == selection
     assert data["frequency"] == list(selection.frequency)
-    del data["history"], data["frequency"]  # as written before there was one
+    data.update(history=[], frequency=[])
     old = Selection.from_json(json.dumps(data))
     assert old == replace(selection, history=()) and old.frequency == ()
     entry = selection.history[0]
@@ -202,27 +204,32 @@ def test_history_through_json(tmp_path: Path) -> None:
 def test_config() -> None:
     config = make_config(method="snip", reallocate_every=0.2, discretize_at=0.999)
     assert make_config(**json.loads(json.dumps(config.to_dict()))) == config
-    assert config.schedule(100) == (5, 100) and list(config.reallocations(100)) == [5, 25, 45, 65, 85]
-    assert list(search_config(**DYNAMIC).reallocations(12)) == MOMENTS
-    assert not DiffoRAConfig(method="snip").reallocations(100)
-    assert list(make_config(method="snip", reallocate_every=0.01, discretize_at=0.5).reallocations(3)) == [1]
+    schedule = make_schedule(config, 100)
+    assert (schedule.warmup, schedule.prune) == (5, 100) and list(schedule.updates) == [5, 25, 45, 65, 85]
+    assert list(make_schedule(search_config(**DYNAMIC), 12).updates) == MOMENTS
+    assert list(make_schedule(DiffoRAConfig(method="snip"), 100).updates) == [25]
+    short = make_config(method="snip", reallocate_every=0.01, discretize_at=0.5)
+    assert list(make_schedule(short, 3).updates) == [1]
     (parsed,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(
-        ["--method", "snip", "--reallocate_every", "0.2", "--discretize_at", "0.999"]
+        ["--method", "snip", "--method_options", '{"reallocate_every": 0.2}', "--discretize_at", "0.999"]
     )
     assert parsed == config
     for options, message in (
-        ({"reallocate_every": 2}, "`reallocate_every=2.0` with `method='diffora'`"),
+        ({"reallocate_every": 2}, "`reallocate_every` with `method='diffora'`"),
         ({"reallocate_every": 2, "method": "snip", "weight_sharing": "layer"}, "`weight_sharing='none'`"),
         ({"reallocate_every": 0.2, "method": "snip"}, "chosen once and never anew.*0.999"),
         ({"reallocate_every": 5, "method": "snip", "arch_warmup": 0, "discretize_at": 5}, "chosen once"),
         ({"reallocate_every": 0, "method": "snip"}, "`reallocate_every=0.0`.*neither"),
         ({"reallocate_every": 1.5, "method": "snip"}, "neither"),
-        ({"reallocate_every": 0.1, "method": "snip", "arch_warmup": 0.3}, "cut before the search starts|never anew"),
+        (
+            {"reallocate_every": 0.1, "method": "snip", "arch_warmup": 0.3},
+            "pruned before the search starts|never anew",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            make_config(**options)
+            method_of(make_config(**options))
     with pytest.raises(TypeError, match="`reallocate_every` must be a number"):
-        make_config(method="snip", reallocate_every="2")
+        method_of(make_config(method="snip", reallocate_every="2"))
 
 
 def test_refusals(dynamic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,10 +239,10 @@ def test_refusals(dynamic: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="call `reallocate` before"):
         reallocation.finish()
     with pytest.raises(ValueError, match="not one of 14 modules"):
-        reallocation.load_state_list([{"step": 1, "scores": [1.0], "on": [True]}])
+        reallocation.restore([Allocation(1, (1.0,), (True,))])
     with pytest.raises(ValueError, match="method='diffora'`, which scores nothing"):
         Reallocation(make_search(model, "diffora"))
-    trainer = make_trainer(tmp_path, search={**DYNAMIC, "method": "constant"})
+    trainer = make_trainer(tmp_path, search={**DYNAMIC, "method": "random"})
     plugin = type("Plugin", (), {"fsdp_version": 2, "activation_checkpointing": False})()
     plugin.state_dict_type = "StateDictType.FULL_STATE_DICT"
     trainer.is_fsdp_enabled = True

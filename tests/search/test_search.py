@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
 from diffora_trainer.adapters.grid import AdapterGrid
-from diffora_trainer.search.search import make_matrix
+from diffora_trainer.methods.base import GradientMethod
+from diffora_trainer.methods.build import make_method
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.searches import gradients_of
@@ -312,7 +313,7 @@ def test_select_decides_nothing_and_shares_by_shape() -> None:
         assert all(search.method.state_dict()[name].equal(value) for name, value in state.items())
         assert len(selection.selected) == 4  # two of the seven in each layer
         scores = dict(zip(selection.modules, selection.scores, strict=True))
-        shapes = dict(zip(selection.modules, search.gates.shapes, strict=True))
+        shapes = dict(zip(selection.modules, [site.shape for site in search.adapters.sites], strict=True))
         sharers = [name for group in selection.shared for name in group]
         assert len(sharers) == len(set(sharers)) and not set(sharers) & set(selection.selected)
         for group in selection.shared:
@@ -338,7 +339,10 @@ def test_metrics_and_the_matrix_of_a_config() -> None:
     assert "diffora/arch_loss" not in search.metrics()  # told once
 
     grid = AdapterGrid.from_model(model).grid
-    assert make_matrix(grid, DiffoRAConfig(0.5)).choose().tolist() == [True, True]  # one a layer at least
-    assert make_matrix(grid, DiffoRAConfig(0.5, "model")).choose().sum() == 1
-    capped = make_matrix(grid, make_config(max_trainable_parameters=20, method="sampled", arch_learning_rate=0.3))
-    assert capped.choose().tolist() == [False, True] and capped.learning_rate == 0.3  # 22 and 18 parameters
+    plain = [True, True]
+    assert make_method(DiffoRAConfig(0.5), grid, plain).discretize().tolist() == [True, True]  # one a layer at least
+    assert make_method(DiffoRAConfig(0.5, "model"), grid, plain).discretize().sum() == 1
+    config = make_config(max_trainable_parameters=20, method="sampled", arch_learning_rate=0.3)
+    capped = make_method(config, grid, plain)
+    assert isinstance(capped, GradientMethod)
+    assert capped.discretize().tolist() == [False, True] and capped.learning_rate == 0.3  # 22 and 18 parameters

@@ -74,9 +74,11 @@ def test_as_if_cut_computes_what_a_cut_would_and_leaves_no_trace() -> None:
     before, trainable = snapshot(model), [p.requires_grad for p in model.parameters()]
     search = ArchitectureSearch(model, DiffoRAConfig(selection_scope="model"), loss_fn=lambda m, b: m(**b).loss)
     selection = search.select()
-    with pruned_view(model, selection.selected, "default") as parameters:
+    kept = [index for index, keep in enumerate(selection.kept) if keep]
+    with pruned_view(model, search.adapters.sites, kept):
         pretended = model(**ids()).logits
-        assert {p for p in model.parameters() if p.requires_grad} == set(parameters)
+        parameters = {p for index in kept for p in search.adapters.sites[index].parameters}
+        assert {p for p in model.parameters() if p.requires_grad} == parameters
     assert [p.requires_grad for p in model.parameters()] == trainable
     assert_same(snapshot(model), before)
     full = model(**ids()).logits
@@ -87,9 +89,7 @@ def test_as_if_cut_computes_what_a_cut_would_and_leaves_no_trace() -> None:
 
 def test_a_layer_wise_choice_cannot_save_time() -> None:
     with pytest.raises(ValueError, match="selection_scope='model'"):
-        DiffoRAConfig(cost="time")
+        DiffoRAConfig(max_step_time=0.7)
     with pytest.raises(ValueError, match="max_step_time=0"):
         DiffoRAConfig(max_step_time=0)
-    with pytest.raises(ValueError, match="cost="):
-        DiffoRAConfig(cost="money")
-    assert DiffoRAConfig(cost="time", max_trainable_parameters=100).cost == "time"
+    assert DiffoRAConfig(max_step_time=0.7, max_trainable_parameters=100).max_step_time == 0.7
