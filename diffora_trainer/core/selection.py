@@ -298,7 +298,7 @@ class Selection:
                     columns=tuple(map(as_text, as_list(data["columns"]))),
                     sites=tuple(map(_site, records)),
                 ),
-                ranks=tuple(as_whole(record["kept_rank"]) for record in records),
+                ranks=tuple(map(_rank, records)),
                 scores=tuple(float(record["score"]) for record in records),
                 gates=tuple(float(record["gate"]) for record in records),
                 gains=tuple(float(record["gain"]) for record in records),
@@ -341,6 +341,13 @@ class Selection:
             raise ValueError(f"Could not read {path}: {_NOT_OURS}, it is no text. {_PLEASE}") from error
         except ValueError as error:
             raise ValueError(f"Could not read {path}: {error}") from error
+
+
+def _rank(record: dict[str, Any]) -> int:
+    rank = as_whole(record["kept_rank"])
+    if record["kept"] is not (rank > 0):
+        raise ValueError(f"a module of the rank {rank} cannot be kept: {sanitize(repr(record['kept']))}")
+    return rank
 
 
 def _site(record: dict[str, Any]) -> SiteInfo:

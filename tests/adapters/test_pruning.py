@@ -92,10 +92,8 @@ def test_survivors_keep_weights_and_moments_and_go_on_training() -> None:
 def test_shared_pairs_are_trained_once_and_saved_as_plain_lora(tmp_path: Path) -> None:
     tiny, model, selection = make()
     o, q = "model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.q_proj"
-    kept = tuple(
-        name not in (o, q) and selected for name, selected in zip(selection.modules, selection.kept, strict=True)
-    )
-    selection = dataclasses.replace(selection, kept=kept, shared=((q, o),))
+    ranks = tuple(0 if name in (o, q) else rank for name, rank in zip(selection.modules, selection.ranks, strict=True))
+    selection = dataclasses.replace(selection, ranks=ranks, shared=((q, o),))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     leader = [p.detach().clone() for p in lora(model, q)]
     gate = dict(zip(selection.modules, selection.factors, strict=True))[q]

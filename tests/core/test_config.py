@@ -1,9 +1,10 @@
-"""The configuration: parsing, errors, and the moments of a run."""
+"""The configuration: parsing, names of before, errors, and the moments of a run."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -12,6 +13,9 @@ from transformers import HfArgumentParser
 from trl import SFTConfig, TrlParser
 
 from diffora_trainer import DiffoRAConfig
+from diffora_trainer.methods.build import make_schedule, method_of
+from diffora_trainer.renamed import OLD_NAMES
+from helpers.options import make_config
 
 
 OPTIONS: dict[str, Any] = {
@@ -21,36 +25,62 @@ OPTIONS: dict[str, Any] = {
     "discretize_at": 40.0,
     "arch_warmup": 0.1,
     "fade_out": 0.1,
-    "cost": "time",
     "max_step_time": 0.6,
-    "arch_every": 3,
-    "relaxation": "softmax",
-    "arch_learning_rate": 0.02,
-    "arch_order": 2,
+    "method": "snip",
+    "method_options": {"score_batches": 8, "normalize_scores": True},
     "arch_split": 0.2,
     "arch_batch_size": 4,
     "arch_seed": 7,
     "weight_sharing": "none",
-    "fold_gates": False,
+    "extra_sites": {"shortcuts": {"kinds": ["residual1"]}},
     "base_model_id": "org/name",
-    "method": "snip",
-    "score_batches": 8,
-    "normalize_scores": True,
-    "reallocate_every": 10.0,
-    "shortcuts": ["residual1", "shortcut2"],
-    "shortcut_ranking": "separated",
     "log_gates_by_kind": True,
 }
+# What was written before, on the command line, and what it is now
+BEFORE: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"relaxation": "budget"}, {"method": "diffora"}),
+    ({"relaxation": "sigmoid"}, {"method": "sigmoid"}),
+    ({"relaxation": "softmax", "method": "snip"}, {"method": "snip"}),  # it was not read
+    ({"method": "constant"}, {"method": "random"}),
+    ({"arch_closing": 0.1}, {"fade_out": 0.1}),
+    ({"cost": "time", "selection_scope": "model"}, {"max_step_time": 0.7, "selection_scope": "model"}),
+    (
+        {"cost": "time", "max_step_time": 0.5, "selection_scope": "model"},
+        {"max_step_time": 0.5, "selection_scope": "model"},
+    ),
+    ({"cost": "parameters", "max_step_time": 0.7}, {}),
+    ({"arch_every": 3}, {"method_options": {"arch_every": 3}}),
+    ({"arch_learning_rate": 0.2}, {"method_options": {"arch_learning_rate": 0.2}}),
+    ({"arch_order": 2, "relaxation": "sigmoid"}, {"method": "sigmoid", "method_options": {"arch_order": 2}}),
+    ({"fold_gates": False}, {"method_options": {"fold_gates": False}}),
+    ({"method": "snip", "score_batches": 8}, {"method": "snip", "method_options": {"score_batches": 8}}),
+    ({"method": "snip", "normalize_scores": True}, {"method": "snip", "method_options": {"normalize_scores": True}}),
+    ({"method": "snip", "reallocate_every": 0.1}, {"method": "snip", "method_options": {"reallocate_every": 0.1}}),
+    ({"method": "snip", "arch_every": 2}, {"method": "snip"}),
+    ({"shortcuts": ["residual1", "shortcut2"]}, {"extra_sites": {"shortcuts": {"kinds": ["residual1", "shortcut2"]}}}),
+    (
+        {"shortcuts": ["residual1"], "shortcut_ranking": "separated"},
+        {"extra_sites": {"shortcuts": {"kinds": ["residual1"], "ranking": "separated"}}},
+    ),
+]
+
+
+def words(options: dict[str, Any]) -> list[str]:
+    """Options as they stand on a command line."""
+    line = []
+    for name, value in options.items():
+        line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return [word.replace("'", '"').replace("True", "true") if word.startswith("{") else word for word in line]
+
+
+def present() -> list[Any]:
+    """The fields that are not names of before."""
+    return [field for field in dataclasses.fields(DiffoRAConfig) if field.name not in OLD_NAMES]
 
 
 def test_every_option_is_parsed_from_the_command_line() -> None:
-    assert set(OPTIONS) == {field.name for field in dataclasses.fields(DiffoRAConfig)}
-    line = [
-        part
-        for name, value in OPTIONS.items()
-        for part in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))
-    ]
-    (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(line)
+    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 16
+    (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(words(OPTIONS))
     assert config.to_dict() == OPTIONS
     assert {name: type(value) for name, value in config.to_dict().items()} == {
         name: type(value) for name, value in OPTIONS.items()
@@ -58,24 +88,70 @@ def test_every_option_is_parsed_from_the_command_line() -> None:
     (plain,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses([])
     assert plain == DiffoRAConfig()
     with pytest.raises(SystemExit):  # choices are checked by the parser already
-        HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(["--relaxation", "hard"])
+        HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(["--weight_sharing", "hard"])
 
 
 def test_beside_sft_config_from_yaml_and_command_line(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"output_dir: {tmp_path}\nmax_steps: 300\nlearning_rate: 3.0e-4\nuse_cpu: true\nbf16: false\nreport_to: none\n"
-        "selection_ratio: 0.25\nselection_scope: model\ndiscretize_at: 100\narch_learning_rate: 1e-2\n"
-        "fold_gates: false\narch_seed: 5\n"
+        "selection_ratio: 0.25\nselection_scope: model\ndiscretize_at: 100\narch_seed: 5\n"
+        "method_options:\n  arch_learning_rate: 0.01\n  fold_gates: false\n"
     )
     parser = TrlParser((SFTConfig, DiffoRAConfig))
     args, config = parser.parse_args_and_config(["--config", str(recipe), "--arch_seed", "9", "--max_length", "64"])
     assert (args.max_steps, args.learning_rate, args.max_length) == (300, 3e-4, 64)
-    assert config == DiffoRAConfig(0.25, "model", None, 100, arch_learning_rate=0.01, fold_gates=False, arch_seed=9)
-    assert config.schedule(args.max_steps) == (15, 100)
+    assert config == make_config(
+        selection_ratio=0.25,
+        selection_scope="model",
+        discretize_at=100,
+        arch_learning_rate=0.01,
+        fold_gates=False,
+        arch_seed=9,
+    )
+    assert make_schedule(config, args.max_steps).prune == 100
     # One more reader of the same words would be a clash: argparse refuses it, but a subclass of SFTConfig would not.
     shared = {f.name for f in dataclasses.fields(SFTConfig)} & {f.name for f in dataclasses.fields(DiffoRAConfig)}
     assert not shared
+
+
+@pytest.mark.parametrize(("before", "now"), BEFORE, ids=[str(before) for before, _ in BEFORE])
+def test_names_of_before_are_read_with_one_warning(
+    before: dict[str, Any], now: dict[str, Any], tmp_path: Path
+) -> None:
+    """From Python, the command line and YAML, they make the configuration that today's names make."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        expected = DiffoRAConfig(**now)
+        method_of(expected)
+        assert dataclasses.replace(expected) == expected
+    with pytest.warns(FutureWarning, match=r"deprecated and will be removed in version 0\.3") as caught:
+        config = DiffoRAConfig(**before)
+    assert [one.filename for one in caught if one.category is FutureWarning] == [__file__]
+    assert config == expected and config.to_dict() == expected.to_dict()
+    assert DiffoRAConfig.from_dict({**config.to_dict(), **before}).method == expected.method
+    with pytest.warns(FutureWarning):
+        (parsed,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(words(before))
+    assert parsed == expected
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("".join(f"{name}: {str(value).lower()}\n" for name, value in before.items()))
+    with pytest.warns(FutureWarning):
+        (parsed,) = TrlParser(DiffoRAConfig).parse_args_and_config(["--config", str(recipe)])
+    assert parsed == expected
+
+
+def test_numbers_can_be_read_by_their_names_of_before() -> None:
+    """As training loops have read them; a copy of the configuration does not take them for passed."""
+    config = make_config(arch_every=3, fade_out=0.2)
+    assert (config.arch_every, config.arch_order, config.arch_closing) == (3, 1, 0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        copied = dataclasses.replace(config, method_options={"arch_every": 8})
+        assert copied.arch_every == 8 and dataclasses.replace(copied, method_options=None).arch_every == 4
+    with pytest.warns(FutureWarning, match="make_schedule"):
+        assert DiffoRAConfig().schedule(300) == (15, 75)
+    with pytest.warns(FutureWarning, match="SelectionRun"):
+        assert DiffoRAConfig().decision(300) == 60
 
 
 def test_a_copy_with_another_seed() -> None:
@@ -84,13 +160,24 @@ def test_a_copy_with_another_seed() -> None:
     assert dataclasses.replace(config, arch_seed=0) == DiffoRAConfig()
     assert dataclasses.replace(config, selection_ratio=0.25) == DiffoRAConfig(0.25, arch_seed=3)
     with pytest.raises(TypeError, match="seed"):  # a second name for the same was more trouble than help
-        DiffoRAConfig(seed=3)
+        DiffoRAConfig(seed=3)  # type: ignore[call-arg]
+
+
+def test_the_dictionary_that_was_passed_is_not_written_into() -> None:
+    options, sites = {"arch_every": 2}, {"shortcuts": {"kinds": ["residual1"]}}
+    with pytest.warns(FutureWarning):
+        config = DiffoRAConfig(method_options=options, extra_sites=sites, arch_order=2, shortcut_ranking="separated")
+    assert options == {"arch_every": 2} and sites == {"shortcuts": {"kinds": ["residual1"]}}
+    assert config.method_options == {"arch_every": 2, "arch_order": 2}
 
 
 def test_limits_are_allowed() -> None:
-    DiffoRAConfig(selection_ratio=1, arch_warmup=0, arch_learning_rate=1.0, arch_seed=0)
-    DiffoRAConfig(method="sigmoid", arch_learning_rate=5.0)
-    DiffoRAConfig(arch_warmup=0.9, discretize_at=1000)  # one is a fraction, the other a step: only the run can tell
+    for config in (
+        make_config(selection_ratio=1, arch_warmup=0, arch_learning_rate=1.0, arch_seed=0),
+        make_config(method="sigmoid", arch_learning_rate=5.0),
+        DiffoRAConfig(arch_warmup=0.9, discretize_at=1000),  # one is a fraction, the other a step: the run can tell
+    ):
+        method_of(config)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +198,8 @@ def test_limits_are_allowed() -> None:
     ],
 )
 def test_schedule(options: dict[str, Any], steps: int, expected: tuple[int, int]) -> None:
-    assert DiffoRAConfig(**options).schedule(steps) == expected
+    schedule = make_schedule(DiffoRAConfig(**options), steps)
+    assert (schedule.warmup, schedule.prune) == expected
 
 
 @pytest.mark.parametrize(
@@ -123,25 +211,25 @@ def test_schedule(options: dict[str, Any], steps: int, expected: tuple[int, int]
         ({"fade_out": 0}, 300, 75),
         ({"fade_out": 10}, 300, 65),
         ({"fade_out": 1000}, 300, 16),  # one step of the search at least
-        ({"relaxation": "softmax"}, 300, 60),
-        ({"relaxation": "sampled"}, 300, 75),  # its weights train under drawn gates
-        ({"weight_sharing": "layer"}, 300, 75),  # what is closed would come back as a shared pair
+        ({"method": "softmax"}, 300, 60),
+        ({"method": "sampled"}, 300, 75),  # its weights train under drawn gates
+        ({"weight_sharing": "layer"}, 300, 75),  # what fades out would come back as a shared pair
     ],
 )
 def test_decision(options: dict[str, Any], steps: int, expected: int) -> None:
-    assert DiffoRAConfig(**options).decision(steps) == expected
+    assert make_schedule(DiffoRAConfig(**options), steps).discretize == expected
 
 
 def test_the_example_of_the_docstring() -> None:
     text = re.sub(r"\s+", " ", str(DiffoRAConfig.__doc__))
     example = re.search(
-        r"in a run of (\d+) steps with the defaults, steps 1 to (\d+) .* to (\d+) the search.* of step (\d+), and",
+        r"in a run of (\d+) steps with the defaults, steps 1 to (\d+) .* to (\d+) the search.* end of step (\d+), and",
         text,
     )
     assert example is not None
-    steps, warmup, decision, cut = map(int, example.groups())
-    assert DiffoRAConfig().schedule(steps) == (warmup, cut)
-    assert DiffoRAConfig().decision(steps) == decision
+    steps, warmup, decision, prune = map(int, example.groups())
+    schedule = make_schedule(DiffoRAConfig(), steps)
+    assert (schedule.warmup, schedule.discretize, schedule.prune) == (warmup, decision, prune)
 
 
 @pytest.mark.parametrize(
@@ -149,20 +237,20 @@ def test_the_example_of_the_docstring() -> None:
     [
         ({}, 1, "1 optimizer step.*at least 2"),
         ({"discretize_at": 301}, 300, "discretize_at=301.*only 300 optimizer steps"),
-        ({"discretize_at": 1}, 300, "cut at step 1"),
-        ({"discretize_at": 15}, 300, "cut at step 15.*until step 15"),
-        ({"arch_warmup": 75}, 300, "cut at step 75.*until step 75"),
+        ({"discretize_at": 1}, 300, "pruned at step 1"),
+        ({"discretize_at": 15}, 300, "pruned at step 15.*until step 15"),
+        ({"arch_warmup": 75}, 300, "pruned at step 75.*until step 75"),
     ],
 )
 def test_impossible_schedules_are_refused(options: dict[str, Any], steps: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DiffoRAConfig(**options).schedule(steps)
+        make_schedule(DiffoRAConfig(**options), steps)
 
 
 def test_every_option_is_documented() -> None:
     text = str(DiffoRAConfig.__doc__)
     types = get_type_hints(DiffoRAConfig)
-    for option in dataclasses.fields(DiffoRAConfig):
+    for option in present():
         assert len(option.metadata["help"]) > 20, option.name
         entry = re.search(
             rf"^    {option.name} \(`([\w\[\]]+)`, \*optional\*(?:, defaults to `(.+)`)?\):$", text, re.M
@@ -170,7 +258,7 @@ def test_every_option_is_documented() -> None:
         assert entry is not None, option.name
         kind, default = entry.groups()
         plain = [t for t in get_args(types[option.name]) if t is not type(None)] or [types[option.name]]
-        assert [str(t) if get_args(t) else t.__name__ for t in plain] == [kind]
+        assert getattr(plain[0], "__name__", str(plain[0])) == kind  # of a dictionary JSON may stand in its place
         assert (None if default is None else default.strip('"')) == (
             None if option.default is None else str(option.default)
         )

@@ -20,6 +20,8 @@ from diffora_trainer import ArchitectureSearch, DiffoRAConfig
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.methods.base import ScoreMethod
+from diffora_trainer.methods.build import make_schedule, method_of
+from diffora_trainer.methods.registry import get_method
 from helpers.checks import assert_same
 from helpers.models import bert, gpt2, llama, opt
 from helpers.options import make_config
@@ -98,13 +100,16 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.detach().clone().view(torch.int32) if tensor.dtype == torch.float32 else tensor.detach().clone()
 
 
+METHODS = ("grad_norm", "snip", "synflow", "alpha_test", "random", "custom")
+
+
 class Planned(Exception):
     pass
 
 
 @pytest.mark.parametrize(
     ("method", "fails"),
-    [(method, fails) for method in METHODS[1:] for fails in (False, True) if method != "constant" or not fails],
+    [(method, fails) for method in METHODS for fails in (False, True) if method != "random" or not fails],
 )
 def test_scoring_leaves_no_trace(method: str, fails: bool) -> None:
     model, batches = warm(bert())
@@ -188,7 +193,8 @@ def test_dropout_is_off_also_where_activations_are_checkpointed() -> None:
 
 def test_what_decides_between_equal_scores_is_enough() -> None:
     # ALPHA-TEST gives every module 0 when each of them alone can be spared; the rises of the loss still differ.
-    matrix = ScoreMethod(Budget([0] * 4, [1] * 4, ratio=0.5))
+    matrix = get_method("alpha_test")(Budget([0] * 4, [1] * 4, ratio=0.5))
+    assert isinstance(matrix, ScoreMethod)
     matrix.set_scores(torch.zeros(4), torch.tensor([0.1, 0.3, 0.0, 0.2]))
     assert matrix.discretize().tolist() == [False, True, False, True] and not matrix.num_boundary_ties()
     with pytest.raises(ValueError, match="nothing to choose by"):
@@ -209,7 +215,8 @@ def test_scores_that_tie_choose_nothing(method: str) -> None:
 
 
 def test_ties_at_the_edge_of_the_choice_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    matrix = ScoreMethod(Budget([0, 0, 0, 1, 1, 1], [1] * 6, ratio=0.5))  # keeps two of three in each row
+    matrix = get_method("snip")(Budget([0, 0, 0, 1, 1, 1], [1] * 6, ratio=0.5))  # keeps two of three in each row
+    assert isinstance(matrix, ScoreMethod)
     matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.zeros(6))
     assert matrix.discretize().tolist() == [True, True, False, True, True, False] and matrix.num_boundary_ties() == 2
     matrix.set_scores(torch.tensor([3.0, 1.0, 1.0, 1.0, 1.0, 0.0]), torch.arange(6.0))
@@ -286,21 +293,35 @@ def test_config(tmp_path: Path) -> None:
     config = make_config(method="snip", score_batches=5, normalize_scores=True, discretize_at=1)
     assert make_config(**json.loads(json.dumps(config.to_dict()))) == config
     (parsed,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(
-        ["--method", "snip", "--score_batches", "5", "--normalize_scores", "--discretize_at", "1"]
+        [
+            "--method",
+            "snip",
+            "--method_options",
+            '{"score_batches": 5, "normalize_scores": true}',
+            "--discretize_at",
+            "1",
+        ]
     )
     assert parsed == config
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nmethod: alpha_test\nscore_batches: 2\n")
+    recipe.write_text(
+        f"output_dir: {tmp_path}\nuse_cpu: true\nbf16: false\nmethod: alpha_test\n"
+        "method_options:\n  score_batches: 2\n"
+    )
     _, parsed = TrlParser((SFTConfig, DiffoRAConfig)).parse_args_and_config(["--config", str(recipe)])
-    assert (parsed.method, parsed.score_batches) == ("alpha_test", 2)
-    assert config.schedule(300) == (1, 1) and config.decision(300) == 1
-    assert search_config(method="snip", arch_warmup=WARMUP).schedule(12) == (CUT, CUT)
-    assert DiffoRAConfig(method="snip", discretize_at=0.04).schedule(300) == (12, 12)  # the warm-up is not read
+    assert (parsed.method, parsed.method_options) == ("alpha_test", {"score_batches": 2})
+    for one, total, step in (
+        (config, 300, 1),
+        (search_config(method="snip", arch_warmup=WARMUP), 12, CUT),
+        (DiffoRAConfig(method="snip", discretize_at=0.04), 300, 12),  # the warm-up is not read
+    ):
+        schedule = make_schedule(one, total)
+        assert (schedule.warmup, schedule.discretize, schedule.prune) == (step, step, step)
     for options, message in (
         ({"method": "magnitude"}, "`method='magnitude'`; it must be one of"),
         ({"method": "snip", "score_batches": 0}, "`score_batches=0`"),
-        ({"method": "constant", "normalize_scores": True}, "`normalize_scores=True`"),
-        ({"normalize_scores": True}, "`normalize_scores=True`"),
+        ({"method": "random", "normalize_scores": True}, "`normalize_scores=True`"),
+        ({"normalize_scores": True}, "`normalize_scores` with `method='diffora'`"),
     ):
         with pytest.raises(ValueError, match=message):
-            make_config(**options)
+            method_of(make_config(**options))

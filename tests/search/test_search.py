@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ def by_hand(model: Any, gates: Tensor, weights: list[Tensor], data: tuple[Tensor
     return (h @ two.weight.T + two.bias + 2 * gates[1] * (h @ a2.T @ b2.T) - data[1]).square().mean()
 
 
-@pytest.mark.parametrize("relaxation", ["budget", "sigmoid"])
+@pytest.mark.parametrize("relaxation", ["diffora", "sigmoid"])
 def test_second_order_is_the_unrolled_gradient(relaxation: str) -> None:
     rate = 0.5
     train, held_out = batch(1, torch.float64), batch(2, torch.float64)
@@ -69,7 +70,7 @@ def test_second_order_is_the_unrolled_gradient(relaxation: str) -> None:
         model = toy(torch.float64)
         search = ArchitectureSearch(
             model,
-            make_config(arch_order=order, relaxation=relaxation, selection_scope="model"),
+            make_config(arch_order=order, method=relaxation, selection_scope="model"),
             loss_fn=squared_error,
         )
         search.begin()
@@ -196,9 +197,9 @@ def test_bf16_model_moves_the_matrix_in_float32() -> None:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_(0, 0.2)
-    for relaxation in ("budget", "sampled", "sigmoid", "softmax"):
+    for relaxation in ("diffora", "sampled", "sigmoid", "softmax"):
         search = ArchitectureSearch(
-            model, DiffoRAConfig(relaxation=relaxation), loss_fn=lambda model, data: model(**data).loss
+            model, DiffoRAConfig(method=relaxation), loss_fn=lambda model, data: model(**data).loss
         )
         search.begin()
         seen = gradients_of(search)
@@ -243,7 +244,7 @@ class Slices(nn.Module):
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
-@pytest.mark.parametrize("relaxation", ["budget", "sampled", "softmax"])
+@pytest.mark.parametrize("relaxation", ["diffora", "sampled", "softmax"])
 def test_planted_modules_are_chosen(relaxation: str, scope: str) -> None:
     """The target differs from the base model in half of the modules; the others have nothing to learn but noise."""
     torch.manual_seed(0)
@@ -264,7 +265,7 @@ def test_planted_modules_are_chosen(relaxation: str, scope: str) -> None:
         return x, y + torch.randn_like(y)
 
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["p", "q"]))
-    config = DiffoRAConfig(relaxation=relaxation, selection_scope=scope)
+    config = DiffoRAConfig(method=relaxation, selection_scope=scope)
     search = ArchitectureSearch(model, config, loss_fn=squared_error)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
     search.begin()
@@ -278,7 +279,8 @@ def test_planted_modules_are_chosen(relaxation: str, scope: str) -> None:
     selection = search.finish(70)
     assert selection.step == 70 and len(selection.selected) == 8
     assert len(useful & set(selection.selected)) >= 7  # four by chance
-    assert selection.config == config.to_dict() and {"torch", "peft"} <= set(selection.versions)
+    options = {**config.to_dict(), "method_options": asdict(search.method.options)}
+    assert selection.config == options and {"torch", "peft"} <= set(selection.versions)
 
 
 def test_gates_of_the_training_step_are_drawn_anew() -> None:
