@@ -150,7 +150,7 @@ def test_shortcuts_of_another_run_are_refused(runs: Any, tmp_path: Path) -> None
             f"`r` of the shortcuts in {JSON}": {"r": 2},
             f"`lora_alpha` of the shortcuts in {JSON}": {"lora_alpha": 4},
             f"`dropout` of the shortcuts in {JSON}": {"lora_dropout": 0.1},
-            "other LoRA modules.*`shortcuts` of the run": {},
+            "other LoRA modules.*`extra_sites` of the run": {},
         },
     )
     for step in (5, 10):

@@ -19,6 +19,7 @@ from diffora_trainer import (
     add_shortcuts,
     apply_selection,
 )
+from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.experimental.shortcuts.shortcuts import KINDS, keep_shortcuts, shortcuts
 from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
@@ -49,8 +50,8 @@ def test_what_is_cut_is_gone_and_what_stays_goes_on(method: str) -> None:
     if method == "snip":
         search.score(batches)
     selection = search.finish(3)
-    assert 0 < len(selection.selected_shortcuts) < len(selection.shortcuts)
-    assert 0 < len(selection.lora_modules) < len(selection.modules) - len(selection.shortcuts)
+    assert 0 < len(selection.of_kind("shortcuts")) < len(selection.grid.of_kind("shortcuts"))
+    assert 0 < len(selection.lora_modules) < len(selection.modules) - len(selection.grid.of_kind("shortcuts"))
     weights, moments = snapshot(model), optimizer_state(model, optimizer)
     apply_selection(model, selection, optimizer)
 
@@ -65,7 +66,7 @@ def test_what_is_cut_is_gone_and_what_stays_goes_on(method: str) -> None:
     }
 
     stock = get_peft_model(llama().model, lora(target_modules=list(selection.lora_modules), task_type=tiny.task_type))
-    add_shortcuts(stock, ShortcutConfig(r=3, names=selection.selected_shortcuts))
+    add_shortcuts(stock, ShortcutConfig(r=3, names=selection.of_kind("shortcuts")))
     stock.load_state_dict(model.state_dict())
     losses = [model_loss(m.train(), batches[2]) for m in (model, stock)]
     assert torch.equal(*losses)
@@ -77,8 +78,10 @@ def test_what_is_cut_is_gone_and_what_stays_goes_on(method: str) -> None:
 
     # Through JSON and the picture.
     again = Selection.from_json(selection.to_json())
-    assert again == selection and json.loads(selection.to_json())["shortcuts"] == list(selection.shortcuts)
-    assert f"and {len(selection.selected_shortcuts)} of 7 shortcuts" in selection.summary()
+    assert again == selection
+    kinds = {record["name"]: record["kind"] for record in json.loads(selection.to_json())["modules"]}
+    assert {name for name, kind in kinds.items() if kind == "shortcuts"} == set(selection.grid.of_kind("shortcuts"))
+    assert f"and {len(selection.of_kind('shortcuts'))} of 7 shortcuts" in selection.summary()
 
 
 def test_the_picture_shows_shortcuts(tmp_path: Path) -> None:
@@ -87,7 +90,7 @@ def test_the_picture_shows_shortcuts(tmp_path: Path) -> None:
     search.score(batches)
     selection = search.select()
     lora_only = [position[1] for n, position in zip(selection.modules, selection.positions, strict=True)
-                 if n not in selection.shortcuts]  # fmt: skip
+                 if n not in selection.grid.of_kind('shortcuts')]  # fmt: skip
     assert len(selection.columns) == max(lora_only) + 1 + len(KINDS)
     assert imread(plot_selection(selection, tmp_path / "dam.png")).shape[1] > 700
 
@@ -121,15 +124,15 @@ def test_shortcuts_that_are_off_are_not_there() -> None:
     expected = reallocation.search.score(batches)
     on = torch.arange(len(grid)) % 2 == 0
     kept = [name for name, yes in zip(grid.names, on.tolist(), strict=True) if yes]
-    off = [name for name in grid.shortcuts if name not in kept]
-    assert off and set(kept) & set(grid.shortcuts)
+    off = [name for name in grid.of_kind("shortcuts") if name not in kept]
+    assert off and set(kept) & set(grid.of_kind("shortcuts"))
     called: list[str] = []
     for name, shortcut in shortcuts(model).items():
         shortcut.register_forward_hook(lambda *_, name=name: called.append(name))
     reallocation.switch(on)
     loss = model_loss(model, batches[0])
     loss.backward()
-    assert set(called) == set(kept) & set(grid.shortcuts)
+    assert set(called) == set(kept) & set(grid.of_kind("shortcuts"))
     assert {name for name, pair in pairs(model).items() if pair[1].grad is not None} == set(kept)
     twin, _ = ready()
     twin.load_state_dict(model.state_dict())
@@ -168,7 +171,7 @@ def test_a_loaded_model_is_trained_on(task: str, tmp_path: Path) -> None:
     first.train()
     first.save_model()
     kept = first.selection
-    assert 0 < len(kept.selected_shortcuts) < len(kept.shortcuts)
+    assert 0 < len(kept.of_kind("shortcuts")) < len(kept.grid.of_kind("shortcuts"))
     clean = classifier().model if task == "cls" else causal_model()
     loaded = ShortcutModel.from_pretrained(clean, tmp_path / "first", is_trainable=True)
     second = make_trainer(tmp_path / "second", task, model=loaded, peft_config=None, search=options)

@@ -58,7 +58,7 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, runs: Any,
     state = json.loads((checkpoint / "diffora_state.json").read_text())
     if name == "reallocated" and step < CUT:
         off = [name for name, on in zip(state["modules"], state["history"][-1]["on"], strict=True) if not on]
-        assert set(off) & set(whole.selection.shortcuts)
+        assert set(off) & set(whole.selection.grid.of_kind("shortcuts"))
     resumed = shortcut_trainer(tmp_path, task, **options)
     resumed.train(resume_from_checkpoint=str(checkpoint))
 
@@ -66,7 +66,7 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, runs: Any,
     assert_same(tensors(resumed.model), tensors(whole.model))
     states = [optimizer_state(trainer.model, trainer.optimizer) for trainer in (whole, resumed)]
     assert_same(*states)
-    assert sum("diffora_shortcuts" in name for name in states[0]) == 2 * len(whole.selection.selected_shortcuts)
+    assert sum("diffora_shortcuts" in name for name in states[0]) == 2 * len(whole.selection.of_kind("shortcuts"))
 
 
 def test_stream_resumes(tmp_path: Path) -> None:

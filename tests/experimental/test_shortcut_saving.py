@@ -32,7 +32,7 @@ def test_what_is_left_of_an_earlier_save_is_not_read(tmp_path: Path) -> None:
     """Uploads add to what is on the Hub, so that shortcuts may lie beside a later plain adapter there."""
     whole = shortcut_trainer(tmp_path / "whole", **PLAIN)
     whole.train()
-    assert not whole.selection.selected_shortcuts
+    assert not whole.selection.of_kind("shortcuts")
     mixed = tmp_path / "mixed" / f"checkpoint-{CUT}"
     for step in (5, CUT):
         shutil.copytree(tmp_path / f"whole/checkpoint-{step}", mixed, dirs_exist_ok=True)
@@ -131,7 +131,7 @@ def test_saved_results_load_with_one_call_or_with_plain_peft(runs: Any, tmp_path
     assert {SHORTCUT_CONFIG_NAME, SHORTCUT_TENSORS_NAME, ADAPTER_FOLDER} <= was.found[4]
     trainer.save_model()
     trainer.create_model_card()
-    assert trainer.selection.shortcuts and not trainer.selection.selected_shortcuts
+    assert trainer.selection.grid.of_kind("shortcuts") and not trainer.selection.of_kind("shortcuts")
     assert not shortcuts(trainer.model) and not hooks(trainer.model)
     assert not [name for name, _ in trainer.model.named_modules() if "shortcuts" in name]
     left = [path.relative_to(out).as_posix() for path in out.rglob("*")]
@@ -184,7 +184,7 @@ def test_a_loaded_model_is_trained_on(runs: Any, tmp_path: Path) -> None:
 
     runs("classifier").save_model()
     whole = run()
-    assert set(whole.selection.shortcuts) == set(runs("classifier").selection.selected_shortcuts)
+    assert set(whole.selection.grid.of_kind("shortcuts")) == set(runs("classifier").selection.of_kind("shortcuts"))
     assert_chose(whole)
     for step in (5, 10):
         resumed = run(f"{tmp_path}/True/checkpoint-{step}")
@@ -229,13 +229,13 @@ def base():
 
 
 if kind == "kept":  # pushed at a checkpoint, and again at the end
-    assert 0 < len(trainer.selection.selected_shortcuts) < len(trainer.selection.shortcuts)
+    assert 0 < len(trainer.selection.of_kind('shortcuts')) < len(trainer.selection.grid.of_kind('shortcuts'))
     assert torch.equal(logits(ShortcutModel.from_pretrained(base(), "user/kept")), expected)
 trainer.push_to_hub(commit_message="the end")
 if kind == "kept":
     model = ShortcutModel.from_pretrained(base(), "user/kept")
     assert torch.equal(logits(model), expected)
-    assert sorted(model.shortcut_config.names) == sorted(trainer.selection.selected_shortcuts)
+    assert sorted(model.shortcut_config.names) == sorted(trainer.selection.of_kind('shortcuts'))
 else:
     assert torch.equal(logits(PeftModel.from_pretrained(base(), "user/plain")), expected)
     try:

@@ -35,8 +35,10 @@ def test_shortcuts_stand_in_the_grid() -> None:
     grid = AdapterGrid.from_model(model).grid
     assert grid.rows == plain.rows and grid.columns == (*plain.columns, *KINDS)
     assert set(grid.names) == {*plain.names, *shortcuts(model)} == set(pairs(model))
-    assert grid.shortcuts == tuple(n for n in grid.names if n in shortcuts(model))
-    assert [n for n, is_one in zip(grid.names, grid.is_shortcut, strict=True) if is_one] == list(grid.shortcuts)
+    assert grid.of_kind("shortcuts") == tuple(n for n in grid.names if n in shortcuts(model))
+    assert [
+        n for n, is_one in zip(grid.names, [kind == "shortcuts" for kind in grid.kinds], strict=True) if is_one
+    ] == list(grid.of_kind("shortcuts"))
     sizes = {name: sum(p.numel() for p in found) for name, found in pairs(model).items()}
     assert grid.parameters == tuple(sizes[name] for name in grid.names)
     for name, (row, column) in zip(grid.names, grid.positions, strict=True):
@@ -57,7 +59,7 @@ def test_formulas_hold_for_shortcuts(method: str, kind: Any) -> None:
     direct = by_hand(method, model, batches, lambda twin: [pairs(twin)[name] for name in raw.grid.names])
     expected = torch.tensor(direct, dtype=torch.float64)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=float(expected.max()) * 1e-6)
-    ours = torch.tensor(raw.grid.is_shortcut)
+    ours = torch.tensor([kind == "shortcuts" for kind in raw.grid.kinds])
     assert (expected[ours] > 0).all() and len(expected[ours].unique()) > 4
 
     # In units of their own kind: multiplying all scores of one kind by a number changes nothing.
@@ -89,11 +91,11 @@ def test_the_gradient_of_a_gate() -> None:
     model.eval()
     search = ArchitectureSearch(model, DiffoRAConfig(), loss_fn=model_loss)  # all gates open
     search.begin()
-    _, (gates,) = search._gradients(batches[0], torch.ones(len(search.grid)), [])
+    _, gates = search._gradient.first_order(batches[0], torch.ones(len(search.grid)))
     model_loss(model, batches[0]).backward()
     expected = torch.stack([(pairs(model)[name][1] * pairs(model)[name][1].grad).sum() for name in search.grid.names])
     torch.testing.assert_close(gates, expected, rtol=1e-3, atol=1e-6)
-    assert (expected[torch.tensor(search.grid.is_shortcut)] != 0).all()
+    assert (expected[torch.tensor([kind == "shortcuts" for kind in search.grid.kinds])] != 0).all()
 
 
 def planted(good: set[str], unit: float) -> Any:
@@ -103,7 +105,9 @@ def planted(good: set[str], unit: float) -> Any:
         grid = AdapterGrid.from_model(model).grid
         return {
             name: (1.0 + 0.01 * index + 5.0 * (name in good)) * (unit if shortcut else 1.0)
-            for index, (name, shortcut) in enumerate(zip(grid.names, grid.is_shortcut, strict=True))
+            for index, (name, shortcut) in enumerate(
+                zip(grid.names, [kind == "shortcuts" for kind in grid.kinds], strict=True)
+            )
         }
 
     return scores
@@ -131,14 +135,14 @@ def test_separated_keeps_the_same_part_of_each(scope: str) -> None:
         return search.select()
 
     selection = chosen(selection_scope=scope)
-    assert len(selection.lora_modules) == 7 + (scope == "layer") and len(selection.selected_shortcuts) == 4
-    assert set(selection.selected) == {*selection.lora_modules, *selection.selected_shortcuts}
+    assert len(selection.lora_modules) == 7 + (scope == "layer") and len(selection.of_kind("shortcuts")) == 4
+    assert set(selection.selected) == {*selection.lora_modules, *selection.of_kind("shortcuts")}
     # Under a cap each has its part of it.
     cap = sum(selection.parameters) // 3
     selection = chosen(max_trainable_parameters=cap)
     size = dict(zip(selection.modules, selection.parameters, strict=True))
-    part = sum(size[name] for name in selection.shortcuts) / sum(selection.parameters)
-    kept = sum(size[name] for name in selection.selected_shortcuts)
+    part = sum(size[name] for name in selection.grid.of_kind("shortcuts")) / sum(selection.parameters)
+    kept = sum(size[name] for name in selection.of_kind("shortcuts"))
     largest = max(size.values())
     assert cap * part - largest < kept <= cap * part
     assert cap * (1 - part) - largest < selection.trainable_parameters - kept <= cap * (1 - part)
@@ -156,7 +160,7 @@ def test_one_lora_module_stays() -> None:
         search.score(batches)
         selection = search.select()
         best = next(name for name in pairs(model) if name not in good)
-        assert selection.lora_modules == (best,) and selection.selected_shortcuts
+        assert selection.lora_modules == (best,) and selection.of_kind("shortcuts")
         if "selection_ratio" in options:
             assert len(selection.selected) == 5
         else:
@@ -171,7 +175,7 @@ def test_dynamic_run(ranking: str, tmp_path: Path) -> None:
     base = {n: t for n, t in snapshot(trainer.model).items() if "lora_" not in n and ATTRIBUTE not in n}
     trainer.train()
     selection = trainer.selection
-    shortcut = [name in selection.shortcuts for name in selection.modules]
+    shortcut = [name in selection.grid.of_kind("shortcuts") for name in selection.modules]
     assert len(selection.history) == 3
     for entry in selection.history:
         assert sum(entry.on) == 11
@@ -188,7 +192,7 @@ def test_config() -> None:
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(
         ["--shortcuts", "shortcut1", "residual1", "--shortcut_ranking", "separated"]
     )
-    assert config.shortcuts == ["shortcut1", "residual1"] and config.shortcut_ranking == "separated"
+    assert config.extra_sites == {"shortcuts": {"kinds": ["shortcut1", "residual1"], "ranking": "separated"}}
     assert make_config(**config.to_dict()) == config
     for options, error, message in (
         ({"shortcuts": "residual1"}, TypeError, "must be a list"),
@@ -205,7 +209,7 @@ def test_config() -> None:
 
 def test_refusals() -> None:
     model, _ = ready()
-    with pytest.raises(ValueError, match="weight_sharing='model'.*remove_shortcuts"):
+    with pytest.raises(ValueError, match="weight_sharing='model'.*with shortcuts.*take them out of the model"):
         ArchitectureSearch(model, DiffoRAConfig(weight_sharing="model"), loss_fn=model_loss)
     model.requires_grad_(False)
     for name, parameter in model.named_parameters():
@@ -217,7 +221,7 @@ def test_refusals() -> None:
 
 def test_time_of_steps_with_shortcuts() -> None:
     model, batches = ready()
-    config = DiffoRAConfig(cost="time", selection_scope="model", max_step_time=0.9)
+    config = DiffoRAConfig(selection_scope="model", max_step_time=0.9)
     search = ArchitectureSearch(model, config, loss_fn=model_loss)
     search.begin()
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}

@@ -41,7 +41,7 @@ def shortcut_trainer(folder: Path, task: str = "cls", **kwargs: Any) -> Trainer:
 def last(model: nn.Module, batches: Any) -> dict[str, float]:
     """Scores by which no shortcut is kept."""
     grid = AdapterGrid.from_model(model).grid
-    return {name: 0.0 if name in grid.shortcuts else 1.0 + at for at, name in enumerate(grid.names)}
+    return {name: 0.0 if name in grid.of_kind("shortcuts") else 1.0 + at for at, name in enumerate(grid.names)}
 
 
 PLAIN = {"search": {**SCORED, "method": "custom"}, "score_function": last}

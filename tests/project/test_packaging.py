@@ -252,4 +252,5 @@ def test_wheel_holds_the_package_alone(distributions: Path) -> None:
     assert {f"diffora_trainer/{name}" for name in (*SOURCES, "py.typed", "hub/templates/diffora_card.md")} <= held
     assert {name.partition("/")[0].partition("-")[0] for name in held} == {"diffora_trainer"}
     assert "Requires-Python: >=3.10" in metadata and "Project-URL: Repository, https://" in metadata
-    assert not re.search(r"warning|deprecat", (distributions / "log.txt").read_text(), re.IGNORECASE)
+    log = (distributions / "log.txt").read_text().replace("deprecated.py", "")  # a module's name
+    assert not re.search(r"warning|deprecat", log, re.IGNORECASE)

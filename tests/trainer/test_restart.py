@@ -144,7 +144,7 @@ def test_memory_that_runs_out_in_the_search_restarts_it(tmp_path: Path) -> None:
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs) -> None:
             search = trainer._session.run.search
-            steps.append(None if search is None else (search.method.steps, len(search.gates.shapes)))
+            steps.append(None if search is None else (search.method.steps, len(search.adapters.sites)))
 
     args = {"auto_find_batch_size": True}
     trainer = out_of_memory(build(tmp_path, task="llama", args=args), 6)

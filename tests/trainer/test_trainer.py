@@ -239,7 +239,7 @@ def test_architecture_steps_leave_no_trace(
     found, logs, steps = [], [], []
     for searching in (True, False):
         if not searching:
-            monkeypatch.setattr(DiffoRACallback, "_architecture_step", lambda self, *args: steps.append(args))
+            monkeypatch.setattr(SelectionRun, "_architecture_step", lambda self, *args: steps.append(args))
         probe = Probe(look, 5, CUT)
         trainer = make_trainer(
             tmp_path,

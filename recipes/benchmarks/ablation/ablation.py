@@ -33,8 +33,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, get_linear_schedule_with_warmup
 
-from diffora_trainer import ArchitectureSearch, DifferentialAdaptationMatrix, DiffoRAConfig, apply_selection
-from diffora_trainer.methods.matrix import BudgetMatrix
+from diffora_trainer import ArchitectureSearch, DiffoRAConfig, GradientMethod, apply_selection, register_method
+from diffora_trainer.methods.build import make_schedule
+from diffora_trainer.methods.frank_wolfe import FrankWolfe
 
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `embedded`
@@ -45,10 +46,9 @@ from embedded import minilm_folder  # noqa: E402
 TASKS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2")}
 
 
-class ChanceMatrix(DifferentialAdaptationMatrix):
+@register_method("chance")
+class ChanceMatrix(GradientMethod):
     """The control: random scores; the weights train with all gates open."""
-
-    name = "chance"
 
     def __init__(self, budget, learning_rate=None, seed=0) -> None:
         super().__init__(budget, learning_rate, seed)
@@ -80,44 +80,39 @@ class Masked:
         return torch.bernoulli(self.budget.share.float(), generator=self.generator)
 
     def evaluation_gates(self) -> Tensor:
-        return self.choose().float()
+        return self.discretize().float()
 
 
+@register_method("chance_masked")
 class ChanceMaskedMatrix(Masked, ChanceMatrix):
     """Chance, with masked training: what the masks alone are worth."""
 
-    name = "chance_masked"
 
-
-class BudgetMaskedMatrix(Masked, BudgetMatrix):
+@register_method("budget_masked")
+class BudgetMaskedMatrix(Masked, FrankWolfe):
     """The default relaxation with masked training."""
 
-    name = "budget_masked"
 
-
-class BudgetZeroMatrix(BudgetMatrix):
+@register_method("budget_zero")
+class BudgetZeroMatrix(FrankWolfe):
     """Frank-Wolfe from the empty set instead of the uniform matrix."""
-
-    name = "budget_zero"
 
     def __init__(self, budget, learning_rate=None, seed=0) -> None:
         super().__init__(budget, learning_rate, seed)
         self._values.zero_()
 
 
-class BudgetOneMatrix(BudgetMatrix):
+@register_method("budget_one")
+class BudgetOneMatrix(FrankWolfe):
     """The gradient is taken with all gates at 1: what plain first-order DARTS follows."""
-
-    name = "budget_one"
 
     def search_gates(self) -> Tensor:
         return torch.ones(len(self.budget))
 
 
-class BudgetDrawnMatrix(BudgetMatrix):
+@register_method("budget_drawn")
+class BudgetDrawnMatrix(FrankWolfe):
     """The gradient is taken at gates drawn from the matrix instead of at the matrix itself."""
-
-    name = "budget_drawn"
 
     def search_gates(self) -> Tensor:
         return torch.bernoulli(self._values, generator=self.generator)
@@ -185,7 +180,7 @@ def run(job: dict) -> dict:
         discretize_at=float(settings.get("cut", 0.25)),
         arch_warmup=float(settings.get("warmup", 0.05)),
         arch_every=every,
-        relaxation="chance" if settings["relaxation"] == "all" else settings["relaxation"],
+        method="chance" if settings["relaxation"] == "all" else settings["relaxation"],
         arch_learning_rate=float(settings["lr"]) if "lr" in settings else None,
         fold_gates=settings.get("fold", "1") == "1",
         arch_seed=job["seed"],
@@ -196,7 +191,8 @@ def run(job: dict) -> dict:
         search.begin()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, weight_decay=0.0)
     scheduler = get_linear_schedule_with_warmup(optimizer, 0, steps)
-    warmup, cut = config.schedule(steps)
+    schedule = make_schedule(config, steps)
+    warmup, cut = schedule.warmup, schedule.prune
     generator = torch.Generator().manual_seed(job["seed"])
     order = torch.randperm(len(train[-1]), generator=generator)
     # Of its own, so that all variants train on the same batches.
@@ -214,7 +210,7 @@ def run(job: dict) -> dict:
         optimizer.zero_grad()
         scheduler.step()
         if search is not None and warmup < step <= cut:
-            if not isinstance(search.matrix, ChanceMatrix) and (step - warmup - 1) % every == 0:
+            if not isinstance(search.method, ChanceMatrix) and (step - warmup - 1) % every == 0:
                 rows = held_out[torch.randint(len(held_out), (job["batch"],), generator=held_out_order)]
                 search.step(batch_of(train, rows))
             if step == cut:

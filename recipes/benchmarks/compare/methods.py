@@ -46,11 +46,11 @@ class Grid:
         from peft import get_peft_model
         from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
 
-        from diffora_trainer.adapters.grid import ModuleGrid
+        from diffora_trainer.adapters.grid import AdapterGrid
 
         model = task.make_model(seed=0)
         targets = tuple(DEFAULTS.get(model.config.model_type, ()))
-        grid = ModuleGrid.from_model(get_peft_model(model, lora_config(task, None)))
+        grid = AdapterGrid.from_model(get_peft_model(model, lora_config(task, None))).grid
         return cls(
             names=grid.names,
             widths=tuple(parameters // task.config.rank for parameters in grid.parameters),
@@ -218,7 +218,7 @@ def _gradient_norms(task: Task, grid: Grid, seed: int) -> dict[str, float]:
     from peft import get_peft_model
     from transformers import set_seed
 
-    from diffora_trainer.adapters.grid import lora_layers, parameters_of
+    from diffora_trainer.adapters.base import find_sites
 
     model = task.make_model(seed)
     set_seed(seed)
@@ -229,8 +229,8 @@ def _gradient_norms(task: Task, grid: Grid, seed: int) -> dict[str, float]:
         loss = trainer.compute_loss(model, trainer._prepare_inputs(batch))
         (loss / SCORING_BATCHES).backward()
     return {
-        name: sum(float(torch.linalg.norm(p.grad.float())) for p in parameters_of(layer, "default"))
-        for name, layer in lora_layers(model, "default").items()
+        name: sum(float(torch.linalg.norm(p.grad.float())) for p in site.parameters)  # type: ignore[union-attr]
+        for name, site in find_sites(model, "default").items()
     }
 
 

@@ -123,7 +123,9 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         ValueError: if there is no such method or option, or an option has no value.
     """
     from diffora_trainer import DiffoRAConfig
-    from diffora_trainer.config import METHODS
+    from diffora_trainer.methods.registry import method_names
+
+    METHODS = [*method_names(), "constant"]  # the last is the random order by its name of before
 
     name, *words = text.split(":")
     known = {entry.name: str(entry.type) for entry in dataclasses.fields(DiffoRAConfig) if entry.name != "method"}
