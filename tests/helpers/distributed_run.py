@@ -89,13 +89,13 @@ def main(folder: Path, options: dict) -> None:
 
         trainer.add_callback(At(options["choose_otherwise_at"], flip))
     at_cut: dict[str, Tensor] = {}
-    after_cut = trainer._callback._after_cut
+    after_cut = trainer._after_prune
 
     def keep_weights() -> None:
         after_cut()
         at_cut.update(trained_weights(trainer.model))
 
-    trainer._callback._after_cut = keep_weights
+    trainer._after_prune = keep_weights
     trainer.train(resume_from_checkpoint=options.get("resume"))
     weights = trained_weights(trainer.model)
     trainer.save_model(str(folder))

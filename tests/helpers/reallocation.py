@@ -10,7 +10,7 @@ from diffora_trainer.methods.base import ScoreMethod
 
 
 DYNAMIC = {"method": "snip", "reallocate_every": 2, "selection_scope": "model", "score_batches": 2}
-MOMENTS = [3, 5, 7]  # from the end of the warm-up, before the cut at step 8
+MOMENTS = [3, 5, 7]  # from the end of the warm-up, before the pruning at step 8
 
 
 def weights_of(model: nn.Module, name: str) -> list[str]:

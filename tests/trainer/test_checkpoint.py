@@ -100,14 +100,14 @@ def rename(state: dict[str, Any]) -> None:
     state["modules"][0] += "_else"
 
 
-ALWAYS = ("format", "tensor_bytes", "phase", "step", "config", "began_cut", "base_model")
+ALWAYS = ("format", "tensor_bytes", "phase", "step", "config", "began_pruned", "base_model")
 SEARCHING = ("warmup", "decision", "cut", "modules", "held_out_position", "held_out_rows", "skipped_steps", "decided")
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors")
 
 DAMAGES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
     "search": [
         *((edit(lambda state, key=key: state.pop(key)), STATE) for key in (*ALWAYS, *SEARCHING, "losses", "times")),
-        *((put(key, {"no": "value"}), STATE) for key in (*ALWAYS[:4], "began_cut", *SEARCHING, "losses", "times")),
+        *((put(key, {"no": "value"}), STATE) for key in (*ALWAYS[:4], "began_pruned", *SEARCHING, "losses", "times")),
         *((put(key, -1), STATE) for key in ("held_out_position", "skipped_steps", "warmup", "step")),
         (put("phase", "later"), STATE),
         (put("phase", "warm-up"), STATE),  # at step 5, and the warm-up ended at step 3

@@ -280,7 +280,7 @@ def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) ->
         if search is not None:
             scores[step] = search.method.scores()
             if search.kept is not None:
-                search_gates[step + 1] = search._closing
+                search_gates[step + 1] = search._fading
 
     trainer.add_callback(Probe(look))
     trainer.train()

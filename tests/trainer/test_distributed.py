@@ -184,7 +184,7 @@ class _Plugin:
         (
             _Plugin(),
             {"cost": "time", "selection_scope": "model"},
-            "`cost='time'` with FSDP.*`cost='parameters'`",
+            "`max_step_time=0.7` with FSDP.*`max_step_time=None`",
         ),
         (_Plugin(), {"method": "snip"}, "`method='snip'` with FSDP.*plain data parallelism"),
         (_Plugin(), {"shortcuts": ["residual1"]}, "shortcuts with FSDP.*plain data parallelism.*ddp.yaml"),

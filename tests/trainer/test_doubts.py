@@ -150,4 +150,4 @@ def test_line_at_the_cut_compares_with_the_loss_before_the_closing(
     trainer = make_trainer(tmp_path)  # without a closing
     trainer.train()
     before = step_logs(trainer)[CUT]["diffora/held_out_loss_before_cut"]
-    assert f"Held-out loss {before:.4f} just before the cut, " in caplog.text
+    assert f"Held-out loss {before:.4f} just before the pruning, " in caplog.text

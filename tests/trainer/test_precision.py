@@ -16,6 +16,7 @@ from transformers import Trainer
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
 from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.search.bilevel import ArchitectureGradient
 from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.models import llama
@@ -73,14 +74,14 @@ def half_trainer(folder: Path, task: str, precision: str, **kwargs: Any) -> Trai
 def recorded_gradients(patch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Tensor], Tensor, Tensor]]:
     """The batch, the weights, the gates and their gradient at each architecture step from here on."""
     found: list[tuple[Any, dict[str, Tensor], Tensor, Tensor]] = []
-    plain = ArchitectureSearch._gradients
+    plain = ArchitectureGradient._gradients
 
     def gradients(self: ArchitectureSearch, batch: Any, gates: Tensor, weights: Any) -> Any:
         loss, (gradient,) = plain(self, batch, gates, weights)
         found.append((batch, {n: p.detach().clone() for n, p in self.model.named_parameters()}, gates, gradient))
         return loss, [gradient]
 
-    patch.setattr(ArchitectureSearch, "_gradients", gradients)
+    patch.setattr(ArchitectureGradient, "_gradients", gradients)
     return found
 
 
@@ -152,7 +153,7 @@ def test_gates_are_exact_in_half_precision(dtype: torch.dtype, lora_dtype: str, 
     """1 changes nothing, 0 removes the module, and what lies between is the same in both levels of the search."""
     tiny, model = half_llama(dtype, lora_dtype == "float32")
     grid = AdapterGrid.from_model(model).grid
-    gates = Gates(model, grid)
+    gates = Gates(AdapterGrid.from_model(model).sites)
 
     def logits() -> Tensor:
         with torch.autocast("cpu", dtype, enabled=autocast):
@@ -213,7 +214,7 @@ def rows(seed: int) -> Iterator[dict[str, Tensor]]:
 
 
 def fp16_run(searching: bool) -> tuple[Any, Any, torch.amp.GradScaler, ArchitectureSearch, list[Any]]:
-    """A loop without a Trainer, up to before the cut, with the architecture step in the worst place: between the
+    """A loop without a Trainer, up to before the pruning, with the architecture step in the worst place: between the
     backward pass and the scaler's step. The scale is too high at first."""
     _, model = half_llama(FP32, True)
     model.train()

@@ -121,7 +121,7 @@ def test_quantized_model(kind: str, folder: Path, tmp_path: Path) -> None:
 
     # What scales the output of `lora_A` scales `lora_B`, so the gates' gradient is an inner product of its weights.
     batch = next(held_out)
-    _, (gradient,) = search._gradient.first_order(batch, torch.ones(14))
+    _, gradient = search._gradient.first_order(batch, torch.ones(14))
     weights = [lora_layers(model, "default")[name].lora_B["default"].weight for name in search.grid.names]
     found = torch.autograd.grad(model(**batch).loss, weights)
     expected = torch.stack([(weight * grad).sum() for weight, grad in zip(weights, found, strict=True)])

@@ -27,7 +27,7 @@ def test_scoring_leaves_no_trace_in_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     """With the same choices the runs of all methods are one run, with dropout and accumulation."""
     rotating(monkeypatch)
     found = []
-    for method in ("constant", "snip", "synflow", "alpha_test"):
+    for method in ("random", "snip", "synflow", "alpha_test"):
         args = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
         trainer = make_trainer(tmp_path / method, "sft", search={**DYNAMIC, "method": method}, args=args)
         trainer.train()
@@ -43,7 +43,7 @@ def test_what_is_off_waits(optim: str, tmp_path: Path, monkeypatch: pytest.Monke
     seen: dict[int, Any] = {}
 
     def look(model: Any, optimizer: Any, **kwargs: Any) -> None:
-        on = trainer._callback.reallocation.on.clone() if trainer._callback.reallocation else None
+        on = trainer._session.run.reallocation.on.clone() if trainer._session.run.reallocation else None
         seen[len(seen) + 1] = (snapshot(model), optimizer_state(model, optimizer), on)
 
     args = {"optim": optim, "weight_decay": 0.1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -74,7 +74,7 @@ def test_run(tmp_path: Path) -> None:
     sets: dict[int, Any] = {}
 
     def look(model: Any, **kwargs: Any) -> None:
-        reallocation = trainer._callback.reallocation
+        reallocation = trainer._session.run.reallocation
         trainable = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name)
         sets[trainer.state.global_step] = (None if reallocation is None else reallocation.on.tolist(), trainable)
 
@@ -123,7 +123,7 @@ def test_batches_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = make_trainer(tmp_path, search=search, score_function=scores)
     trainer.train()
     assert len(read) == len(MOMENTS) and len({str(row) for rows in read for row in rows}) == 2 * len(MOMENTS)
-    trainer = make_trainer(tmp_path / "constant", search={**DYNAMIC, "method": "constant"})
+    trainer = make_trainer(tmp_path / "random", search={**DYNAMIC, "method": "random"})
     trainer.train()
     assert len({entry.scores for entry in trainer.selection.history}) == len(MOMENTS)
 
@@ -192,7 +192,7 @@ def test_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trainer.add_callback(interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert not trainer._callback.reallocation.on.all()
+    assert not trainer._session.run.reallocation.on.all()
     trainer.remove_callback(interrupt)
     trainer.train()
     assert [entry.step for entry in trainer.selection.history] == MOMENTS
@@ -227,7 +227,7 @@ def test_with_a_budget_of_time(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_reallocate_as_one(tmp_path: Path) -> None:
     """With gradient accumulation, and without a search for unused parameters: as one process on the same rows."""
-    search = {**DYNAMIC, "method": "constant", "reallocate_every": 1, "selection_ratio": 0.25}
+    search = {**DYNAMIC, "method": "random", "reallocate_every": 1, "selection_ratio": 0.25}
     alone = train(None, tmp_path / "alone", search=search)[0]
     reports = train("ddp", tmp_path / "two", search=search, args={"ddp_find_unused_parameters": False})
     assert reports[0] == reports[1] and all(reports[0]["moved"])

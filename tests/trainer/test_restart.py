@@ -88,7 +88,7 @@ def test_failed_resumption_leaves_nothing_behind(whole: Trainer, tmp_path: Path,
 
 
 def test_resumed_run_loads_the_best_model(tmp_path: Path) -> None:
-    """From before the cut, where the metric is best; and never on the trainer that has been cut since."""
+    """From before the pruning, where the metric is best; and never on the trainer that has been cut since."""
     losses = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.8, 10: 0.5, 12: 0.7}
     settings = {"eval_strategy": "steps", "save_steps": 2, "eval_steps": 2, "load_best_model_at_end": True}
 
@@ -101,7 +101,7 @@ def test_resumed_run_loads_the_best_model(tmp_path: Path) -> None:
 
     first = run(tmp_path / "first")
     first.train()
-    with pytest.raises(ValueError, match="before the cut.*build a new trainer"):
+    with pytest.raises(ValueError, match="before the pruning.*build a new trainer"):
         first.train(resume_from_checkpoint=f"{tmp_path}/first/checkpoint-4")
     for step in (4, 8):
         second = run(tmp_path / str(step))
@@ -156,7 +156,7 @@ def test_memory_that_runs_out_in_the_search_restarts_it(tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out_after_the_cut(whole: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The modules stay and training begins again, as the parent's does; a checkpoint from before the cut cannot."""
+    """The modules stay and training begins again, as the parent's does; a checkpoint from before the pruning cannot."""
     with caplog.at_level(logging.WARNING, "diffora_trainer"):
         trainer = run(tmp_path, (9,))
     assert "The modules that were chosen stay" in caplog.text
@@ -166,7 +166,7 @@ def test_memory_that_runs_out_after_the_cut(whole: Trainer, tmp_path: Path, capl
     resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-10")
     assert_same(adapter(resumed.model), adapter(trainer.model))
 
-    with pytest.raises(ValueError, match="before the cut.*build a new trainer"):
+    with pytest.raises(ValueError, match="before the pruning.*build a new trainer"):
         run(tmp_path / "late", (9,), checkpoint=f"{whole.args.output_dir}/checkpoint-5")
 
 

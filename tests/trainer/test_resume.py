@@ -173,7 +173,7 @@ def test_checkpoint_of_another_search_is_refused(whole_runs, tmp_path: Path) -> 
     checkpoint = f"{whole_runs('classifier').args.output_dir}/checkpoint-{MOMENTS['search']}"
     changes = {
         "the options": {"search": {"selection_ratio": 0.4}},
-        "the step of the cut": {"search": {"discretize_at": CUT + 1}},
+        "the step of the pruning": {"search": {"discretize_at": CUT + 1}},
         "other LoRA modules": {"peft_config": lora(target_modules=["query", "value"])},
         "the number of held-out rows": {"train_dataset": classification_dataset(40)},
     }
@@ -188,12 +188,12 @@ def test_cut_trainer_refuses_an_earlier_checkpoint(whole_runs, tmp_path: Path) -
     checkpoint = f"{whole_runs('classifier').args.output_dir}/checkpoint-{MOMENTS['search']}"
     trainer = saving_trainer(tmp_path, "cls")
     trainer.train()
-    with pytest.raises(ValueError, match="before the cut"):
+    with pytest.raises(ValueError, match="before the pruning"):
         trainer.train(resume_from_checkpoint=checkpoint)
 
 
 def test_best_model_is_from_after_the_cut(tmp_path: Path) -> None:
-    """The best metric of the run comes before the cut, where the model has other modules."""
+    """The best metric of the run comes before the pruning, where the model has other modules."""
     losses = {2: 0.1, 4: 0.2, 6: 0.3, 8: 0.8, 10: 0.5, 12: 0.7}
     trainer = make_trainer(
         tmp_path,

@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "Please set `discretize_at=1` or later",
     ),
     "scored by loss": ({"diffora_config": DiffoRAConfig(method="alpha_test")}, "set `method='snip'`"),
-    "time": ({"search": {"cost": "time", "selection_scope": "model"}}, "set `cost='parameters'`"),
+    "time": ({"search": {"cost": "time", "selection_scope": "model"}}, "set `max_step_time=None`"),
 }
 
 

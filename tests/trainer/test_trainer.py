@@ -15,6 +15,7 @@ from transformers import Trainer
 from trl import SFTConfig, SFTTrainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
+from diffora_trainer.search.run import SelectionRun
 from diffora_trainer.trainer.callback import DiffoRACallback
 from helpers.adapted import base_weights, lora_layers
 from helpers.checks import adapter, assert_same, assert_was_searched, optimizer_state, search_keys, snapshot, step_logs
@@ -67,7 +68,7 @@ def test_run(task: str, tmp_path: Path) -> None:
     assert trainer.selection.step == 14
     assert_was_searched(trainer, 14)
 
-    # The base model stays, all that is trained moves, before the cut and after it.
+    # The base model stays, all that is trained moves, before the pruning and after it.
     assert_same(dict(sorted(base_weights(trainer.model).items())), dict(sorted(start.items())))
     end = adapter(trainer.model)
     assert list(end) == list(after.found[14])

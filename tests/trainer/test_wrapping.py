@@ -23,7 +23,7 @@ from transformers import (
 
 from diffora_trainer import DiffoRAMixin, DiffoRATrainer
 from diffora_trainer.adapters.wrapping import wrap_model
-from diffora_trainer.compat import convert_peft_config_for_transformers
+from diffora_trainer.compat.peft import convert_peft_config_for_transformers
 from helpers.adapted import lora_layers
 from helpers.data import tiny_tokenizer
 from helpers.models import MOE_PARAMETERS, moe
