@@ -16,8 +16,11 @@ STAMP_OLDEST := $(VENV_OLDEST)/.installed
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt
 # Waiting threads of PyTorch spin for a moment only. With the usual long spin, a step of the demo took 33 s instead of 3 on
 # two cores of which another program kept one busy.
+# Tests run on so many processes, of one thread each.
+PYTEST_WORKERS ?= 2
+WORKERS := -n $(PYTEST_WORKERS) --dist loadfile
 ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false
-PYTEST := HF_HUB_OFFLINE=1 $(ENV) $(BIN)/python -m pytest
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV) $(BIN)/python -m pytest
 # The tests of what most depends on the versions of the libraries: some three minutes on two slow cores.
 CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer preference trainers_table trainer_parents rollouts \
 	generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint) \
@@ -26,11 +29,12 @@ CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer preference tra
 SOURCES := $(wildcard diffora_trainer recipes tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all test-oldest style quality clean
+.PHONY: help venv demo test test-fast test-all test-oldest style quality clean
 
 help:
 	@echo "make venv         the virtual environment, with every extra"
 	@echo "make demo         a fine-tuning run on this machine that chooses its LoRA modules"
+	@echo "make test-fast    the tests of what needs no Trainer, in a minute"
 	@echo "make test         the tests, without the long ones"
 	@echo "make test-all     all the tests"
 	@echo "make test-oldest  the core of the tests beside the oldest versions that are supported"
@@ -64,8 +68,12 @@ $(STAMP_OLDEST): pyproject.toml constraints-oldest.txt
 demo: $(DEMO_STAMP)
 	@$(ENV) $(BIN)/python recipes/sft/sft.py --config recipes/sft/demo.yaml
 
+# What needs no Trainer.
+test-fast: $(STAMP)
+	$(PYTEST) tests/core tests/methods tests/adapters -q $(WORKERS)
+
 test: $(STAMP)
-	$(PYTEST) tests -q --durations=15
+	$(PYTEST) tests -q --durations=15 $(WORKERS)
 
 test-all: $(STAMP)
 	$(PYTEST) tests -q --durations=15 -m "slow or not slow"

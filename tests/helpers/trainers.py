@@ -114,7 +114,7 @@ def make_trainer(folder: object, task: str = "cls", cls: type[Trainer] | None = 
 
 
 class Probe(TrainerCallback):
-    """Calls a function at the end of some steps: before the pruning's own work if the trainer is built with it, after that
+    """Calls a function at the end of some steps: before the run's own work if the trainer is built with it, after that
     work if it is added to the built trainer."""
 
     def __init__(self, function, *steps: int) -> None:

@@ -156,7 +156,7 @@ def test_memory_that_runs_out_in_the_search_restarts_it(tmp_path: Path) -> None:
 
 
 def test_memory_that_runs_out_after_the_cut(whole: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """The modules stay and training begins again, as the parent's does; a checkpoint from before the pruning cannot."""
+    """The modules stay and training begins again, as the parent's does; one from before the pruning cannot."""
     with caplog.at_level(logging.WARNING, "diffora_trainer"):
         trainer = run(tmp_path, (9,))
     assert "The modules that were chosen stay" in caplog.text

@@ -21,11 +21,12 @@ from diffora_trainer import DiffoRASFTTrainer, Selection
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import SELECTION_NAME
+from diffora_trainer.core.state import RunState
 from diffora_trainer.hub.card import write_card
 from diffora_trainer.hub.plots import plot_selection
 from diffora_trainer.trainer.checkpoint import STATE_NAME, TENSORS_NAME, load_state, save_state
 from helpers import ROOT
-from helpers.adapted import make_selection
+from helpers.adapted import make_grid, make_selection
 from helpers.checks import assert_same
 from helpers.data import lm_dataset, tiny_tokenizer
 from helpers.hub import check_card
@@ -72,7 +73,7 @@ class Exploit:
 @pytest.mark.parametrize("kind", ["pickle", "torch", "reduce in JSON"])
 def test_a_state_that_is_a_program_is_refused_and_not_run(kind: str, tmp_path: Path) -> None:
     marker, folder = tmp_path / "executed", tmp_path / "checkpoint"
-    save_state(folder, {"phase": "selected", "config": {}, "selection": "{}"}, {})
+    save_state(folder, RunState(3, {}, {}, selection=make_selection()), {})
     buffer = BytesIO()
     if kind == "torch":
         torch.save({"values": Exploit(marker)}, buffer)
@@ -173,8 +174,7 @@ def test_hostile_names_are_data(kind: str, tmp_path: Path) -> None:
     name = HOSTILE_NAMES[kind]
     plain = make_selection(config={"option": "value"})
     hostile = make_selection(
-        rows=(name, "layers.1", "other"),
-        columns=(f"attn{name}", "attn.v", "mlp.down", "pooler"),
+        grid=make_grid(rows=(name, "layers.1", "other"), columns=(f"attn{name}", "attn.v", "mlp.down", "pooler")),
         config={f"option{name}": f"value{name}"},
     )
     selection = Selection.from_json(hostile.to_json())
@@ -243,10 +243,8 @@ def test_names_are_no_patterns(tmp_path: Path) -> None:
     for kept in (("a.c", "x|y"), ("q(x+)",), ("^$", "vision.x|y")):
         model: Any = get_peft_model(Odd(), LoraConfig(r=2, target_modules=[*names, "vision.x|y"]))
         grid = AdapterGrid.from_model(model).grid
-        selection = Selection(
-            grid.rows, grid.columns, grid.names, grid.positions, grid.parameters,
-            (0.0,) * len(grid), (1.0,) * len(grid), tuple(name in kept for name in grid.names),
-        )  # fmt: skip
+        ranks = tuple(site.rank if site.name in kept else 0 for site in grid.sites)
+        selection = Selection(grid, ranks, (0.0,) * len(grid), (1.0,) * len(grid))
         apply_selection(model, selection)
         model.save_pretrained(tmp_path / "adapter")
         loaded = PeftModel.from_pretrained(Odd(), tmp_path / "adapter")
@@ -267,7 +265,7 @@ def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
             elif name == "dam.png":
                 plot_selection(make_selection(), folder / name)
             else:
-                save_state(folder, {}, {"values": torch.zeros(2)})
+                save_state(folder, RunState(3, {}, {}, selection=make_selection()), {"values": torch.zeros(2)})
             assert outside.read_text() == "precious" and not (folder / name).is_symlink(), link
     outside.write_text("---\ntags: []\n---\nprecious")
     (folder / "README.md").symlink_to(outside)
