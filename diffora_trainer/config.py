@@ -231,7 +231,7 @@ class DiffoRAConfig:
         if remedies := take_over_old_names(self):
             warnings.warn(
                 f"Some options of `DiffoRAConfig` are deprecated and will be removed in version 0.3: "
-                f"{'; '.join(remedies)}. What was passed is that of {self!r}.",
+                f"{'; '.join(remedies)}. The equivalent without them is {self!r}.",
                 FutureWarning,
                 stacklevel=3,
             )

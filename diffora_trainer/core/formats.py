@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .grid import LORA
+from .grid import LORA, SiteInfo
 from .text import sanitize
 
 
@@ -34,6 +34,29 @@ def as_whole(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{sanitize(repr(value))} should be a whole number")
     return value
+
+
+def read_site(record: dict[str, Any]) -> SiteInfo:
+    """A module out of its record in a selection."""
+    rank, parameters = as_whole(record["rank"]), as_whole(record["parameters"])
+    if rank < 1 or parameters < rank or parameters % rank:
+        raise ValueError(f"a module of rank {rank} cannot have {parameters} parameters")
+    return SiteInfo(
+        as_text(record["name"]),
+        as_whole(record["row"]),
+        as_whole(record["column"]),
+        rank,
+        parameters // rank,
+        as_text(record["kind"]),
+    )
+
+
+def read_rank(record: dict[str, Any]) -> int:
+    """The rank that a module keeps, out of its record in a selection."""
+    rank = as_whole(record["kept_rank"])
+    if record["kept"] is not (rank > 0):
+        raise ValueError(f"a module of the rank {rank} cannot be kept: {sanitize(repr(record['kept']))}")
+    return rank
 
 
 def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:

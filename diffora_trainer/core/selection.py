@@ -12,8 +12,8 @@ from typing import Any
 
 from .allocation import Allocation
 from .files import write_file
-from .formats import as_list, as_object, as_text, as_whole, upgrade_selection
-from .grid import LORA, Grid, SiteInfo
+from .formats import as_list, as_object, as_text, as_whole, read_rank, read_site, upgrade_selection
+from .grid import LORA, Grid
 from .text import draw_table, sanitize, short_names
 
 
@@ -296,9 +296,9 @@ class Selection:
                 grid=Grid(
                     rows=tuple(map(as_text, as_list(data["rows"]))),
                     columns=tuple(map(as_text, as_list(data["columns"]))),
-                    sites=tuple(map(_site, records)),
+                    sites=tuple(map(read_site, records)),
                 ),
-                ranks=tuple(map(_rank, records)),
+                ranks=tuple(map(read_rank, records)),
                 scores=tuple(float(record["score"]) for record in records),
                 gates=tuple(float(record["gate"]) for record in records),
                 gains=tuple(float(record["gain"]) for record in records),
@@ -341,24 +341,3 @@ class Selection:
             raise ValueError(f"Could not read {path}: {_NOT_OURS}, it is no text. {_PLEASE}") from error
         except ValueError as error:
             raise ValueError(f"Could not read {path}: {error}") from error
-
-
-def _rank(record: dict[str, Any]) -> int:
-    rank = as_whole(record["kept_rank"])
-    if record["kept"] is not (rank > 0):
-        raise ValueError(f"a module of the rank {rank} cannot be kept: {sanitize(repr(record['kept']))}")
-    return rank
-
-
-def _site(record: dict[str, Any]) -> SiteInfo:
-    rank, parameters = as_whole(record["rank"]), as_whole(record["parameters"])
-    if rank < 1 or parameters < rank or parameters % rank:
-        raise ValueError(f"a module of rank {rank} cannot have {parameters} parameters")
-    return SiteInfo(
-        as_text(record["name"]),
-        as_whole(record["row"]),
-        as_whole(record["column"]),
-        rank,
-        parameters // rank,
-        as_text(record["kind"]),
-    )

@@ -23,7 +23,7 @@ class MethodFacts:
         informed (`bool`): whether it looked at the modules at all.
         described (`str`): what it is, in Markdown.
         citation (`str`): BibTeX of its paper, or nothing.
-        options (`dict`): the options of the run that it read, by their names.
+        options (`dict`): the options of the run and of the method, by their names.
     """
 
     name: str
@@ -48,6 +48,8 @@ def method_facts(options: dict[str, Any]) -> MethodFacts:
     except (TypeError, ValueError):  # of another version, or of a method that is not installed
         pass
     shown.pop("base_model_id", None)
+    of_method = shown.pop("method_options", None)
+    shown |= of_method if isinstance(of_method, dict) else {}
     paper = method.paper
     described = method.described or f"`{method.name}`" + (f" ({paper.link})" if paper is not None else "")
     citation = paper.bibtex if paper is not None and method.informed else ""

@@ -336,15 +336,17 @@ class SelectionRun(RunParts):
         """
         self.restore(RunState.from_dict(state["run"]), state["method"])
 
-    def restore(self, state: RunState, tensors: dict[str, Tensor], source: str = "given") -> None:
+    def restore(
+        self, state: RunState, tensors: dict[str, Tensor], sources: tuple[str, str] = ("given", "given")
+    ) -> None:
         """
         [`load_state_dict`] of a state that was read before.
 
         Args:
             state ([`RunState`]): the state.
             tensors (`dict[str, Tensor]`): the tensors of the method.
-            source (`str`, *optional*): where it is from, for messages.
+            sources (`tuple[str, str]`, *optional*): where both are from, for messages.
         """
         if self._begun:
             raise ValueError("A state can only be restored before the first step. Please make a new run for it.")
-        self._begun = restore_run(self, state, tensors, source)
+        self._begun = restore_run(self, state, tensors, sources)

@@ -47,9 +47,9 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
     )
 
 
-def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], source: str) -> bool:
+def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sources: tuple[str, str]) -> bool:
     """See [`SelectionRun.restore`]. Tells whether the modules were pruned, so that there is nothing more to do."""
-    search = run.search
+    search, (source, of_tensors) = run.search, sources
     check_same(source, {"the base model": (state.base_model, describe_base(run.model))})
     if state.selection is not None:
         apply_selection(run.model, state.selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
@@ -72,7 +72,10 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     )
     if state.times is not None:
         search.restrict(state.times)
-    search.method.load_state_dict(tensors)
+    try:
+        search.method.load_state_dict(tensors)
+    except ValueError as error:
+        raise ValueError(f"{of_tensors!r} cannot be read: {error} Please resume from another checkpoint.") from error
     if run.reallocation is not None:
         run.reallocation.restore(state.history)
         search.check_choice(run.reallocation.on)

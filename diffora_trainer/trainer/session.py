@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
 from ..search.run import SelectionRun
-from .checkpoint import load_state, save_state
+from .checkpoint import TENSORS_NAME, load_state, save_state
 from .resume import check_model
 
 
@@ -109,7 +110,7 @@ class TrainerSession:
         self.run = self._hooks.make_run(model, optimizer, scheduler, state.max_steps)
         if self._resumed is not None:
             (folder, saved, tensors), self._resumed = self._resumed, None
-            self.run.restore(saved, tensors, folder)
+            self.run.restore(saved, tensors, (folder, os.path.join(folder, TENSORS_NAME)))
         self.run.begin()
         return self._take_over()
 

@@ -188,7 +188,7 @@ def test_dynamic_run(ranking: str, tmp_path: Path) -> None:
                 {n.replace(".base_layer", ""): t for n, t in base.items()})  # fmt: skip
 
 
-def test_config() -> None:
+def test_config(tmp_path: Path) -> None:
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(
         ["--shortcuts", "shortcut1", "residual1", "--shortcut_ranking", "separated"]
     )
@@ -200,11 +200,11 @@ def test_config() -> None:
         ({"shortcuts": ["residual1", "residual1"]}, ValueError, "each once"),
         ({"shortcuts": ["residual3"]}, ValueError, "residual3.*'residual1'"),
         ({"shortcuts": [["residual1"]]}, ValueError, "must name"),
-        ({"shortcut_ranking": "joint"}, ValueError, "shortcut_ranking='joint'.*'combined'"),
+        ({"shortcut_ranking": "joint"}, ValueError, "ranking='joint'.*'combined'"),
         ({"shortcuts": ["residual1"], "weight_sharing": "layer"}, ValueError, "weight_sharing='layer'.*none"),
     ):
         with pytest.raises(error, match=message):
-            make_config(**options)
+            make_trainer(tmp_path, search=options)
 
 
 def test_refusals() -> None:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
 from helpers.checks import raw_optimizer, step_logs
 from helpers.data import lm_dataset
-from helpers.trainers import causal_model, make_trainer
+from helpers.trainers import causal_model, make_trainer, running
 
 
 class At(TrainerCallback):
@@ -84,8 +84,8 @@ def main(folder: Path, options: dict) -> None:
     if "choose_otherwise_at" in options and rank == 1:
 
         def flip() -> None:
-            matrix = trainer._session.run.search.method
-            matrix.choose = lambda: ~type(matrix).choose(matrix)
+            matrix = running(trainer).search.method
+            matrix.discretize = lambda: ~type(matrix).discretize(matrix)
 
         trainer.add_callback(At(options["choose_otherwise_at"], flip))
     at_cut: dict[str, Tensor] = {}

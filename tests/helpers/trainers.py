@@ -21,6 +21,7 @@ from trl import SFTConfig
 
 from diffora_trainer import DiffoRAConfig, DiffoRASFTTrainer, DiffoRATrainer
 from diffora_trainer.methods.registry import get_method
+from diffora_trainer.search.run import SelectionRun
 from helpers.data import classification_dataset, lm_dataset, tiny_tokenizer, vocabulary
 from helpers.models import bert, llama_classifier, llama_config
 from helpers.options import make_config
@@ -111,6 +112,11 @@ def make_trainer(folder: object, task: str = "cls", cls: type[Trainer] | None = 
     if hasattr(cls, "selection"):
         settings.setdefault("diffora_config", search_config(**search))
     return cls(**settings)
+
+
+def running(trainer: Any) -> SelectionRun | None:
+    """The run of a trainer, until its modules are pruned."""
+    return trainer._session.run
 
 
 class Probe(TrainerCallback):

@@ -90,6 +90,7 @@ def other_selection(checkpoint: Path) -> None:
     def flip(state: dict[str, Any]) -> None:
         selection = json.loads(state["selection"])
         for module in selection["modules"]:
+            module["kept_rank"] = 0 if module["kept"] else module["rank"]
             module["kept"] = not module["kept"]
         state["selection"] = json.dumps(selection)
 
@@ -101,7 +102,7 @@ def rename(state: dict[str, Any]) -> None:
 
 
 ALWAYS = ("format", "tensor_bytes", "phase", "step", "config", "began_pruned", "base_model")
-SEARCHING = ("warmup", "decision", "cut", "modules", "held_out_position", "held_out_rows", "skipped_steps", "decided")
+SEARCHING = ("warmup", "discretize", "prune", "modules", "held_out_position", "held_out_rows", "skipped_steps", "kept")
 FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "adapter_model.safetensors")
 
 DAMAGES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
@@ -116,9 +117,9 @@ DAMAGES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
         (put("held_out_position", True), STATE),
         (put("losses", [float("nan")]), STATE),
         (edit(lambda state: state.update(losses=["x"])), STATE),
-        (put("decided", None), STATE),
-        (put("decided", [True]), STATE),
-        (put("decided", [1] * 14), STATE),
+        (put("kept", None), STATE),
+        (put("kept", [True]), STATE),
+        (put("kept", [1] * 14), STATE),
         (put("times", {"all_modules": 1.0}), STATE),
         (edit(rename), "made for other LoRA modules"),
         (edit(lambda state: [state]), STATE),

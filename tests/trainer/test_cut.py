@@ -21,7 +21,7 @@ from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, optimizer_state, raw_optimizer, step_logs
 from helpers.data import vocabulary
 from helpers.tiny_model import TinyModel
-from helpers.trainers import CUT, Probe, causal_model, classifier, lora, make_trainer
+from helpers.trainers import CUT, Probe, causal_model, classifier, lora, make_trainer, running
 
 
 def logits(tiny: TinyModel) -> Callable[..., Tensor]:
@@ -54,8 +54,8 @@ def stock_of(trainer: Trainer, tiny: TinyModel) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("relaxation", ["budget", "sampled", "sigmoid", "softmax"])
-def test_output_does_not_jump_when_nothing_is_dropped(relaxation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["diffora", "sampled", "sigmoid", "softmax"])
+def test_output_does_not_jump_when_nothing_is_dropped(method: str, tmp_path: Path) -> None:
     tiny = classifier()
     before = Probe(logits(tiny), CUT)
     trainer = make_trainer(
@@ -63,7 +63,7 @@ def test_output_does_not_jump_when_nothing_is_dropped(relaxation: str, tmp_path:
         model=tiny.model,
         callbacks=[before],
         args={"max_steps": CUT},
-        search={"selection_ratio": 1.0, "relaxation": relaxation, "arch_every": 3},  # no step at the cut itself
+        search={"selection_ratio": 1.0, "method": method, "arch_every": 3},  # no step at the cut itself
     )
     trainer.train()
     gates = torch.tensor(trainer.selection.factors)
@@ -72,7 +72,7 @@ def test_output_does_not_jump_when_nothing_is_dropped(relaxation: str, tmp_path:
     after = logits(tiny)(trainer.model)
     torch.testing.assert_close(after, before.found[CUT], rtol=1e-5, atol=1e-5)
     assert abs(step_logs(trainer)[CUT]["diffora/gap"]) < 1e-5
-    if relaxation == "sigmoid":  # the others do not train under fractions
+    if method == "sigmoid":  # the others do not train under fractions
         assert gates.min() < 0.7
         with torch.no_grad():  # and the gates do matter: without them the output is another one
             for (_, layer), gate in zip(sorted_layers(trainer), gates, strict=True):
@@ -245,7 +245,7 @@ def test_unfolded_gates_are_set_to_one(tmp_path: Path) -> None:
 
     before, after = Probe(weights, CUT), Probe(weights, CUT)
     for fold in (False, True):
-        search = {"fold_gates": fold, "relaxation": "sigmoid"}
+        search = {"fold_gates": fold, "method": "sigmoid"}
         trainer = make_trainer(tmp_path, callbacks=[before], args={"max_steps": CUT}, search=search)
         trainer.add_callback(after)
         trainer.train()
@@ -276,11 +276,12 @@ def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) ->
     scores: dict[int, Tensor] = {}
 
     def look(model: nn.Module, **kwargs: object) -> None:
-        search, step = trainer._session.run.search, trainer.state.global_step
-        if search is not None:
+        run, step = running(trainer), trainer.state.global_step
+        if run is not None:
+            search = run.search
             scores[step] = search.method.scores()
             if search.kept is not None:
-                search_gates[step + 1] = search._fading
+                search_gates[step + 1] = search.training_gates()
 
     trainer.add_callback(Probe(look))
     trainer.train()
@@ -295,5 +296,5 @@ def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) ->
     assert logs["diffora/held_out_loss_before_closing"] > 0
     assert torch.all(torch.tensor(trainer.selection.factors)[kept] == 1)
     fresh = get_peft_model(classifier().model, lora())
-    with pytest.raises(ValueError, match="call `decide` first"):
-        ArchitectureSearch(fresh, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss).close(0.5)
+    with pytest.raises(ValueError, match="call `discretize` first"):
+        ArchitectureSearch(fresh, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss).fade_out(0.5)

@@ -24,7 +24,7 @@ KINDS = [path.stem for path in CONFIGS]
 SAVES = {"warm-up": 2, "search": 5, "closing": 7, "cut": 8, "selected": 10}
 
 
-SIGMOID = {"search": {"relaxation": "sigmoid", "fade_out": 0}}  # scores that differ by little
+SIGMOID = {"search": {"method": "sigmoid", "fade_out": 0}}  # scores that differ by little
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,7 @@ class _Plugin:
         (_Plugin(), {"weight_sharing": "layer"}, "`weight_sharing='layer'` with FSDP.*`weight_sharing='none'`"),
         (
             _Plugin(),
-            {"cost": "time", "selection_scope": "model"},
+            {"max_step_time": 0.7, "selection_scope": "model"},
             "`max_step_time=0.7` with FSDP.*`max_step_time=None`",
         ),
         (_Plugin(), {"method": "snip"}, "`method='snip'` with FSDP.*plain data parallelism"),

@@ -98,9 +98,9 @@ def test_online_dpo_holds_out_chooses_and_resumes(checkpointing: bool, tmp_path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"search": {"relaxation": "sigmoid", "arch_order": 2}}, "set `arch_order=1`"),
+        ({"search": {"method": "sigmoid", "arch_order": 2}}, "set `arch_order=1`"),
         ({"diffora_config": DiffoRAConfig(method="alpha_test")}, "set `method='snip'`"),
-        ({"search": {"cost": "time", "selection_scope": "model"}}, "set `max_step_time=None`"),
+        ({"search": {"max_step_time": 0.7, "selection_scope": "model"}}, "set `max_step_time=None`"),
     ],
 )
 def test_what_a_generating_step_cannot_do_is_refused(options: Any, message: str, tmp_path: Path) -> None:

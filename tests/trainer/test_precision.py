@@ -152,22 +152,24 @@ def test_run_in_bf16(task: str, precision: str, tmp_path: Path, monkeypatch: pyt
 def test_gates_are_exact_in_half_precision(dtype: torch.dtype, lora_dtype: str, autocast: bool) -> None:
     """1 changes nothing, 0 removes the module, and what lies between is the same in both levels of the search."""
     tiny, model = half_llama(dtype, lora_dtype == "float32")
-    grid = AdapterGrid.from_model(model).grid
-    gates = Gates(AdapterGrid.from_model(model).sites)
+    adapters = AdapterGrid.from_model(model)
+    grid, gates = adapters.grid, Gates(adapters.sites)
 
     def logits() -> Tensor:
         with torch.autocast("cpu", dtype, enabled=autocast):
             return model(**tiny.batch).logits.detach()
 
     stock = logits()
-    kept = [name for index, name in enumerate(grid.names) if index % 3]
-    with pruned_view(model, kept, "default"):
+    kept = [index for index in range(len(grid)) if index % 3]
+    with pruned_view(model, adapters.sites, kept):
         cut = logits()
     gates.attach()
     for wants_gradient in (False, True):
         with gates.override(torch.ones(len(grid)).requires_grad_(wants_gradient)):
             assert logits().equal(stock)
-        with gates.override(torch.tensor([float(name in kept) for name in grid.names]).requires_grad_(wants_gradient)):
+        with gates.override(
+            torch.tensor([float(index in kept) for index in range(len(grid))]).requires_grad_(wants_gradient)
+        ):
             assert logits().equal(cut) and not cut.equal(stock)
     values = torch.linspace(0.1, 0.9, len(grid))
     with gates.override(values):

@@ -20,7 +20,7 @@ from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_same, optimizer_state, snapshot, step_logs
 from helpers.processes import train
 from helpers.reallocation import DYNAMIC, MOMENTS, rotating, weights_of
-from helpers.trainers import CUT, WARMUP, Probe, make_trainer, saving_trainer
+from helpers.trainers import CUT, WARMUP, Probe, make_trainer, running, saving_trainer
 
 
 def test_scoring_leaves_no_trace_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,7 +43,7 @@ def test_what_is_off_waits(optim: str, tmp_path: Path, monkeypatch: pytest.Monke
     seen: dict[int, Any] = {}
 
     def look(model: Any, optimizer: Any, **kwargs: Any) -> None:
-        on = trainer._session.run.reallocation.on.clone() if trainer._session.run.reallocation else None
+        on = running(trainer).reallocation.on.clone() if running(trainer) else None
         seen[len(seen) + 1] = (snapshot(model), optimizer_state(model, optimizer), on)
 
     args = {"optim": optim, "weight_decay": 0.1, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
@@ -74,9 +74,9 @@ def test_run(tmp_path: Path) -> None:
     sets: dict[int, Any] = {}
 
     def look(model: Any, **kwargs: Any) -> None:
-        reallocation = trainer._session.run.reallocation
+        run = running(trainer)
         trainable = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name)
-        sets[trainer.state.global_step] = (None if reallocation is None else reallocation.on.tolist(), trainable)
+        sets[trainer.state.global_step] = (None if run is None else run.reallocation.on.tolist(), trainable)
 
     search = {**DYNAMIC, "max_trainable_parameters": cap, "reallocate_every": 1, "score_batches": 1}
     trainer = make_trainer(tmp_path, "sft", search=search, args={"learning_rate": 0.5})
@@ -166,7 +166,6 @@ def test_damaged_history_is_refused(tmp_path: Path) -> None:
     assert [entry["step"] for entry in state["history"]] == [3, 5]
     first = state["history"][0]
     for history in (
-        [],
         [{**first, "step": 9}],
         [{**first, "on": first["on"][1:]}],
         [{**first, "on": [False] * len(first["on"])}],
@@ -176,6 +175,9 @@ def test_damaged_history_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps({**state, "history": history}))
         with pytest.raises(ValueError, match=r"diffora_state.json.*`history`"):
             saving_trainer(tmp_path / "resumed", "cls", search=DYNAMIC).train(resume_from_checkpoint=str(path.parent))
+    path.write_text(json.dumps({**state, "history": []}))
+    with pytest.raises(ValueError, match="does not fit this run: whether modules were chosen anew"):
+        saving_trainer(tmp_path / "resumed", "cls", search=DYNAMIC).train(resume_from_checkpoint=str(path.parent))
 
 
 def test_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +194,7 @@ def test_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trainer.add_callback(interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert not trainer._session.run.reallocation.on.all()
+    assert not running(trainer).reallocation.on.all()
     trainer.remove_callback(interrupt)
     trainer.train()
     assert [entry.step for entry in trainer.selection.history] == MOMENTS
@@ -216,7 +218,7 @@ def test_run_that_ends_early_keeps_what_is_on(tmp_path: Path, caplog: pytest.Log
 
 
 def test_with_a_budget_of_time(tmp_path: Path) -> None:
-    search = {**DYNAMIC, "cost": "time", "selection_ratio": 0.25}
+    search = {**DYNAMIC, "max_step_time": 0.7, "selection_ratio": 0.25}
     trainer = make_trainer(tmp_path, "sft", search=search)
     trainer.train()
     selection = trainer.selection

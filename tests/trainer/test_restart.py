@@ -15,7 +15,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from diffora_trainer import Selection
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import classification_dataset
-from helpers.trainers import CUT, SaveAt, classifier, make_trainer, out_of_memory
+from helpers.trainers import CUT, SaveAt, classifier, make_trainer, out_of_memory, running
 from helpers.trials import Given
 
 
@@ -143,8 +143,8 @@ def test_memory_that_runs_out_in_the_search_restarts_it(tmp_path: Path) -> None:
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs) -> None:
-            search = trainer._session.run.search
-            steps.append(None if search is None else (search.method.steps, len(search.adapters.sites)))
+            run = running(trainer)
+            steps.append(None if run is None else (run.search.method.steps, len(run.search.adapters.sites)))
 
     args = {"auto_find_batch_size": True}
     trainer = out_of_memory(build(tmp_path, task="llama", args=args), 6)
@@ -181,7 +181,7 @@ def test_each_trial_of_a_hyperparameter_search_is_a_run_of_its_own(tmp_path: Pat
             if state.global_step == 5:
                 gc.collect()
                 assert sum(model() is not None for model in models) <= 1  # the trial before has left no model
-                assert len(trainer._session.run.search.grid) == 14
+                assert len(running(trainer).search.grid) == 14
 
         def on_train_begin(self, args, state, control, model, **kwargs) -> None:
             models.append(weakref.ref(model))

@@ -140,7 +140,7 @@ def test_methods_read_the_latest_completions(name: str, tmp_path: Path) -> None:
     if name == "reallocation":
         options.update(method="snip", reallocate_every=2, arch_warmup=WARMUP)
     if name == "sigmoid":
-        options = {"relaxation": "sigmoid", "discretize_at": CUT, "arch_warmup": WARMUP}
+        options = {"method": "sigmoid", "discretize_at": CUT, "arch_warmup": WARMUP}
     trainer = rollout_trainer(
         tmp_path,
         diffora_config=make_config(**options),
@@ -186,13 +186,13 @@ def test_run_with_completions_left_over_resumes(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "held-out data": ({"arch_dataset": prompts(8)}, "Please leave `arch_dataset` out"),
     "batch size": ({"search": {"arch_batch_size": 2}}, "Please leave `arch_batch_size` out"),
-    "second order": ({"search": {"relaxation": "sigmoid", "arch_order": 2}}, "set `arch_order=1`"),
+    "second order": ({"search": {"method": "sigmoid", "arch_order": 2}}, "set `arch_order=1`"),
     "scored at once": (
         {"diffora_config": DiffoRAConfig(method="snip", discretize_at=0)},
         "Please set `discretize_at=1` or later",
     ),
     "scored by loss": ({"diffora_config": DiffoRAConfig(method="alpha_test")}, "set `method='snip'`"),
-    "time": ({"search": {"cost": "time", "selection_scope": "model"}}, "set `max_step_time=None`"),
+    "time": ({"search": {"max_step_time": 0.7, "selection_scope": "model"}}, "set `max_step_time=None`"),
 }
 
 

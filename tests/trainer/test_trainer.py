@@ -263,21 +263,21 @@ def test_architecture_steps_leave_no_trace(
 
 def test_nonfinite_architecture_loss_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bad, values = (2, 3), {}
-    plain_step, plain_loss = ArchitectureSearch.step, DiffoRATrainer._architecture_loss
+    plain_step, plain_loss = ArchitectureSearch.step, DiffoRATrainer.compute_architecture_loss
     count = [0]
 
     def step(self: ArchitectureSearch, *args: Any, **kwargs: Any) -> float | None:
-        before = self.matrix.values()
+        before = self.method.values()
         count[0] += 1
         result = plain_step(self, *args, **kwargs)
-        values[count[0]] = (before, self.matrix.values(), result)
+        values[count[0]] = (before, self.method.values(), result)
         return result
 
     def loss(self: DiffoRATrainer, model: nn.Module, batch: Any) -> torch.Tensor:
         return plain_loss(self, model, batch) * (float("nan") if count[0] in bad and torch.is_grad_enabled() else 1.0)
 
     monkeypatch.setattr(ArchitectureSearch, "step", step)
-    monkeypatch.setattr(DiffoRATrainer, "_architecture_loss", loss)
+    monkeypatch.setattr(DiffoRATrainer, "compute_architecture_loss", loss)
     trainer = make_trainer(tmp_path)
     trainer.train()
 

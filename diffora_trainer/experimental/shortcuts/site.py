@@ -192,6 +192,7 @@ def _read(options: Mapping[str, Any]) -> tuple[tuple[str, ...], str]:
     known = all(isinstance(kind, str) and kind in KINDS for kind in kinds)
     if not known or not kinds or len(set(kinds)) != len(kinds):
         raise ValueError(
-            f"You passed `kinds={kinds!r}` of shortcuts; it must name one or more of {list(KINDS)}, each once."
+            f"You passed `kinds={kinds!r}` of shortcuts; it must name one or more of {list(KINDS)}, each once. To "
+            "have all of them, leave it out."
         )
     return tuple(kinds), ranking
