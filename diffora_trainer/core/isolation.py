@@ -50,6 +50,37 @@ def isolated_random_state(device: torch.device) -> Iterator[None]:
         np.random.set_state(numpy)
 
 
+class OwnRandomState:
+    """
+    Random streams of PyTorch's CPU, NumPy and Python for one purpose: they go on from one use to the next, and those
+    of everybody else stay as they are.
+
+    Args:
+        seed (`int`): where they start.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._state: tuple[Any, Any, torch.Tensor] | None = None
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Draw from them for a while."""
+        with isolated_random_state(torch.device("cpu")):
+            if self._state is None:
+                random.seed(self._seed)
+                np.random.seed(self._seed)
+                torch.random.default_generator.manual_seed(self._seed)
+            else:
+                random.setstate(self._state[0])
+                np.random.set_state(self._state[1])
+                torch.set_rng_state(self._state[2])
+            try:
+                yield
+            finally:
+                self._state = (random.getstate(), np.random.get_state(), torch.get_rng_state())
+
+
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give an object another attribute for a while."""

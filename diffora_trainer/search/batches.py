@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from ..core.isolation import OwnRandomState
+
 
 _IGNORED = -100
 """The label of what is not trained on."""
@@ -43,13 +45,14 @@ class Batches(Protocol):
         """What the gradient of the gates is taken on, as a run says it in the log."""
 
 
-def as_batches(batches: Iterable[Any] | Batches, keep: int) -> Batches:
+def as_batches(batches: Iterable[Any] | Batches, keep: int, seed: int) -> Batches:
     """
     Any iterable as [`Batches`].
 
     Args:
         batches (`Iterable`): the batches.
         keep (`int`): how many of them are read again and again at most.
+        seed (`int`): seed of what they draw at random.
 
     Raises:
         TypeError: if it cannot be iterated over.
@@ -61,27 +64,30 @@ def as_batches(batches: Iterable[Any] | Batches, keep: int) -> Batches:
             f"`held_out_batches` must be batches that are not trained on, got {type(batches).__name__}. Please pass a "
             "list of them, a `DataLoader`, or an endless iterator."
         )
-    return LoopBatches(batches, keep)
+    return LoopBatches(batches, keep, seed)
 
 
 class LoopBatches:
     """
     [`Batches`] of an iterable, which is read again from its start when it ends. The first ones are kept, since losses
-    are compared on the same batches.
+    are compared on the same batches. A `DataLoader` that shuffles, or rows that are augmented, draw from random
+    streams of their own: the training goes on as if nothing were read, and a resumed run reads the same.
 
     Args:
         batches (`Iterable`): the batches.
         keep (`int`): how many of the first ones are kept.
+        seed (`int`): seed of what they draw at random.
     """
 
     comparable = True
     dataset: Sequence[Any] = ()
 
-    def __init__(self, batches: Iterable[Any], keep: int) -> None:
+    def __init__(self, batches: Iterable[Any], keep: int, seed: int) -> None:
         self._length = len(batches) if isinstance(batches, Sized) else None
         self._stream = _endless(batches)
         self._first: list[Any] = []
         self._keep = keep
+        self._random = OwnRandomState(seed)
         self._position = 0
 
     @property
@@ -96,13 +102,12 @@ class LoopBatches:
 
     def __next__(self) -> Any:
         if self._position >= len(self._first):
-            try:
-                batch = next(self._stream)
-            except StopIteration:
+            batch = self._read()
+            if batch is None:
                 raise ValueError(
                     f"The held-out batches have come to an end after {self._position}. Please pass a list, a "
                     "`DataLoader` or an endless iterator, with at least one batch."
-                ) from None
+                )
             if len(self._first) < self._keep:
                 self._first.append(batch)
         else:
@@ -113,7 +118,7 @@ class LoopBatches:
     def sample(self, count: int) -> Iterator[Any]:
         """The first `count` batches, or fewer if there are or were kept fewer."""
         count = min(count, self._keep, count if self._length is None else self._length)
-        while len(self._first) < count and (batch := next(self._stream, None)) is not None:
+        while len(self._first) < count and (batch := self._read()) is not None:
             self._first.append(batch)
         yield from self._first[:count]
 
@@ -132,6 +137,10 @@ class LoopBatches:
     def describe(self) -> str:
         """What the gradient of the gates is taken on."""
         return "on the held-out batches"
+
+    def _read(self) -> Any:
+        with self._random():
+            return next(self._stream, None)
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from ..core.isolation import isolated_random_state
+from .batches import without_labels
 
 
-_IGNORED = -100  # the label of what is not trained on
 _CHECKED_BATCHES = 8
 
 
@@ -163,9 +163,3 @@ class RolloutBatches:
 
 
 ArchitectureBatches = HeldOutBatches | RolloutBatches
-
-
-def without_labels(batch: Any) -> bool:
-    """Whether every label of a batch is -100, so that nothing in it is trained on."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, torch.Tensor) and labels.numel() > 0 and bool((labels == _IGNORED).all())

@@ -103,7 +103,9 @@ class SelectionRun(RunParts):
             runtime=runtime,
         )
         options, schedule = search.method.options, make_schedule(search.config, total_steps)
-        held_out = as_batches(held_out_batches, max(_GAP_BATCHES, getattr(options, "score_batches", 0)))
+        held_out = as_batches(
+            held_out_batches, max(_GAP_BATCHES, getattr(options, "score_batches", 0)), search.config.arch_seed
+        )
         anew = getattr(options, "reallocate_every", None) is not None
         reallocation = Reallocation(search) if anew else None
         super().__init__(model, optimizer, scheduler, search, schedule, held_out, reallocation)

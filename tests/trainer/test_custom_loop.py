@@ -1,0 +1,238 @@
+"""A loop of one's own with a `SelectionRun`: it is the Trainer's run, and it can be interrupted anywhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import DataCollatorWithPadding, Trainer, get_scheduler
+
+from diffora_trainer import DiffoRAConfig, Selection, SelectionRun
+from diffora_trainer.search.held_out import HeldOutBatches
+from helpers.checks import adapter, assert_same, optimizer_state, step_logs
+from helpers.data import classification_dataset, tiny_tokenizer
+from helpers.trainers import CUT, WARMUP, classifier, lora, make_trainer, search_config
+
+
+STEPS = 12
+HELD_OUT = classification_dataset(10, seed=9)
+
+RUNS: dict[str, dict[str, Any]] = {
+    "diffora": {"fade_out": 2, "selection_scope": "model"},
+    "sampled": {"method": "sampled", "arch_every": 2},
+    "sigmoid, second order": {"method": "sigmoid", "arch_order": 2},
+    "softmax": {"method": "softmax", "max_trainable_parameters": 2000},
+    "grad_norm": {"method": "grad_norm", "score_batches": 2},
+    "random": {"method": "random"},
+    "sharing": {"weight_sharing": "model"},
+    "reallocation": {"method": "snip", "reallocate_every": 2, "score_batches": 2, "selection_scope": "model"},
+}
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
+def held_out() -> HeldOutBatches:
+    """As a trainer reads an `arch_dataset`."""
+    return HeldOutBatches(HELD_OUT, DataCollatorWithPadding(tiny_tokenizer()), batch_size=4, seed=0)
+
+
+class Recording:
+    """The batches of a Trainer's training steps, what it divides their losses by, and the random state before them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.batches: list[dict[str, Tensor]] = []
+        self.counts: list[Any] = []
+        self._step = trainer.training_step
+        trainer.training_step = self
+
+    def __call__(self, model: nn.Module, inputs: dict[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if not self.batches:
+            self.state = torch.get_rng_state()
+        self.batches.append({name: value.clone() for name, value in inputs.items()})
+        self.counts.append(kwargs["num_items_in_batch"] if "num_items_in_batch" in kwargs else args[0])
+        return self._step(model, inputs, *args, **kwargs)
+
+
+class Loop:
+    """What somebody writes who has no Trainer: AdamW, a linear schedule, clipping, and accumulation."""
+
+    def __init__(self, config: DiffoRAConfig, batches: list[Any], held_out: Any, counts: Any = None) -> None:
+        self.batches, self.losses = batches, []
+        self.counts = counts if counts is not None else [len(batch["labels"]) for batch in batches]
+        self.accumulation = len(batches) // STEPS
+        base = classifier().model
+        torch.manual_seed(7)
+        self.model = get_peft_model(base, lora(task_type="SEQ_CLS"))
+        weights = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
+        self.scheduler = get_scheduler("linear", self.optimizer, 0, STEPS)
+        self.run = SelectionRun(self.model, self.optimizer, config, loss_of, held_out, STEPS, scheduler=self.scheduler)
+
+    def train(self, until: int = STEPS) -> None:
+        self.model.train()
+        while self.run.step < until:
+            start = self.run.step * self.accumulation
+            loss = 0.0
+            for index in range(start, start + self.accumulation):
+                self.run.before_step(self.batches[index])
+                found = self.model(**self.batches[index], num_items_in_batch=self.counts[index]).loss
+                found.backward()
+                loss += float(found.detach())
+            self.losses.append(loss)
+            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            self.run.after_step()
+
+    def checkpoint(self) -> dict[str, Any]:
+        run = self.run.state_dict()
+        return copy.deepcopy(
+            {
+                "run": {**run, "run": json.loads(json.dumps(run["run"], allow_nan=False))},
+                "model": adapter(self.model) | trained(self.model),
+                "optimizer": self.optimizer.state_dict(),
+                "scheduler": self.scheduler.state_dict(),
+                "random": torch.get_rng_state(),
+            }
+        )
+
+    def resume(self, checkpoint: dict[str, Any]) -> None:
+        self.run.load_state_dict(checkpoint["run"])
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad or "lora_" in name:
+                    parameter.copy_(checkpoint["model"][name])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.scheduler.load_state_dict(checkpoint["scheduler"])
+        torch.set_rng_state(checkpoint["random"])
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad or "lora_" in n}
+
+
+def with_defaults(**options: Any) -> DiffoRAConfig:
+    return search_config(**{"arch_batch_size": 4, **options})
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("name", RUNS)
+def test_a_loop_of_ones_own_is_the_trainers_run(name: str, accumulation: int, tmp_path: Path) -> None:
+    """Bit for bit, with dropout: losses, selection, weights and the optimizer's state."""
+    trainer = make_trainer(
+        tmp_path,
+        args={
+            "gradient_accumulation_steps": accumulation,
+            "per_device_train_batch_size": 4 // accumulation,
+            "weight_decay": 0.0,
+            "optim": "adamw_torch",
+        },
+        train_dataset=classification_dataset(4 * STEPS),  # an epoch, in which no loader draws a seed again
+        arch_dataset=HELD_OUT,
+        search={"arch_batch_size": 4, **RUNS[name]},
+    )
+    recording = Recording(trainer)
+    trainer.train()
+    loop = Loop(with_defaults(**RUNS[name]), recording.batches, held_out(), recording.counts)
+    torch.set_rng_state(recording.state)
+    loop.train()
+
+    assert loop.run.selection == trainer.selection and loop.run.selection.step == CUT
+    assert loop.run.phase == "selected" and not loop.run.gates_active
+    assert_same(adapter(loop.model), adapter(trainer.model), "adapter")
+    assert_same(
+        optimizer_state(loop.model, loop.optimizer), optimizer_state(trainer.model, trainer.optimizer), "moments"
+    )
+    logged = [log["loss"] for log in step_logs(trainer).values()]
+    assert loop.losses == pytest.approx(logged, rel=1e-6)
+
+
+def batches(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
+    collate, rows = DataCollatorWithPadding(tiny_tokenizer()), classification_dataset(4 * count, seed=seed)
+    return [dict(collate([rows[4 * index + offset] for offset in range(4)])) for index in range(count)]
+
+
+def endless(found: list[Any]) -> Any:
+    while True:
+        yield from found
+
+
+SOURCES = {
+    "list": lambda: batches(5, seed=3),
+    "DataLoader": lambda: DataLoader(
+        classification_dataset(20, seed=3),
+        batch_size=4,
+        shuffle=True,
+        collate_fn=DataCollatorWithPadding(tiny_tokenizer()),
+    ),
+    "iterator": lambda: endless(batches(5, seed=3)),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("name", ["diffora", "sigmoid, second order", "grad_norm", "sharing", "reallocation"])
+def test_a_loop_goes_on_from_its_state(name: str, source: str) -> None:
+    """In each phase, by a state that has been through JSON, with dropout and moments."""
+    config, found = with_defaults(**RUNS[name]), batches(STEPS)
+    whole = Loop(config, found, SOURCES[source]())
+    phases, checkpoints = {}, {}
+    for step in range(STEPS + 1):
+        whole.train(step)
+        phases[step], checkpoints[step] = whole.run.phase, whole.checkpoint()
+    expected = {"warm-up", "selected"} if name == "grad_norm" else {"warm-up", "search", "selected"}
+    assert set(phases.values()) == (expected | {"fade-out"} if name == "diffora" else expected)
+
+    for step in (WARMUP - 1, WARMUP, WARMUP + 2, CUT - 1, CUT, CUT + 2):
+        resumed = Loop(config, found, SOURCES[source]())
+        resumed.resume(checkpoints[step])
+        assert resumed.run.phase == phases[step] and resumed.run.step == step
+        resumed.train()
+        assert resumed.run.selection == whole.run.selection, step
+        assert_same(resumed.losses, whole.losses[step:], f"losses from step {step}")
+        assert_same(trained(resumed.model), trained(whole.model), f"weights from step {step}")
+
+
+def test_a_state_of_something_else_is_refused() -> None:
+    config, found = with_defaults(), batches(STEPS)
+    loop = Loop(config, found, SOURCES["list"]())
+    loop.train(5)
+    state = loop.checkpoint()["run"]
+    for options, held_out, reason in (
+        ({"method": "sampled"}, "list", "the options"),
+        ({"discretize_at": 9}, "list", "the step of the pruning"),
+        ({"arch_warmup": 2}, "list", "the end of the warm-up"),
+        ({"arch_every": 2}, "list", "the options"),
+    ):
+        other = Loop(with_defaults(**options), found, SOURCES[held_out]())
+        with pytest.raises(ValueError, match=f"does not fit this run.*{reason}"):
+            other.run.load_state_dict(copy.deepcopy(state))
+    with pytest.raises(ValueError, match="before the first step.*make a new run"):
+        loop.run.load_state_dict(state)
+    with pytest.raises(ValueError, match="`modules`"):
+        Loop(config, found, SOURCES["list"]()).run.load_state_dict({**state, "run": {**state["run"], "modules": [1]}})
+    with pytest.raises(ValueError, match="come to an end"):
+        Loop(config, found, iter(batches(1, seed=3))).train()
+    with pytest.raises(TypeError, match="held_out_batches.*a list of them"):
+        Loop(config, found, {"input_ids": 1})
+
+
+def test_a_loop_that_ends_early_chooses_then() -> None:
+    loop = Loop(with_defaults(fade_out=2), batches(STEPS), SOURCES["list"]())
+    loop.train(5)
+    assert loop.run.selection is None and loop.run.finish() and not loop.run.finish()
+    assert isinstance(loop.run.selection, Selection) and loop.run.selection.step == 5
+    loop = Loop(with_defaults(), batches(STEPS), SOURCES["list"]())
+    loop.train(2)
+    before = trained(loop.model)
+    assert not loop.run.finish() and loop.run.selection is None and not loop.run.gates_active
+    assert_same(trained(loop.model), before)
