@@ -70,7 +70,7 @@ class OwnRandomState:
             if self._state is None:
                 random.seed(self._seed)
                 np.random.seed(self._seed)
-                torch.random.default_generator.manual_seed(self._seed)
+                torch.default_generator.manual_seed(self._seed)
             else:
                 random.setstate(self._state[0])
                 np.random.set_state(self._state[1])

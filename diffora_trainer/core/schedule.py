@@ -211,7 +211,7 @@ class Moments:
 def check_moment(name: str, value: float, *, minimum_open: bool) -> None:
     """Raise a `ValueError` if a number is neither a step nor a fraction of all steps."""
     valid = value > 0 if minimum_open else value >= 0
-    if not valid or (value >= 1 and not value.is_integer()):
+    if not valid or (value >= 1 and not float(value).is_integer()):
         raise ValueError(
             f"You passed `{name}={value}`. A whole number of 1 or more is an optimizer step and a number in "
             f"{'(0, 1)' if minimum_open else '[0, 1)'} a fraction of all steps; this is neither."

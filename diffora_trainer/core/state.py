@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .allocation import Allocation
@@ -108,7 +108,9 @@ class RunState:
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["selection"] = None if self.selection is None else self.selection.to_json()
         values["times"] = None if self.times is None else self.times.to_dict()
-        values["history"] = [asdict(entry) for entry in self.history]
+        values["history"] = [
+            {"step": entry.step, "scores": list(entry.scores), "on": list(entry.on)} for entry in self.history
+        ]
         if self.selection is not None:
             values = {name: values[name] for name in _ALWAYS}
         return {"format": _FORMAT, "phase": self.phase, **values}

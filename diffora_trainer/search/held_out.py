@@ -25,8 +25,8 @@ class HeldOutBatches:
         collate (`Callable`): makes a batch of rows.
         batch_size (`int`): rows of a batch on each process.
         seed (`int`): seed of the order.
-        rank (`int`, *optional*, defaults to `0`): this process.
-        world_size (`int`, *optional*, defaults to `1`): all processes; they read different rows.
+        process (`tuple[int, int]`, *optional*, defaults to `(0, 1)`): which process this is, of how many; they read
+            different rows.
         comparable (`bool`, *optional*, defaults to `True`): whether the losses of two models on the same rows tell
             which is better. They do not where each loss is taken on completions made for it.
     """
@@ -37,8 +37,7 @@ class HeldOutBatches:
         collate: Callable[[list[Any]], Any],
         batch_size: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
+        process: tuple[int, int] = (0, 1),
         comparable: bool = True,
     ) -> None:
         if len(dataset) == 0:
@@ -48,9 +47,9 @@ class HeldOutBatches:
             )
         self.dataset = dataset
         self.collate = collate
-        self.batch_size = max(1, min(batch_size, len(dataset) // world_size))
+        self.rank, self.world_size = process
+        self.batch_size = max(1, min(batch_size, len(dataset) // self.world_size))
         self.seed = seed
-        self.rank, self.world_size = rank, world_size
         self.comparable = comparable
         self.position = 0
         self._order: tuple[int, list[int]] | None = None

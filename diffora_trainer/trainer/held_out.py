@@ -173,8 +173,7 @@ class HeldOutData:
             collate,
             batch_size=config.arch_batch_size or train_batch_size(trainer),
             seed=config.arch_seed,
-            rank=trainer.args.process_index,
-            world_size=trainer.args.world_size,
+            process=(trainer.args.process_index, trainer.args.world_size),
             comparable=comparable,
         )
 

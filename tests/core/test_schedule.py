@@ -1,0 +1,131 @@
+"""When things happen in a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffora_trainer.core.schedule import Event, Moments, Prune, Schedule
+
+
+W, U, D, P = Event.END_WARMUP, Event.UPDATE, Event.DISCRETIZE, Event.PRUNE
+
+
+def happenings(schedule: Schedule) -> dict[int, list[Event]]:
+    found = {step: schedule.events(step) for step in range(schedule.total_steps + 1)}
+    return {step: events for step, events in found.items() if events}
+
+
+def test_defaults_of_300_steps() -> None:
+    """As the documentation has it."""
+    schedule = Moments(0.25, 0.05, fade_out=0.05, every=4.0).resolve(300)
+    assert (schedule.warmup, schedule.discretize, schedule.prune, schedule.fades) == (15, 60, 75, True)
+    found = happenings(schedule)
+    assert found.pop(15) == [W] and found.pop(60) == [U, D] and found.pop(75) == [P]
+    assert found == {step: [U] for step in range(16, 60, 4)}
+    assert schedule.fade_progress(59) is None and schedule.fade_progress(75) is None
+    faded = [schedule.fade_progress(step) for step in range(60, 75)]
+    assert faded == pytest.approx([(index + 1) / 15 for index in range(15)]) and faded[-1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("moments", "total", "expected"),
+    [
+        (Moments(8, 3, every=1.0), 12, {3: [W], 4: [U], 5: [U], 6: [U], 7: [U], 8: [U, P]}),
+        (Moments(8, 3, fade_out=2, every=2.0), 12, {3: [W], 4: [U], 6: [U, D], 8: [P]}),
+        (Moments(8, 3), 12, {8: [W, U, P]}),  # scored once, right before the pruning
+        (Moments(0, 0), 12, {0: [W, U, P]}),  # before the first step
+        (Moments(8, 3, every=2.0, decides=False), 12, {3: [W, U], 5: [U], 7: [U], 8: [P]}),  # chosen anew
+        (Moments(0.25, 0.05, fade_out=0.05, every=4.0), 3, {1: [W], 2: [U, P]}),  # a first try with three steps
+        (Moments(0.999, 0.05, every=4.0), 12, {1: [W], 2: [U], 6: [U], 10: [U], 12: [P]}),
+    ],
+)
+def test_events(moments: Moments, total: int, expected: dict[int, list[Event]]) -> None:
+    assert happenings(moments.resolve(total)) == expected
+
+
+moments_strategy = st.builds(
+    dict,
+    discretize_at=st.one_of(st.integers(2, 60).map(float), st.floats(0.01, 0.99)),
+    warmup=st.one_of(st.integers(1, 60).map(float), st.floats(0, 0.99)),
+    fade_out=st.one_of(st.integers(0, 60).map(float), st.floats(0, 0.99)),
+    every=st.one_of(st.none(), st.integers(1, 20).map(float)),
+    decides=st.booleans(),
+)
+
+
+@given(moments_strategy, st.integers(2, 400))
+def test_every_run_that_is_not_refused_is_in_order(options: dict[str, Any], total: int) -> None:
+    """Warm-up, at least one look, the decision, the pruning; each once, and the fading in between."""
+    if options["fade_out"] and not options["decides"]:
+        options["fade_out"] = 0.0
+    try:
+        schedule = Moments(**options).resolve(total)
+    except ValueError as error:
+        assert "lease" in str(error) or "Use a" in str(error)
+        return
+    found = happenings(schedule)
+    when = {event: [step for step, events in found.items() if event in events] for event in Event}
+    assert when[W] == [schedule.warmup] and when[P] == [schedule.prune]
+    assert when[U] and schedule.warmup <= when[U][0] and when[U][-1] <= schedule.discretize
+    assert when[D] == ([schedule.discretize] if schedule.fades else [])
+    assert 1 <= schedule.warmup <= schedule.discretize <= schedule.prune <= total
+    fading = [step for step in range(total + 1) if schedule.fade_progress(step) is not None]
+    assert fading == list(range(schedule.discretize, schedule.prune))
+
+
+def test_several_rounds() -> None:
+    """A schedule holds any number of them; each is decided after the one before is carried out."""
+    schedule = Schedule(100, 5, range(6, 61, 6), (Prune(12, 18), Prune(30, 30), Prune(54, 60)))
+    found = happenings(schedule)
+    assert [step for step, events in found.items() if P in events] == [18, 30, 60]
+    assert [step for step, events in found.items() if D in events] == [12, 54]
+    assert (schedule.discretize, schedule.prune) == (54, 60)
+    assert [step for step in range(101) if schedule.fade_progress(step)] == [*range(12, 18), *range(54, 60)]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "rounds", "message"),
+    [
+        (5, (), "at least one"),
+        (5, (Prune(30, 20),), "decided before it is carried out"),
+        (5, (Prune(10, 40), Prune(30, 60)), "carried out before the next is decided"),
+        (5, (Prune(10, 40), Prune(40, 40)), "rounds"),
+        (5, (Prune(10, 400),), "100 steps"),
+        (20, (Prune(10, 40),), "warm-up until step 20"),
+    ],
+)
+def test_rounds_that_cannot_happen(warmup: int, rounds: tuple[Prune, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(100, warmup, range(6, 20), rounds)
+
+
+@pytest.mark.parametrize(
+    ("moments", "total", "message"),
+    [
+        (Moments(20, 3, every=1.0), 12, "discretize_at=20.*only 12 optimizer steps.*fraction"),
+        (Moments(0.25, 6, every=1.0), 12, "pruned at step 3.*warm-up lasts until step 6.*larger"),
+        (Moments(0.25, 0.05, every=1.0), 1, "1 optimizer step.*at least 2.*max_steps"),
+        (Moments(0.25, 0.05, every=1.0), 10**30, "no run is as long"),
+    ],
+)
+def test_runs_that_are_too_short(moments: Moments, total: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        moments.resolve(total)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"discretize_at": 1.5, "warmup": 0}, "discretize_at=1.5.*neither"),
+        ({"discretize_at": -1, "warmup": 0}, "discretize_at=-1"),
+        ({"discretize_at": 3, "warmup": 5, "every": 1.0}, "pruned before the search starts"),
+        ({"discretize_at": 5, "warmup": 3, "every": 2.0, "decides": False}, "once and never anew"),
+    ],
+)
+def test_moments_that_leave_nothing_to_decide_by(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Moments(**options)

@@ -1,0 +1,132 @@
+"""The state of a run, and what earlier versions wrote."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from diffora_trainer.core.allocation import Allocation
+from diffora_trainer.core.schedule import Prune, Schedule
+from diffora_trainer.core.selection import Selection
+from diffora_trainer.core.state import RunState, check_same
+from diffora_trainer.core.times import StepTimes
+from helpers.adapted import make_selection
+
+
+NAMES = ("a", "b", "c")
+SEARCHING = RunState(
+    5, {"method": "diffora"}, {"size": 3}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_position=3,
+    held_out_rows=10, skipped_steps=1, losses=(0.5, 0.25), reached=(True, False, True), effect=(1.0, 0.5),
+    times=StepTimes(1.0, (0.5, 0.25), 0.1),
+    history=(Allocation(2, (1.0, 2.0, 3.0), (True, True, False)), Allocation(4, (1.0, 2.0, 4.0), (True, False, True))),
+)  # fmt: skip
+STATES = {
+    "warm-up": RunState(1, {}, {}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_rows=10),
+    "search": SEARCHING,
+    "fade-out": replace(SEARCHING, step=6, kept=(True, False, True)),
+    "selected": RunState(9, {"method": "snip"}, {"size": 3}, ("shortcuts",), True, selection=make_selection()),
+}
+
+
+@pytest.mark.parametrize("phase", STATES)
+def test_a_state_survives_json(phase: str) -> None:
+    state = STATES[phase]
+    assert state.phase == phase
+    record = state.to_dict()
+    assert RunState.from_dict(json.loads(json.dumps(record, allow_nan=False))) == state
+    assert record["phase"] == phase and record["format"] == 3
+    if phase == "selected":
+        assert "modules" not in record
+
+
+@pytest.mark.parametrize("phase", STATES)
+def test_each_missing_or_foreign_value_is_named(phase: str) -> None:
+    record = json.loads(json.dumps(STATES[phase].to_dict()))
+    for name in record:
+        damaged = {key: value for key, value in record.items() if key != name}
+        with pytest.raises(ValueError, match=name):
+            RunState.from_dict(damaged)
+        foreign: Any
+        for foreign in ("x", -1, [None], {"no": "value"}, 1e300):
+            if name in ("config", "base_model") and isinstance(foreign, dict):
+                continue  # any object can be one
+            with pytest.raises(ValueError):
+                RunState.from_dict({**record, name: foreign})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": 8}, "steps 2, 6, 8 disagree"),
+        ({"warmup": 7}, "disagree"),
+        ({"modules": (), "reached": (), "history": ()}, "among no `modules`"),
+        ({"kept": (True, True, True)}, "at step 5 its `kept`"),
+        ({"step": 6}, "at step 6 its `kept` cannot be None"),
+        ({"step": 7, "kept": (True,)}, "`kept` has 1 entries for 3"),
+        ({"reached": (True,)}, "`reached` has 1 entries for 3"),
+        ({"history": (Allocation(2, (1.0,), (True,)),)}, "`history` is not one of 3 modules"),
+        ({"history": (Allocation(6, (1.0, 2.0, 3.0), (True, True, True)),)}, "`history` cannot be one of"),
+        ({"step": 1, "history": ()}, "in phase 'warm-up' its `times`"),
+    ],
+)
+def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SEARCHING, **change)
+
+
+def test_states_of_format_2_are_read() -> None:
+    """Other names, one other kind of site, and fields that were not kept yet."""
+    state = STATES["fade-out"]
+    record = state.to_dict()
+    for new, old in (("discretize", "decision"), ("prune", "cut"), ("kept", "decided"), ("began_pruned", "began_cut")):
+        record[old] = record.pop(new)
+    del record["extra_kinds"]
+    old = {**record, "format": 2, "phase": "search"}  # it knew no phase of its own for the fade-out
+    assert RunState.from_dict({**old, "shortcuts": True}) == replace(state, extra_kinds=("shortcuts",))
+    assert RunState.from_dict({**old, "shortcuts": False}) == state
+    for name in ("history", "reached", "effect"):
+        del old[name]
+    assert RunState.from_dict(old) == replace(state, history=(), reached=None, effect=None)
+    with pytest.raises(ValueError, match="discretize"):
+        RunState.from_dict({name: value for name, value in old.items() if name != "decision"})
+    with pytest.raises(ValueError, match="`format` is not 3"):
+        RunState.from_dict({**old, "format": 1})
+
+
+def format_1(selection: Selection, shortcuts: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A selection as the first release wrote it."""
+    record = json.loads(selection.to_json())
+    for module in record["modules"]:
+        for name in ("kind", "rank", "kept_rank", "gain"):
+            del module[name]
+    for name in ("history", "times", "notes", "frequency"):
+        del record[name]
+    return {**record, "format": 1, "shortcuts": list(shortcuts)}
+
+
+def test_selections_of_format_1_are_read() -> None:
+    new = make_selection(shared=())
+    old = Selection.from_json(json.dumps(format_1(new)))
+    for name in ("kept", "selected", "dropped", "modules", "rows", "columns", "positions", "parameters", "scores"):
+        assert getattr(old, name) == getattr(new, name), name
+    assert old.table() == new.table() and old.summary() == new.summary() and old.gains == new.scores
+    assert Selection.from_json(old.to_json()) == old
+    mixed = Selection.from_json(json.dumps(format_1(new, shortcuts=(new.modules[-1],))))
+    assert mixed.of_kind("shortcuts") == tuple(name for name in new.selected if name == new.modules[-1])
+    assert "shortcuts" in mixed.summary()
+    with pytest.raises(ValueError, match="shortcut 'nobody' that is not one of its modules"):
+        Selection.from_json(json.dumps(format_1(new, shortcuts=("nobody",))))
+
+
+def test_what_differs_is_said() -> None:
+    schedule = Schedule(12, 2, range(3, 7), (Prune(6, 8),))
+    check_same("there", SEARCHING.check_schedule(schedule))
+    later = Schedule(12, 3, range(4, 7), (Prune(6, 9),))
+    with pytest.raises(ValueError, match="'there' does not fit.*end of the warm-up.*saved: 2, now: 3.*Please"):
+        check_same("there", SEARCHING.check_schedule(later))
+    with pytest.raises(ValueError) as error:
+        check_same("there", {"the modules": (["x"] * 1000, ["y"] * 1000)})
+    assert len(str(error.value)) < 700

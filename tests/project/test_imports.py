@@ -1,0 +1,119 @@
+"""Which room may import which, how long a file may be, and how many parameters a function may have."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+
+PACKAGE = ROOT / "diffora_trainer"
+LEAVES = {"config", "renamed", "logging", "compat", "core"}
+# `config` reads its numbers by `core.values`, checks moments by `core.schedule`, and knows nothing else.
+MAY_IMPORT = {
+    "core": set(),
+    "logging": set(),
+    "renamed": {"core"},
+    "config": {"core", "renamed"},
+    "compat": {"core", "logging"},
+    "methods": {"core", "config", "logging", "compat"},
+    "adapters": {"core", "config", "logging", "compat"},
+    "search": {"methods", "adapters", *LEAVES},
+    "hub": {"methods", "adapters", *LEAVES},
+    "trainer": {"search", "hub", "methods", "adapters", *LEAVES},
+    "experimental": {"hub", "methods", "adapters", *LEAVES},
+}
+# The public names, which are loaded when they are asked for.
+LAZY = PACKAGE / "__init__.py"
+MAX_LINES, MAX_PARAMETERS = 360, 6
+# Whose arguments are the user's options: classes that users build, and the budget, which is made of options.
+OF_USERS = {"DiffoRATrainer", "DiffoRASFTTrainer", "DiffoRAMixin", "SelectionRun", "ArchitectureSearch", "Budget"}
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != LAZY)
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path, everywhere: bool = True) -> set[Path]:
+    """The files of the package that one imports; with `everywhere` also inside of functions."""
+    tree = ast.parse(path.read_text())
+    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+    found = set()
+    for node in nodes:
+        if not isinstance(node, ast.ImportFrom) or not node.level:
+            continue
+        folder = path.parent
+        for _ in range(node.level - 1):
+            folder = folder.parent
+        base = folder.joinpath(*(node.module or "").split(".")) if node.module else folder
+        for alias in node.names:
+            for candidate in (base / f"{alias.name}.py", base / alias.name / "__init__.py", base.with_suffix(".py")):
+                if candidate.is_file():
+                    found.add(candidate)
+                    break
+            else:
+                assert (base / "__init__.py").is_file(), (path, node.module, alias.name)
+                found.add(base / "__init__.py")
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    assert {room(path) for path in FILES} == set(MAY_IMPORT)
+    wrong = [
+        f"{path.relative_to(PACKAGE)} -> {other.relative_to(PACKAGE)}"
+        for path in FILES
+        for other in imported(path) - {LAZY}
+        if room(other) not in {room(path), *MAY_IMPORT[room(path)]}
+    ]
+    assert not wrong
+
+
+def test_nobody_imports_what_is_experimental() -> None:
+    """It registers itself; whoever asks for it by a public name or in a file of its own gets it."""
+    assert not [path for path in FILES if room(path) != "experimental" and "experimental" in map(room, imported(path))]
+
+
+def test_core_and_methods_need_torch_alone() -> None:
+    for path in FILES:
+        if room(path) not in ("core", "methods"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module or ""]
+            for name in names:
+                assert name.split(".")[0] not in ("transformers", "peft", "trl", "accelerate", "datasets"), path
+
+
+def test_no_circle() -> None:
+    edges = {path: imported(path) for path in FILES}
+    done: set[Path] = set()
+
+    def visit(path: Path, above: tuple[Path, ...]) -> None:
+        assert path not in above, [p.relative_to(PACKAGE).as_posix() for p in (*above[above.index(path) :], path)]
+        if path in done:
+            return
+        for other in edges.get(path, ()):
+            visit(other, (*above, path))
+        done.add(path)
+
+    for path in FILES:
+        visit(path, ())
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    for owner in ast.walk(ast.parse(text)):
+        for node in getattr(owner, "body", ()) if not isinstance(owner, (ast.Lambda, ast.IfExp)) else ():
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or getattr(owner, "name", "") in OF_USERS:
+                continue
+            arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+            given = [a.arg for a in arguments if a.arg not in ("self", "cls")]
+            assert len(given) <= MAX_PARAMETERS, (node.name, given)

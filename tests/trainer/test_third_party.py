@@ -1,0 +1,201 @@
+"""A method of somebody else's: one file, by a decorator or an entry point, with no line of this package touched."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import HfArgumentParser
+
+from diffora_trainer import DiffoRAConfig, Selection, SelectionRun, register_method
+from diffora_trainer.hub.card import write_card
+from diffora_trainer.methods.base import ScoreMethod
+from diffora_trainer.methods.registry import method_names, unregister_method
+from helpers.adapted import lora_layers
+from helpers.checks import assert_continues
+from helpers.searches import warm
+from helpers.trainers import CUT, SAVES, lora, make_trainer, saving_trainer
+
+
+FISHER = '''
+"""Fisher information of the modules."""
+
+from dataclasses import dataclass
+
+from diffora_trainer.methods.base import ScoreMethod
+from diffora_trainer.methods.options import ScoreOptions
+from diffora_trainer.methods.papers import Paper
+
+
+@dataclass(frozen=True)
+class FisherOptions(ScoreOptions):
+    """Options of [`Fisher`]."""
+
+    power: float = 1.0
+
+
+class Fisher(ScoreMethod):
+    """Mean squared gradient (Amari, 1998)."""
+
+    paper = Paper("Natural Gradient Works Efficiently in Learning", "https://example.org/amari", "@article{amari98}")
+    Options = FisherOptions
+
+    def score(self, context):
+        return context.mean_over_batches(lambda gradient: gradient.square().sum()) ** self.options.power
+'''
+
+SIGNED = '''
+"""A matrix that counts the signs of its gradient."""
+
+import torch
+
+from diffora_trainer.methods.base import GradientMethod
+
+
+class Signed(GradientMethod):
+    """The share of the steps in which a gate lowered the loss."""
+
+    trains_open = True
+
+    def __init__(self, budget, learning_rate=None, seed=0):
+        super().__init__(budget, learning_rate, seed)
+        self._count = torch.zeros(len(budget))
+
+    def values(self):
+        return (self._count + 1) / (self.steps + 2)
+
+    def step(self, gradient):
+        self.steps += 1
+        self._count += (gradient < 0).float()
+
+    def _tensors(self):
+        return {"count": self._count}
+'''
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package beside this one that names its methods in the entry-point group."""
+    site = tmp_path / "site"
+    about = site / "other_methods-1.0.dist-info"
+    about.mkdir(parents=True)
+    (site / "other_methods.py").write_text(FISHER)
+    (site / "more_methods.py").write_text(SIGNED)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-methods\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text(
+        "[diffora_trainer.methods]\nfisher = other_methods:Fisher\nsigned = more_methods:Signed\n"
+    )
+    monkeypatch.syspath_prepend(str(site))
+    importlib.invalidate_caches()
+    yield
+    for name in ("fisher", "signed"):
+        unregister_method(name)
+    for module in ("other_methods", "more_methods"):
+        sys.modules.pop(module, None)
+
+
+@pytest.mark.parametrize("task", ["cls", "sft"])
+@pytest.mark.parametrize(
+    "search",
+    [
+        {"method": "fisher", "selection_scope": "model", "score_batches": 2},
+        {"method": "fisher", "reallocate_every": 2, "score_batches": 2},
+        {"method": "signed", "fade_out": 2},
+    ],
+    ids=["scores", "scores anew", "searches"],
+)
+def test_installed_method_runs_resumes_and_is_told_of(
+    search: dict[str, object], task: str, installed: None, tmp_path: Path
+) -> None:
+    assert {"fisher", "signed"} < set(method_names())
+    whole = saving_trainer(tmp_path / "whole", task, 2, search=search)
+    whole.train()
+    whole.save_model()
+    selection = whole.selection
+    assert selection.step == CUT and selection.config["method"] == search["method"]
+    assert set(lora_layers(whole.model, "default")) == set(selection.selected)
+    assert 0 < len(selection.selected) < len(selection.modules) and len(set(selection.scores)) > 1
+    folder = Path(whole.args.output_dir)
+    assert Selection.load(folder) == selection
+    card = (folder / "README.md").read_text()
+    if search["method"] == "fisher":
+        assert "Natural Gradient Works Efficiently in Learning" in card and "@article{amari98}" in card
+        assert "| `score_batches` | 2 |" in card and "| `power` | 1.0 |" in card
+    for step in SAVES[1:]:
+        resumed = saving_trainer(tmp_path / str(step), task, 2, search=search)
+        resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
+        assert_continues(resumed, whole, step)
+
+
+def test_options_are_read_wherever_a_configuration_is(installed: None, tmp_path: Path) -> None:
+    options = {"score_batches": 2, "power": 2.0}
+    line = ["--method", "fisher", "--method_options", json.dumps(options)]
+    (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(line)
+    assert config == DiffoRAConfig(method="fisher", method_options=options)
+    assert DiffoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    found = {}
+    for power in (1.0, 2.0):
+        search = {"method": "fisher", "method_options": {**options, "power": power}}
+        trainer = make_trainer(tmp_path / str(power), search=search)
+        trainer.train()
+        found[power] = torch.tensor(trainer.selection.scores)
+    torch.testing.assert_close(found[2.0], found[1.0] ** 2)
+    with pytest.raises(ValueError, match="`arch_every` with `method='fisher'`.*'power'"):
+        make_trainer(tmp_path, search={"method": "fisher", "arch_every": 1})
+
+
+def test_method_of_a_script() -> None:
+    """The example of the documentation, in a loop of one's own; afterwards nobody knows it."""
+
+    @register_method("example")
+    class Example(ScoreMethod):
+        def score(self, context):
+            return context.mean_over_batches(lambda gradient: gradient.square().sum())
+
+    model, batches = warm()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    config = DiffoRAConfig(method="example", method_options={"score_batches": 3})
+    try:
+        run = SelectionRun(model, optimizer, config, lambda m, b: m(**b).loss, batches, total_steps=4)
+        twin_gradients = []
+        for batch in batches:
+            loss = model.eval()(**batch).loss
+            weights = {n: p for n, p in model.named_parameters() if "lora_" in n}
+            twin_gradients.append(dict(zip(weights, torch.autograd.grad(loss, list(weights.values())), strict=True)))
+        scores = run.search.score(batches)
+        for name, score in zip(run.search.grid.names, scores.tolist(), strict=True):
+            by_hand = [
+                sum(float(g.double().square().sum()) for n, g in found.items() if f".{name}.lora_" in n)
+                for found in twin_gradients
+            ]
+            assert score == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+        assert "example" in method_names()
+    finally:
+        unregister_method("example")
+    with pytest.raises(ValueError, match="method='example'.*must be one of.*'diffora'"):
+        SelectionRun(model, optimizer, config, lambda m, b: m(**b).loss, batches, total_steps=4)
+
+
+def test_a_card_is_written_where_the_method_is_not_installed(installed: None, tmp_path: Path) -> None:
+    """Somebody reads a selection who does not have the other package."""
+    trainer = make_trainer(tmp_path / "run", search={"method": "fisher", "score_batches": 1})
+    trainer.train()
+    for name in ("fisher", "signed"):
+        unregister_method(name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path / "site")])
+        importlib.invalidate_caches()
+        assert "fisher" not in method_names()
+        text = write_card(tmp_path / "card", trainer.selection, lora(task_type="SEQ_CLS")).read_text()
+        assert "Chosen modules" in text and "fisher" in text and "amari98" not in text
+
+
+def test_what_is_no_method_is_refused() -> None:
+    with pytest.raises(TypeError, match="is no method.*ScoreMethod"):
+        register_method("nothing")(dict)
+    assert "nothing" not in method_names()
