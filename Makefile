@@ -22,9 +22,9 @@ WORKERS := -n $(PYTEST_WORKERS) --dist loadfile
 ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV) $(BIN)/python -m pytest
 # The tests of what most depends on the versions of the libraries: some three minutes on two slow cores.
-CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer preference trainers_table trainer_parents rollouts \
-	generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint) \
-	$(addprefix adapters/test_,gates architectures pruning backward) $(addprefix core/test_,selection config) \
+CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop third_party preference trainers_table \
+	trainer_parents rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint) \
+	$(addprefix adapters/test_,gates architectures pruning backward sites) $(addprefix core/test_,selection config state) \
 	search/test_search hub/test_saving project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
 SOURCES := $(wildcard diffora_trainer recipes tests)
 
@@ -62,7 +62,7 @@ $(DEMO_STAMP): pyproject.toml constraints.txt
 $(STAMP_OLDEST): pyproject.toml constraints-oldest.txt
 	test -x $(BIN_OLDEST)/python || $(PYTHON) -m venv $(VENV_OLDEST)
 	$(PIP_OLDEST) torch==2.13.0
-	$(PIP_OLDEST) -e '.[plots]' pytest pytest-timeout
+	$(PIP_OLDEST) -e '.[plots]' pytest pytest-timeout pytest-xdist
 	touch $@
 
 demo: $(DEMO_STAMP)
@@ -79,7 +79,7 @@ test-all: $(STAMP)
 	$(PYTEST) tests -q --durations=15 -m "slow or not slow"
 
 test-oldest: $(STAMP_OLDEST)
-	HF_HUB_OFFLINE=1 $(ENV) $(BIN_OLDEST)/python -m pytest $(CORE) -q --durations=5
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV) $(BIN_OLDEST)/python -m pytest $(CORE) -q --durations=5 $(WORKERS)
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -62,9 +62,10 @@ def test_what_is_imported_is_what_is_declared() -> None:
 
 
 def test_held_out_batches_need_neither_a_trainer_nor_its_libraries() -> None:
-    tree = TREES["search/held_out.py"]
-    own = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
-    assert set(imported(tree)) - sys.stdlib_module_names == {"torch"} and own == {"core.isolation"}
+    for name, others in (("held_out", {"core.isolation", "batches"}), ("batches", {"core.isolation"})):
+        tree = TREES[f"search/{name}.py"]
+        own = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level}
+        assert set(imported(tree)) - sys.stdlib_module_names == {"torch"} and own == others
 
 
 def test_the_oldest_versions_that_are_declared_are_those_that_are_tested() -> None:

@@ -47,11 +47,15 @@ def held_out() -> HeldOutBatches:
 
 
 class Recording:
-    """The batches of a Trainer's training steps, what it divides their losses by, and the random state before them."""
+    """
+    The batches of a Trainer's training steps, the random state before them, the number that the model divides their
+    losses by, and the one that accelerate does, which is not 1 in transformers 5.2.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self.batches: list[dict[str, Tensor]] = []
         self.counts: list[Any] = []
+        self.divisor = trainer.accelerator.gradient_accumulation_steps
         self._step = trainer.training_step
         trainer.training_step = self
 
@@ -67,7 +71,7 @@ class Loop:
     """What somebody writes who has no Trainer: AdamW, a linear schedule, clipping, and accumulation."""
 
     def __init__(self, config: DiffoRAConfig, batches: list[Any], held_out: Any, counts: Any = None) -> None:
-        self.batches, self.losses = batches, []
+        self.batches, self.losses, self.divisor = batches, [], 1
         self.counts = counts if counts is not None else [len(batch["labels"]) for batch in batches]
         self.accumulation = len(batches) // STEPS
         base = classifier().model
@@ -86,7 +90,7 @@ class Loop:
             for index in range(start, start + self.accumulation):
                 self.run.before_step(self.batches[index])
                 found = self.model(**self.batches[index], num_items_in_batch=self.counts[index]).loss
-                found.backward()
+                (found / self.divisor).backward()
                 loss += float(found.detach())
             self.losses.append(loss)
             torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
@@ -148,6 +152,7 @@ def test_a_loop_of_ones_own_is_the_trainers_run(name: str, accumulation: int, tm
     recording = Recording(trainer)
     trainer.train()
     loop = Loop(with_defaults(**RUNS[name]), recording.batches, held_out(), recording.counts)
+    loop.divisor = recording.divisor
     torch.set_rng_state(recording.state)
     loop.train()
 

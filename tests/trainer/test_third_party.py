@@ -49,16 +49,16 @@ class Fisher(ScoreMethod):
         return context.mean_over_batches(lambda gradient: gradient.square().sum()) ** self.options.power
 '''
 
-SIGNED = '''
-"""A matrix that counts the signs of its gradient."""
+RELATIVE = '''
+"""A matrix that counts the gradient in units of its largest entry."""
 
 import torch
 
 from diffora_trainer.methods.base import GradientMethod
 
 
-class Signed(GradientMethod):
-    """The share of the steps in which a gate lowered the loss."""
+class Relative(GradientMethod):
+    """How much each gate lowered the loss, where every step counts the same."""
 
     trains_open = True
 
@@ -67,11 +67,11 @@ class Signed(GradientMethod):
         self._count = torch.zeros(len(budget))
 
     def values(self):
-        return (self._count + 1) / (self.steps + 2)
+        return torch.sigmoid(self._count)
 
     def step(self, gradient):
         self.steps += 1
-        self._count += (gradient < 0).float()
+        self._count -= gradient / gradient.abs().max()
 
     def _tensors(self):
         return {"count": self._count}
@@ -85,15 +85,15 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     about = site / "other_methods-1.0.dist-info"
     about.mkdir(parents=True)
     (site / "other_methods.py").write_text(FISHER)
-    (site / "more_methods.py").write_text(SIGNED)
+    (site / "more_methods.py").write_text(RELATIVE)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-methods\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
-        "[diffora_trainer.methods]\nfisher = other_methods:Fisher\nsigned = more_methods:Signed\n"
+        "[diffora_trainer.methods]\nfisher = other_methods:Fisher\nrelative = more_methods:Relative\n"
     )
     monkeypatch.syspath_prepend(str(site))
     importlib.invalidate_caches()
     yield
-    for name in ("fisher", "signed"):
+    for name in ("fisher", "relative"):
         unregister_method(name)
     for module in ("other_methods", "more_methods"):
         sys.modules.pop(module, None)
@@ -105,14 +105,14 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     [
         {"method": "fisher", "selection_scope": "model", "score_batches": 2},
         {"method": "fisher", "reallocate_every": 2, "score_batches": 2},
-        {"method": "signed", "fade_out": 2},
+        {"method": "relative", "fade_out": 2},
     ],
     ids=["scores", "scores anew", "searches"],
 )
 def test_installed_method_runs_resumes_and_is_told_of(
     search: dict[str, object], task: str, installed: None, tmp_path: Path
 ) -> None:
-    assert {"fisher", "signed"} < set(method_names())
+    assert {"fisher", "relative"} < set(method_names())
     whole = saving_trainer(tmp_path / "whole", task, 2, search=search)
     whole.train()
     whole.save_model()
@@ -185,7 +185,7 @@ def test_a_card_is_written_where_the_method_is_not_installed(installed: None, tm
     """Somebody reads a selection who does not have the other package."""
     trainer = make_trainer(tmp_path / "run", search={"method": "fisher", "score_batches": 1})
     trainer.train()
-    for name in ("fisher", "signed"):
+    for name in ("fisher", "relative"):
         unregister_method(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [path for path in sys.path if path != str(tmp_path / "site")])
