@@ -48,7 +48,7 @@ def run(config: str, **overrides) -> tuple[str, list[dict]]:
     task, options = compare.make_parser().parse_args_and_config(words)
     task.training = {**task.training, "max_steps": 8, "use_cpu": True, "per_device_train_batch_size": 4}
     table = compare.main(task, options)
-    return table, compare.read_results(Path(options.output_dir) / "results.jsonl")
+    return table, recipe("result_files").read_results(Path(options.output_dir) / "results.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +167,7 @@ def test_bad_options_are_named(folder: Path, tmp_path: Path, overrides: dict, me
 
 
 def test_a_set_of_modules_is_fitted_to_the_budget_to_within_one_module() -> None:
-    grid_class = recipe("methods").Grid
+    grid_class = recipe("module_sets").Grid
     rng = random.Random(0)
     for _ in range(200):
         count = rng.randint(1, 40)

@@ -44,7 +44,7 @@ def run(config: str, **overrides: Any) -> tuple[str, list[dict[str, Any]]]:
     task, options, small = heterolora.make_parser().parse_args_and_config(words)
     task.training = {**task.training, "num_train_epochs": 2, "use_cpu": True, "per_device_train_batch_size": 4}
     table = heterolora.main(task, options, small)
-    return table, recipe("compare").read_results(Path(options.output_dir) / "results.jsonl")
+    return table, recipe("result_files").read_results(Path(options.output_dir) / "results.jsonl")
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,6 @@ and one can add methods, budgets, seeds and draws later.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import json
 import multiprocessing
 import os
@@ -50,11 +48,12 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
+from result_files import append, end_last_line, fingerprint, read_results  # noqa: E402
 from tasks import Task, TaskConfig  # noqa: E402
 
 
 if TYPE_CHECKING:
-    from methods import Grid
+    from module_sets import Grid
 
 Job = dict[str, Any]
 
@@ -112,12 +111,6 @@ class CompareConfig:
         self.budgets = [round(budget, 6) for budget in self.budgets]
 
 
-def fingerprint(config: TaskConfig, **others: Any) -> str:
-    """By what results can be compared: a change of the model, the data, the training or `others` gives another one."""
-    settings = {**dataclasses.asdict(config), "task": None, **others}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
-
-
 def plan_runs(config: CompareConfig) -> Iterable[Job]:
     """The first run of every method, seed by seed, so that a table can be made early."""
     for turn, seed in enumerate(config.seeds):
@@ -163,7 +156,7 @@ def _start(config: TaskConfig, threads: int | None) -> None:
     """In each worker: load the data once."""
     global _task, _grid
     import torch
-    from methods import Grid
+    from module_sets import Grid
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -184,19 +177,6 @@ def _work(job: Job) -> Job:
     except Exception as error:  # a rival that cannot take this model must not end the comparison of the others
         return {**job, "error": error}
     return {"task": _task.name, **job, **result, "seconds": round(time.perf_counter() - started, 2)}
-
-
-def read_results(path: Path) -> list[Job]:
-    """The records of a file; a last line that was cut off by a kill is left out."""
-    if not path.is_file():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
 
 
 def compare(task: TaskConfig, config: CompareConfig) -> Path:
@@ -268,21 +248,6 @@ def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> It
         elif name_of(job) not in waiting:
             waiting.add(name_of(job))
             yield job
-
-
-def end_last_line(path: Path) -> None:
-    """The line that a kill cut off must not swallow the next one."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    if text and not text.endswith("\n"):
-        path.write_text(text + "\n", encoding="utf-8")
-
-
-def append(path: Path, record: Job) -> None:
-    """Add one line, and see it to the disk."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def make_parser(prog: str | None = None) -> Any:

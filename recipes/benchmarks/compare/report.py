@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import is_adaptive
+from result_files import read_results
 
 
 Record = dict[str, Any]
@@ -252,8 +253,6 @@ def plot(grouped: dict[tuple[str, str], dict[float, Results]], path: Path) -> No
 
 def write_report(paths: Sequence[Path], folder: Path, ours: str | None = None) -> str:
     """Write `table.md` and `losses.png`; returns the table."""
-    from compare import read_results
-
     records = [record for path in paths for record in read_results(path)]
     if not records:
         raise ValueError(f"There are no results in {', '.join(map(str, paths))}.")

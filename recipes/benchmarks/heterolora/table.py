@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
 
-from compare import read_results  # noqa: E402
 from report import half_interval, mean_overlap  # noqa: E402
+from result_files import read_results  # noqa: E402
 
 
 Runs = dict[int, dict[str, Any]]
