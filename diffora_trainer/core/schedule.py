@@ -46,7 +46,8 @@ class Schedule:
         total_steps (`int`): optimizer steps of the whole run.
         warmup (`int`): the last step of the warm-up.
         updates (`range`): the steps after which the method looks at the model: architecture steps, or scorings.
-        prunes (`tuple[Prune, ...]`): the rounds of pruning, at least one.
+        prunes (`tuple[Prune, ...]`): the rounds of pruning, at least one. [`Moments`] make one, and so far a run
+            carries out no more.
 
     Raises:
         ValueError: if the events are not in an order in which they could happen.

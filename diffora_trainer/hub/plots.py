@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +35,33 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     Raises:
         ImportError: if Matplotlib is not installed.
     """
+    import matplotlib  # noqa: F401, what is missing is said now
+
+    path = Path(path)
+    write_file(path, _drawn(selection.to_json()))
+    return path
+
+
+def plot_to(selection: Selection, folder: Path) -> Path | None:
+    """Draw into a folder if Matplotlib is there; a missing picture must not stop a run from being saved."""
+    try:
+        return plot_selection(selection, folder / PICTURE_NAME)
+    except ImportError:
+        logger.warning(f"No {PICTURE_NAME} is drawn without Matplotlib: `pip install diffora-trainer[plots]`.")
+        return None
+
+
+# Every checkpoint after the pruning has the same picture, which takes a third of a second.
+@lru_cache(maxsize=4)
+def _drawn(text: str) -> bytes:
+    """The PNG of a selection, given as JSON."""
     import io
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
+    selection = Selection.from_json(text)
     rows, columns = len(selection.rows), len(selection.columns)
     method = method_facts(selection.config)
     scale: dict[str, Any]
@@ -68,9 +90,9 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
         [sanitize(name)[-_MAX_LABEL:] for name in names] for names in (short_names(selection.columns), selection.rows)
     )
     every, skip = math.ceil(columns / _MAX_LABELS), math.ceil(rows / _MAX_LABELS)
-    text: dict[str, Any] = {"fontsize": 8, "parse_math": False}
-    axes.set_xticks(range(0, columns, every), heads[::every], rotation=40, ha="right", **text)
-    axes.set_yticks(range(0, rows, skip), sides[::skip], **text)
+    style: dict[str, Any] = {"fontsize": 8, "parse_math": False}
+    axes.set_xticks(range(0, columns, every), heads[::every], rotation=40, ha="right", **style)
+    axes.set_yticks(range(0, rows, skip), sides[::skip], **style)
     axes.set_title(
         f"{'DAM' if method.searches else method.name}: {len(selection.selected)} of "
         f"{len(selection.modules)} modules kept (framed)",
@@ -81,15 +103,4 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     figure.colorbar(image, ax=axes, label=label, shrink=0.8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
-    path = Path(path)
-    write_file(path, buffer.getvalue())
-    return path
-
-
-def plot_to(selection: Selection, folder: Path) -> Path | None:
-    """Draw into a folder if Matplotlib is there; a missing picture must not stop a run from being saved."""
-    try:
-        return plot_selection(selection, folder / PICTURE_NAME)
-    except ImportError:
-        logger.warning(f"No {PICTURE_NAME} is drawn without Matplotlib: `pip install diffora-trainer[plots]`.")
-        return None
+    return buffer.getvalue()

@@ -67,7 +67,8 @@ class CompareConfig:
         methods (`list[str]`, *optional*):
             `random`, `all_linear`, `q_and_v`, `last_layers`, `kappa_tune`, `eva`, `adalora`, `grad_norm`, `diffora`,
             and `full`, which is LoRA of full rank on all layers, without a budget. Options of
-            [`~diffora_trainer.DiffoRAConfig`] follow colons: `diffora:relaxation=sampled:arch_every=4`.
+            [`~diffora_trainer.DiffoRAConfig`] and of its method follow colons:
+            `diffora:method=sampled:arch_every=4`.
         budgets (`list[float]`, *optional*):
             Parts of the parameters of LoRA on all linear layers.
         seeds (`list[int]`, *optional*):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -172,7 +173,7 @@ def train_diffora(
         seed,
         search=True,
         peft_config=lora_config(task, None),
-        diffora_config=DiffoRAConfig(**{"max_trainable_parameters": cap, "arch_seed": seed, **options}),
+        diffora_config=DiffoRAConfig(max_trainable_parameters=cap, **{"arch_seed": seed, **grouped(options)}),
     )
     trainer.train()
     selection = trainer.selection
@@ -194,6 +195,17 @@ def train_diffora(
     }
 
 
+def grouped(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a configuration in which those of its method stood beside the others."""
+    from diffora_trainer.methods.registry import get_method
+
+    method = get_method(options.get("method", "diffora"))
+    known = {field.name for field in fields(method.Options)}
+    of_method = {name: value for name, value in options.items() if name in known}
+    others = {name: value for name, value in options.items() if name not in known}
+    return {**others, "method_options": of_method} if of_method else others
+
+
 def _base_name(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
@@ -202,7 +214,7 @@ def _base_name(name: str) -> str:
 
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """`"diffora:relaxation=sampled:arch_every=4"` as a name and options."""
+    """`"diffora:method=sampled:arch_every=4"` as a name and options."""
     name, *options = text.split(":")
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}; known are {sorted(METHODS)}.")
