@@ -55,6 +55,8 @@ class SelectionMethod(ABC):
     modules that go. Then the gates of these fade out before they are pruned."""
     shardable: ClassVar[bool] = True
     """Whether it works where FSDP holds each parameter in shards."""
+    takes_function: ClassVar[bool] = False
+    """Whether the user's own `score_function` does its work."""
     compares_losses: ClassVar[bool] = False
     """Whether it compares values of the loss, so that the loss has to mean something beside its gradient."""
 

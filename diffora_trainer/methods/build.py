@@ -110,7 +110,7 @@ def check_score_function(config: DiffoRAConfig, function: ScoreFunction | None) 
         raise TypeError(
             f"`score_function` must be a function of the model and a list of batches, got {type(function).__name__}."
         )
-    if (function is None) == (config.method == "custom"):
+    if (function is None) == get_method(config.method).takes_function:
         raise ValueError(
             "You passed `method='custom'` without a `score_function`. Please pass one beside the configuration: a "
             "function of the model and a list of batches that gives a dictionary from module names to scores."

@@ -26,6 +26,7 @@ class Custom(ScoreMethod):
     """
 
     described = "a function of the run's own"
+    takes_function = True
     shardable = False
 
     def score(self, context: ScoreContext) -> Tensor:
