@@ -122,6 +122,39 @@ def test_every_method_on_data_that_the_recipe_has_never_seen(folder: Path, tmp_p
 
 
 @needs_newer_peft
+def test_each_method_stands_at_its_best_learning_rate(folder: Path, tmp_path: Path) -> None:
+    """A rate that is far too high for all but one method; the random sets and the choices have theirs too."""
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "stars", "workers": 0, "output_dir": tmp_path, "seeds": [0, 1], "budgets": [0.3]}
+    options = {"methods": ["random", "all_linear", "diffora"], "draws": 2, "learning_rates": [1e-6, 1e-2]}
+    table, records = run("sst2_minilm.yaml", **base, **options)
+    assert len(records) == 2 * (2 + 2 + 2 + 2) and {r["learning_rate"] for r in records} == {1e-6, 1e-2}
+    rates = {(r["method"], r["learning_rate"]) for r in records if r["reading"] == "choice"}
+    assert rates == {("diffora", 1e-6), ("diffora", 1e-2)}
+    for method in options["methods"]:
+        found = {
+            rate: [
+                r["loss"] for r in records if (r["method"], r["learning_rate"], r["reading"]) == (method, rate, "run")
+            ]
+            for rate in (1e-6, 1e-2)
+        }
+        assert not set(found[1e-6]) & set(found[1e-2])  # the rate did act
+        best = min(found, key=lambda rate: sum(found[rate]))
+        line = next(line for line in table.splitlines() if line.startswith(f"| `{method}`"))
+        assert f" at {best:g} |" in line and f"{sum(found[best]) / len(found[best]):.4f}" in line
+    # Another rate is added, and nothing is made again.
+    more = run("sst2_minilm.yaml", **base, **{**options, "methods": ["all_linear"], "learning_rates": [1e-3]})[1]
+    assert more[: len(records)] == records and len(more) == len(records) + 2
+    report = recipe("report")
+    whole = report.best_rates(more)
+    assert whole["all_linear"] in (1e-6, 1e-3, 1e-2) and set(whole) == set(options["methods"])
+    few = [r for r in more if r.get("learning_rate") != whole["all_linear"] or r["seed"] == 0]
+    assert report.best_rates(few)["all_linear"] != whole["all_linear"]  # one seed does not stand beside two
+    with pytest.raises(ValueError, match="learning rate is positive"):
+        run("sst2_minilm.yaml", **base, learning_rates=[0.0])
+
+
+@needs_newer_peft
 def test_a_language_model_on_questions_and_answers(folder: Path, tmp_path: Path) -> None:
     options = {"methods": ["random", "diffora:arch_every=1", "q_and_v"], "budgets": [0.3], "seeds": [0], "draws": 2}
     answers = {"model": folder / "language_model", "dataset_name": folder / "answers.jsonl", "workers": 0}

@@ -75,6 +75,9 @@ class CompareConfig:
             Seeds of the runs.
         draws (`int`, *optional*, defaults to `20`):
             Random sets for each budget, dealt out to the seeds.
+        learning_rates (`list[float]`, *optional*):
+            Each method, the random sets included, is run at each of them, and the table has it at its best one. By
+            default at that of `training` alone.
         choice (`bool`, *optional*, defaults to `True`):
             Whether to train the chosen modules once more.
         worst (`bool`, *optional*, defaults to `False`):
@@ -95,6 +98,7 @@ class CompareConfig:
     budgets: list[float] = field(default_factory=lambda: [1 / 12, 1 / 6, 1 / 3, 1 / 2])
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     draws: int = 20
+    learning_rates: list[float] = field(default_factory=list)
     choice: bool = True
     worst: bool = False
     workers: int = 1
@@ -107,6 +111,8 @@ class CompareConfig:
             parse_method(method)
         if bad := [budget for budget in self.budgets if not 0 < budget <= 1]:
             raise ValueError(f"A budget is a part of all LoRA parameters, in (0, 1]; got {bad}.")
+        if bad := [rate for rate in self.learning_rates if not rate > 0]:
+            raise ValueError(f"A learning rate is positive; got {bad}.")
         if not self.seeds or self.workers < 0 or self.draws < 0:
             raise ValueError("`seeds` must not be empty, and `workers` and `draws` not be negative.")
         self.budgets = [round(budget, 6) for budget in self.budgets]
@@ -114,6 +120,12 @@ class CompareConfig:
 
 def plan_runs(config: CompareConfig) -> Iterable[Job]:
     """The first run of every method, seed by seed, so that a table can be made early."""
+    for job in _first_runs(config):
+        for rate in config.learning_rates or (None,):
+            yield job if rate is None else {**job, "learning_rate": rate}
+
+
+def _first_runs(config: CompareConfig) -> Iterable[Job]:
     for turn, seed in enumerate(config.seeds):
         for budget in config.budgets:
             for method in config.methods:
@@ -134,11 +146,16 @@ def plan_choices(config: CompareConfig, records: list[Job]) -> Iterable[Job]:
     for record in records:
         if record["reading"] == "run" and is_adaptive(record["method"]):
             if record["method"] in config.methods and record["budget"] in config.budgets:
-                if record["seed"] in config.seeds:
-                    job = {name: record[name] for name in KEY}
+                if record["seed"] in config.seeds and _asked_for(record, config):
+                    job = {name: record[name] for name in (*KEY, "learning_rate") if name in record}
                     yield {**job, "reading": "choice", "ranks": record["ranks"]}
                     if config.worst and "worst" in record:
                         yield {**job, "reading": "worst", "ranks": record["worst"]}
+
+
+def _asked_for(record: Job, config: CompareConfig) -> bool:
+    rate = record.get("learning_rate")
+    return rate in config.learning_rates if config.learning_rates else rate is None
 
 
 KEY = ("method", "budget", "seed", "draw", "reading")
@@ -146,7 +163,7 @@ KEY = ("method", "budget", "seed", "draw", "reading")
 
 def key_of(job: Job) -> tuple[Any, ...]:
     """What makes a job the same as another one."""
-    return tuple(job[name] for name in KEY)
+    return (*(job[name] for name in KEY), job.get("learning_rate"))
 
 
 _task: Task | None = None
@@ -170,14 +187,15 @@ def _work(job: Job) -> Job:
 
     assert _task is not None and _grid is not None
     started = time.perf_counter()
+    task = _task if "learning_rate" not in job else _task.at(job["learning_rate"])
     try:
         if job["reading"] != "run":
-            result = train_static(_task, job["ranks"], job["seed"])
+            result = train_static(task, job["ranks"], job["seed"])
         else:
-            result = run_method(_task, _grid, job["method"], job["budget"], job["seed"], job["draw"])
+            result = run_method(task, _grid, job["method"], job["budget"], job["seed"], job["draw"])
     except Exception as error:  # a rival that cannot take this model must not end the comparison of the others
         return {**job, "error": error}
-    return {"task": _task.name, **job, **result, "seconds": round(time.perf_counter() - started, 2)}
+    return {"task": task.name, **job, **result, "seconds": round(time.perf_counter() - started, 2)}
 
 
 def compare(task: TaskConfig, config: CompareConfig) -> Path:
@@ -214,13 +232,16 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
             for count, record in enumerate(work(_work, jobs), start=1):
                 if "error" in record:
                     failures.append(record["error"])
-                    print(f"FAILED: {' '.join(str(record[name]) for name in KEY)}: {record['error']}", flush=True)
+                    print(
+                        f"FAILED: {' '.join(str(record[name]) for name in KEY)}{_at(record)}: {record['error']}",
+                        flush=True,
+                    )
                     continue
                 append(path, {"fingerprint": mark, **record})
                 left = (time.perf_counter() - started) / count * (len(jobs) - count)
                 print(
                     f"[{count}/{len(jobs)}] {record['reading']} {record['method']} at {record['budget']:.3g}, seed "
-                    f"{record['seed']}, draw {record['draw']}: loss {record['loss']:.4f}, "
+                    f"{record['seed']}, draw {record['draw']}{_at(record)}: loss {record['loss']:.4f}, "
                     f"{record['parameters']:,} parameters, {record['seconds']:.0f} s; about {left / 60:.0f} min left",
                     flush=True,
                 )
@@ -229,12 +250,16 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
     return path
 
 
+def _at(record: Job) -> str:
+    return f", learning rate {record['learning_rate']:g}" if "learning_rate" in record else ""
+
+
 def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> Iterator[Job]:
     """The jobs to make. Where the same set was trained from scratch under the same seed, its result is taken over."""
     from methods import is_adaptive
 
-    def name_of(job: Job) -> tuple[int, str]:
-        return job["seed"], json.dumps(job["ranks"], sort_keys=True)
+    def name_of(job: Job) -> tuple[Any, ...]:
+        return job["seed"], job.get("learning_rate"), json.dumps(job["ranks"], sort_keys=True)
 
     known = {
         name_of(record): record

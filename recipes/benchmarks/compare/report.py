@@ -41,7 +41,12 @@ class Results:
         self.runs: dict[str, Runs] = defaultdict(dict)
         self.choices: dict[str, Runs] = defaultdict(dict)
         self.worst: dict[str, Runs] = defaultdict(dict)
+        records = list(records)
+        self.rates = best_rates(records)
+        """The learning rate of each method, of those that it was run at."""
         for record in records:
+            if record.get("learning_rate") != self.rates.get(record["method"]):
+                continue
             if record["method"] == "random":
                 self.random[record["seed"]].append(record)
                 continue
@@ -99,6 +104,23 @@ class Results:
         return mean_overlap([set(draw["ranks"]) for draws in self.random.values() for draw in draws])
 
 
+def best_rates(records: Iterable[Record]) -> dict[str, float | None]:
+    """
+    For each method the learning rate at which its runs end lowest on the mean; that of the random sets is chosen in
+    the same way. Rates of which a method has fewer runs than of another are passed over.
+    """
+    losses: dict[str, dict[float | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        if record["reading"] == "run":
+            losses[record["method"]][record.get("learning_rate")].append(record["loss"])
+    best: dict[str, float | None] = {}
+    for method, found in losses.items():
+        most = max(map(len, found.values()))
+        whole = {rate: statistics.fmean(values) for rate, values in found.items() if len(values) == most}
+        best[method] = min(whole, key=lambda rate: whole[rate])
+    return best
+
+
 def _beaten(loss: float, draws: Sequence[float]) -> float:
     return 100 * statistics.fmean(1.0 if draw > loss else 0.5 if draw == loss else 0.0 for draw in draws)
 
@@ -148,7 +170,7 @@ def make_table(task: str, budget: float, results: Results, ours: str) -> str:
             gap = statistics.fmean(run["after_cut"] / run["before_cut"] - 1 for run in runs.values())
         difference = results.difference(ours, method) if method != ours else None
         cells = [
-            f"`{method}`",
+            f"`{method}`" + _rate(results.rates[method]),
             str(len(runs)),
             f"{_mean(runs, 'parameters'):,.0f}",
             "" if percentile is None else "{:.0f} ({:.0f} to {:.0f})".format(*percentile),
@@ -168,7 +190,7 @@ def make_table(task: str, budget: float, results: Results, ours: str) -> str:
         metrics = [draw["metric"] for draw in draws if "metric" in draw]
         difference = results.difference(ours, "random")
         cells = [
-            f"`random`, {len(draws)} draws",
+            f"`random`, {len(draws)} draws" + _rate(results.rates["random"]),
             str(len(results.random)),
             f"{statistics.fmean(draw['parameters'] for draw in draws):,.0f}",
             "50",
@@ -190,6 +212,10 @@ def make_table(task: str, budget: float, results: Results, ours: str) -> str:
             f"({len(common)} seed(s))."
         )
     return "\n".join(lines)
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f" at {rate:g}"
 
 
 def _plus_minus(half: float) -> str:

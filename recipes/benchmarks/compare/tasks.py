@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,6 +120,12 @@ class Task:
         """Name in the results."""
         source = Path(self.config.dataset_name or "data")
         return self.config.task or (source.stem if source.suffix else source.name)
+
+    def at(self, learning_rate: float) -> Task:
+        """The same task, whose runs have another learning rate."""
+        other = copy(self)
+        other.config = replace(self.config, training={**self.config.training, "learning_rate": learning_rate})
+        return other
 
     def make_model(self, seed: int) -> nn.Module:
         """The pre-trained model, with a new head for a classifier; the head depends on the seed only."""
