@@ -16,11 +16,12 @@ STAMP_OLDEST := $(VENV_OLDEST)/.installed
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt
 # Waiting threads of PyTorch spin for a moment only. With the usual long spin, a step of the demo took 33 s instead of 3 on
 # two cores of which another program kept one busy.
+ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false
 # Tests run on so many processes, of one thread each.
 PYTEST_WORKERS ?= 2
 WORKERS := -n $(PYTEST_WORKERS) --dist loadfile
-ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV) $(BIN)/python -m pytest
+TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV)
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 # The tests of what most depends on the versions of the libraries: some three minutes on two slow cores.
 CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop third_party preference trainers_table \
 	trainer_parents rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint) \
@@ -79,7 +80,7 @@ test-all: $(STAMP)
 	$(PYTEST) tests -q --durations=15 -m "slow or not slow"
 
 test-oldest: $(STAMP_OLDEST)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV) $(BIN_OLDEST)/python -m pytest $(CORE) -q --durations=5 $(WORKERS)
+	$(TEST_ENV) $(BIN_OLDEST)/python -m pytest $(CORE) -q --durations=5 $(WORKERS)
 
 style: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)

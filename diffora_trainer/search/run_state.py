@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..adapters.base import kinds_of
 from ..adapters.grid import describe_base
 from ..adapters.pruning import apply_selection
 from ..config import DiffoRAConfig
+from ..core.files import reraise_with_path
 from ..core.state import RunState, check_same
 from ..methods.build import method_of
 from .parts import RunParts
@@ -72,10 +74,8 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     )
     if state.times is not None:
         search.restrict(state.times)
-    try:
+    with reraise_with_path(Path(of_tensors)):
         search.method.load_state_dict(tensors)
-    except ValueError as error:
-        raise ValueError(f"{of_tensors!r} cannot be read: {error} Please resume from another checkpoint.") from error
     if run.reallocation is not None:
         run.reallocation.restore(state.history)
         search.check_choice(run.reallocation.on)

@@ -13,7 +13,7 @@ from diffora_trainer.core.schedule import Prune, Schedule
 from diffora_trainer.core.selection import Selection
 from diffora_trainer.core.state import RunState, check_same
 from diffora_trainer.core.times import StepTimes
-from helpers.adapted import make_selection
+from helpers.adapted import format_1, make_selection
 
 
 NAMES = ("a", "b", "c")
@@ -94,17 +94,6 @@ def test_states_of_format_2_are_read() -> None:
         RunState.from_dict({name: value for name, value in old.items() if name != "decision"})
     with pytest.raises(ValueError, match="`format` is not 3"):
         RunState.from_dict({**old, "format": 1})
-
-
-def format_1(selection: Selection, shortcuts: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A selection as the first release wrote it."""
-    record = json.loads(selection.to_json())
-    for module in record["modules"]:
-        for name in ("kind", "rank", "kept_rank", "gain"):
-            del module[name]
-    for name in ("history", "times", "notes", "frequency"):
-        del record[name]
-    return {**record, "format": 1, "shortcuts": list(shortcuts)}
 
 
 def test_selections_of_format_1_are_read() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
@@ -99,3 +100,14 @@ def wake(model: nn.Module, adapter_name: str) -> None:
     for name, parameter in model.named_parameters():
         if f"lora_B.{adapter_name}." in name:
             parameter.data.normal_(std=0.3, generator=generator)
+
+
+def format_1(selection: Selection, shortcuts: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A selection as the first release wrote it."""
+    record = json.loads(selection.to_json())
+    for module in record["modules"]:
+        for name in ("kind", "rank", "kept_rank", "gain"):
+            del module[name]
+    for name in ("history", "times", "notes", "frequency"):
+        del record[name]
+    return {**record, "format": 1, "shortcuts": list(shortcuts)}

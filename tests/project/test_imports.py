@@ -39,12 +39,10 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path, everywhere: bool = True) -> set[Path]:
-    """The files of the package that one imports; with `everywhere` also inside of functions."""
-    tree = ast.parse(path.read_text())
-    nodes = ast.walk(tree) if everywhere else iter(tree.body)
+def imported(path: Path) -> set[Path]:
+    """The files of the package that one imports, also inside of functions."""
     found = set()
-    for node in nodes:
+    for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
         folder = path.parent
@@ -111,7 +109,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) <= MAX_LINES
     for owner in ast.walk(ast.parse(text)):
-        for node in getattr(owner, "body", ()) if not isinstance(owner, (ast.Lambda, ast.IfExp)) else ():
+        body = getattr(owner, "body", ())
+        for node in body if isinstance(body, list) else ():
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or getattr(owner, "name", "") in OF_USERS:
                 continue
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]

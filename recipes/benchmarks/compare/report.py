@@ -15,13 +15,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from methods import is_adaptive
-from result_files import read_results
+from result_files import Record, read_results
 
 
-Record = dict[str, Any]
 Runs = dict[int, Record]
 """Seed to record."""
 

@@ -52,7 +52,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path += [str(FOLDER), str(FOLDER.parent / "compare"), str(FOLDER.parent)]
 
 from heterolora_options import HeteroLoRAConfig, parse_method  # noqa: E402
-from result_files import append, end_last_line, fingerprint, read_results  # noqa: E402
+from result_files import Record, append, end_last_line, fingerprint, read_results  # noqa: E402
 from small_opt import SmallModelConfig, small_opt_folder  # noqa: E402
 from tasks import Task, TaskConfig  # noqa: E402
 
@@ -61,8 +61,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from torch import nn
     from transformers import EvalPrediction, Trainer
-
-Record = dict[str, Any]
 
 
 class ClassificationTask(Task):

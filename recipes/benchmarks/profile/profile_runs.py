@@ -152,8 +152,10 @@ def make_trainer(
 def schedule_of(config: ProfileConfig) -> tuple[int, int]:
     """The last step of the warm-up and the step of the cut."""
     from diffora_trainer import DiffoRAConfig
+    from diffora_trainer.methods.build import make_schedule
 
-    return DiffoRAConfig(**config.diffora).schedule(config.steps)
+    schedule = make_schedule(DiffoRAConfig(**config.diffora), config.steps)
+    return schedule.warmup, schedule.prune
 
 
 def phase_of(schedule: tuple[int, int], step: int) -> str:
