@@ -16,6 +16,7 @@ from .renamed import OLD_NAMES, REMEDIES, Renamed, old_schedule, take_over_old_n
 
 
 SELECTION_SCOPES = ("layer", "model")
+SELECTION_GRANULARITIES = ("auto", "rank", "module")
 WEIGHT_SHARING = ("none", "layer", "model")
 
 
@@ -43,8 +44,19 @@ class DiffoRAConfig:
         `"model"` keeps the best `round(selection_ratio * n)` of the `n` modules of the whole model.
     max_trainable_parameters (`int`, *optional*):
         Exact cap on the number of trainable LoRA parameters, used instead of `selection_ratio`: the best modules of
-        the whole model are kept as long as they fit. Parameters that are not LoRA (a new classification head, say) do
-        not count. It requires `selection_scope="model"` or the default scope, which it overrides.
+        the whole model are kept as long as they fit, or the ranks of all (see `selection_granularity`). Parameters
+        that are not LoRA (a new classification head, say) do not count. It requires `selection_scope="model"` or the
+        default scope, which it overrides.
+    selection_granularity (`str`, *optional*, defaults to `"auto"`):
+        In what the budget is spent. With `"module"` whole modules are kept or pruned. With `"rank"` a run begins as
+        one of LoRA on all modules at half of the rank that the budget has room for, and at the choice the other half
+        goes to the modules that the matrix favours, up to the rank of the adapter (a `rank_pattern` of the saved
+        adapter says which). Where nothing was learned yet, or two halves of the search do not agree, none is favoured,
+        all grow alike, and the run is one of LoRA on all linear layers at the rank that fits. `"auto"` spends a cap
+        (`max_trainable_parameters`) in ranks, and `selection_ratio`, a share of the modules, in modules. Ranks need a
+        new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
+        (`"diffora"`), and no `max_step_time`, `weight_sharing`, `extra_sites` or FSDP; elsewhere `"auto"` takes
+        modules.
     max_step_time (`float`, *optional*):
         Cap on the time of a training step after the pruning, in (0, 1], as a part of what it would take with equally
         many modules spread over all layers; needs `selection_scope="model"` or `max_trainable_parameters`. The
@@ -148,6 +160,14 @@ class DiffoRAConfig:
         default=None,
         metadata={"help": "Exact cap on the number of trainable LoRA parameters, instead of `selection_ratio`."},
     )
+    selection_granularity: str = field(
+        default="auto",
+        metadata={
+            "help": "Keep whole modules ('module'), or give more rank where it is worth most ('rank'). 'auto': ranks "
+            "under a cap on the parameters, otherwise modules.",
+            "choices": list(SELECTION_GRANULARITIES),
+        },
+    )
     discretize_at: float = field(
         default=0.25,
         metadata={
@@ -241,7 +261,11 @@ class DiffoRAConfig:
         for name in ("max_trainable_parameters", "arch_batch_size"):
             if getattr(self, name) is not None:
                 setattr(self, name, check_integer(name, getattr(self, name)))
-        for name, choices in (("selection_scope", SELECTION_SCOPES), ("weight_sharing", WEIGHT_SHARING)):
+        for name, choices in (
+            ("selection_scope", SELECTION_SCOPES),
+            ("selection_granularity", SELECTION_GRANULARITIES),
+            ("weight_sharing", WEIGHT_SHARING),
+        ):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in choices:
                 raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")

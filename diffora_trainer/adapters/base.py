@@ -98,6 +98,24 @@ class AdapterSite(ABC):
         with torch.no_grad():
             self.parameters[-1].mul_(factor)
 
+    @property
+    def resizable(self) -> bool:
+        """
+        Whether it can be given another rank: each output of what is [`gated`] is a component of the adapter, and none
+        has an effect yet.
+        """
+        return False
+
+    def resize(self, rank: int, optimizer: Any = None) -> None:
+        """
+        Keep the first components alone. They keep their weights, and these their moments in the optimizer.
+
+        Args:
+            rank (`int`): how many.
+            optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the weights.
+        """
+        raise ValueError(f"{self.name!r} is of the kind {self.kind!r}, which has no rank that could be changed.")
+
     def share(self, other: Any) -> None:
         """Take over the parameters of another site of equal shape, to be trained together."""
         raise ValueError(f"{self.name!r} is of the kind {self.kind!r}, which shares no parameters.")

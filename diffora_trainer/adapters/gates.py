@@ -33,6 +33,7 @@ class Gates:
         self._handles: list[RemovableHandle] = []
         self._training: Sequence[Tensor] | None = None
         self._evaluation: Sequence[Tensor] | None = None
+        self._masks: list[Tensor | None] = [None] * len(self._modules)
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +66,20 @@ class Gates:
         """Set the gates of evaluation, `(n,)`, or leave them open."""
         self._evaluation = None if values is None else self._split(values)
 
+    def set_ranks(self, ranks: Sequence[int], largest: Sequence[int]) -> None:
+        """
+        Let only the first components of each adapter take part. What is behind them has no effect and no gradient, so
+        that a run is that of an adapter of the smaller rank.
+
+        Args:
+            ranks (`Sequence[int]` of length `n`): how many components of each site take part.
+            largest (`Sequence[int]` of length `n`): how many it has.
+        """
+        self._masks = [
+            None if rank == size else (torch.arange(size) < rank).float()
+            for rank, size in zip(ranks, largest, strict=True)
+        ]
+
     @contextmanager
     def override(self, values: Tensor | None) -> Iterator[None]:
         """Use these gates, `(n,)`, in either mode, or open ones; gradients flow into them."""
@@ -80,9 +95,13 @@ class Gates:
         return values.to(self.device, torch.float32).unbind()
 
     def _scale(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        values = self._training if module.training else self._evaluation
+        values, mask = self._training if module.training else self._evaluation, self._masks[index]
+        if mask is not None:
+            if mask.device != output.device:
+                mask = self._masks[index] = mask.to(output.device)
+            output = output * mask.to(output.dtype)
         if values is None:
-            return None
+            return None if mask is None else output
         gate = values[index]
         if gate.device != output.device:  # a model spread over several devices
             gate = gate.to(output.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 from peft import LoraConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from ..compat import is_sentence_transformer
 from ..core.grid import LORA
 from .base import AdapterSite, SiteKind, peft_name, register_site_kind
+from .optimizer import narrow_weight
 
 
 # A gate multiplies the output of `lora_A`. These layers never call it, so a gate there would have no effect.
@@ -65,11 +67,14 @@ class LoraSite(AdapterSite):
         pair = self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
         return tuple((type(module).__name__, *module.weight.shape) for module in pair)
 
-    @property
-    def saved_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that PEFT saves of it."""
-        pair = {part: getattr(self.layer, part)[self.adapter_name].weight.shape for part in ("lora_A", "lora_B")}
-        return {f"{peft_name(self.name)}.{part}.weight": tuple(shape) for part, shape in pair.items()}
+    def saved_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that PEFT saves of it when it has some rank."""
+        found = {}
+        for dim, part in enumerate(("lora_A", "lora_B")):
+            shape = list(getattr(self.layer, part)[self.adapter_name].weight.shape)
+            shape[dim] = rank
+            found[f"{peft_name(self.name)}.{part}.weight"] = tuple(shape)
+        return found
 
     @property
     def enabled(self) -> bool:
@@ -89,6 +94,29 @@ class LoraSite(AdapterSite):
                 self.layer.forward = replaced
         for parameter in self.parameters:
             parameter.requires_grad_(value)
+
+    @property
+    def resizable(self) -> bool:
+        pair = self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
+        # A shard of a parameter, as FSDP2 holds it, is a tensor of a class of its own.
+        plain = all(type(module) is nn.Linear and type(module.weight.data) is Tensor for module in pair)
+        return plain and pair[1].bias is None and not bool(pair[1].weight.any())
+
+    def resize(self, rank: int, optimizer: Any = None) -> None:
+        layer, name = self.layer, self.adapter_name
+        a, b = layer.lora_A[name], layer.lora_B[name]
+        narrow_weight(a, 0, rank, optimizer)
+        narrow_weight(b, 1, rank, optimizer)
+        a.out_features = b.in_features = rank
+        layer.lora_alpha[name] = self._alpha(rank)
+        layer.r[name] = self.rank = rank
+
+    def _alpha(self, rank: int) -> float:
+        """The `lora_alpha` with which another rank has the same scaling, which stays as it is."""
+        alpha, share = self.layer.lora_alpha[self.adapter_name], rank / self.rank
+        if not math.isclose(self.layer.scaling[self.adapter_name], alpha / self.rank):  # rsLoRA
+            share = math.sqrt(share)
+        return round(alpha * share) if math.isclose(alpha * share, round(alpha * share)) else alpha * share
 
     def share(self, other: LoraSite) -> None:
         for matrix in ("lora_A", "lora_B"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compat import SCHEDULER_LISTS, inner_schedulers
@@ -39,6 +39,37 @@ def remove_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
     keep = [bool(group["params"]) for group in optimizer.param_groups]
     _keep_groups(optimizer, keep, scheduler)
     return not all(keep)
+
+
+def narrow_weight(module: nn.Module, dim: int, length: int, optimizer: Any = None) -> None:
+    """
+    Keep the first entries of a module's weight along a dimension, and of what an optimizer holds of it entry by entry.
+    A state of another form (factored, quantized) cannot be narrowed; it is forgotten, and begins anew for this weight.
+
+    The weight becomes another parameter: one that changes its shape would fail in a backward pass as long as anything
+    of an earlier one is alive.
+
+    Args:
+        module (`nn.Module`): the module.
+        dim (`int`): the dimension.
+        length (`int`): how many entries stay.
+        optimizer (`torch.optim.Optimizer`, *optional*): the optimizer, or one that wraps it.
+    """
+    old: Any = module.weight
+    new = nn.Parameter(old.detach().narrow(dim, 0, length).clone(), requires_grad=old.requires_grad)
+    module.weight = new
+    if optimizer is None:
+        return
+    optimizer = innermost(optimizer)
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    state = optimizer.state.pop(old, None)
+    if not state:
+        return
+    values = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
+    if all(value.shape == old.shape for value in values.values()):
+        narrowed = {name: value.narrow(dim, 0, length).clone() for name, value in values.items()}
+        optimizer.state[new] = {**state, **narrowed}
 
 
 def innermost(optimizer: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch.optim import Optimizer
 
 from ..compat import shortened_targets
+from ..core.grid import LORA
 from ..core.selection import Selection
 from ..core.text import some
 from .backward import suspend_input_gradients
@@ -34,7 +36,8 @@ def apply_selection(
     """
     Carry out a selection on a live PEFT model, which from then on is an ordinary LoRA model of the chosen modules.
 
-    The selected modules keep their parameters, and these their moments in the optimizer; the others leave the model,
+    The selected modules keep their parameters, and these their moments in the optimizer; of those that keep a part of
+    their rank this holds for its first components, and their scaling stays as it was. The others leave the model,
     the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
     What is not selected of other kinds of site leaves them in the same way. A backward pass ends at the
     lowest module that is left, also with (non-reentrant) activation checkpointing.
@@ -69,6 +72,9 @@ def apply_selection(
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     for name in [*selection.selected, *leaders]:
         sites[name].fold(factors[name])
+    for name, rank in zip(selection.modules, selection.ranks, strict=True):
+        if 0 < rank < sites[name].rank:
+            sites[name].resize(rank, optimizer)
 
     before = {parameter for site in sites.values() for parameter in site.parameters}
     for group in selection.shared:
@@ -76,6 +82,7 @@ def apply_selection(
             sites[name].share(sites[group[0]])
     prune_sites(model, [sites[name] for name in selection.dropped], adapter_name)
     _narrow(model, adapter_name, selection.lora_modules)
+    _write_ranks(model, adapter_name, sites, selection)
     gone = before - {parameter for name in selection.adapted for parameter in sites[name].parameters}
     unregister_fsdp_parameters(model, gone)
     suspend_input_gradients(model)
@@ -94,12 +101,42 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
             f"({some(sorted(missing))}), and {len(extra)} LoRA modules of the model are not in it "
             f"({some(sorted(extra))}). Please pass the model that was searched, with all its LoRA modules."
         )
-    for site, rank in zip(selection.grid.sites, selection.ranks, strict=True):
-        if 0 < rank < site.rank:
-            raise ValueError(
-                f"The selection leaves {site.name!r} the rank {rank} of {site.rank}, but an adapter can only be kept "
-                "whole or be pruned. Please pass a selection whose ranks are 0 or those of before."
-            )
+    whole = [
+        site.name
+        for site, rank in zip(selection.grid.sites, selection.ranks, strict=True)
+        if 0 < rank < site.rank and sites[site.name].kind != LORA
+    ]
+    if whole:
+        raise ValueError(
+            f"The selection leaves {some(whole)} a lower rank, but only a LoRA can be given one. Please pass a "
+            "selection that keeps them whole or prunes them."
+        )
+
+
+def _write_ranks(model: Any, adapter_name: str, sites: Mapping[str, AdapterSite], selection: Selection) -> None:
+    """Make the adapter's configuration say the ranks that are left: the most frequent one, and the others."""
+    lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
+    if all(rank in (0, site.rank) for site, rank in zip(selection.grid.sites, selection.ranks, strict=True)):
+        return
+    config = model.peft_config[adapter_name]
+    found = {name: (site.rank, site.layer.lora_alpha[adapter_name]) for name, site in lora.items()}
+    (config.r, config.lora_alpha), _ = Counter(found.values()).most_common(1)[0]
+    base = [name for name, _ in model.get_base_model().named_modules()]
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    for name, (rank, alpha) in found.items():
+        if (rank, alpha) != (config.r, config.lora_alpha):
+            pattern = _pattern(name, base)
+            config.rank_pattern[pattern], config.alpha_pattern[pattern] = rank, alpha
+
+
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """
+    A key of `rank_pattern` that PEFT finds in this module alone: the name, unless another one ends with it, since PEFT
+    looks for the key, as a regular expression, at the end of each name.
+    """
+    tail = name.rpartition(".")[2]
+    found = [other for other in names if other.endswith(tail) and re.fullmatch(rf"(?:.*\.)?(?:{name})", other)]
+    return name if len(found) <= 1 else "^" + re.escape(name)
 
 
 def own_config(model: Any, adapter_name: str) -> Any:

@@ -78,12 +78,18 @@ def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
 
 def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     """
-    The state of a run as format 2 had it, in the form of format 3. It knew one other kind of site, and not always
-    which gates a gradient had reached.
+    The state of a run as format 2 or 3 had it, in the form of format 4. Format 2 knew one other kind of site, and not
+    always which gates a gradient had reached; format 3 no ranks, no halves of a search and no error of its effect.
     """
+    if data["format"] == 3:
+        if data.get("selection") is not None:
+            return {**data, "format": 4}
+        effect = data.get("effect")
+        added = {"ranks": [], "halves": [], "half_steps": 0}
+        return {**data, **added, "effect": [*effect, 0.0] if isinstance(effect, (list, tuple)) else effect, "format": 4}
     renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
     found = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
     found["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []
     if found.get("selection") is None:
         found = {"history": [], "reached": None, "effect": None, **found}
-    return {**found, "format": 3}
+    return upgrade_state({**found, "format": 3})

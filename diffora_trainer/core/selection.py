@@ -44,6 +44,9 @@ class Selection:
             its weights were trained for. Defaults to 1 for all.
         shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
         step (`int`, *optional*): optimizer step after which the others were pruned.
+        confidence (`float`, *optional*): reliability of the ranking, in [0, 1]: how alike two searches would rank the
+            modules, predicted from the two halves of this one, and 0 if nothing was learned yet when the choice was
+            made. `None` where it cannot be told: of a method that scores once, say.
         times (`dict[str, float]`, *optional*): seconds of a training step as they were measured and predicted (see
             `max_step_time`).
         config (`dict`): the options of the run.
@@ -65,6 +68,7 @@ class Selection:
     factors: tuple[float, ...] = ()
     shared: tuple[tuple[str, ...], ...] = ()
     step: int | None = None
+    confidence: float | None = None
     times: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -90,6 +94,8 @@ class Selection:
         for site, rank in zip(self.grid.sites, self.ranks, strict=True):
             if type(rank) is not int or not 0 <= rank <= site.rank:
                 raise ValueError(f"A selection leaves {site.name!r} the rank {rank!r} of {site.rank}.")
+        if self.confidence is not None and not 0 <= self.confidence <= 1:
+            raise ValueError(f"A selection has the confidence {self.confidence}, which is not in [0, 1].")
         if not any(self.ranks):
             raise ValueError("A selection keeps no module at all, so there would be nothing to train.")
         if not any(site.kind == LORA for site, rank in zip(self.grid.sites, self.ranks, strict=True) if rank):
@@ -105,6 +111,11 @@ class Selection:
     def kept(self) -> tuple[bool, ...]:
         """Whether each module keeps an adapter of its own."""
         return tuple(rank > 0 for rank in self.ranks)
+
+    @property
+    def in_ranks(self) -> bool:
+        """Whether some module keeps a part of its rank."""
+        return any(0 < rank < site.rank for rank, site in zip(self.ranks, self.grid.sites, strict=True))
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -212,9 +223,10 @@ class Selection:
             if kind != LORA:
                 what.append(f"{len(self.of_kind(kind))} of {len(self.grid.of_kind(kind))} {kind}")
         all_lora = "LoRA " if len(what) == 1 else ""
-        return (
-            f"kept {' and '.join(what)}{shared}: {after:,} of {before:,} {all_lora}parameters ({after / before:.1%})"
-        )
+        left = sorted({rank for rank in self.ranks if rank})
+        ranks = f", of rank {' to '.join(map(str, dict.fromkeys((left[0], left[-1]))))}" if self.in_ranks else ""
+        kept, size = f"kept {' and '.join(what)}{ranks}{shared}", f"{after:,} of {before:,} {all_lora}parameters"
+        return f"{kept}: {size} ({after / before:.1%})"
 
     def table(self, markdown: bool = False) -> str:
         """
@@ -226,8 +238,8 @@ class Selection:
         sharing = {name for group in self.shared for name in group}
         keep, share, drop, absent = ("✅", "🔗", "·", "") if markdown else ("x", "s", ".", " ")
         marks = [
-            keep if kept else share if name in sharing else drop
-            for name, kept in zip(self.modules, self.kept, strict=True)
+            (str(rank) if self.in_ranks else keep) if rank else share if name in sharing else drop
+            for name, rank in zip(self.modules, self.ranks, strict=True)
         ]
         heads = ["layer", *(sanitize(name, markdown) for name in short_names(self.grid.columns))]
         cells = self.grid.table(marks, empty=absent)
@@ -235,7 +247,8 @@ class Selection:
         text = draw_table(heads, lines, markdown)
         if markdown:
             return text
-        return f"{text}\n{keep} kept   {drop} removed" + (f"   {share} shares a pair" if sharing else "")
+        legend = "number: rank that is kept" if self.in_ranks else f"{keep} kept"
+        return f"{text}\n{legend}   {drop} removed" + (f"   {share} shares a pair" if sharing else "")
 
     def to_json(self) -> str:
         """The selection as JSON text, a record for each module."""
@@ -266,6 +279,7 @@ class Selection:
                 "selected": self.selected,
                 "shared": self.shared,
                 "step": self.step,
+                "confidence": self.confidence,
                 "times": self.times,
                 "config": self.config,
                 "versions": self.versions,
@@ -306,6 +320,7 @@ class Selection:
                 history=tuple(map(Allocation.from_dict, as_list(data["history"]))),
                 shared=tuple(tuple(map(as_text, as_list(group))) for group in as_list(data["shared"])),
                 step=None if data["step"] is None else as_whole(data["step"]),
+                confidence=None if data.get("confidence") is None else float(data["confidence"]),
                 times={name: float(seconds) for name, seconds in data["times"].items()},
                 config=as_object(data["config"]),
                 versions=as_object(data["versions"]),

@@ -17,7 +17,7 @@ from .times import StepTimes
 WARMUP, SEARCH, FADE_OUT, SELECTED = "warm-up", "search", "fade-out", "selected"
 """The phases of a run."""
 
-_FORMAT = 3
+_FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,12 @@ class RunState:
         kept (`tuple[bool, ...]`, *optional*): what stays, once that is decided.
         losses (`tuple[float, ...]`, *optional*): held-out losses since the last log.
         reached (`tuple[bool, ...]`, *optional*): which gates ever had a gradient; not known of old checkpoints.
-        effect (`tuple[float, float]`, *optional*): held-out loss without the modules and with all of them.
+        effect (`tuple[float, float, float]`, *optional*): held-out loss without the modules and with all of them, and
+            the standard error of the difference.
+        ranks (`tuple[int, ...]`, *optional*): how many components of each adapter take part; nothing where all do.
+        halves (`tuple[tuple[float, ...], tuple[float, ...]]`, *optional*): gains of the odd and the even steps of the
+            search, summed; nothing before the first one.
+        half_steps (`int`, *optional*): how many steps those are.
         times ([`~diffora_trainer.core.times.StepTimes`], *optional*): measured step times.
         history (`tuple[Allocation, ...]`, *optional*): what was on before.
 
@@ -70,7 +75,10 @@ class RunState:
     kept: tuple[bool, ...] | None = None
     losses: tuple[float, ...] = ()
     reached: tuple[bool, ...] | None = None
-    effect: tuple[float, float] | None = None
+    effect: tuple[float, float, float] | None = None
+    ranks: tuple[int, ...] = ()
+    halves: tuple[tuple[float, ...], ...] = ()
+    half_steps: int = 0
     times: StepTimes | None = None
     history: tuple[Allocation, ...] = field(default=())
 
@@ -84,8 +92,12 @@ class RunState:
             raise ValueError("it searches among no `modules`")
         if (self.kept is not None) != (self.step >= self.discretize):
             raise ValueError(f"at step {self.step} its `kept` cannot be {repr(self.kept)[:100]}")
-        for name in ("kept", "reached"):
-            if (value := getattr(self, name)) is not None and len(value) != count:
+        if len(self.halves) not in (0, 2):
+            raise ValueError(f"its `halves` are two, and not {len(self.halves)}")
+        vectors: list[tuple[str, Sequence[Any] | None]] = [("kept", self.kept), ("reached", self.reached)]
+        vectors += [("ranks", self.ranks or None), *(("halves", half) for half in self.halves)]
+        for name, value in vectors:
+            if value is not None and len(value) != count:
                 raise ValueError(f"its `{name}` has {len(value)} entries for {count} modules")
         if any(len(entry.on) != count or len(entry.scores) != count for entry in self.history):
             raise ValueError(f"its `history` is not one of {count} modules")
@@ -123,7 +135,7 @@ class RunState:
         Raises:
             ValueError: if this is not the state of a run.
         """
-        if data.get("format") == 2:
+        if data.get("format") in (2, 3):
             data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
@@ -141,6 +153,7 @@ class RunState:
         else:
             values["times"] = None if values["times"] is None else StepTimes.from_dict(values["times"])
             values["history"] = tuple(map(Allocation.from_dict, values["history"]))
+            values["halves"] = tuple(map(tuple, values["halves"]))
         state = cls(**values)
         if data.get("phase") not in (state.phase, SEARCH if state.phase == FADE_OUT else state.phase):
             raise ValueError(f"at step {state.step} its `phase` cannot be {repr(data.get('phase'))[:100]}")
@@ -226,7 +239,12 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "kept": _maybe(_all(_is(bool))),
     "losses": _all(_number),
     "reached": _maybe(_all(_is(bool))),
-    "effect": _maybe(lambda value: _all(_number)(value) and len(value) == 2),
+    "effect": _maybe(lambda value: _all(_number)(value) and len(value) == 3),
+    "ranks": _all(_whole),
+    "halves": lambda value: (
+        isinstance(value, (list, tuple)) and len(value) in (0, 2) and all(map(_all(_number), value))
+    ),
+    "half_steps": _whole,
     "times": _maybe(_times),
     "history": _all(_allocation),
 }

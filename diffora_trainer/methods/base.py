@@ -53,6 +53,8 @@ class SelectionMethod(ABC):
     trains_open: ClassVar[bool] = True
     """Whether the weights train with all gates open, so that at the pruning nothing has got used to doing without the
     modules that go. Then the gates of these fade out before they are pruned."""
+    spends_ranks: ClassVar[bool] = False
+    """Whether its matrix can say where ranks are worth most, and not only which modules are kept."""
     shardable: ClassVar[bool] = True
     """Whether it works where FSDP holds each parameter in shards."""
     takes_function: ClassVar[bool] = False

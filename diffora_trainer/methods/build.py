@@ -71,15 +71,21 @@ def make_schedule(config: DiffoRAConfig, total_steps: int) -> Schedule:
     return moments_of(config).resolve(total_steps)
 
 
-def make_method(
+def make_method(config: DiffoRAConfig, budget: Budget) -> SelectionMethod:
+    """The method of a configuration, which chooses under a budget."""
+    method, options = method_of(config)
+    return method.create(budget, options, seed=config.arch_seed)
+
+
+def module_budget(
     config: DiffoRAConfig,
     grid: Grid,
     in_adapter: Sequence[bool],
     separate: Sequence[str] = (),
     allowed: Tensor | None = None,
-) -> SelectionMethod:
+) -> Budget:
     """
-    The method of a run over the modules of a grid, under the configuration's budget.
+    The budget of a configuration where whole modules of a grid are kept or pruned.
 
     Args:
         config ([`DiffoRAConfig`]): the options of the run.
@@ -89,7 +95,6 @@ def make_method(
         separate (`Sequence[str]`, *optional*): kinds of site that are ranked apart from the others.
         allowed (`Tensor` of shape `(n,)` and dtype `torch.bool`, *optional*): which modules may be kept at all.
     """
-    method, options = method_of(config)
     budget = Budget(
         grid.row_of,
         grid.parameters,
@@ -101,7 +106,7 @@ def make_method(
     )
     if allowed is not None:
         budget.restrict(allowed)
-    return method.create(budget, options, seed=config.arch_seed)
+    return budget
 
 
 def check_score_function(config: DiffoRAConfig, function: ScoreFunction | None) -> None:

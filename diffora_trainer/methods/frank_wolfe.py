@@ -44,6 +44,7 @@ class FrankWolfe(GradientMethod):
 
     Options = FrankWolfeOptions
     trains_open = True
+    spends_ranks = True
 
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
         super().__init__(budget, learning_rate, seed)

@@ -8,10 +8,13 @@ from torch import Tensor, nn
 from ..adapters.base import site_kind
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
+from ..core.ranks import RankBudget
 from ..core.times import StepTimes
 from ..methods.base import SelectionMethod
-from ..methods.build import make_method
+from ..methods.build import make_method, module_budget
+from .confidence import Confidence, SplitHalf
 from .measured import GatedModel, LossFunction
+from .ranks import find_rank_budget, grow, halved, kept_of
 from .runtime import Runtime
 
 
@@ -32,11 +35,16 @@ class SearchBase(GatedModel):
     ) -> None:
         super().__init__(model, adapters, loss_fn, runtime)
         self.config = config
+        self.rank_budget: RankBudget | None = find_rank_budget(config, adapters)
+        self.ranks: tuple[int, ...] = self.grid.ranks
+        if self.rank_budget is not None:
+            self.set_ranks(self.rank_budget.start())
         self.method: SelectionMethod = self.make_method()
         self.kept: Tensor | None = None
         self.times: StepTimes | None = None
         self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
-        self.effect: tuple[float, float] | None = None
+        self.effect: tuple[float, float, float] | None = None
+        self.halves = SplitHalf.empty(len(self.grid))
         self.skipped_steps = 0
         self.pending_losses: list[float] = []
         self.last_loss: float | None = None
@@ -54,4 +62,34 @@ class SearchBase(GatedModel):
 
     def make_method(self, allowed: Tensor | None = None) -> SelectionMethod:
         """The method over all modules, or over those that are allowed."""
-        return make_method(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds, allowed)
+        if self.rank_budget is not None:
+            return make_method(self.config, halved(self.config, self.rank_budget, self.grid.row_of))
+        return make_method(
+            self.config, module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds, allowed)
+        )
+
+    def set_ranks(self, ranks: tuple[int, ...]) -> None:
+        """Let only so many components of each adapter take part."""
+        self.ranks = ranks
+        self.gates.set_ranks(ranks, self.grid.ranks)
+
+    @property
+    def confidence(self) -> Confidence:
+        """How sure a choice would be now."""
+        return Confidence(self.halves.correlation(), len(self.grid), self.effect)
+
+    def choice(self) -> tuple[Tensor, tuple[int, ...]]:
+        """What a pruning would leave now: which modules, `(n,)` bools, and their ranks, 0 for one that goes."""
+        if self.kept is not None:
+            kept, ranks = self.kept, self.ranks
+        elif self.rank_budget is not None:
+            method = self.method
+            ranks = grow(
+                self.rank_budget,
+                (method.discretize(), method.scores(), method.tie_breaker()),
+                evident=self.confidence.beyond_chance,
+            )
+            kept = kept_of(ranks)
+        else:
+            kept, ranks = self.method.discretize(), self.grid.ranks
+        return kept, tuple(rank if keep else 0 for rank, keep in zip(ranks, kept.tolist(), strict=True))

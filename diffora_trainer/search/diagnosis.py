@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core.text import some
 from ..methods.base import SelectionMethod
+from .confidence import Confidence
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Evidence:
     Args:
         reached (`Tensor` of shape `(n,)` and dtype `torch.bool`): which gates ever had a gradient.
         skipped_steps (`int`): architecture steps whose loss was not finite.
-        effect (`tuple[float, float]`, *optional*): held-out loss without the modules and with all of them.
+        confidence ([`~diffora_trainer.search.confidence.Confidence`]): how sure the choice is.
+        in_ranks (`bool`): whether the budget was spent in ranks.
     """
 
     reached: Tensor
     skipped_steps: int
-    effect: tuple[float, float] | None
+    confidence: Confidence
+    in_ranks: bool
 
 
 def keeps_all(method: SelectionMethod) -> bool:
@@ -63,14 +66,19 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
             "that does not hold the LoRA weights, or a loss whose minimum the model starts from, they stay there.",
         )
     notes = []
-    if evidence.effect is not None and not evidence.effect[1] < evidence.effect[0]:
-        without, with_all = evidence.effect
+    effect = evidence.confidence.effect
+    if evidence.in_ranks and (doubt := evidence.confidence.doubt()):
+        notes.append(f"{doubt}, so no module was favoured: the budget was spread evenly over all of them.")
+    elif effect is not None and not effect[1] < effect[0]:
+        without, with_all, _ = effect
         notes.append(
             f"The LoRA did not lower the held-out loss before the choice: {without:.4g} without it, "
             f"{with_all:.4g} with all {count} modules. The run had nothing to learn, or had not begun to learn "
             "what carries over to held-out data, so the gates had little to go by. A later choice "
             "(`discretize_at`) or another learning rate may help."
         )
+    elif doubt := evidence.confidence.doubt():
+        notes.append(f"{doubt}, so it is hardly better than a random one of the same size.")
     if missed:
         notes.append(
             f"The gates of {len(missed)} of {count} modules never had a gradient "

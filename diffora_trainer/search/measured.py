@@ -72,10 +72,11 @@ class GatedModel:
         remedy = "Please start all of them with the same script, arguments and data."
         check_agreement(fingerprint(record), self.runtime.reduce, what, remedy)
 
-    def check_choice(self, kept: Tensor) -> None:
-        """Raise a `ValueError` on every process if they would not all keep the same modules, `(n,)` bools."""
+    def check_choice(self, kept: Tensor, ranks: Sequence[int] = ()) -> None:
+        """Raise a `ValueError` on every process if they would not keep the same modules, `(n,)` bools, and ranks."""
         remedy = "Please make sure that all of them read the same data and files."
-        check_agreement(kept, self.runtime.reduce, "which modules to keep", remedy)
+        bits = torch.cat([kept, fingerprint(repr(tuple(ranks)))])
+        check_agreement(bits, self.runtime.reduce, "which modules to keep", remedy)
 
     def training_gates(self) -> Tensor | None:
         """The gates under which the weights train next, `(n,)`, or `None` if all are open."""
@@ -90,12 +91,16 @@ class GatedModel:
             relaxed (`bool`, *optional*, defaults to `False`): under the gates that the weights are trained with, drawn
                 anew for each batch, instead of those of evaluation.
         """
+        return float(self.held_out_losses(batches, relaxed).mean())
+
+    def held_out_losses(self, batches: Iterable[Any], relaxed: bool = False) -> Tensor:
+        """The loss of each batch, `(k,)`: see [`held_out_loss`]."""
         losses = []
         with self.side_effect_free(training=False), torch.no_grad():
             for batch in batches:
                 with self.gates.override(self.training_gates()) if relaxed else nullcontext():
                     losses.append(self.loss(batch).detach().float().cpu().reshape(1))
-        return float(self.runtime.reduce(torch.cat(losses).mean().reshape(1)))
+        return self.runtime.reduce(torch.cat(losses))
 
     def step_times(self, batch: Any) -> StepTimes:
         """

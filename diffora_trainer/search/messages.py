@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ..core.budget import Budget
@@ -20,7 +22,7 @@ NO_LABELS = (
 )
 
 
-def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool) -> str:
+def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ranks: Sequence[int] | None) -> str:
     """
     What will happen when.
 
@@ -29,6 +31,7 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool) -> 
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): its method.
         data (`str`): what the gradient of the gates is taken on.
         anew (`bool`): whether modules are chosen anew and again.
+        ranks (`Sequence[int]`, *optional*): the ranks that the modules begin with, where the budget is spent in ranks.
     """
     total, prune = schedule.total_steps, schedule.prune
     if anew:
@@ -41,6 +44,13 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool) -> 
         begin = f"All modules train until step {prune} of {total}, are then scored"
         return (
             f"{begin if prune else 'All modules are scored now'} ({method.name}), and the selected ones go on alone."
+        )
+    if ranks is not None:
+        begin = " to ".join(map(str, dict.fromkeys((min(ranks), max(ranks)))))
+        return (
+            f"All modules begin with rank {begin}. Warm-up until step {schedule.warmup}, search ({method.name}, "
+            f"{data}) until step {schedule.discretize} of {total}, then what is left of the budget goes to the "
+            "modules that the matrix favours."
         )
     return (
         f"Warm-up until step {schedule.warmup}, search ({method.name}, {data}) until step {schedule.discretize}"
@@ -76,6 +86,16 @@ def scores(method: SelectionMethod, found: Tensor, batches: int) -> str:
     )
 
 
+def discretized(step: int, ranks: Sequence[int], schedule: Schedule, in_ranks: bool) -> str:
+    """What was chosen, and what becomes of the others."""
+    kept = [rank for rank in ranks if rank]
+    if in_ranks:
+        return f"Step {step}: the ranks are chosen: {min(kept)} to {max(kept)}, {sum(kept)} in all."
+    return (
+        f"Step {step}: {len(kept)} modules are chosen; the gates of the others fade out until step {schedule.prune}."
+    )
+
+
 def skipped(step: int, unlabelled: bool, count: int) -> str:
     """An architecture step whose loss or gradient was not finite, the `count`-th of the run."""
     why = "no token of the held-out batch has a label" if unlabelled else "the loss was not finite"
@@ -105,6 +125,11 @@ def pruned(selection: Selection, losses: tuple[float, float] | None, before_fadi
     Without `losses`, just before the pruning and after it, nothing is said of them.
     """
     lines = [f"Step {selection.step}: {selection.summary()}.\n{selection.table()}"]
+    if selection.confidence is not None:
+        lines.append(
+            f"Confidence of the choice: {selection.confidence:.2f} (1: another search would rank the modules alike; "
+            "0: as chance would)."
+        )
     if losses is not None:
         before, after = losses
         start, when = (
@@ -128,6 +153,8 @@ def prune_metrics(selection: Selection, losses: tuple[float, float] | None) -> d
         "diffora/selected_modules": float(len(selection.selected)),
         "diffora/lora_parameters": float(selection.trainable_parameters),
     }
+    if selection.confidence is not None:
+        report["diffora/confidence"] = selection.confidence
     if losses is not None:
         before, after = losses
         report["diffora/held_out_loss_before_cut"] = before

@@ -26,7 +26,8 @@ _MAX_LOGGED_KINDS = 16
 def make_selection(search: SearchBase, step: int | None) -> Selection:
     """See [`ArchitectureSearch.select`]."""
     method, grid, config = search.method, search.grid, search.config
-    kept = (method.discretize() if search.kept is None else search.kept).tolist()
+    chosen, ranks = search.choice()
+    kept, confidence = chosen.tolist(), search.confidence
     # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
     # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
     relaxed, trained, scores = method.values(), method.evaluation_gates(), method.scores()
@@ -36,10 +37,11 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     factors = torch.where(torch.tensor(kept), selected, relaxed)
     gains = method.tie_breaker()
     wants_all = config.max_trainable_parameters is not None or config.selection_ratio >= 1
-    evidence = Evidence(search.reached, search.skipped_steps, search.effect)
+    evidence = Evidence(search.reached, search.skipped_steps, confidence, search.rank_budget is not None)
     return Selection(
         grid=grid,
-        ranks=tuple(rank if keep else 0 for rank, keep in zip(grid.ranks, kept, strict=True)),
+        ranks=ranks,
+        confidence=confidence.value,
         scores=tuple(scores.tolist()),
         gates=tuple(relaxed.tolist()),
         gains=tuple((scores if gains is None else gains).tolist()),

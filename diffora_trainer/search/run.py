@@ -161,9 +161,9 @@ class SelectionRun(RunParts):
         self.search.begin()
         self._fade()
         self._say(f"Grid: {self.search.grid.describe()}.")
-        self._say(
-            messages.plan(self.schedule, self.search.method, self.held_out.describe(), self.reallocation is not None)
-        )
+        ranks = None if self.search.rank_budget is None else self.search.ranks
+        data, anew = self.held_out.describe(), self.reallocation is not None
+        self._say(messages.plan(self.schedule, self.search.method, data, anew, ranks))
         if self.search.keeps_all and self.config.selection_ratio < 1:
             self._warn(messages.nothing_to_choose(len(self.search.grid)))
         if self.schedule.prune == 0:
@@ -281,14 +281,12 @@ class SelectionRun(RunParts):
         )
 
     def _discretize(self) -> None:
-        kept = self.search.discretize()
-        if self.held_out.comparable:
+        if self.held_out.comparable:  # first: where nothing was learned, nothing should be favoured
             loss = self.search.measure_effect(self.held_out.sample(_GAP_BATCHES))
             self._report = {"diffora/held_out_loss_before_closing": loss}
-        self._say(
-            f"Step {self.step}: {int(kept.sum())} modules are chosen; the gates of the others fade out until step "
-            f"{self.schedule.prune}."
-        )
+        self.search.discretize()
+        in_ranks = self.search.rank_budget is not None
+        self._say(messages.discretized(self.step, self.search.choice()[1], self.schedule, in_ranks))
 
     def _prune(self) -> None:
         """Decide if that is still to be done, carry it out, and measure what that does."""

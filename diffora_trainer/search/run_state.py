@@ -16,6 +16,7 @@ from ..config import DiffoRAConfig
 from ..core.files import reraise_with_path
 from ..core.state import RunState, check_same
 from ..methods.build import method_of
+from .confidence import SplitHalf
 from .parts import RunParts
 
 
@@ -44,6 +45,9 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         losses=tuple(search.pending_losses),
         reached=tuple(search.reached.tolist()),
         effect=search.effect,
+        ranks=() if search.rank_budget is None else search.ranks,
+        halves=tuple(map(tuple, search.halves.sums.tolist())),
+        half_steps=search.halves.steps,
         times=search.times,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
     )
@@ -67,6 +71,7 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
             "the number of held-out rows": (state.held_out_rows, len(run.held_out.dataset)),
             "the order of the modules": (state.modules, search.grid.names),
             "the options": (comparable_options(state.config), comparable_options(run.config.to_dict())),
+            "whether the budget is spent in ranks": (bool(state.ranks), search.rank_budget is not None),
             "the number of layers": (depth, len(search.grid.rows)),
             "whether modules were chosen anew": (bool(state.history), reallocates),
             "whether step times were measured": (state.times is not None, timed),
@@ -81,10 +86,14 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
         search.check_choice(run.reallocation.on)
         if not run.reallocation.on.all():
             search.runtime.after_switch()
+    if state.ranks:
+        search.set_ranks(state.ranks)
     if state.kept is not None:
         search.discretize(torch.tensor(state.kept))
     search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
     search.effect = state.effect
+    if state.halves:
+        search.halves = SplitHalf(torch.tensor(state.halves, dtype=torch.float64), state.half_steps)
     if state.reached is not None:
         search.reached = torch.tensor(state.reached)
     else:  # not known of a checkpoint from before it was kept

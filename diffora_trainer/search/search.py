@@ -18,7 +18,7 @@ from ..core.agreement import is_main_process
 from ..core.selection import Selection
 from ..core.times import StepTimes
 from ..logging import get_logger
-from ..methods.base import GradientMethod
+from ..methods.base import GradientMethod, bounded
 from ..methods.build import check_score_function
 from ..methods.context import ScoreFunction
 from .base import SearchBase
@@ -59,8 +59,9 @@ class ArchitectureSearch(OldNames, SearchBase):
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by; of a search, the DAM.
         kept (`Tensor` of shape `(n,)` and dtype `torch.bool`, or `None`): what stays, once that is decided.
         reached (`Tensor` of shape `(n,)` and dtype `torch.bool`): which gates ever had a gradient.
-        effect (`tuple[float, float]` or `None`): held-out loss without the modules and with all of them, when the
-            choice was made (see [`measure_effect`]).
+        effect (`tuple[float, float, float]` or `None`): held-out loss without the modules and with all of them, and
+            the standard error of the difference, when the choice was made (see [`measure_effect`]).
+        ranks (`tuple[int, ...]`): how many components of each adapter take part now (see `selection_granularity`).
 
     Raises:
         TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
@@ -209,6 +210,7 @@ class ArchitectureSearch(OldNames, SearchBase):
             self.skipped_steps += 1
             return None
         self.reached |= gradient != 0
+        self.halves.add(-bounded(gradient))
         method.step(gradient)
         self.gates.set_evaluation(method.evaluation_gates())
         self.pending_losses.append(value)
@@ -245,12 +247,14 @@ class ArchitectureSearch(OldNames, SearchBase):
             `float`: the held-out loss with all modules, under the gates of evaluation.
         """
         batches = list(batches)
-        with_all = self.held_out_loss(batches)
+        with_all = self.held_out_losses(batches)
         with self.gates.override(torch.zeros(len(self.grid))):
-            without = self.held_out_loss(batches)
-        if math.isfinite(without) and math.isfinite(with_all):
-            self.effect = (without, with_all)
-        return with_all
+            without = self.held_out_losses(batches)
+        if torch.isfinite(without).all() and torch.isfinite(with_all).all():
+            difference = (without - with_all).double()
+            error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
+            self.effect = (float(without.mean()), float(with_all.mean()), error)
+        return float(with_all.mean())
 
     # Time
 
@@ -293,10 +297,16 @@ class ArchitectureSearch(OldNames, SearchBase):
         Raises:
             ValueError: on every process, if they would not all keep the same modules.
         """
-        chosen = self.method.discretize() if kept is None else kept
-        self.check_choice(chosen)
-        self.kept = chosen
-        return chosen
+        ranks = self.ranks
+        if kept is None:
+            kept, ranks = self.choice()
+            self.check_choice(kept, ranks)
+        else:
+            self.check_choice(kept)
+        self.kept = kept
+        if self.rank_budget is not None:
+            self.set_ranks(ranks)
+        return kept
 
     def select(self, step: int | None = None) -> Selection:
         """The selection that a pruning would carry out now. Changes nothing."""
@@ -315,7 +325,7 @@ class ArchitectureSearch(OldNames, SearchBase):
             ValueError: on every process, if they would not all keep the same modules.
         """
         selection = self.select(step)
-        self.check_choice(torch.tensor(selection.kept))
+        self.check_choice(torch.tensor(selection.kept), selection.ranks)
         self.gates.detach()
         if is_main_process():
             for note in selection.notes:

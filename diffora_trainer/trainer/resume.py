@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from .checkpoint import STATE_NAME
 
 # What a checkpoint's weights were trained under, and is not read from it again.
 _LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
+_OTHER_OPTIONS = ("lora_dropout", "use_rslora")
+"""Those of them that a pruning of ranks leaves as they are."""
 
 
 def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str], adapted: Sequence[str]) -> None:
@@ -49,10 +52,28 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
             inner = kind.adapter_folder
     path = Path(folder, inner, ADAPTER_NAME)
     lora: list[Any] = [sites[name] for name in adapted if site_kind(sites[name].kind).in_adapter]
-    _check_tensors(path, {name: shape for site in lora for name, shape in site.saved_shapes.items()})
+    ranks = {site.name: site.rank for site in lora}
     options = json.loads(path.with_name(ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     config = model.peft_config[adapter_name]
-    check_same(folder, {f"`{name}` of the LoRA": (options.get(name), getattr(config, name)) for name in _LORA_OPTIONS})
+    compared: tuple[str, ...] = _LORA_OPTIONS
+    if (selection := state.selection) is not None and selection.in_ranks:
+        left = dict(zip(selection.modules, selection.ranks, strict=True))
+        if ranks != (after := {name: left[name] for name in ranks}):  # the model is not pruned yet
+            before = dict(zip(selection.modules, selection.grid.ranks, strict=True))
+            check_same(folder, {"the ranks of the LoRA": ({name: before[name] for name in ranks}, ranks)})
+            scaling = {round(site.layer.scaling[adapter_name], 9) for site in lora}
+            check_same(folder, {"the scaling of the LoRA": (_scalings(options), scaling)})
+            ranks, compared = after, _OTHER_OPTIONS
+    shapes = {name: shape for site in lora for name, shape in site.saved_shapes(ranks[site.name]).items()}
+    _check_tensors(path, shapes)
+    check_same(folder, {f"`{name}` of the LoRA": (options.get(name), getattr(config, name)) for name in compared})
+
+
+def _scalings(options: dict[str, Any]) -> set[float]:
+    """The factors with which a saved adapter is added to its base model."""
+    usual, ranks, alphas = options["lora_alpha"], options["rank_pattern"] or {}, options["alpha_pattern"] or {}
+    pairs = [(usual, options["r"]), *((alphas.get(name, usual), rank) for name, rank in ranks.items())]
+    return {round(alpha / (math.sqrt(rank) if options.get("use_rslora") else rank), 9) for alpha, rank in pairs}
 
 
 def _check_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> None:

@@ -22,6 +22,7 @@ OPTIONS: dict[str, Any] = {
     "selection_ratio": 0.25,
     "selection_scope": "model",
     "max_trainable_parameters": 1000,
+    "selection_granularity": "module",
     "discretize_at": 40.0,
     "arch_warmup": 0.1,
     "fade_out": 0.1,
@@ -79,7 +80,7 @@ def present() -> list[Any]:
 
 
 def test_every_option_is_parsed_from_the_command_line() -> None:
-    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 16
+    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 17
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(words(OPTIONS))
     assert config.to_dict() == OPTIONS
     assert {name: type(value) for name, value in config.to_dict().items()} == {

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffora_trainer import DiffoRAConfig, Selection
-from diffora_trainer.config import SELECTION_SCOPES, WEIGHT_SHARING
+from diffora_trainer.config import SELECTION_GRANULARITIES, SELECTION_SCOPES, WEIGHT_SHARING
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid, SiteInfo
 from diffora_trainer.methods.build import make_schedule, method_of
@@ -46,6 +46,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "selection_ratio": st.floats(0, 1),
     "selection_scope": st.sampled_from(SELECTION_SCOPES),
     "max_trainable_parameters": st.none() | st.integers(1, 10**6),
+    "selection_granularity": st.sampled_from(SELECTION_GRANULARITIES),
     "discretize_at": MOMENTS,
     "arch_warmup": MOMENTS,
     "fade_out": MOMENTS,

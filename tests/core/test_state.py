@@ -19,8 +19,8 @@ from helpers.adapted import format_1, make_selection
 NAMES = ("a", "b", "c")
 SEARCHING = RunState(
     5, {"method": "diffora"}, {"size": 3}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_position=3,
-    held_out_rows=10, skipped_steps=1, losses=(0.5, 0.25), reached=(True, False, True), effect=(1.0, 0.5),
-    times=StepTimes(1.0, (0.5, 0.25), 0.1),
+    held_out_rows=10, skipped_steps=1, losses=(0.5, 0.25), reached=(True, False, True), effect=(1.0, 0.5, 0.125),
+    ranks=(2, 2, 1), halves=((0.5, 0.0, -1.0), (0.25, 0.0, 1.0)), half_steps=3, times=StepTimes(1.0, (0.5, 0.25), 0.1),
     history=(Allocation(2, (1.0, 2.0, 3.0), (True, True, False)), Allocation(4, (1.0, 2.0, 4.0), (True, False, True))),
 )  # fmt: skip
 STATES = {
@@ -37,7 +37,7 @@ def test_a_state_survives_json(phase: str) -> None:
     assert state.phase == phase
     record = state.to_dict()
     assert RunState.from_dict(json.loads(json.dumps(record, allow_nan=False))) == state
-    assert record["phase"] == phase and record["format"] == 3
+    assert record["phase"] == phase and record["format"] == 4
     if phase == "selected":
         assert "modules" not in record
 
@@ -67,6 +67,9 @@ def test_each_missing_or_foreign_value_is_named(phase: str) -> None:
         ({"step": 6}, "at step 6 its `kept` cannot be None"),
         ({"step": 7, "kept": (True,)}, "`kept` has 1 entries for 3"),
         ({"reached": (True,)}, "`reached` has 1 entries for 3"),
+        ({"ranks": (2, 2)}, "`ranks` has 2 entries for 3"),
+        ({"halves": ((0.5,), (0.5, 0.5, 0.5))}, "`halves` has 1 entries for 3"),
+        ({"halves": ((0.5, 0.5, 0.5),)}, "`halves` are two"),
         ({"history": (Allocation(2, (1.0,), (True,)),)}, "`history` is not one of 3 modules"),
         ({"history": (Allocation(6, (1.0, 2.0, 3.0), (True, True, True)),)}, "`history` cannot be one of"),
         ({"step": 1, "history": ()}, "in phase 'warm-up' its `times`"),
@@ -77,13 +80,27 @@ def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
         replace(SEARCHING, **change)
 
 
+def test_states_of_format_3_are_read() -> None:
+    """It knew no ranks, no halves of a search, and no error of its effect."""
+    old = {**SEARCHING.to_dict(), "format": 3, "effect": [1.0, 0.5]}
+    for name in ("ranks", "halves", "half_steps"):
+        del old[name]
+    expected = replace(SEARCHING, ranks=(), halves=(), half_steps=0, effect=(1.0, 0.5, 0.0))
+    assert RunState.from_dict(json.loads(json.dumps(old))) == expected
+    selected = STATES["selected"]
+    assert RunState.from_dict({**selected.to_dict(), "format": 3}) == selected
+
+
 def test_states_of_format_2_are_read() -> None:
     """Other names, one other kind of site, and fields that were not kept yet."""
     state = STATES["fade-out"]
     record = state.to_dict()
     for new, old in (("discretize", "decision"), ("prune", "cut"), ("kept", "decided"), ("began_pruned", "began_cut")):
         record[old] = record.pop(new)
-    del record["extra_kinds"]
+    for name in ("extra_kinds", "ranks", "halves", "half_steps"):
+        del record[name]
+    record["effect"] = record["effect"][:2]
+    state = replace(state, ranks=(), halves=(), half_steps=0, effect=(1.0, 0.5, 0.0))
     old = {**record, "format": 2, "phase": "search"}  # it knew no phase of its own for the fade-out
     assert RunState.from_dict({**old, "shortcuts": True}) == replace(state, extra_kinds=("shortcuts",))
     assert RunState.from_dict({**old, "shortcuts": False}) == state
@@ -92,7 +109,7 @@ def test_states_of_format_2_are_read() -> None:
     assert RunState.from_dict(old) == replace(state, history=(), reached=None, effect=None)
     with pytest.raises(ValueError, match="discretize"):
         RunState.from_dict({name: value for name, value in old.items() if name != "decision"})
-    with pytest.raises(ValueError, match="`format` is not 3"):
+    with pytest.raises(ValueError, match="`format` is not 4"):
         RunState.from_dict({**old, "format": 1})
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.methods.base import GradientMethod
-from diffora_trainer.methods.build import make_method
+from diffora_trainer.methods.build import make_method, module_budget
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.searches import gradients_of
@@ -341,10 +341,13 @@ def test_metrics_and_the_matrix_of_a_config() -> None:
     assert "diffora/arch_loss" not in search.metrics()  # told once
 
     grid = AdapterGrid.from_model(model).grid
-    plain = [True, True]
-    assert make_method(DiffoRAConfig(0.5), grid, plain).discretize().tolist() == [True, True]  # one a layer at least
-    assert make_method(DiffoRAConfig(0.5, "model"), grid, plain).discretize().sum() == 1
+    plain, whole = [True, True], DiffoRAConfig(0.5, "model")
+    assert make_method(DiffoRAConfig(0.5), module_budget(DiffoRAConfig(0.5), grid, plain)).discretize().tolist() == [
+        True,
+        True,
+    ]  # one a layer at least
+    assert make_method(whole, module_budget(whole, grid, plain)).discretize().sum() == 1
     config = make_config(max_trainable_parameters=20, method="sampled", arch_learning_rate=0.3)
-    capped = make_method(config, grid, plain)
+    capped = make_method(config, module_budget(config, grid, plain))
     assert isinstance(capped, GradientMethod)
     assert capped.discretize().tolist() == [False, True] and capped.learning_rate == 0.3  # 22 and 18 parameters

@@ -48,6 +48,7 @@ RUNS = {
     "sft": ("sft", 1, {}),
     "sft, accumulated": ("sft", 2, {}),
     "closing": ("cls", 1, {"search": {"fade_out": 4}}),  # chosen at step 4, so step 5 lies among the closing ones
+    "ranks": ("cls", 1, {"search": {"fade_out": 4, "selection_granularity": "rank"}}),
     "sampled": ("cls", 1, {"search": {"method": "sampled", "selection_scope": "model"}}),
     "sigmoid, second order": ("sft", 1, {"search": {"method": "sigmoid", "arch_order": 2, "arch_every": 2}}),
     # All of equal shapes, so that moments that land on another pair are a wrong result and not a crash.

@@ -184,8 +184,10 @@ def train_diffora(
     scores = dict(zip(selection.modules, selection.scores, strict=True))
     # Of equal scores those that were not chosen come first.
     upwards = sorted(grid.names, key=lambda name: (scores[name], name in selection.selected))
-    return dict.fromkeys(selection.selected, grid.rank), {
+    return {name: rank for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank}, {
         "parameters": selection.trainable_parameters,
+        "confidence": selection.confidence,
+        "notes": list(selection.notes),
         **result,
         "before_closing": report.get("diffora/held_out_loss_before_closing"),
         "before_cut": report.get("diffora/held_out_loss_before_cut"),

@@ -1,0 +1,82 @@
+"""Ranks under a budget of parameters: an even spread to start from, and its growth where it is worth most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class RankBudget:
+    """
+    How many parameters may be trained, and how they become ranks. All choices are deterministic.
+
+    Args:
+        groups (`tuple[int, ...]` of length `n`): the group in which each module competes: its layer, or the model.
+        costs (`tuple[int, ...]` of length `n`): trainable parameters of each unit of rank.
+        ranks (`tuple[int, ...]` of length `n`): the largest rank of each module.
+        limits (`tuple[int, ...]`): parameters that each group may keep.
+    """
+
+    groups: tuple[int, ...]
+    costs: tuple[int, ...]
+    ranks: tuple[int, ...]
+    limits: tuple[int, ...]
+
+    def start(self) -> tuple[int, ...]:
+        """
+        The even spread that a run begins with: all modules of a group at one rank, which is half of what the budget
+        has room for, so that the other half can go where it is worth most; but at least 1.
+        """
+        rooms = [limit / sum(self.costs[index] for index in self._members(g)) for g, limit in enumerate(self.limits)]
+        return tuple(
+            min(rank, max(1, math.floor(rooms[group] / 2)))
+            for rank, group in zip(self.ranks, self.groups, strict=True)
+        )
+
+    def fits(self, ranks: Sequence[int]) -> bool:
+        """Whether ranks are under the limits."""
+        used = [0] * len(self.limits)
+        for rank, cost, group in zip(ranks, self.costs, self.groups, strict=True):
+            used[group] += rank * cost
+        return all(spent <= limit for spent, limit in zip(used, self.limits, strict=True))
+
+    def spread(self) -> list[int]:
+        """Indices of all modules, each far from the one before: the order of an even growth."""
+        return [index for group in range(len(self.limits)) for index in _far_apart(self._members(group))]
+
+    def grow(self, ranks: Sequence[int], order: Iterable[int]) -> tuple[int, ...]:
+        """
+        Use up what the budget has left: each module of an order is given one unit of rank more, again and again, as
+        far as it fits.
+
+        Args:
+            ranks (`Sequence[int]` of length `n`): the ranks to start from.
+            order (`Iterable[int]`): indices of the modules that may grow, the best first.
+        """
+        found, order = list(ranks), list(order)
+        left = list(self.limits)
+        for index, rank in enumerate(found):
+            left[self.groups[index]] -= rank * self.costs[index]
+        growing = True
+        while growing:
+            growing = False
+            for index in order:
+                group, cost = self.groups[index], self.costs[index]
+                if found[index] < self.ranks[index] and cost <= left[group]:
+                    found[index] += 1
+                    left[group] -= cost
+                    growing = True
+        return tuple(found)
+
+    def _members(self, group: int) -> list[int]:
+        return [index for index, own in enumerate(self.groups) if own == group]
+
+
+def _far_apart(members: Sequence[int]) -> list[int]:
+    """All members once, each far from the one before: by steps of about the golden section."""
+    stride = max(1, round(len(members) * 0.618))
+    while math.gcd(stride, len(members)) > 1:
+        stride += 1
+    return [members[number * stride % len(members)] for number in range(len(members))]

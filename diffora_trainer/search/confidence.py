@@ -1,0 +1,120 @@
+"""How sure a choice is: whether two halves of a search would have chosen alike, and whether anything was learned."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+_ONE_SIDED_5_PERCENT = 1.645
+
+
+@dataclass
+class SplitHalf:
+    """
+    The gains that a search has seen, summed apart over its odd and its even steps.
+
+    Args:
+        sums (`Tensor` of shape `(2, n)`): float64.
+        steps (`int`, *optional*, defaults to `0`): how many were added.
+    """
+
+    sums: Tensor
+    steps: int = field(default=0)
+
+    @classmethod
+    def empty(cls, count: int) -> SplitHalf:
+        """Of a search among so many modules that has not begun."""
+        return cls(torch.zeros(2, count, dtype=torch.float64))
+
+    def add(self, gains: Tensor) -> None:
+        """Add the gains of one step, `(n,)`."""
+        self.sums[self.steps % 2] += gains.double()
+        self.steps += 1
+
+    def correlation(self) -> float | None:
+        """
+        Spearman's rank correlation of the two halves, in [-1, 1]; `None` with fewer than two steps or three modules,
+        or where all gains of a half are equal.
+        """
+        if self.steps < 2 or self.sums.shape[1] < 3:
+            return None
+        ranks = torch.stack([_ranks(half) for half in self.sums])
+        centred = ranks - ranks.mean(dim=1, keepdim=True)
+        norms = centred.norm(dim=1)
+        return float(centred[0] @ centred[1] / norms.prod()) if bool((norms > 0).all()) else None
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """
+    How sure a choice is.
+
+    Args:
+        agreement (`float` or `None`): Spearman's correlation of the gains of the two halves of the search.
+        count (`int`): number of modules.
+        effect (`tuple[float, float, float]` or `None`): held-out loss without the LoRA and with it, and the standard
+            error of the difference over batches.
+    """
+
+    agreement: float | None
+    count: int
+    effect: tuple[float, float, float] | None
+
+    @property
+    def value(self) -> float | None:
+        """
+        The reliability of the ranking, in [0, 1]: the correlation of two searches of full length, predicted from that
+        of two halves (Spearman, 1910; Brown, 1910), and 0 if the LoRA has not lowered the held-out loss by more than
+        two standard errors. `None` if it cannot be told.
+        """
+        if self.agreement is None:
+            return None
+        if self.learned is False:
+            return 0.0
+        return 2 * self.agreement / (1 + self.agreement) if self.agreement > 0 else 0.0
+
+    @property
+    def learned(self) -> bool | None:
+        """Whether the LoRA has lowered the held-out loss by more than two standard errors; `None` if not measured."""
+        if self.effect is None:
+            return None
+        without, with_all, error = self.effect
+        return without - with_all > 2 * error
+
+    @property
+    def beyond_chance(self) -> bool:
+        """
+        Whether something was learned, and the halves agree better than two random rankings would in 95 of 100 cases:
+        their correlation has a standard error of `1 / sqrt(n - 1)`.
+        """
+        if self.agreement is None or self.learned is False:
+            return False
+        return self.agreement * math.sqrt(self.count - 1) > _ONE_SIDED_5_PERCENT
+
+    def doubt(self) -> str | None:
+        """Why the choice is not to be told from chance, as a sentence; `None` if it is."""
+        if self.beyond_chance or self.agreement is None:
+            return None
+        if self.learned is False:
+            assert self.effect is not None
+            without, with_all, error = self.effect
+            return (
+                "When the choice was made, the LoRA had not lowered the held-out loss beyond its noise "
+                f"({without:.4g} without it, {with_all:.4g} with it, standard error {error:.2g})"
+            )
+        return (
+            f"The two halves of the search rank the {self.count} modules no more alike than chance "
+            f"(rank correlation {self.agreement:.2f})"
+        )
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank of each value, `(n,)`; equal values have the mean of theirs."""
+    found, inverse, counts = torch.unique(values, return_inverse=True, return_counts=True)
+    del found
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[inverse]

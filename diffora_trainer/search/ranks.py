@@ -1,0 +1,107 @@
+"""Which ranks a run begins with, and which it ends with, where the budget is spent in ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..adapters.grid import AdapterGrid
+from ..config import DiffoRAConfig
+from ..core.budget import Budget
+from ..core.ranks import RankBudget
+from ..methods.registry import get_method
+
+
+def find_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
+    """
+    The budget in ranks, or `None` where whole modules are kept or pruned.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
+
+    Raises:
+        ValueError: if `selection_granularity="rank"` is asked for where it cannot be had.
+    """
+    if config.selection_granularity == "module":
+        return None
+    asked = config.selection_granularity == "rank"
+    if not asked and config.max_trainable_parameters is None:
+        return None  # a share of the modules was asked for
+    reason = _obstacle(config, adapters)
+    if reason is None:
+        return _make(config, adapters)
+    if asked:
+        raise ValueError(
+            f"You passed `selection_granularity='rank'`, but {reason}. Please leave it out, or set it to 'module', to "
+            "keep and prune whole modules."
+        )
+    return None
+
+
+def _make(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
+    grid = adapters.grid
+    by_layer = config.max_trainable_parameters is None and config.selection_scope == "layer"
+    rows = sorted(set(grid.row_of)) if by_layer else [0]
+    groups = tuple(rows.index(row) if by_layer else 0 for row in grid.row_of)
+    totals = [sum(p for p, own in zip(grid.parameters, groups, strict=True) if own == g) for g in range(len(rows))]
+    cap = config.max_trainable_parameters
+    limits = [math.floor(config.selection_ratio * total) if cap is None else min(cap, total) for total in totals]
+    budget = RankBudget(groups, tuple(site.cost for site in grid.sites), grid.ranks, tuple(limits))
+    # What a budget that keeps everything, or has no room for rank 1 in each module, leaves to choose are modules.
+    return budget if limits < totals and budget.fits(budget.start()) else None
+
+
+def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
+    """Why a budget cannot be spent in ranks; `None` if it can."""
+    if not get_method(config.method).spends_ranks:
+        return f"`method={config.method!r}` keeps or prunes whole modules"
+    for name, without in (("weight_sharing", "none"), ("max_step_time", None), ("extra_sites", {})):
+        value = getattr(config, name)
+        if value and value != without:
+            return f"that does not combine with `{name}={value!r}`"
+    fixed = [site.name for site in adapters.sites if not site.resizable]
+    if fixed:
+        return (
+            f"the adapter of {fixed[0]!r} is not a new LoRA of two linear layers (`lora_B` is not 0, or is sharded), "
+            "so it cannot begin with a smaller rank"
+        )
+    return None
+
+
+def halved(config: DiffoRAConfig, ranks: RankBudget, rows: Sequence[int]) -> Budget:
+    """
+    The budget under which the matrix is learned: half of what all modules have at the ranks that a run begins with. A
+    module belongs to it that earns its place when half of the others are missing.
+    """
+    start = [rank * cost for rank, cost in zip(ranks.start(), ranks.costs, strict=True)]
+    if len(ranks.limits) > 1:
+        return Budget(rows, start, ratio=0.5, scope="layer")
+    return Budget(rows, start, cap=max(sum(start) // 2, min(start)))
+
+
+def grow(budget: RankBudget, matrix: tuple[Tensor, Tensor, Tensor | None], evident: bool) -> tuple[int, ...]:
+    """
+    The ranks that a run ends with.
+
+    Args:
+        budget ([`~diffora_trainer.core.ranks.RankBudget`]): the budget.
+        matrix (`tuple`): the modules that it favours, `(n,)` bools, its entries, `(n,)`, and what decides between
+            equal ones, `(n,)` or `None`.
+        evident (`bool`): whether the choice is to be told from chance. If not, all modules grow alike.
+    """
+    start, (favoured, scores, gains) = budget.start(), matrix
+    if not evident:
+        return budget.grow(start, budget.spread())
+    keys = list(zip(favoured.tolist(), scores.tolist(), (scores if gains is None else gains).tolist(), strict=True))
+    order = sorted(range(len(keys)), key=lambda index: (*(-float(part) for part in keys[index]), index))
+    best = order[: int(favoured.sum())]
+    return budget.grow(budget.grow(start, best), order)
+
+
+def kept_of(ranks: Sequence[int]) -> Tensor:
+    """Which modules keep any rank, `(n,)` bools."""
+    return torch.tensor([rank > 0 for rank in ranks])

@@ -1,0 +1,50 @@
+"""Ranks under a budget of parameters."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from diffora_trainer.core.ranks import RankBudget
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> RankBudget:
+    count = draw(st.integers(1, 12))
+    groups = [0, *draw(st.lists(st.integers(0, 2), min_size=count - 1, max_size=count - 1))]
+    present = sorted(set(groups))
+    costs = draw(st.lists(st.integers(1, 50), min_size=count, max_size=count))
+    ranks = draw(st.lists(st.integers(1, 16), min_size=count, max_size=count))
+    limits = draw(st.lists(st.integers(1, 3000), min_size=len(present), max_size=len(present)))
+    return RankBudget(tuple(map(present.index, groups)), tuple(costs), tuple(ranks), tuple(limits))
+
+
+@given(budgets(), st.randoms(use_true_random=False))
+def test_growth_uses_the_budget_up_and_never_more(budget: RankBudget, random: object) -> None:
+    start = budget.start()
+    assert all(1 <= rank <= most for rank, most in zip(start, budget.ranks, strict=True))
+    if not budget.fits(start):
+        return
+    order = budget.spread()
+    assert sorted(order) == list(range(len(start)))
+    random.shuffle(order)  # type: ignore[attr-defined]
+    best = order[: len(order) // 2]
+    grown = budget.grow(start, best)
+    assert budget.fits(grown) and all(grown[index] == start[index] for index in order[len(order) // 2 :])
+    found = budget.grow(grown, order)
+    assert budget.fits(found)
+    for index, rank in enumerate(found):
+        assert start[index] <= rank <= budget.ranks[index]
+        more = [*found[:index], rank + 1, *found[index + 1 :]]
+        assert rank == budget.ranks[index] or not budget.fits(more)
+
+
+def test_start_is_half_of_the_room_and_an_even_growth_is_all_linear_at_the_rank_that_fits() -> None:
+    budget = RankBudget((0,) * 6, (10,) * 6, (8,) * 6, (250,))  # room for rank 4.17
+    assert budget.start() == (2,) * 6
+    even = budget.grow(budget.start(), budget.spread())
+    assert sorted(even) == [4, 4, 4, 4, 4, 5]
+    layers = RankBudget((0, 0, 1, 1), (10, 30, 10, 10), (8,) * 4, (160, 20))
+    assert layers.start() == (2, 2, 1, 1)
+    assert layers.grow(layers.start(), [1, 0, 2, 3]) == (4, 4, 1, 1)
+    assert not RankBudget((0, 0), (10, 30), (8, 8), (39,)).fits((1, 1))

@@ -1,0 +1,174 @@
+"""Runs whose budget is spent in ranks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from diffora_trainer import DiffoRAConfig, SelectionRun
+from diffora_trainer.adapters.base import find_sites
+from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.search.search import ArchitectureSearch
+from helpers.adapted import base_weights, logits, randomize
+from helpers.models import llama
+from helpers.tiny_model import TinyModel
+
+
+STEPS, CHOICE, PRUNE = 40, 18, 20
+CONFIG: dict[str, Any] = {
+    "selection_granularity": "rank", "arch_warmup": 4, "discretize_at": PRUNE, "fade_out": PRUNE - CHOICE,
+    "method_options": {"arch_every": 1},
+}  # fmt: skip
+
+
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(**batch).loss
+
+
+def make(rank: int = 8, **options: Any) -> tuple[TinyModel, PeftModel, torch.optim.AdamW]:
+    tiny = llama()
+    torch.manual_seed(1)
+    config = LoraConfig(**{"r": rank, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **options})
+    model: Any = get_peft_model(tiny.model, config)
+    return tiny, model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def pairs(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    found = {}
+    for site in AdapterGrid.from_model(model).sites:
+        a, b = site.parameters
+        found[site.name] = (a, b)
+    return found
+
+
+def train(made: Any, config: DiffoRAConfig, steps: int = STEPS) -> tuple[SelectionRun, list[float]]:
+    tiny, model, optimizer = made
+    run = SelectionRun(model, optimizer, config, loss_of, [tiny.batch] * 4, total_steps=STEPS)
+    losses = []
+    for _ in range(steps):
+        run.before_step()
+        loss = loss_of(model, tiny.batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.after_step()
+        losses.append(loss.item())
+    return run, losses
+
+
+def test_until_the_choice_a_run_is_one_of_plain_lora_of_half_the_budgets_rank() -> None:
+    made = make()
+    small = make(rank=2, lora_alpha=2)  # of scale 1, as rank 8 with PEFT's alpha of 8
+    with torch.no_grad():
+        for name, (a, _) in pairs(made[1]).items():
+            pairs(small[1])[name][0].copy_(a[:2])
+    run, losses = train(made, DiffoRAConfig(selection_ratio=0.5, **CONFIG), CHOICE)
+    tiny, model, optimizer = small
+    for expected in losses:
+        loss = loss_of(model, tiny.batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert loss.item() == pytest.approx(expected, abs=2e-5)
+    for name, (a, b) in pairs(made[1]).items():
+        fewer = pairs(model)[name]
+        torch.testing.assert_close(a[:2], fewer[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(b[:, :2], fewer[1], atol=1e-3, rtol=1e-3)
+        assert not b[:, 2:].any()  # what takes no part has not moved
+    assert run.selection is None and set(run.search.ranks) != {2}  # the choice is made and has begun to act
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_budget_is_used_up_and_the_saved_adapter_is_a_plain_one(use_rslora: bool, tmp_path: Path) -> None:
+    made = make(use_rslora=use_rslora)
+    tiny, model, optimizer = made
+    every = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    before = base_weights(model)
+    run, losses = train(
+        made, DiffoRAConfig(max_trainable_parameters=every // 3, **{**CONFIG, "selection_granularity": "auto"})
+    )
+    selection = run.selection
+    assert selection is not None and selection.in_ranks and losses[-1] < losses[0]
+    left = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in left) == selection.trainable_parameters <= every // 3
+    assert every // 3 - selection.trainable_parameters < max(site.cost for site in selection.grid.sites)
+    assert len(set(selection.ranks)) > 1 and "of rank 1 to" in selection.summary()
+    assert "number: rank that is kept" in selection.table()
+    assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [p.shape for p in left]
+    assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in left)
+    assert all(value.equal(before[name]) for name, value in base_weights(model).items())
+
+    model.eval()
+    expected = logits(model, tiny)
+    model.save_pretrained(str(tmp_path))
+    reloaded = PeftModel.from_pretrained(llama().model, str(tmp_path)).eval()
+    assert logits(reloaded, tiny).equal(expected)
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["rank_pattern"].keys() == saved["alpha_pattern"].keys()
+    layers: Any = list(find_sites(reloaded, "default").values())
+    assert {site.name: site.rank for site in layers} == dict(zip(selection.modules, selection.ranks, strict=True))
+    assert len({site.layer.scaling["default"] for site in layers}) == 1
+    merged = reloaded.merge_and_unload()
+    torch.testing.assert_close(merged(**tiny.batch).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_components_keep_weights_and_moments() -> None:
+    made = make()
+    run, _ = train(made, DiffoRAConfig(selection_ratio=0.5, **CONFIG), PRUNE - 1)
+    tiny, model, optimizer = made
+    before = {name: [p.detach().clone() for p in pair] for name, pair in pairs(model).items()}
+    moments = {name: optimizer.state[pair[0]]["exp_avg_sq"].clone() for name, pair in pairs(model).items()}
+    full = logits(model.eval(), tiny)
+    run.after_step()  # prunes, without a step of the optimizer
+    assert run.selection is not None
+    for (name, (a, b)), rank in zip(pairs(model).items(), run.selection.ranks, strict=True):
+        assert a.equal(before[name][0][:rank]) and b.equal(before[name][1][:, :rank])
+        assert optimizer.state[a]["exp_avg_sq"].equal(moments[name][:rank])
+    torch.testing.assert_close(logits(model, tiny), full, atol=1e-5, rtol=1e-5)
+
+
+def test_without_evidence_no_module_is_favoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gains are noise: the run is one of all linear layers at the rank that fits, and says so."""
+    generator = torch.Generator().manual_seed(3)
+    step = ArchitectureSearch.step
+
+    def noisy(self: ArchitectureSearch, *args: Any) -> float | None:
+        found = step(self, *args)
+        self.halves.add(100 * torch.randn(len(self.grid), generator=generator))
+        self.halves.add(100 * torch.randn(len(self.grid), generator=generator))
+        return found
+
+    monkeypatch.setattr(ArchitectureSearch, "step", noisy)
+    run, _ = train(make(), DiffoRAConfig(selection_ratio=0.5, selection_scope="model", **CONFIG))
+    assert run.selection is not None and max(run.selection.ranks) - min(run.selection.ranks) <= 1
+    assert any("spread evenly over all of them" in note for note in run.selection.notes)
+    assert run.selection.confidence is not None and run.selection.confidence < 0.5
+
+
+def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() -> None:
+    def search(model: PeftModel, **options: Any) -> ArchitectureSearch:
+        return ArchitectureSearch(model, DiffoRAConfig(**options), loss_fn=loss_of)
+
+    trained = make()[1]
+    randomize(trained)
+    cap: dict[str, Any] = {"max_trainable_parameters": 2000}
+    for model, options, reason in (
+        (trained, {}, "`lora_B` is not 0"),
+        (make()[1], {"method": "snip"}, "`method='snip'` keeps or prunes whole modules"),
+        (make()[1], {"max_step_time": 0.9}, "does not combine with `max_step_time=0.9`"),
+    ):
+        assert search(model, **cap, **options).rank_budget is None
+        with pytest.raises(ValueError, match=f"'rank'`, but.*{reason}.*'module'"):
+            search(model, **cap, **options, selection_granularity="rank")
+    model = make()[1]
+    assert search(model, **cap).rank_budget is not None
+    assert search(model, **cap, selection_granularity="module").rank_budget is None
+    assert search(model).rank_budget is None  # a share of the modules
+    assert search(model, max_trainable_parameters=10**9).rank_budget is None  # nothing to choose
+    assert search(model, max_trainable_parameters=500).rank_budget is None  # not even rank 1 in every module
