@@ -100,11 +100,13 @@ class AdapterSite(ABC):
 
     @property
     def resizable(self) -> bool:
-        """
-        Whether it can be given another rank: each output of what is [`gated`] is a component of the adapter, and none
-        has an effect yet.
-        """
+        """Whether it can be given another rank: each output of what is [`gated`] is a component of the adapter."""
         return False
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether the adapter changes what the model computes: that of a new one does not."""
+        return bool(self.parameters[-1].detach().any())
 
     def resize(self, rank: int, optimizer: Any = None) -> None:
         """

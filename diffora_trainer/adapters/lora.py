@@ -100,7 +100,7 @@ class LoraSite(AdapterSite):
         pair = self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
         # A shard of a parameter, as FSDP2 holds it, is a tensor of a class of its own.
         plain = all(type(module) is nn.Linear and type(module.weight.data) is Tensor for module in pair)
-        return plain and pair[1].bias is None and not bool(pair[1].weight.any())
+        return plain and pair[1].bias is None
 
     def resize(self, rank: int, optimizer: Any = None) -> None:
         layer, name = self.layer, self.adapter_name

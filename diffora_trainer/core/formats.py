@@ -84,9 +84,10 @@ def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     if data["format"] == 3:
         if data.get("selection") is not None:
             return {**data, "format": 4}
-        effect = data.get("effect")
-        added = {"ranks": [], "halves": [], "half_steps": 0}
-        return {**data, **added, "effect": [*effect, 0.0] if isinstance(effect, (list, tuple)) else effect, "format": 4}
+        data = {**data, "ranks": [], "halves": [], "half_steps": 0, "format": 4}
+        if isinstance(data.get("effect"), (list, tuple)):
+            data["effect"] = [*data["effect"], 0.0]
+        return data
     renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
     found = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
     found["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []

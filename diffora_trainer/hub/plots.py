@@ -24,8 +24,8 @@ _MAX_INCHES, _MAX_LABELS, _MAX_LABEL = 60.0, 150, 40
 def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     """
     Draw the matrix at the pruning: a row for each layer, a column for each kind of module, the value of each gate as a
-    shade, and a frame around what was kept. Of a method that scores, the scores are drawn; if it chose more than once,
-    how often each module was on.
+    shade, and a frame around what was kept, or its rank where ranks were given. Of a method that scores, the scores
+    are drawn; if it chose more than once, how often each module was on.
     Needs Matplotlib (`pip install diffora-trainer[plots]`).
 
     Args:
@@ -79,9 +79,11 @@ def _drawn(text: str) -> bytes:
     axes = figure.add_subplot()
     image = axes.imshow(values, cmap="Blues", aspect="auto", **scale)
     sharing = {name for group in selection.shared for name in group}
-    for name, (row, column), kept in zip(selection.modules, selection.positions, selection.kept, strict=True):
-        if kept or name in sharing:
-            color = "#d9480f" if kept else "#868e96"
+    for name, (row, column), rank in zip(selection.modules, selection.positions, selection.ranks, strict=True):
+        if rank and selection.in_ranks:
+            axes.text(column, row, str(rank), ha="center", va="center", fontsize=8, color="#d9480f", weight="bold")
+        elif rank or name in sharing:
+            color = "#d9480f" if rank else "#868e96"
             axes.add_patch(
                 Rectangle((column - 0.44, row - 0.44), 0.88, 0.88, fill=False, edgecolor=color, linewidth=1.8)
             )
@@ -95,7 +97,7 @@ def _drawn(text: str) -> bytes:
     axes.set_yticks(range(0, rows, skip), sides[::skip], **style)
     axes.set_title(
         f"{'DAM' if method.searches else method.name}: {len(selection.selected)} of "
-        f"{len(selection.modules)} modules kept (framed)",
+        f"{len(selection.modules)} modules kept ({'numbers: their ranks' if selection.in_ranks else 'framed'})",
         fontsize=9,
         loc="left",
         parse_math=False,

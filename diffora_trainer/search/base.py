@@ -14,7 +14,7 @@ from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from .confidence import Confidence, SplitHalf
 from .measured import GatedModel, LossFunction
-from .ranks import find_rank_budget, grow, halved, kept_of
+from .ranks import find_rank_budget, grow, halved, kept_of, refuse
 from .runtime import Runtime
 
 
@@ -67,6 +67,27 @@ class SearchBase(GatedModel):
         return make_method(
             self.config, module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds, allowed)
         )
+
+    def check_start(self) -> None:
+        """
+        Before the first step: an adapter that was trained before cannot begin with a smaller rank. Whole modules are
+        chosen of it, or, if ranks were asked for, a `ValueError` is raised.
+        """
+        if self.rank_budget is None:
+            return
+        trained = [site.name for site in self.adapters.sites if site.has_effect]
+        if not trained:
+            return
+        if self.config.selection_granularity == "rank":
+            refuse(f"the adapter of {trained[0]!r} was trained before, so it cannot begin with a smaller rank")
+        self.forgo_ranks()
+
+    def forgo_ranks(self) -> None:
+        """Keep or prune whole modules."""
+        if self.rank_budget is not None:
+            self.rank_budget = None
+            self.set_ranks(self.grid.ranks)
+            self.method = self.make_method()
 
     def set_ranks(self, ranks: tuple[int, ...]) -> None:
         """Let only so many components of each adapter take part."""

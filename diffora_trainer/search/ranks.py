@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -32,14 +33,17 @@ def find_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget
     if not asked and config.max_trainable_parameters is None:
         return None  # a share of the modules was asked for
     reason = _obstacle(config, adapters)
-    if reason is None:
-        return _make(config, adapters)
-    if asked:
-        raise ValueError(
-            f"You passed `selection_granularity='rank'`, but {reason}. Please leave it out, or set it to 'module', to "
-            "keep and prune whole modules."
-        )
-    return None
+    if reason is not None and asked:
+        refuse(reason)
+    return _make(config, adapters) if reason is None else None
+
+
+def refuse(reason: str) -> NoReturn:
+    """Raise a `ValueError` for `selection_granularity="rank"` where ranks cannot be given."""
+    raise ValueError(
+        f"You passed `selection_granularity='rank'`, but {reason}. Please leave it out, or set it to 'module', to keep "
+        "and prune whole modules."
+    )
 
 
 def _make(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
@@ -66,8 +70,8 @@ def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
     fixed = [site.name for site in adapters.sites if not site.resizable]
     if fixed:
         return (
-            f"the adapter of {fixed[0]!r} is not a new LoRA of two linear layers (`lora_B` is not 0, or is sharded), "
-            "so it cannot begin with a smaller rank"
+            f"the adapter of {fixed[0]!r} is not one of two linear layers, or it is sharded, so it cannot be given "
+            "another rank"
         )
     return None
 

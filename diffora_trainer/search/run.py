@@ -154,6 +154,7 @@ class SelectionRun(RunParts):
             return
         self._begun = True
         if self.step == 0:  # what is wrong with the data should be said now
+            self.search.check_start()
             batch = self.held_out.check()
             # If this batch has no label, none has. A loss of the user's own may not need any.
             if without_labels(batch) and (world_size() > 1 or math.isnan(self.search.held_out_loss([batch]))):

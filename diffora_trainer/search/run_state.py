@@ -61,6 +61,8 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
         apply_selection(run.model, state.selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
         run.selection, run.step = state.selection, state.step
         return True
+    if not state.ranks:  # of an adapter that was trained before, or from before ranks could be given
+        search.forgo_ranks()
     reallocates = run.reallocation is not None and state.step >= state.warmup
     timed = run.config.max_step_time is not None and state.step >= state.warmup
     depth = len(search.grid.rows) if state.times is None else len(state.times.depth)

@@ -242,6 +242,21 @@ def test_percentiles_differences_and_overlaps() -> None:
     assert results.chance_overlap() == 1.0
 
 
+def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path) -> None:
+    draws = [record("random", seed, seed + draw / 10, draw=draw) for seed in (0, 1, 2) for draw in range(10)]
+    found = [(0, 0.45, 0.2), (1, 1.05, 0.9), (2, 2.25, 0.6)]  # percentiles 50, 90 and 70
+    ours = [{**record("diffora", seed, 1.0), "confidence": sure} for seed, _, sure in found]
+    ours += [record("diffora", seed, loss, "choice") for seed, loss, _ in found]
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(map(json.dumps, [*draws, *ours])))
+    table = recipe("report").write_report([path], tmp_path)
+    assert "Rank correlation of confidence and percentile over 3 runs is 1.00" in table
+    assert (tmp_path / "confidence.png").stat().st_size > 1000
+    confidence = recipe("confidence")
+    assert confidence.rank_correlation([(0.1, 3.0), (0.5, 2.0), (0.5, 2.0), (0.9, 1.0)]) == pytest.approx(-1)
+    assert confidence.rank_correlation([(0.1, 3.0), (0.1, 2.0), (0.1, 1.0)]) is None
+
+
 def test_records_of_another_training_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     other = {**record("random", 0, 9.0), "fingerprint": "g"}

@@ -155,11 +155,8 @@ def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() 
     def search(model: PeftModel, **options: Any) -> ArchitectureSearch:
         return ArchitectureSearch(model, DiffoRAConfig(**options), loss_fn=loss_of)
 
-    trained = make()[1]
-    randomize(trained)
     cap: dict[str, Any] = {"max_trainable_parameters": 2000}
     for model, options, reason in (
-        (trained, {}, "`lora_B` is not 0"),
         (make()[1], {"method": "snip"}, "`method='snip'` keeps or prunes whole modules"),
         (make()[1], {"max_step_time": 0.9}, "does not combine with `max_step_time=0.9`"),
     ):
@@ -172,3 +169,14 @@ def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() 
     assert search(model).rank_budget is None  # a share of the modules
     assert search(model, max_trainable_parameters=10**9).rank_budget is None  # nothing to choose
     assert search(model, max_trainable_parameters=500).rank_budget is None  # not even rank 1 in every module
+
+
+def test_an_adapter_that_was_trained_before_keeps_its_ranks() -> None:
+    made = make()
+    randomize(made[1])
+    run, _ = train(made, DiffoRAConfig(max_trainable_parameters=4000, **{**CONFIG, "selection_granularity": "auto"}))
+    assert run.selection is not None and not run.selection.in_ranks and run.selection.dropped
+    again = make()
+    randomize(again[1])
+    with pytest.raises(ValueError, match="'rank'`, but the adapter of 'model.layers.0.*' was trained before"):
+        train(again, DiffoRAConfig(max_trainable_parameters=4000, **CONFIG))

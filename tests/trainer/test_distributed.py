@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from diffora_trainer.core.agreement import check_agreement, fingerprint
 from helpers.data import chat_dataset, tiny_tokenizer
 from helpers.processes import HELPERS, RECIPES, launch, train
-from helpers.trainers import lora, make_trainer
+from helpers.trainers import causal_model, lora, make_trainer
 
 
 CONFIGS = sorted((RECIPES / "accelerate_configs").glob("*.yaml"))
@@ -62,6 +62,28 @@ def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path:
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     assert {name.replace(".weight", ".default.weight") for name in adapter} == set(report["weights"])
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
+
+
+def test_two_processes_give_ranks_as_one(tmp_path: Path) -> None:
+    """What is left of each matrix is optimized on both, and its gradients are exchanged; a resumed run goes on so."""
+    run = {"search": {"selection_granularity": "rank"}, "save_at": [SAVES["closing"], SAVES["selected"]]}
+    whole = train("ddp", tmp_path / "whole", **run)
+    assert whole[0] == whole[1] and whole[0]["moved"] and all(whole[0]["moved"])
+    assert whole[0]["optimized"] == whole[0]["trainable"]
+    whole_size = causal_model().config.hidden_size * lora().r
+    assert all(len(w) < whole_size for name, w in whole[0]["weights"].items() if "q_proj.lora_B" in name)
+    for step in run["save_at"]:
+        resumed = train("ddp", tmp_path / str(step), resume=f"{tmp_path}/whole/checkpoint-{step}", **run)
+        assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
+
+
+@pytest.mark.slow
+def test_shards_are_not_given_ranks(tmp_path: Path) -> None:
+    reports = train("fsdp2", tmp_path / "modules", search={"max_trainable_parameters": 1500})
+    assert reports[0] == reports[1]  # whole modules, as FSDP2 can
+    options = json.dumps({"search": {"selection_granularity": "rank"}})
+    output = launch("fsdp2", HELPERS / "distributed_run.py", tmp_path / "ranks", options, ok=False)
+    assert "it is sharded, so it cannot be given another rank" in output
 
 
 @pytest.mark.slow

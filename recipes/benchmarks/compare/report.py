@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import confidence
 from methods import is_adaptive
 from result_files import Record, read_results
 
@@ -94,12 +95,12 @@ class Results:
         return statistics.fmean(pairs), half_interval(pairs), len(pairs)
 
     def overlap(self, runs: Runs) -> float | None:
-        """Mean overlap of the sets of two seeds: shared modules over the size of the smaller set."""
-        return mean_overlap([set(run["ranks"]) for run in runs.values()])
+        """Mean overlap of the choices of two seeds: shared ranks over those of the smaller choice."""
+        return mean_overlap([run["ranks"] for run in runs.values()])
 
     def chance_overlap(self) -> float | None:
         """The overlap of two random sets."""
-        return mean_overlap([set(draw["ranks"]) for draws in self.random.values() for draw in draws])
+        return mean_overlap([draw["ranks"] for draws in self.random.values() for draw in draws])
 
 
 def best_rates(records: Iterable[Record]) -> dict[str, float | None]:
@@ -131,9 +132,14 @@ def half_interval(values: Sequence[float]) -> float:
     return quantiles.get(len(values) - 1, 2.0) * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def mean_overlap(sets: Sequence[set[str]]) -> float | None:
-    """Mean share of the smaller set that two sets have in common."""
-    shares = [len(a & b) / min(len(a), len(b)) for i, a in enumerate(sets) for b in sets[:i] if a and b]
+def mean_overlap(choices: Sequence[dict[str, int]]) -> float | None:
+    """Mean share of the smaller choice that two choices have in common, counted in ranks."""
+    shares = [
+        sum(min(rank, b.get(name, 0)) for name, rank in a.items()) / min(sum(a.values()), sum(b.values()))
+        for i, a in enumerate(choices)
+        for b in choices[:i]
+        if a and b
+    ]
     return statistics.fmean(shares) if shares else None
 
 
@@ -276,7 +282,7 @@ def plot(grouped: dict[tuple[str, str], dict[float, Results]], path: Path) -> No
 
 
 def write_report(paths: Sequence[Path], folder: Path, ours: str | None = None) -> str:
-    """Write `table.md` and `losses.png`; returns the table."""
+    """Write `table.md`, `losses.png` and `confidence.png`; returns the table."""
     records = [record for path in paths for record in read_results(path)]
     if not records:
         raise ValueError(f"There are no results in {', '.join(map(str, paths))}.")
@@ -289,7 +295,10 @@ def write_report(paths: Sequence[Path], folder: Path, ours: str | None = None) -
         for (task, _), budgets in sorted(grouped.items())
         for budget, results in budgets.items()
     )
+    found = confidence.points(grouped, ours)
+    text += confidence.describe(found)
     folder.mkdir(parents=True, exist_ok=True)
+    confidence.plot(found, folder / "confidence.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
     plot(grouped, folder / "losses.png")
     return text

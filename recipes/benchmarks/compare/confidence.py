@@ -1,0 +1,73 @@
+"""Does the confidence that a run states predict how good its choice is? A picture, and a rank correlation."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from report import Results
+
+Point = tuple[str, float, float]
+"""Task and budget, confidence of a run, percentile of its choice among random sets of the same budget and seed."""
+
+
+def points(grouped: Mapping[tuple[str, str], Mapping[float, Results]], ours: str) -> list[Point]:
+    """All runs of a method that state a confidence, and whose choice was trained again beside random sets."""
+    found = []
+    for (task, _), budgets in grouped.items():
+        for budget, results in budgets.items():
+            for seed, run in results.runs.get(ours, {}).items():
+                choice = results.choices.get(ours, {}).get(seed)
+                if run.get("confidence") is not None and choice is not None and results.random[seed]:
+                    percentile = results.percentile({seed: choice})
+                    assert percentile is not None
+                    found.append((f"{task}, {budget:.3g}", float(run["confidence"]), percentile[0]))
+    return found
+
+
+def rank_correlation(pairs: list[tuple[float, float]]) -> float | None:
+    """Spearman's, with mean ranks for ties; `None` if there are fewer than three pairs or one side never differs."""
+    columns = list(zip(*pairs, strict=True))
+    if len(pairs) < 3 or any(len(set(column)) < 2 for column in columns):
+        return None
+    ranks = [[column.count(x) / 2 + sum(y < x for y in column) for x in column] for column in columns]
+    return statistics.correlation(*ranks)
+
+
+def describe(found: list[Point]) -> str:
+    """A line of Markdown on what was found; nothing without runs."""
+    if not found:
+        return ""
+    correlation = rank_correlation([(confidence, percentile) for _, confidence, percentile in found])
+    value = "cannot be told" if correlation is None else f"is {correlation:.2f}"
+    return f"\nRank correlation of confidence and percentile over {len(found)} runs {value}.\n"
+
+
+def plot(found: list[Point], path: Path) -> None:
+    """Confidence against percentile, a colour for each task and budget."""
+    if not found:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(5.6, 4.0))
+    for name in dict.fromkeys(name for name, *_ in found):
+        axis.scatter(
+            [confidence for other, confidence, _ in found if other == name],
+            [percentile for other, _, percentile in found if other == name],
+            s=28,
+            label=name,
+        )
+    axis.axhline(50, color="0.7", linewidth=1, linestyle="--")
+    axis.set(xlabel="confidence that the run states", ylabel="percentile of its choice among random sets")
+    axis.set(xlim=(-0.03, 1.03), ylim=(-3, 103))
+    axis.legend(fontsize=7, title="task, budget", title_fontsize=7)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
