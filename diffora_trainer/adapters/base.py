@@ -103,10 +103,9 @@ class AdapterSite(ABC):
         """Whether it can be given another rank: each output of what is [`gated`] is a component of the adapter."""
         return False
 
-    @property
-    def has_effect(self) -> bool:
-        """Whether the adapter changes what the model computes: that of a new one does not."""
-        return bool(self.parameters[-1].detach().any())
+    def has_effect_beyond(self, rank: int) -> bool:
+        """Whether more than its first components change what the model computes: of a new adapter, none does."""
+        return bool(self.parameters[-1].detach()[:, rank:].any())
 
     def resize(self, rank: int, optimizer: Any = None) -> None:
         """

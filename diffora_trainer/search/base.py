@@ -44,6 +44,8 @@ class SearchBase(GatedModel):
         self.times: StepTimes | None = None
         self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
         self.effect: tuple[float, float, float] | None = None
+        self.middle_losses: tuple[float, ...] = ()
+        self.progress: tuple[float, float, float] | None = None
         self.halves = SplitHalf.empty(len(self.grid))
         self.skipped_steps = 0
         self.pending_losses: list[float] = []
@@ -75,7 +77,8 @@ class SearchBase(GatedModel):
         """
         if self.rank_budget is None:
             return
-        trained = [site.name for site in self.adapters.sites if site.has_effect]
+        sites = zip(self.adapters.sites, self.ranks, strict=True)
+        trained = [site.name for site, rank in sites if site.has_effect_beyond(rank)]
         if not trained:
             return
         if self.config.selection_granularity == "rank":
@@ -97,7 +100,7 @@ class SearchBase(GatedModel):
     @property
     def confidence(self) -> Confidence:
         """How sure a choice would be now."""
-        return Confidence(self.halves.correlation(), len(self.grid), self.effect)
+        return Confidence(self.halves.correlation(), len(self.grid), self.effect, self.progress)
 
     def choice(self) -> tuple[Tensor, tuple[int, ...]]:
         """What a pruning would leave now: which modules, `(n,)` bools, and their ranks, 0 for one that goes."""

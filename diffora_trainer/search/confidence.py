@@ -58,18 +58,21 @@ class Confidence:
         count (`int`): number of modules.
         effect (`tuple[float, float, float]` or `None`): held-out loss without the LoRA and with it, and the standard
             error of the difference over batches.
+        progress (`tuple[float, float, float]`, *optional*): held-out loss in the middle of the search and at its end,
+            and the standard error of the difference.
     """
 
     agreement: float | None
     count: int
     effect: tuple[float, float, float] | None
+    progress: tuple[float, float, float] | None = None
 
     @property
     def value(self) -> float | None:
         """
         The reliability of the ranking, in [0, 1]: the correlation of two searches of full length, predicted from that
-        of two halves (Spearman, 1910; Brown, 1910), and 0 if the LoRA has not lowered the held-out loss by more than
-        two standard errors. `None` if it cannot be told.
+        of two halves (Spearman, 1910; Brown, 1910), and 0 if nothing was learned (see [`learned`]). `None` if it
+        cannot be told.
         """
         if self.agreement is None:
             return None
@@ -79,11 +82,12 @@ class Confidence:
 
     @property
     def learned(self) -> bool | None:
-        """Whether the LoRA has lowered the held-out loss by more than two standard errors; `None` if not measured."""
-        if self.effect is None:
-            return None
-        without, with_all, error = self.effect
-        return without - with_all > 2 * error
+        """
+        Whether the LoRA lowers the held-out loss, and this has fallen while the search went on, both by more than two
+        standard errors: on a plateau gates only tell what helps to stay there. `None` if it was not measured.
+        """
+        measured = [pair for pair in (self.effect, self.progress) if pair is not None]
+        return all(_has_fallen(pair) for pair in measured) if measured else None
 
     @property
     def beyond_chance(self) -> bool:
@@ -100,16 +104,39 @@ class Confidence:
         if self.beyond_chance or self.agreement is None:
             return None
         if self.learned is False:
-            assert self.effect is not None
-            without, with_all, error = self.effect
+            if self.effect is not None and not _has_fallen(self.effect):
+                without, with_all, error = self.effect
+                return (
+                    "When the choice was made, the LoRA had not lowered the held-out loss beyond its noise "
+                    f"({without:.4g} without it, {with_all:.4g} with it, standard error {error:.2g})"
+                )
+            assert self.progress is not None
+            middle, end, error = self.progress
             return (
-                "When the choice was made, the LoRA had not lowered the held-out loss beyond its noise "
-                f"({without:.4g} without it, {with_all:.4g} with it, standard error {error:.2g})"
+                "When the choice was made, the held-out loss was on a plateau "
+                f"({middle:.4g} in the middle of the search, {end:.4g} at its end, standard error {error:.2g})"
             )
         return (
             f"The two halves of the search rank the {self.count} modules no more alike than chance "
             f"(rank correlation {self.agreement:.2f})"
         )
+
+
+def paired(before: Tensor, after: Tensor) -> tuple[float, float, float] | None:
+    """
+    The means of two losses of the same batches, `(k,)` each, and the standard error of their difference; `None` if one
+    is not finite.
+    """
+    if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+        return None
+    difference = (before - after).double()
+    error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
+    return float(before.mean()), float(after.mean()), error
+
+
+def _has_fallen(pair: tuple[float, float, float]) -> bool:
+    before, after, error = pair
+    return before - after > 2 * error
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ def find_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget
 def refuse(reason: str) -> NoReturn:
     """Raise a `ValueError` for `selection_granularity="rank"` where ranks cannot be given."""
     raise ValueError(
-        f"You passed `selection_granularity='rank'`, but {reason}. Please leave it out, or set it to 'module', to keep "
-        "and prune whole modules."
+        f"You passed `selection_granularity='rank'`, but {reason}. Please leave it out, or set it to 'module', to "
+        "keep and prune whole modules."
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +22,7 @@ from ..methods.build import check_score_function
 from ..methods.context import ScoreFunction
 from .base import SearchBase
 from .bilevel import ArchitectureGradient
+from .confidence import paired
 from .deprecated import OldNames
 from .diagnosis import keeps_all
 from .measured import LossFunction
@@ -250,11 +250,17 @@ class ArchitectureSearch(OldNames, SearchBase):
         with_all = self.held_out_losses(batches)
         with self.gates.override(torch.zeros(len(self.grid))):
             without = self.held_out_losses(batches)
-        if torch.isfinite(without).all() and torch.isfinite(with_all).all():
-            difference = (without - with_all).double()
-            error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else 0.0
-            self.effect = (float(without.mean()), float(with_all.mean()), error)
+        self.effect = paired(without, with_all) or self.effect
+        if len(self.middle_losses) == len(with_all):
+            self.progress = paired(torch.tensor(self.middle_losses), with_all)
         return float(with_all.mean())
+
+    def measure_middle(self, batches: Iterable[Any]) -> None:
+        """
+        Measure the held-out loss in the middle of the search, with which [`measure_effect`] compares: whether it still
+        falls then. Give both the same batches.
+        """
+        self.middle_losses = tuple(self.held_out_losses(batches).tolist())
 
     # Time
 
