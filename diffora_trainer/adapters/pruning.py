@@ -13,7 +13,6 @@ from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch.optim import Optimizer
 
 from ..compat import shortened_targets
-from ..core.grid import LORA
 from ..core.selection import Selection
 from ..core.text import some
 from .backward import suspend_input_gradients
@@ -72,9 +71,9 @@ def apply_selection(
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     for name in [*selection.selected, *leaders]:
         sites[name].fold(factors[name])
-    for name, rank in zip(selection.modules, selection.ranks, strict=True):
-        if 0 < rank < sites[name].rank:
-            sites[name].resize(rank, optimizer)
+    for info, rank in zip(selection.grid.sites, selection.ranks, strict=True):
+        if 0 < rank < info.rank:
+            sites[info.name].resize(rank, optimizer)
 
     before = {parameter for site in sites.values() for parameter in site.parameters}
     for group in selection.shared:
@@ -101,15 +100,16 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
             f"({some(sorted(missing))}), and {len(extra)} LoRA modules of the model are not in it "
             f"({some(sorted(extra))}). Please pass the model that was searched, with all its LoRA modules."
         )
-    whole = [
-        site.name
-        for site, rank in zip(selection.grid.sites, selection.ranks, strict=True)
-        if 0 < rank < site.rank and sites[site.name].kind != LORA
-    ]
-    if whole:
+    partly = [info for info, rank in zip(selection.grid.sites, selection.ranks, strict=True) if 0 < rank < info.rank]
+    if other := [info for info in partly if info.rank != sites[info.name].rank]:
         raise ValueError(
-            f"The selection leaves {some(whole)} a lower rank, but only a LoRA can be given one. Please pass a "
-            "selection that keeps them whole or prunes them."
+            f"The selection leaves {other[0].name!r} a part of the rank {other[0].rank}, but it has another one here: "
+            f"{sites[other[0].name].rank}. Please pass the model that was searched, with the `r` of then."
+        )
+    if whole := [info.name for info in partly if not sites[info.name].resizable]:
+        raise ValueError(
+            f"The selection leaves {some(whole)} a lower rank, but only a LoRA of two linear layers can be given one, "
+            "and not a sharded one. Please pass a selection that keeps them whole or prunes them."
         )
 
 

@@ -20,7 +20,7 @@ from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.optimizer import remove_from_optimizer
 from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import Selection
-from helpers.adapted import adapted_names, logits, random_selection, randomize
+from helpers.adapted import adapted_names, logits, lora_layers, random_selection, randomize
 from helpers.models import llama
 from helpers.tiny_model import TinyModel
 
@@ -87,6 +87,22 @@ def test_survivors_keep_weights_and_moments_and_go_on_training() -> None:
         assert all(p.equal(value) and p.grad is None for p, value in zip(dropped, old, strict=True))
         after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters() if "lora_" not in n}
         assert all(after[n.replace(".base_layer", "")].equal(value) for n, value in base.items())
+
+
+def test_a_part_of_the_rank_is_kept_of_the_model_that_was_searched_alone() -> None:
+    _, model, selection = make()
+    ranks = tuple(min(rank, 2) for rank in selection.ranks)
+    selection = dataclasses.replace(selection, ranks=ranks, factors=())
+    with pytest.raises(ValueError, match=r"a part of the rank 4, but it has another one here: 8"):
+        apply_selection(make(r=8)[1], selection)
+    name = selection.selected[0]
+    lora_layers(model, "default")[name].lora_A["default"] = nn.Conv2d(16, 4, 1, bias=False)
+    with pytest.raises(ValueError, match=f"leaves {name} a lower rank, but only a LoRA of two linear layers"):
+        apply_selection(model, selection)
+    _, model, _ = make()
+    apply_selection(model, selection)
+    shapes = {lora(model, name)[0].shape[0] for name in selection.selected}
+    assert shapes == {2} and model.peft_config["default"].r == 2 and not model.peft_config["default"].rank_pattern
 
 
 def test_shared_pairs_are_trained_once_and_saved_as_plain_lora(tmp_path: Path) -> None:
