@@ -51,7 +51,9 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
     if keeps_all(method):
         why = "." if wants_all else ", since at least one of each layer is kept."
         return (f"There was nothing to choose: the budget keeps all {count} modules{why}",)
-    arbitrary = "so the modules are kept by their order in the model alone."
+    in_ranks = evidence.in_ranks
+    evenly = "so no module was favoured: the budget was spread evenly over all of them."
+    arbitrary = evenly if in_ranks else "so the modules are kept by their order in the model alone."
     if not method.steps and evidence.skipped_steps:
         return (
             f"The choice is arbitrary: not one of the {evidence.skipped_steps} architecture steps had a finite loss, "
@@ -67,8 +69,9 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
         )
     notes = []
     effect = evidence.confidence.effect
-    if evidence.in_ranks and (doubt := evidence.confidence.doubt()):
-        notes.append(f"{doubt}, so no module was favoured: the budget was spread evenly over all of them.")
+    if in_ranks and not evidence.confidence.beyond_chance:
+        why = evidence.confidence.doubt() or "The search made too few steps to compare two halves of it"
+        notes.append(f"{why}, {evenly}")
     elif effect is not None and not effect[1] < effect[0]:
         without, with_all, _ = effect
         notes.append(

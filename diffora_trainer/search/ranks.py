@@ -55,8 +55,13 @@ def _make(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
     cap = config.max_trainable_parameters
     limits = [math.floor(config.selection_ratio * total) if cap is None else min(cap, total) for total in totals]
     budget = RankBudget(groups, tuple(site.cost for site in grid.sites), grid.ranks, tuple(limits))
-    # What a budget that keeps everything, or has no room for rank 1 in each module, leaves to choose are modules.
-    return budget if limits < totals and budget.fits(budget.start()) else None
+    if all(limit >= total for limit, total in zip(limits, totals, strict=True)):
+        return None  # there is nothing to choose
+    if budget.fits(budget.start()):
+        return budget
+    if config.selection_granularity == "rank":
+        refuse("the budget has no room for rank 1 in every module")
+    return None
 
 
 def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:

@@ -169,6 +169,8 @@ def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() 
     assert search(model).rank_budget is None  # a share of the modules
     assert search(model, max_trainable_parameters=10**9).rank_budget is None  # nothing to choose
     assert search(model, max_trainable_parameters=500).rank_budget is None  # not even rank 1 in every module
+    with pytest.raises(ValueError, match="no room for rank 1 in every module"):
+        search(model, max_trainable_parameters=500, selection_granularity="rank")
 
 
 def test_an_adapter_that_was_trained_before_keeps_its_ranks() -> None:
