@@ -26,7 +26,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop third_party preference trainers_table \
 	trainer_parents rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint) \
 	$(addprefix adapters/test_,gates architectures pruning backward sites) $(addprefix core/test_,selection config state) \
-	search/test_search hub/test_saving project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
+	search/test_search search/test_rank_runs hub/test_saving project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
 SOURCES := $(wildcard diffora_trainer recipes tests)
 
 .DEFAULT_GOAL := help

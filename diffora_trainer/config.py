@@ -49,10 +49,10 @@ class DiffoRAConfig:
         default scope, which it overrides.
     selection_granularity (`str`, *optional*, defaults to `"auto"`):
         In what the budget is spent. With `"module"` whole modules are kept or pruned. With `"rank"` a run begins as
-        one of LoRA on all modules at half of the rank that the budget has room for, and at the choice the other half
-        goes to the modules that the matrix favours, up to the rank of the adapter (a `rank_pattern` of the saved
-        adapter says which). Where nothing was learned yet, or two halves of the search do not agree, none is favoured,
-        all grow alike, and the run is one of LoRA on all linear layers at the rank that fits. `"auto"` spends a cap
+        one of LoRA on all modules at the rank that the budget has room for, and at the choice half of the modules,
+        those that the matrix favours, get up to half of the ranks of the others (a `rank_pattern` of the saved adapter
+        says which has how much). Where nothing was learned yet, or two halves of the search do not agree, none is
+        favoured, and the run stays one of LoRA on all modules at the rank that fits. `"auto"` spends a cap
         (`max_trainable_parameters`) in ranks, and `selection_ratio`, a share of the modules, in modules. Ranks need a
         new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
         (`"diffora"`), and no `max_step_time`, `weight_sharing`, `extra_sites` or FSDP; elsewhere `"auto"` takes

@@ -66,19 +66,16 @@ class Gates:
         """Set the gates of evaluation, `(n,)`, or leave them open."""
         self._evaluation = None if values is None else self._split(values)
 
-    def set_ranks(self, ranks: Sequence[int], largest: Sequence[int]) -> None:
+    def set_masks(self, masks: Sequence[Tensor | None]) -> None:
         """
-        Let only the first components of each adapter take part. What is behind them has no effect and no gradient, so
-        that a run is that of an adapter of the smaller rank.
+        Multiply the components of each adapter. One behind a 0 has no effect and no gradient, so that a run is that of
+        an adapter of a smaller rank.
 
         Args:
-            ranks (`Sequence[int]` of length `n`): how many components of each site take part.
-            largest (`Sequence[int]` of length `n`): how many it has.
+            masks (`Sequence[Tensor or None]` of length `n`): a number for each output of what is gated, `(r,)`, or
+                nothing.
         """
-        self._masks = [
-            None if rank == size else (torch.arange(size) < rank).float()
-            for rank, size in zip(ranks, largest, strict=True)
-        ]
+        self._masks = list(masks)
 
     @contextmanager
     def override(self, values: Tensor | None) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Ranks under a budget of parameters: an even spread to start from, and its growth where it is worth most."""
+"""Ranks under a budget of parameters: an even spread, and its shift to where ranks are worth most."""
 
 from __future__ import annotations
 
@@ -26,14 +26,28 @@ class RankBudget:
 
     def start(self) -> tuple[int, ...]:
         """
-        The even spread that a run begins with: all modules of a group at one rank, which is half of what the budget
-        has room for, so that the other half can go where it is worth most; but at least 1.
+        The even spread that a run begins with: all modules of a group at the largest common rank that the budget has
+        room for, but at least 1; what is left over goes into one rank more for modules far apart from each other.
         """
         rooms = [limit / sum(self.costs[index] for index in self._members(g)) for g, limit in enumerate(self.limits)]
-        return tuple(
-            min(rank, max(1, math.floor(rooms[group] / 2)))
-            for rank, group in zip(self.ranks, self.groups, strict=True)
+        common = tuple(
+            min(rank, max(1, math.floor(rooms[group]))) for rank, group in zip(self.ranks, self.groups, strict=True)
         )
+        return self.grow(common, self.spread())
+
+    def shift(self, favoured: Sequence[int], others: Sequence[int]) -> tuple[int, ...]:
+        """
+        The even spread, of which the others give up to half of their ranks to the favoured modules, but keep 1 at
+        least.
+
+        Args:
+            favoured (`Sequence[int]`): indices of the modules that get more rank, the best first.
+            others (`Sequence[int]`): indices of the others, the best first; they get back what nobody can take.
+        """
+        start = self.start()
+        given = set(others)
+        less = [(rank + 1) // 2 if index in given else rank for index, rank in enumerate(start)]
+        return self.grow(self.grow(less, favoured), others)
 
     def fits(self, ranks: Sequence[int]) -> bool:
         """Whether ranks are under the limits."""

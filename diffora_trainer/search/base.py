@@ -14,7 +14,7 @@ from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from .confidence import Confidence, SplitHalf
 from .measured import GatedModel, LossFunction
-from .ranks import find_rank_budget, grow, halved, kept_of, refuse
+from .ranks import final_ranks, find_rank_budget, halved, kept_of, masks, refuse
 from .runtime import Runtime
 
 
@@ -92,10 +92,14 @@ class SearchBase(GatedModel):
             self.set_ranks(self.grid.ranks)
             self.method = self.make_method()
 
-    def set_ranks(self, ranks: tuple[int, ...]) -> None:
-        """Let only so many components of each adapter take part."""
+    def set_ranks(self, ranks: tuple[int, ...], faded: float = 0.0) -> None:
+        """
+        Let only so many components of each adapter take part, and those that took part before the choice as far as
+        they have not faded out.
+        """
         self.ranks = ranks
-        self.gates.set_ranks(ranks, self.grid.ranks)
+        before = ranks if self.rank_budget is None else self.rank_budget.start()
+        self.gates.set_masks(masks(before, ranks, self.grid.ranks, faded))
 
     @property
     def confidence(self) -> Confidence:
@@ -108,7 +112,7 @@ class SearchBase(GatedModel):
             kept, ranks = self.kept, self.ranks
         elif self.rank_budget is not None:
             method = self.method
-            ranks = grow(
+            ranks = final_ranks(
                 self.rank_budget,
                 (method.discretize(), method.scores(), method.tie_breaker()),
                 evident=self.confidence.beyond_chance,

@@ -52,7 +52,7 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
         why = "." if wants_all else ", since at least one of each layer is kept."
         return (f"There was nothing to choose: the budget keeps all {count} modules{why}",)
     in_ranks = evidence.in_ranks
-    evenly = "so no module was favoured: the budget was spread evenly over all of them."
+    evenly = "so no module was favoured: the budget stays spread evenly over all of them."
     arbitrary = evenly if in_ranks else "so the modules are kept by their order in the model alone."
     if not method.steps and evidence.skipped_steps:
         return (

@@ -49,8 +49,7 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ran
         begin = " to ".join(map(str, dict.fromkeys((min(ranks), max(ranks)))))
         return (
             f"All modules begin with rank {begin}. Warm-up until step {schedule.warmup}, search ({method.name}, "
-            f"{data}) until step {schedule.discretize} of {total}, then what is left of the budget goes to the "
-            "modules that the matrix favours."
+            f"{data}) until step {schedule.discretize} of {total}, then ranks go to the modules that it favours."
         )
     return (
         f"Warm-up until step {schedule.warmup}, search ({method.name}, {data}) until step {schedule.discretize}"

@@ -92,7 +92,7 @@ def halved(config: DiffoRAConfig, ranks: RankBudget, rows: Sequence[int]) -> Bud
     return Budget(rows, start, cap=max(sum(start) // 2, min(start)))
 
 
-def grow(budget: RankBudget, matrix: tuple[Tensor, Tensor, Tensor | None], evident: bool) -> tuple[int, ...]:
+def final_ranks(budget: RankBudget, matrix: tuple[Tensor, Tensor, Tensor | None], evident: bool) -> tuple[int, ...]:
     """
     The ranks that a run ends with.
 
@@ -100,15 +100,34 @@ def grow(budget: RankBudget, matrix: tuple[Tensor, Tensor, Tensor | None], evide
         budget ([`~diffora_trainer.core.ranks.RankBudget`]): the budget.
         matrix (`tuple`): the modules that it favours, `(n,)` bools, its entries, `(n,)`, and what decides between
             equal ones, `(n,)` or `None`.
-        evident (`bool`): whether the choice is to be told from chance. If not, all modules grow alike.
+        evident (`bool`): whether the choice is to be told from chance. If not, the spread stays even.
     """
-    start, (favoured, scores, gains) = budget.start(), matrix
+    favoured, scores, gains = matrix
     if not evident:
-        return budget.grow(start, budget.spread())
+        return budget.start()
     keys = list(zip(favoured.tolist(), scores.tolist(), (scores if gains is None else gains).tolist(), strict=True))
     order = sorted(range(len(keys)), key=lambda index: (*(-float(part) for part in keys[index]), index))
-    best = order[: int(favoured.sum())]
-    return budget.grow(budget.grow(start, best), order)
+    count = int(favoured.sum())
+    return budget.shift(order[:count], order[count:])
+
+
+def masks(before: Sequence[int], after: Sequence[int], largest: Sequence[int], faded: float) -> list[Tensor | None]:
+    """
+    What each component of an adapter is multiplied with; `None` where all take part.
+
+    Args:
+        before (`Sequence[int]` of length `n`): how many components took part before the choice.
+        after (`Sequence[int]` of length `n`): how many do from now on.
+        largest (`Sequence[int]` of length `n`): how many there are.
+        faded (`float`): how far those that go have faded out, in [0, 1].
+    """
+    found: list[Tensor | None] = []
+    for old, new, size in zip(before, after, largest, strict=True):
+        mask = torch.zeros(size)
+        mask[:old] = 1.0 - faded
+        mask[:new] = 1.0
+        found.append(None if bool((mask == 1).all()) else mask)
+    return found
 
 
 def kept_of(ranks: Sequence[int]) -> Tensor:

@@ -161,6 +161,9 @@ class ArchitectureSearch(OldNames, SearchBase):
         """
         if self.kept is None:
             raise ValueError("Nothing can fade out before the choice is made: call `discretize` first.")
+        if self.rank_budget is not None:
+            self.set_ranks(self.ranks, progress)
+            return
         self._fading = torch.where(self.kept, 1.0, 1.0 - progress)
         self.gates.set_evaluation(self._fading)
 

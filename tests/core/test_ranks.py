@@ -28,23 +28,24 @@ def test_growth_uses_the_budget_up_and_never_more(budget: RankBudget, random: ob
     order = budget.spread()
     assert sorted(order) == list(range(len(start)))
     random.shuffle(order)  # type: ignore[attr-defined]
-    best = order[: len(order) // 2]
-    grown = budget.grow(start, best)
-    assert budget.fits(grown) and all(grown[index] == start[index] for index in order[len(order) // 2 :])
-    found = budget.grow(grown, order)
-    assert budget.fits(found)
-    for index, rank in enumerate(found):
-        assert start[index] <= rank <= budget.ranks[index]
-        more = [*found[:index], rank + 1, *found[index + 1 :]]
-        assert rank == budget.ranks[index] or not budget.fits(more)
+    favoured, others = order[: len(order) // 2], order[len(order) // 2 :]
+    found = budget.shift(favoured, others)
+    for ranks in (start, found):
+        assert budget.fits(ranks)
+        for index, rank in enumerate(ranks):
+            assert 1 <= rank <= budget.ranks[index]
+            more = [*ranks[:index], rank + 1, *ranks[index + 1 :]]
+            assert rank == budget.ranks[index] or not budget.fits(more)
+    assert all(found[index] >= start[index] for index in favoured)
+    assert all(2 * found[index] >= start[index] for index in others)
 
 
-def test_start_is_half_of_the_room_and_an_even_growth_is_all_linear_at_the_rank_that_fits() -> None:
+def test_start_is_all_linear_at_the_rank_that_fits_and_the_favoured_get_half_of_the_others() -> None:
     budget = RankBudget((0,) * 6, (10,) * 6, (8,) * 6, (250,))  # room for rank 4.17
-    assert budget.start() == (2,) * 6
-    even = budget.grow(budget.start(), budget.spread())
-    assert sorted(even) == [4, 4, 4, 4, 4, 5]
+    assert budget.start() == (5, 4, 4, 4, 4, 4)
+    assert budget.shift([3, 1, 2], [0, 4, 5]) == (3, 6, 6, 6, 2, 2)
     layers = RankBudget((0, 0, 1, 1), (10, 30, 10, 10), (8,) * 4, (160, 20))
-    assert layers.start() == (2, 2, 1, 1)
-    assert layers.grow(layers.start(), [1, 0, 2, 3]) == (4, 4, 1, 1)
+    assert layers.start() == (4, 4, 1, 1)
+    assert layers.shift([1, 2], [0, 3]) == (4, 4, 1, 1)  # nobody could take 20 parameters of the first
+    assert layers.shift([0, 2], [1, 3]) == (8, 2, 1, 1)
     assert not RankBudget((0, 0), (10, 30), (8, 8), (39,)).fits((1, 1))

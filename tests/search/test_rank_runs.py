@@ -62,12 +62,12 @@ def train(made: Any, config: DiffoRAConfig, steps: int = STEPS) -> tuple[Selecti
     return run, losses
 
 
-def test_until_the_choice_a_run_is_one_of_plain_lora_of_half_the_budgets_rank() -> None:
+def test_until_the_choice_a_run_is_one_of_plain_lora_of_the_budgets_rank() -> None:
     made = make()
-    small = make(rank=2, lora_alpha=2)  # of scale 1, as rank 8 with PEFT's alpha of 8
+    small = make(rank=4, lora_alpha=4)  # of scale 1, as rank 8 with PEFT's alpha of 8
     with torch.no_grad():
         for name, (a, _) in pairs(made[1]).items():
-            pairs(small[1])[name][0].copy_(a[:2])
+            pairs(small[1])[name][0].copy_(a[:4])
     run, losses = train(made, DiffoRAConfig(selection_ratio=0.5, **CONFIG), CHOICE)
     tiny, model, optimizer = small
     for expected in losses:
@@ -78,10 +78,10 @@ def test_until_the_choice_a_run_is_one_of_plain_lora_of_half_the_budgets_rank() 
         assert loss.item() == pytest.approx(expected, abs=2e-5)
     for name, (a, b) in pairs(made[1]).items():
         fewer = pairs(model)[name]
-        torch.testing.assert_close(a[:2], fewer[0], atol=1e-3, rtol=1e-3)
-        torch.testing.assert_close(b[:, :2], fewer[1], atol=1e-3, rtol=1e-3)
-        assert not b[:, 2:].any()  # what takes no part has not moved
-    assert run.selection is None and set(run.search.ranks) != {2}  # the choice is made and has begun to act
+        torch.testing.assert_close(a[:4], fewer[0], atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(b[:, :4], fewer[1], atol=1e-3, rtol=1e-3)
+        assert not b[:, 4:].any()  # what takes no part has not moved
+    assert run.selection is None and set(run.search.ranks) != {4}  # the choice is made and has begun to act
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -108,12 +108,12 @@ def test_the_budget_is_used_up_and_the_saved_adapter_is_a_plain_one(use_rslora: 
     expected = logits(model, tiny)
     model.save_pretrained(str(tmp_path))
     reloaded = PeftModel.from_pretrained(llama().model, str(tmp_path)).eval()
-    assert logits(reloaded, tiny).equal(expected)
+    torch.testing.assert_close(logits(reloaded, tiny), expected, atol=1e-6, rtol=1e-6)
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["rank_pattern"].keys() == saved["alpha_pattern"].keys()
     layers: Any = list(find_sites(reloaded, "default").values())
     assert {site.name: site.rank for site in layers} == dict(zip(selection.modules, selection.ranks, strict=True))
-    assert len({site.layer.scaling["default"] for site in layers}) == 1
+    assert len({round(site.layer.scaling["default"], 9) for site in layers}) == 1
     merged = reloaded.merge_and_unload()
     torch.testing.assert_close(merged(**tiny.batch).logits, expected, atol=1e-4, rtol=1e-4)
 
@@ -147,7 +147,7 @@ def test_without_evidence_no_module_is_favoured(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ArchitectureSearch, "step", noisy)
     run, _ = train(make(), DiffoRAConfig(selection_ratio=0.5, selection_scope="model", **CONFIG))
     assert run.selection is not None and max(run.selection.ranks) - min(run.selection.ranks) <= 1
-    assert any("spread evenly over all of them" in note for note in run.selection.notes)
+    assert any("stays spread evenly over all of them" in note for note in run.selection.notes)
     assert run.selection.confidence is not None and run.selection.confidence < 0.5
 
 
