@@ -84,7 +84,7 @@ def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     if data["format"] == 3:
         if data.get("selection") is not None:
             return {**data, "format": 4}
-        added = {"ranks": [], "halves": [], "half_steps": 0, "middle_losses": [], "progress": None}
+        added = {"ranks": [], "halves": [], "half_steps": 0, "early_losses": [], "progress": None}
         data = {**data, **added, "format": 4}
         if isinstance(data.get("effect"), (list, tuple)):
             data["effect"] = [*data["effect"], 0.0]

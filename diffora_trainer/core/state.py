@@ -52,7 +52,7 @@ class RunState:
         halves (`tuple[tuple[float, ...], tuple[float, ...]]`, *optional*): gains of the odd and the even steps of the
             search, summed; nothing before the first one.
         half_steps (`int`, *optional*): how many steps those are.
-        middle_losses (`tuple[float, ...]`, *optional*): held-out losses in the middle of the search.
+        early_losses (`tuple[float, ...]`, *optional*): held-out losses after a third of the search.
         progress (`tuple[float, float, float]`, *optional*): held-out loss there and at the choice, and the standard
             error of the difference.
         times ([`~diffora_trainer.core.times.StepTimes`], *optional*): measured step times.
@@ -82,7 +82,7 @@ class RunState:
     ranks: tuple[int, ...] = ()
     halves: tuple[tuple[float, ...], ...] = ()
     half_steps: int = 0
-    middle_losses: tuple[float, ...] = ()
+    early_losses: tuple[float, ...] = ()
     progress: tuple[float, float, float] | None = None
     times: StepTimes | None = None
     history: tuple[Allocation, ...] = field(default=())
@@ -246,7 +246,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "reached": _maybe(_all(_is(bool))),
     "effect": _maybe(lambda value: _all(_number)(value) and len(value) == 3),
     "progress": _maybe(lambda value: _all(_number)(value) and len(value) == 3),
-    "middle_losses": _all(_number),
+    "early_losses": _all(_number),
     "ranks": _all(_whole),
     "halves": lambda value: (
         isinstance(value, (list, tuple)) and len(value) in (0, 2) and all(map(_all(_number), value))

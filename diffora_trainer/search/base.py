@@ -44,7 +44,7 @@ class SearchBase(GatedModel):
         self.times: StepTimes | None = None
         self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
         self.effect: tuple[float, float, float] | None = None
-        self.middle_losses: tuple[float, ...] = ()
+        self.early_losses: tuple[float, ...] = ()
         self.progress: tuple[float, float, float] | None = None
         self.halves = SplitHalf.empty(len(self.grid))
         self.skipped_steps = 0

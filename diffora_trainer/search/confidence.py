@@ -58,7 +58,7 @@ class Confidence:
         count (`int`): number of modules.
         effect (`tuple[float, float, float]` or `None`): held-out loss without the LoRA and with it, and the standard
             error of the difference over batches.
-        progress (`tuple[float, float, float]`, *optional*): held-out loss in the middle of the search and at its end,
+        progress (`tuple[float, float, float]`, *optional*): held-out loss after a third of the search and at its end,
             and the standard error of the difference.
     """
 
@@ -83,8 +83,9 @@ class Confidence:
     @property
     def learned(self) -> bool | None:
         """
-        Whether the LoRA lowers the held-out loss, and this has fallen while the search went on, both by more than two
-        standard errors: on a plateau gates only tell what helps to stay there. `None` if it was not measured.
+        Whether the LoRA lowers the held-out loss, and this has fallen while the search went on, both by more than
+        noise would in 95 of 100 cases: on a plateau gates only tell what helps to stay there. `None` if it was not
+        measured.
         """
         measured = [pair for pair in (self.effect, self.progress) if pair is not None]
         return all(_has_fallen(pair) for pair in measured) if measured else None
@@ -114,7 +115,7 @@ class Confidence:
             middle, end, error = self.progress
             return (
                 "When the choice was made, the held-out loss was on a plateau "
-                f"({middle:.4g} in the middle of the search, {end:.4g} at its end, standard error {error:.2g})"
+                f"({middle:.4g} after a third of the search, {end:.4g} at its end, standard error {error:.2g})"
             )
         return (
             f"The two halves of the search rank the {self.count} modules no more alike than chance "
@@ -136,7 +137,7 @@ def paired(before: Tensor, after: Tensor) -> tuple[float, float, float] | None:
 
 def _has_fallen(pair: tuple[float, float, float]) -> bool:
     before, after, error = pair
-    return before - after > 2 * error
+    return before - after > _ONE_SIDED_5_PERCENT * error
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -268,9 +268,9 @@ class SelectionRun(RunParts):
         if self.search.step(batch, train_batch, learning_rate) is None:
             self._warn(messages.skipped(self.step, without_labels(batch), self.search.skipped_steps))
         updates = self.schedule.updates
-        if self.step == updates[len(updates) // 2] and self.search.rank_budget is not None:
+        if self.step == updates[len(updates) // 3] and self.search.rank_budget is not None:
             if self.held_out.comparable:
-                self.search.measure_middle(self.held_out.sample(_GAP_BATCHES))
+                self.search.measure_early(self.held_out.sample(_GAP_BATCHES))
 
     def _reallocate(self, reallocation: Reallocation) -> None:
         batches = list(self.held_out.take(self.search.method.options.score_batches))

@@ -48,7 +48,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         ranks=() if search.rank_budget is None else search.ranks,
         halves=tuple(map(tuple, search.halves.sums.tolist())),
         half_steps=search.halves.steps,
-        middle_losses=search.middle_losses,
+        early_losses=search.early_losses,
         progress=search.progress,
         times=search.times,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
@@ -95,7 +95,7 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     if state.kept is not None:
         search.discretize(torch.tensor(state.kept))
     search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
-    search.effect, search.progress, search.middle_losses = state.effect, state.progress, state.middle_losses
+    search.effect, search.progress, search.early_losses = state.effect, state.progress, state.early_losses
     if state.halves:
         search.halves = SplitHalf(torch.tensor(state.halves, dtype=torch.float64), state.half_steps)
     if state.reached is not None:

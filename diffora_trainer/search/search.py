@@ -254,16 +254,16 @@ class ArchitectureSearch(OldNames, SearchBase):
         with self.gates.override(torch.zeros(len(self.grid))):
             without = self.held_out_losses(batches)
         self.effect = paired(without, with_all) or self.effect
-        if len(self.middle_losses) == len(with_all):
-            self.progress = paired(torch.tensor(self.middle_losses), with_all)
+        if len(self.early_losses) == len(with_all):
+            self.progress = paired(torch.tensor(self.early_losses), with_all)
         return float(with_all.mean())
 
-    def measure_middle(self, batches: Iterable[Any]) -> None:
+    def measure_early(self, batches: Iterable[Any]) -> None:
         """
-        Measure the held-out loss in the middle of the search, with which [`measure_effect`] compares: whether it still
+        Measure the held-out loss after a third of the search, with which [`measure_effect`] compares: whether it still
         falls then. Give both the same batches.
         """
-        self.middle_losses = tuple(self.held_out_losses(batches).tolist())
+        self.early_losses = tuple(self.held_out_losses(batches).tolist())
 
     # Time
 

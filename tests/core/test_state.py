@@ -21,7 +21,7 @@ SEARCHING = RunState(
     5, {"method": "diffora"}, {"size": 3}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_position=3,
     held_out_rows=10, skipped_steps=1, losses=(0.5, 0.25), reached=(True, False, True), effect=(1.0, 0.5, 0.125),
     ranks=(2, 2, 1), halves=((0.5, 0.0, -1.0), (0.25, 0.0, 1.0)), half_steps=3,
-    middle_losses=(1.0, 2.0), progress=(1.5, 1.0, 0.25), times=StepTimes(1.0, (0.5, 0.25), 0.1),
+    early_losses=(1.0, 2.0), progress=(1.5, 1.0, 0.25), times=StepTimes(1.0, (0.5, 0.25), 0.1),
     history=(Allocation(2, (1.0, 2.0, 3.0), (True, True, False)), Allocation(4, (1.0, 2.0, 4.0), (True, False, True))),
 )  # fmt: skip
 STATES = {
@@ -84,10 +84,10 @@ def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
 def test_states_of_format_3_are_read() -> None:
     """It knew no ranks, no halves of a search, and no error of its effect."""
     old = {**SEARCHING.to_dict(), "format": 3, "effect": [1.0, 0.5]}
-    for name in ("ranks", "halves", "half_steps", "middle_losses", "progress"):
+    for name in ("ranks", "halves", "half_steps", "early_losses", "progress"):
         del old[name]
     expected = replace(
-        SEARCHING, ranks=(), halves=(), half_steps=0, middle_losses=(), progress=None, effect=(1.0, 0.5, 0.0)
+        SEARCHING, ranks=(), halves=(), half_steps=0, early_losses=(), progress=None, effect=(1.0, 0.5, 0.0)
     )
     assert RunState.from_dict(json.loads(json.dumps(old))) == expected
     selected = STATES["selected"]
@@ -100,10 +100,10 @@ def test_states_of_format_2_are_read() -> None:
     record = state.to_dict()
     for new, old in (("discretize", "decision"), ("prune", "cut"), ("kept", "decided"), ("began_pruned", "began_cut")):
         record[old] = record.pop(new)
-    for name in ("extra_kinds", "ranks", "halves", "half_steps", "middle_losses", "progress"):
+    for name in ("extra_kinds", "ranks", "halves", "half_steps", "early_losses", "progress"):
         del record[name]
     record["effect"] = record["effect"][:2]
-    state = replace(state, ranks=(), halves=(), half_steps=0, middle_losses=(), progress=None, effect=(1.0, 0.5, 0.0))
+    state = replace(state, ranks=(), halves=(), half_steps=0, early_losses=(), progress=None, effect=(1.0, 0.5, 0.0))
     old = {**record, "format": 2, "phase": "search"}  # it knew no phase of its own for the fade-out
     assert RunState.from_dict({**old, "shortcuts": True}) == replace(state, extra_kinds=("shortcuts",))
     assert RunState.from_dict({**old, "shortcuts": False}) == state

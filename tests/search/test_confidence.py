@@ -45,7 +45,7 @@ def test_what_was_not_learned_is_no_evidence() -> None:
     assert unlearned.value == 0 and not unlearned.beyond_chance
     assert "not lowered the held-out loss beyond its noise (2 without it, 1.9 with it" in str(unlearned.doubt())
     plateau = Confidence(0.9, 36, (2.0, 1.0, 0.1), (1.05, 1.0, 0.1))
-    assert plateau.value == 0 and "on a plateau (1.05 in the middle of the search, 1 at its end" in str(
+    assert plateau.value == 0 and "on a plateau (1.05 after a third of the search, 1 at its end" in str(
         plateau.doubt()
     )
     assert Confidence(0.9, 36, (2.0, 1.0, 0.1), (1.5, 1.0, 0.1)).beyond_chance
