@@ -81,7 +81,8 @@ def _drawn(text: str) -> bytes:
     sharing = {name for group in selection.shared for name in group}
     for name, (row, column), rank in zip(selection.modules, selection.positions, selection.ranks, strict=True):
         if rank and selection.in_ranks:
-            axes.text(column, row, str(rank), ha="center", va="center", fontsize=8, color="#d9480f", weight="bold")
+            box = {"boxstyle": "round,pad=0.2", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+            axes.text(column, row, str(rank), ha="center", va="center", fontsize=8, color="#d9480f", bbox=box)
         elif rank or name in sharing:
             color = "#d9480f" if rank else "#868e96"
             axes.add_patch(

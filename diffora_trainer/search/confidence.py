@@ -45,7 +45,9 @@ class SplitHalf:
         ranks = torch.stack([_ranks(half) for half in self.sums])
         centred = ranks - ranks.mean(dim=1, keepdim=True)
         norms = centred.norm(dim=1)
-        return float(centred[0] @ centred[1] / norms.prod()) if bool((norms > 0).all()) else None
+        if not bool((norms > 0).all()):
+            return None
+        return min(1.0, max(-1.0, float(centred[0] @ centred[1] / norms.prod())))  # rounded, it may be beyond
 
 
 @dataclass(frozen=True)

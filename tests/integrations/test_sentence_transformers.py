@@ -185,4 +185,5 @@ def test_cross_encoder(tmp_path: Path) -> None:
     trainer.save_model(str(tmp_path / "saved"))
     loaded = CrossEncoder(str(tmp_path / "saved"), num_labels=1, device="cpu")
     questions = [("what colour is the fox ?", "red"), ("where does the cat live ?", "garden")]
-    assert (loaded.predict(questions) == model.predict(questions)).all()
+    # Whether equal sums are added up alike depends on the processor.
+    assert loaded.predict(questions) == pytest.approx(model.predict(questions), abs=1e-6)

@@ -104,9 +104,9 @@ def test_every_method_on_data_that_the_recipe_has_never_seen(folder: Path, tmp_p
     assert set(ranks["q_and_v"]) == {n for n in grid_modules if n.endswith(("query", "value"))}
     assert set(ranks["all_linear"]) == grid_modules
     assert "bert.pooler.dense" in ranks["last_layers"]
-    assert set(ranks["diffora"].values()) == {4}
+    assert set(ranks["diffora"]) == grid_modules and max(ranks["diffora"].values()) <= 4
     worst = next(r for r in records if r["reading"] == "worst" and r["seed"] == 0)
-    assert not set(worst["ranks"]) & set(ranks["diffora"])
+    assert set(worst["ranks"].values()) == {4} and len(worst["ranks"]) < len(grid_modules)
     assert "among 4 random sets" in table and all(f"`{name}`" in table for name in ALL_METHODS[1:])
     assert (out / "losses.png").stat().st_size > 1000 and (out / "table.md").read_text().strip() == table.strip()
 

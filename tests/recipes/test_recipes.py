@@ -160,9 +160,9 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def check_adapter(output_dir: Path, base: torch.nn.Module | None, selected: list[str]) -> None:
-    """An ordinary adapter that names fewer modules than there were, and that PEFT loads without this package."""
-    modules = [module["name"] for module in json.loads((output_dir / "diffora_selection.json").read_text())["modules"]]
-    assert 0 < len(selected) < len(modules)
+    """An ordinary adapter that is smaller than it was, and that PEFT loads without this package."""
+    modules = json.loads((output_dir / "diffora_selection.json").read_text())["modules"]
+    assert selected and sum(m["kept_rank"] for m in modules) < sum(m["rank"] for m in modules)
     config = json.loads((output_dir / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == sorted(selected)
     assert saved_modules(output_dir) == set(selected)
@@ -213,7 +213,7 @@ def test_recipe_runs(
     printed = capsys.readouterr().out
 
     check_adapter(output_dir, load_base(config, folder), result["selected"])
-    assert "Chosen modules" in printed and "x kept   . removed" in printed
+    assert "Chosen modules" in printed and "   . removed" in printed
     assert str(output_dir) in printed
     for name, value in result.items():
         if isinstance(value, float):

@@ -77,7 +77,7 @@ def make_table(task: str, rows: dict[str, Runs]) -> str:
         cells.append(spread(runs, "loss"))
         for key, rivals in (("loss", others), ("accuracy", others[:2])):
             cells += ["" if other == method else difference(runs, rows.get(other, {}), key) for other in rivals]
-        overlap = mean_overlap([set(run["chosen"]) for run in runs.values() if "chosen" in run])
+        overlap = mean_overlap([dict.fromkeys(run["chosen"], 1) for run in runs.values() if "chosen" in run])
         cells += ["" if overlap is None else f"{overlap:.2f}", stays_on(runs)]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
