@@ -115,9 +115,9 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
 
 def _write_ranks(model: Any, adapter_name: str, sites: Mapping[str, AdapterSite], selection: Selection) -> None:
     """Make the adapter's configuration say the ranks that are left: the most frequent one, and the others."""
-    lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
-    if all(rank in (0, site.rank) for site, rank in zip(selection.grid.sites, selection.ranks, strict=True)):
+    if not selection.in_ranks:
         return
+    lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
     config = model.peft_config[adapter_name]
     found = {name: (site.rank, site.layer.lora_alpha[adapter_name]) for name, site in lora.items()}
     (config.r, config.lora_alpha), _ = Counter(found.values()).most_common(1)[0]

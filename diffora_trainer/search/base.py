@@ -14,7 +14,7 @@ from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from .confidence import Confidence, SplitHalf
 from .measured import GatedModel, LossFunction
-from .ranks import final_ranks, find_rank_budget, halved, kept_of, masks, refuse
+from .ranks import final_ranks, find_rank_budget, halved, masks, refuse
 from .runtime import Runtime
 
 
@@ -117,7 +117,7 @@ class SearchBase(GatedModel):
                 (method.discretize(), method.scores(), method.tie_breaker()),
                 evident=self.confidence.beyond_chance,
             )
-            kept = kept_of(ranks)
+            kept = torch.ones(len(ranks), dtype=torch.bool)  # each keeps rank 1 at least
         else:
             kept, ranks = self.method.discretize(), self.grid.ranks
         return kept, tuple(rank if keep else 0 for rank, keep in zip(ranks, kept.tolist(), strict=True))

@@ -128,8 +128,3 @@ def masks(before: Sequence[int], after: Sequence[int], largest: Sequence[int], f
         mask[:new] = 1.0
         found.append(None if bool((mask == 1).all()) else mask)
     return found
-
-
-def kept_of(ranks: Sequence[int]) -> Tensor:
-    """Which modules keep any rank, `(n,)` bools."""
-    return torch.tensor([rank > 0 for rank in ranks])
