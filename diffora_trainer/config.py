@@ -7,17 +7,15 @@ import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
-
-from .core.schedule import check_moment
-from .core.values import check_integer, check_number, parse_mapping
+from .config_checks import (
+    SELECTION_GRANULARITIES,
+    SELECTION_SCOPES,
+    SELECTION_UNITS,
+    WEIGHT_SHARING,
+    check_config,
+)
+from .core.values import parse_mapping
 from .renamed import OLD_NAMES, REMEDIES, Renamed, old_schedule, take_over_old_names
-
-
-SELECTION_SCOPES = ("layer", "model")
-SELECTION_GRANULARITIES = ("auto", "rank", "module")
-WEIGHT_SHARING = ("none", "layer", "model")
 
 
 def _old(name: str) -> Any:
@@ -37,16 +35,18 @@ class DiffoRAConfig:
 
     > Parameters that control how much is kept
 
-    selection_ratio (`float`, *optional*, defaults to `0.5`):
-        Share of the LoRA modules to keep, in (0, 1].
+    Limits hold together: what is kept is within all that are set.
+
+    selection_ratio (`float`, *optional*):
+        Share of the LoRA modules to keep, in (0, 1]. Defaults to 0.5 if nothing else limits what is kept.
     selection_scope (`str`, *optional*, defaults to `"layer"`):
         `"layer"` keeps the best `round(selection_ratio * n)` of the `n` modules of each layer, and at least one;
-        `"model"` keeps the best `round(selection_ratio * n)` of the `n` modules of the whole model.
+        `"model"` keeps the best `round(selection_ratio * n)` of the `n` modules of the whole model, as all limits of
+        the whole model do: `max_trainable_parameters`, `max_step_time`, `max_step_memory`, `selection_unit="layer"`.
     max_trainable_parameters (`int`, *optional*):
-        Exact cap on the number of trainable LoRA parameters, used instead of `selection_ratio`: the best modules of
-        the whole model are kept as long as they fit, or the ranks of all (see `selection_granularity`). Parameters
-        that are not LoRA (a new classification head, say) do not count. It requires `selection_scope="model"` or the
-        default scope, which it overrides.
+        Exact cap on the number of trainable LoRA parameters: the best modules of the whole model are kept as long as
+        they fit, or the ranks of all (see `selection_granularity`). Parameters that are not LoRA (a new classification
+        head, say) do not count.
     selection_granularity (`str`, *optional*, defaults to `"auto"`):
         In what the budget is spent. With `"module"` whole modules are kept or pruned. With `"rank"` a run begins as
         one of LoRA on all modules at the rank that the budget has room for, and at the choice half of the modules,
@@ -55,15 +55,28 @@ class DiffoRAConfig:
         favoured, and the run stays one of LoRA on all modules at the rank that fits. `"auto"` spends a cap
         (`max_trainable_parameters`) in ranks, and `selection_ratio`, a share of the modules, in modules. Ranks need a
         new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
-        (`"diffora"`), and no `max_step_time`, `weight_sharing`, `extra_sites` or FSDP; elsewhere `"auto"` takes
-        modules.
+        (`"diffora"`), and no limit of a step, `selection_unit`, `weight_sharing`, `extra_sites` or FSDP; elsewhere
+        `"auto"` takes modules.
     max_step_time (`float`, *optional*):
-        Cap on the time of a training step after the pruning, in (0, 1], as a part of what it would take with equally
-        many modules spread over all layers; needs `selection_scope="model"` or `max_trainable_parameters`. The
-        backward pass ends at the lowest layer that has a LoRA, so of two sets of equally many modules the one in the
-        later layers is faster. At the end of the warm-up steps of different depths are timed, and the search then only
-        considers modules with which a step is fast enough. If no set of the full size is, the fastest depth that has
-        room for it is taken. By default the time is not limited.
+        Cap on the time of a training step after the pruning, in (0, 1], as a part of that of a step with all modules.
+        The backward pass ends at the lowest layer that has a LoRA, and each LoRA adds matrices of its own, so a limit
+        has room for many modules in the later layers or for fewer that go deeper. At the end of the warm-up steps of
+        different depths are timed, and the choice is then made over depth and modules at once: of the best sets within
+        the limits, one for each lowest layer, the one with the largest gain. Without another limit as many modules are
+        kept as this one has room for. If not even one is fast enough, the modules of the fastest depth are considered,
+        and log and selection say so.
+    max_step_memory (`float`, *optional*):
+        Cap on the memory of a training step after the pruning, in (0, 1], as a part of that of a step with LoRA on all
+        of these modules: what the step holds on top of the model (activations, gradients, and LoRA weights with two
+        moments each). It is counted, tensor by tensor, at the end of the warm-up, and limits the choice as
+        `max_step_time` does.
+    selection_unit (`str`, *optional*, defaults to `"module"`):
+        What is kept or pruned together: each `"module"` for itself, a `"group"` of modules that fused kernels and
+        servers compute as one (query, key and value; gate and up), or a whole `"layer"` (of the whole model then). A
+        unit is ranked by the mean of its modules.
+    selection_groups (`dict`, *optional*):
+        For `selection_unit="group"`: groups of your own, by any name, as a dictionary or as JSON, such as
+        `{"attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}`. A module in none of them is a unit of its own.
 
     > Parameters that control by what the modules are chosen
 
@@ -114,6 +127,15 @@ class DiffoRAConfig:
         Seed of the split, of the order of the held-out batches and of what a method draws. The search has random
         streams of its own and does not touch those of training.
 
+    > Parameters that control what the search itself costs
+
+    search_micro_batches (`int`, *optional*):
+        Into how many micro-batches each training batch and each held-out batch of an architecture step are split until
+        the pruning, so that the whole run does not need the memory of a step with all modules. The update is the same
+        up to rounding, but for dropout. Defaults to 1, or with `max_step_memory` to as many as keep these steps within
+        that limit. Whether the loss of a batch comes apart into those of its parts, as in `Trainer` and `SFTTrainer`,
+        is tried out on the first one; in a loop of your own only the held-out batches are split.
+
     > Parameters that control the model that is left
 
     weight_sharing (`str`, *optional*, defaults to `"none"`):
@@ -146,8 +168,9 @@ class DiffoRAConfig:
         TypeError: if a value is of the wrong type.
     """
 
-    selection_ratio: float = field(
-        default=0.5, metadata={"help": "Share of the LoRA modules to keep, in (0, 1]. Ignored with a parameter cap."}
+    selection_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the LoRA modules to keep, in (0, 1]. Defaults to 0.5 if nothing else is limited."},
     )
     selection_scope: str = field(
         default="layer",
@@ -158,7 +181,7 @@ class DiffoRAConfig:
     )
     max_trainable_parameters: int | None = field(
         default=None,
-        metadata={"help": "Exact cap on the number of trainable LoRA parameters, instead of `selection_ratio`."},
+        metadata={"help": "Exact cap on the number of trainable LoRA parameters."},
     )
     selection_granularity: str = field(
         default="auto",
@@ -196,9 +219,27 @@ class DiffoRAConfig:
     max_step_time: float | None = field(
         default=None,
         metadata={
-            "help": "Cap on the time of a step after the pruning, as a part of its time with equally many modules "
-            "spread over all layers."
+            "help": "Cap on the time of a step after the pruning, as a part of that of a step with all modules."
         },
+    )
+    max_step_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "Cap on the memory of a step after the pruning, as a part of that of a step with all modules, "
+            "beside the model."
+        },
+    )
+    selection_unit: str = field(
+        default="module",
+        metadata={
+            "help": "Keep or prune each module for itself ('module'), together those that are computed as one "
+            "('group'), or whole layers ('layer').",
+            "choices": list(SELECTION_UNITS),
+        },
+    )
+    selection_groups: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "For `selection_unit='group'`: names of the modules of each group, as JSON."},
     )
     arch_split: float = field(
         default=0.1,
@@ -210,6 +251,10 @@ class DiffoRAConfig:
     )
     arch_seed: int = field(
         default=0, metadata={"help": "Seed of the split, of the held-out batches and of what a method draws."}
+    )
+    search_micro_batches: int | None = field(
+        default=None,
+        metadata={"help": "Into how many micro-batches each batch is split until the pruning, to need less memory."},
     )
     weight_sharing: str = field(
         default="none",
@@ -248,6 +293,7 @@ class DiffoRAConfig:
             raise TypeError(f"`method` must be the name of a method, got {self.method!r}.")
         self.method_options = parse_mapping("method_options", self.method_options)
         self.extra_sites = parse_mapping("extra_sites", self.extra_sites)
+        self.selection_groups = parse_mapping("selection_groups", self.selection_groups)
         if remedies := take_over_old_names(self):
             warnings.warn(
                 f"Some options of `DiffoRAConfig` are deprecated and will be removed in version 0.3: "
@@ -255,85 +301,25 @@ class DiffoRAConfig:
                 FutureWarning,
                 stacklevel=3,
             )
-        self.arch_seed = check_integer("arch_seed", self.arch_seed)
-        for name in ("selection_ratio", "discretize_at", "arch_warmup", "fade_out", "arch_split"):
-            setattr(self, name, check_number(name, getattr(self, name)))
-        for name in ("max_trainable_parameters", "arch_batch_size"):
-            if getattr(self, name) is not None:
-                setattr(self, name, check_integer(name, getattr(self, name)))
-        for name, choices in (
-            ("selection_scope", SELECTION_SCOPES),
-            ("selection_granularity", SELECTION_GRANULARITIES),
-            ("weight_sharing", WEIGHT_SHARING),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, str) or value not in choices:
-                raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
-        if not isinstance(self.log_gates_by_kind, bool):
-            raise TypeError(f"`log_gates_by_kind` must be a bool, got {self.log_gates_by_kind!r}.")
-        self._check_budget()
-        self._check_base_model_id()
-        if not 0 < self.arch_split < 1:
-            raise ValueError(
-                f"You passed `arch_split={self.arch_split}`, but it is a part of the training set and must be in "
-                "(0, 1). To use a data set of your own, pass `arch_dataset=` to the trainer."
-            )
-        if self.arch_batch_size is not None and self.arch_batch_size < 1:
-            raise ValueError(f"You passed `arch_batch_size={self.arch_batch_size}`; it must be 1 or more.")
-        if not 0 <= self.arch_seed < 2**32:
-            raise ValueError(f"You passed `arch_seed={self.arch_seed}`; it must be 0 or more, and below 2**32.")
-        for name in ("discretize_at", "arch_warmup", "fade_out"):
-            check_moment(name, getattr(self, name), minimum_open=False)
-        if self.extra_sites and self.weight_sharing != "none":
-            raise ValueError(
-                f"You passed `extra_sites` with {sorted(self.extra_sites)} together with "
-                f"`weight_sharing={self.weight_sharing!r}`. What is saved beside them shares no matrices. Please set "
-                "`weight_sharing='none'`."
-            )
+        check_config(self)
 
-    def _check_budget(self) -> None:
-        if not 0 < self.selection_ratio <= 1:
-            raise ValueError(
-                f"You passed `selection_ratio={self.selection_ratio}`, but it is the share of modules to keep and "
-                "must be in (0, 1]. Use 0.5 to keep half of the modules."
-            )
-        if self.max_trainable_parameters is not None:
-            if self.max_trainable_parameters <= 0:
-                raise ValueError(
-                    f"You passed `max_trainable_parameters={self.max_trainable_parameters}`; it must be positive."
-                )
-            if self.weight_sharing != "none":
-                raise ValueError(
-                    f"You passed `max_trainable_parameters` together with `weight_sharing={self.weight_sharing!r}`. "
-                    "The shared pairs are trainable too, so the cap would not hold. Please use `selection_ratio`, or "
-                    "set `weight_sharing='none'`."
-                )
-        if self.max_step_time is None:
-            return
-        self.max_step_time = check_number("max_step_time", self.max_step_time)
-        if not 0 < self.max_step_time <= 1:
-            raise ValueError(
-                f"You passed `max_step_time={self.max_step_time}`, but it is a part of the time of a step and must be "
-                "in (0, 1]."
-            )
-        if self.selection_scope == "layer" and self.max_trainable_parameters is None:
-            raise ValueError(
-                f"You passed `max_step_time={self.max_step_time}` with `selection_scope='layer'`. A choice that keeps "
-                "modules in every layer cannot save the backward pass of any. Please set `selection_scope='model'`."
-            )
+    @property
+    def limits_step(self) -> bool:
+        """Whether the time or the memory of a step is limited."""
+        return self.max_step_time is not None or self.max_step_memory is not None
 
-    def _check_base_model_id(self) -> None:
-        if self.base_model_id is None:
-            return
-        if not isinstance(self.base_model_id, str):
-            raise TypeError(f"`base_model_id` must be a string such as 'org/name', got {self.base_model_id!r}.")
-        try:
-            validate_repo_id(self.base_model_id)
-        except HFValidationError as error:
-            raise ValueError(
-                f"You passed `base_model_id={self.base_model_id!r}`, which cannot be a model on the Hub. It is "
-                "published with the adapter; please pass a name such as 'org/name', or leave it out."
-            ) from error
+    @property
+    def ratio(self) -> float:
+        """The share of the modules that may be kept: `selection_ratio`, or what it defaults to."""
+        if self.selection_ratio is not None:
+            return self.selection_ratio
+        return 1.0 if self.limits_step or self.max_trainable_parameters is not None else 0.5
+
+    @property
+    def scope(self) -> str:
+        """`selection_scope`, or `"model"` where a limit is one of the whole model."""
+        whole = self.limits_step or self.max_trainable_parameters is not None or self.selection_unit == "layer"
+        return "model" if whole else self.selection_scope
 
     def to_dict(self) -> dict[str, Any]:
         """All options as a dictionary of JSON values, without the deprecated names."""

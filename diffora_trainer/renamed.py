@@ -106,6 +106,9 @@ def take_over_old_names(config: Any) -> list[str]:
         config.fade_out = old["arch_closing"]
     if "cost" in old:
         config.max_step_time = _step_time(old["cost"], config.max_step_time)
+        timed = config.max_step_time is not None
+        if timed and config.selection_ratio is None and config.max_trainable_parameters is None:
+            config.selection_ratio = 0.5  # as it was without a cap
     # A method was given the options of others, and did not read them.
     searches = config.method not in _SCORES
     of_method = {name: old[name] for name, of in _OF_A_METHOD.items() if name in old and of == searches}

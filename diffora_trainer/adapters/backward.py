@@ -113,9 +113,10 @@ def check_backward_ends_early(model: nn.Module, searched: Collection[nn.Paramete
     embeddings -= set(searched)
     if trained := [name for name, parameter in model.named_parameters() if parameter in embeddings]:
         raise ValueError(
-            f"You passed `max_step_time` for a model whose input embeddings are trained ({trained[0]!r}), so each "
-            "backward pass goes through all layers down to them, and no choice of modules makes it shorter. Please "
-            "leave `max_step_time` out, or the embeddings out of `modules_to_save` and `trainable_token_indices`."
+            f"You limit a step (`max_step_time`, `max_step_memory`) of a model whose input embeddings are trained "
+            f"({trained[0]!r}), so each backward pass goes through all layers down to them, and no choice of modules "
+            "makes it shorter. Please leave the limit out, or the embeddings out of `modules_to_save` and "
+            "`trainable_token_indices`."
         )
 
 

@@ -23,6 +23,7 @@ from .sentence_transformers import (
 )
 from .torch import (
     SCHEDULER_LISTS,
+    LiveBytes,
     forward_hooks,
     inner_schedulers,
     is_compiled,
@@ -52,6 +53,7 @@ from .transformers import (
 from .trl import (
     calls_backward_itself,
     is_reward_trainer,
+    loss_is_of_rows,
     loss_of_training_step,
     makes_completions,
     noted_preparation,
@@ -65,6 +67,7 @@ from .trl import (
 
 __all__ = [
     "SCHEDULER_LISTS",
+    "LiveBytes",
     "TRAINER_METHODS",
     "activation_checkpointing",
     "activation_checkpointing_kwargs",
@@ -90,6 +93,7 @@ __all__ = [
     "is_sentence_transformer",
     "knows_fsdp2",
     "load_sentence_transformer",
+    "loss_is_of_rows",
     "loss_of_training_step",
     "makes_completions",
     "noted_preparation",

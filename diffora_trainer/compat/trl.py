@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..core.isolation import replaced
+from .sentence_transformers import is_sentence_transformer
 
 
 def is_reward_trainer(trainer: Any) -> bool:
@@ -19,6 +20,17 @@ def is_reward_trainer(trainer: Any) -> bool:
     versions. Goes if the class may be imported, which takes all of TRL.
     """
     return getattr(trainer, "_name", "") == "Reward"
+
+
+def loss_is_of_rows(trainer: Any) -> bool:
+    """
+    Whether nothing is known that would make the loss of a batch more than one of its single rows: a trainer of
+    transformers, or TRL's for supervised fine-tuning. Others compare rows, as preference trainers do; their batches
+    hold the two answers of a pair as rows, which are far apart.
+
+    Reads the name in `_name` too. It can go when trainers say whether a batch may be split.
+    """
+    return getattr(trainer, "_name", "SFT") in ("SFT", None) and not is_sentence_transformer(trainer.model)
 
 
 def preparation(trainer: Any) -> Callable[..., Any] | None:

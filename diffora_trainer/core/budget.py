@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .costs import Ceiling
+
 
 class Budget:
     """
@@ -19,16 +21,18 @@ class Budget:
     Args:
         rows (`Sequence[int]` of length `n`): row (layer) of each module.
         parameters (`Sequence[int]` of length `n`): trainable LoRA parameters of each module.
-        ratio (`float`, *optional*, defaults to `0.5`): share of the modules to keep.
+        ratio (`float`, *optional*): share of the modules to keep; all of them if it is left out.
         scope (`str`, *optional*, defaults to `"layer"`): `"layer"` or `"model"`.
-        cap (`int`, *optional*): exact cap on the kept parameters; overrides `ratio` and `scope`.
+        cap (`int`, *optional*): exact cap on the kept parameters; overrides `scope`.
         kinds (`Sequence[int]` of length `n`, *optional*): modules of different kinds are ranked apart, each kind by
             the same ratio, or under its part of the cap, in proportion to its parameters.
         required (`Sequence[bool]` of length `n`, *optional*): at least one of these is kept, the best-scored one, in
             place of the last that would be.
+        units (`Sequence[int]` of length `n`, *optional*): the unit of each module; those of one unit are kept or
+            pruned together, by the mean of their scores. A unit stands in one row and has one kind.
 
     Attributes:
-        allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`restrict`] said
+        allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`limit`] said
             otherwise.
 
     Raises:
@@ -39,103 +43,121 @@ class Budget:
         self,
         rows: Sequence[int],
         parameters: Sequence[int],
-        ratio: float = 0.5,
+        ratio: float | None = None,
         scope: str = "layer",
         cap: int | None = None,
         kinds: Sequence[int] | None = None,
         required: Sequence[bool] | None = None,
+        units: Sequence[int] | None = None,
     ) -> None:
-        if not len(rows):
-            raise ValueError("There is no module to choose from.")
-        if len(rows) != len(parameters):
-            raise ValueError(
-                f"Got {len(rows)} rows for {len(parameters)} parameter counts; they must be equally many."
-            )
-        if scope not in ("layer", "model"):
-            raise ValueError(f"You passed `scope={scope!r}`; it must be 'layer' or 'model'.")
-        if min(parameters) < 1:
-            raise ValueError(f"A module has {min(parameters)} parameters; each must have at least one.")
-        if not ratio > 0:
-            raise ValueError(f"You passed `ratio={ratio}`; it is the share of modules to keep and must be above 0.")
+        _check(rows, parameters, ratio, scope)
+        ratio = 1.0 if ratio is None else min(ratio, 1.0)
         self.parameters = torch.tensor(parameters, dtype=torch.float64)
         self.cap = None if cap is None else min(cap, sum(parameters))
-        if cap is not None and min(parameters) > cap:
-            raise ValueError(
-                f"You passed `max_trainable_parameters={cap:,}`, but the smallest LoRA module has {min(parameters):,} "
-                "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
-            )
-        kinds = [0] * len(rows) if kinds is None else kinds
+        self.rows = torch.tensor(rows)
+        self.unit = torch.arange(len(rows)) if units is None else torch.tensor(units)
         self.required = None if required is None or all(required) else torch.tensor(required)
         # Modules compete within their group: a row or the whole model, and there within their kind.
         grouped = cap is None and scope == "layer"
+        kinds = [0] * len(rows) if kinds is None else kinds
         places = [(row if grouped else 0, kind) for row, kind in zip(rows, kinds, strict=True)]
         index = {place: group for group, place in enumerate(sorted(set(places)))}
         self.group = torch.tensor([index[place] for place in places])
-        sizes = torch.bincount(self.group, minlength=len(index)).tolist()
+        sizes = torch.bincount(self.group, minlength=len(index))
+        counts = [max(1, math.floor(ratio * size + 0.5)) for size in sizes.tolist()]
         if self.cap is None:
-            self.counts = [max(1, math.floor(min(ratio, 1.0) * size + 0.5)) for size in sizes]
-            self.targets = torch.tensor(self.counts, dtype=torch.float64)
+            self.targets = torch.tensor(counts, dtype=torch.float64)
             self.weights = torch.ones(len(rows), dtype=torch.float64)
         else:
-            self.counts = []
-            totals = [
-                sum(p for p, g in zip(parameters, self.group.tolist(), strict=True) if g == group)
-                for group in range(len(index))
-            ]
-            self.targets = torch.tensor([self.cap * total // sum(totals) for total in totals], dtype=torch.float64)
+            totals = torch.zeros(len(index), dtype=torch.float64).index_add_(0, self.group, self.parameters)
+            share = [self.cap * int(total) // sum(parameters) for total in totals.tolist()]
+            self.targets = torch.tensor(share, dtype=torch.float64)
             self.weights = self.parameters
-            if not (self.parameters <= self.targets[self.group]).any():
-                raise ValueError(
-                    f"You passed `max_trainable_parameters={cap:,}`, but divided among {len(index)} kinds of module "
-                    "that are ranked apart it has room for none. Please raise the cap, or rank them together."
-                )
-
+        # Without a cap the targets are counts themselves.
+        most = len(rows) if self.cap is None else sum(counts)
+        self._ceilings = [(torch.ones(len(rows), dtype=torch.bool), most)]
         # A kind whose part of the cap is not one parameter takes no part.
         self._usable = (self.targets > 0)[self.group]
         self.allowed = self._usable
+        self._sizes, self._costs = self._of_units(torch.ones(len(rows))), self._of_units(self.weights)
+        self._groups = self._of_units(self.group, "amin").long()
+        self._check_cap(cap)
+        smallest = torch.full_like(self.targets, math.inf).scatter_reduce(0, self._groups, self._costs, "amin")
+        # A group whose count is less than its smallest unit keeps one all the same, as each keeps one module.
+        self._keeps_one = ((smallest > self.targets) & (self.cap is None)).tolist()
+
+    def _check_cap(self, cap: int | None) -> None:
+        if cap is None:
+            return
+        what = "LoRA module has" if len(self._costs) == len(self) else "unit of LoRA modules has"
+        if float(self._costs.min()) > cap:
+            raise ValueError(
+                f"You passed `max_trainable_parameters={cap:,}`, but the smallest {what} {int(self._costs.min()):,} "
+                "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
+            )
+        if not self._fits.any():
+            raise ValueError(
+                f"You passed `max_trainable_parameters={cap:,}`, but divided among {len(self.targets)} kinds of "
+                "module that are ranked apart it has room for none. Please raise the cap, or rank them together."
+            )
 
     def __len__(self) -> int:
         return len(self.group)
 
-    def restrict(self, allowed: Tensor) -> None:
+    @property
+    def _fits(self) -> Tensor:
+        """Which units the budget has room for, `(u,)` bools."""
+        return self._costs <= self.targets[self._groups]
+
+    def limit(self, ceilings: Sequence[Ceiling]) -> None:
         """
-        Restrict what may be kept.
+        Limit what may be kept to sets under at least one of some ceilings, on top of the budget. The choice is then
+        made among all of them at once: over how deep it goes, and what it keeps there.
 
         Args:
-            allowed (`Tensor` of shape `(n,)` and dtype `torch.bool`).
+            ceilings (`Sequence[Ceiling]`): at least one.
 
         Raises:
-            ValueError: if no affordable module would be left.
+            ValueError: if no module that fits is under any of them.
         """
-        room = self.targets[self.group] if self.cap is not None else math.inf
-        if not (allowed & (self.parameters <= room)).any():
-            raise ValueError("Not one affordable module would be allowed.")
-        self.allowed = allowed & self._usable
-
-    def size(self, allowed: Tensor) -> float:
-        """How much of the budget the allowed modules, `(n,)` bools, can use up: 1 if all of it."""
-        room = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights * allowed)
-        used = self.targets > 0  # a part of a cap may be too small for one parameter
-        return float((torch.minimum(room, self.targets)[used] / self.targets[used]).min())
+        most = self._ceilings[0][1]
+        found = []
+        for ceiling in ceilings:
+            under = torch.tensor([row in ceiling.rows for row in self.rows.tolist()])
+            found.append((under & self._usable, min(most, ceiling.count)))
+        fits = self._fits | torch.tensor(self._keeps_one)[self._groups]
+        fitting = (fits & (self._sizes <= count) & self._of_units(under, "amin").bool() for under, count in found)
+        if not any(bool(units.any()) for units in fitting):
+            raise ValueError("Not one module or unit of them that fits the budget is within the limits of a step.")
+        self._ceilings = found
+        self.allowed = torch.stack([under for under, _ in found]).any(dim=0)
 
     @property
     def share(self) -> Tensor:
-        """Part of its group that each module may expect if all scores were equal, `(n,)` in [0, 1]."""
-        totals = torch.zeros_like(self.targets).index_add_(0, self.group, self.weights * self.allowed)
-        # Where nothing is allowed, the total is 0; any other is 1 at least.
-        return (self.targets / totals.clamp(min=1.0)).clamp(max=1.0)[self.group] * self.allowed
+        """Part of each module in the mean of all sets that may be kept, if all scores were equal, `(n,)` in [0, 1]."""
+        shares = []
+        for allowed, most in self._ceilings:
+            room = (self.weights * (allowed & self._usable)).double()
+            totals = torch.zeros_like(self.targets).index_add_(0, self.group, room)
+            # Where nothing is allowed, the total is 0; any other is 1 at least.
+            share = (self.targets / totals.clamp(min=1.0)).clamp(max=1.0)[self.group] * (allowed & self._usable)
+            shares.append(share * min(1.0, most / max(float(share.sum()), 1e-9)))
+        return torch.stack(shares).mean(dim=0)
 
-    def discretize(self, scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
+    def discretize(self, scores: Tensor, tie_breaker: Tensor | None = None, worth: Tensor | None = None) -> Tensor:
         """
         The best affordable set.
 
         With a count for each group these are the top scores of the group. Under a cap modules are taken by falling
         score, and those that do not fit any more are passed over, so that no other module would still fit. If none of
-        the `required` ones is among them, the best of these is taken first.
+        the `required` ones is among them, the best of these is taken first. Under several ceilings this is done for
+        each of them, and the set that is worth most is taken, the deepest of equal ones.
 
         Args:
             scores (`Tensor` of shape `(n,)`): higher is better; finite.
             tie_breaker (`Tensor` of shape `(n,)`, *optional*): decides between equal scores; higher is better.
+            worth (`Tensor` of shape `(n,)`, *optional*): what modules add to the worth of a set. By default their
+                scores above the lowest one.
 
         Returns:
             `Tensor` of shape `(n,)` and dtype `torch.bool`.
@@ -146,57 +168,57 @@ class Budget:
             )
         if not torch.isfinite(scores).all():
             raise ValueError("Scores must be finite: a module cannot be compared with NaN or infinity.")
-        order = torch.arange(len(self))
+        means = self._of_units(scores) / self._sizes
+        order = torch.arange(len(means))
         if tie_breaker is not None:
-            order = order[torch.sort(tie_breaker, descending=True, stable=True).indices]
-        order = order[torch.sort(scores[order], descending=True, stable=True).indices]
-        order = order[torch.sort((~self.allowed[order]).int(), stable=True).indices]  # the others come last
-        kept = self._first(order)
+            ties = self._of_units(tie_breaker) / self._sizes
+            order = order[torch.sort(ties, descending=True, stable=True).indices]
+        order = order[torch.sort(means[order], descending=True, stable=True).indices]
+        sets = [self._under(order, allowed, most) for allowed, most in self._ceilings]
+        if len(sets) == 1:
+            return sets[0]
+        worth = scores - scores.min() if worth is None else worth.clamp(min=0.0)
+        return max(sets, key=lambda kept: float((worth.double() * kept).sum()))
+
+    def _under(self, order: Tensor, allowed: Tensor, most: int) -> Tensor:
+        """The best set under one ceiling, `(n,)` bools."""
+        allowed = allowed & self._usable
+        kept = self._first(order.tolist(), allowed, most)
         if self.required is not None and not (kept & self.required).any():
-            fits = self.required & self.allowed
-            if self.cap is not None:
-                fits &= self.parameters <= self.targets[self.group]
-            if best := [module for module in order.tolist() if fits[module]][:1]:
-                kept = self._first(torch.tensor([*best, *(module for module in order.tolist() if module != best[0])]))
+            fits = self._of_units(self.required & allowed, "amax").bool() & self._fits
+            if best := [unit for unit in order.tolist() if fits[unit]][:1]:
+                others = [unit for unit in order.tolist() if unit != best[0]]
+                kept = self._first([*best, *others], allowed, most)
         return kept
 
-    def _first(self, order: Tensor) -> Tensor:
-        """Which modules are kept if they are taken in some order, `(n,)` bools."""
-        kept = torch.zeros(len(self), dtype=torch.bool)
-        if self.cap is not None:
-            left, groups = self.targets.tolist(), self.group[order].tolist()
-            for module, group, cost in zip(order.tolist(), groups, self.parameters[order].tolist(), strict=True):
-                if cost <= left[group]:
-                    kept[module] = True
-                    left[group] -= cost
-            return kept & self.allowed
-        # Group the order without losing it, then take the first `count` of each group.
-        order = order[torch.sort(self.group[order], stable=True).indices]
-        start = 0
-        for size, count in zip(torch.bincount(self.group).tolist(), self.counts, strict=True):
-            kept[order[start : start + count]] = True
-            start += size
-        return kept & self.allowed
+    def _first(self, order: Sequence[int], allowed: Tensor, most: int) -> Tensor:
+        """Which modules are kept if units are taken in some order, `(n,)` bools."""
+        costs, groups, sizes = self._costs.tolist(), self._groups.tolist(), self._sizes.tolist()
+        under, left, keeps_one = self._of_units(allowed, "amin").tolist(), self.targets.tolist(), list(self._keeps_one)
+        kept = torch.zeros(len(costs), dtype=torch.bool)
+        for unit in order:
+            group = groups[unit]
+            if under[unit] and sizes[unit] <= most and (costs[unit] <= left[group] or keeps_one[group]):
+                kept[unit], keeps_one[group] = True, False
+                left[group] -= costs[unit]
+                most -= int(sizes[unit])
+        return kept[self.unit]
 
-    def max_depth_mask(self, depth: Sequence[float], limit: float) -> Tensor:
-        """
-        Which modules may be kept so that a step stays fast, `(n,)` bools: all those above the deepest layer with
-        which it does.
+    def _of_units(self, values: Tensor, how: str = "sum") -> Tensor:
+        """Numbers of modules, `(n,)`, as those of units."""
+        found = torch.zeros(int(self.unit.max()) + 1, dtype=torch.float64)
+        return found.scatter_reduce(0, self.unit, values.double(), how, include_self=how == "sum")
 
-        Args:
-            depth (`Sequence[float]` of length `n`): time of a step whose lowest module is this one.
-            limit (`float`): what `depth` may be at most. If the modules that this leaves cannot use up the budget, the
-                fastest depth that can is taken.
-        """
-        depths = torch.tensor(depth, dtype=torch.float64)
-        enough = [level for level in sorted(set(depth)) if self.size(depths <= level) >= 1]
-        level = max((level for level in enough if level <= limit), default=enough[0])
-        return depths <= level
-
-    @property
-    def expected_count(self) -> float:
-        """How many modules will be kept, on average over sets."""
-        return float(self.counts_of_groups().sum())
+    def num_boundary_ties(self, scores: Tensor, tie_breaker: Tensor | None, kept: Tensor) -> int:
+        """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
+        first = torch.zeros(int(self.unit.max()) + 1, dtype=torch.long)
+        first.scatter_reduce_(0, self.unit, torch.arange(len(self)), "amin", include_self=False)
+        ties = torch.zeros_like(scores) if tie_breaker is None else tie_breaker
+        means = [(self._of_units(values) / self._sizes).tolist() for values in (scores, ties)]
+        keys = list(zip(self.group[first].tolist(), self.allowed[first].tolist(), *means, strict=True))
+        fates = list(zip(keys, kept[first].tolist(), strict=True))
+        tied = {key for key, keep in fates if keep} & {key for key, keep in fates if not keep}
+        return sum(int(size) for key, size in zip(keys, self._sizes.tolist(), strict=True) if key in tied)
 
     def counts_of_groups(self) -> Tensor:
         """How many modules of each group will be kept, on average over sets."""
@@ -208,8 +230,9 @@ class Budget:
     def linear_oracle(self, gains: Tensor) -> Tensor:
         """
         The affordable set with the largest linear gain: the linear maximisation oracle of Frank-Wolfe over the
-        polytope `{0 <= gate <= 1, sum of gate x weight <= target in each group}`. Modules without a gain stay out.
-        Under a cap gains count per parameter, as in a fractional knapsack.
+        polytope `{0 <= gate <= 1, sum of gate x weight <= target in each group}`, or over the convex hull of several,
+        one for each ceiling. Modules without a gain stay out. Under a cap gains count per parameter, as in a
+        fractional knapsack.
 
         Args:
             gains (`Tensor` of shape `(n,)`): expected decrease of the loss for each unit of gate.
@@ -217,7 +240,9 @@ class Budget:
         Returns:
             `Tensor` of shape `(n,)` with entries 0 or 1.
         """
-        return (self.discretize(gains / self.weights) & (gains > 0)).to(gains.dtype)
+        of_units = self._of_units(gains)
+        density, mean = (of_units / self._costs)[self.unit], (of_units / self._sizes)[self.unit]
+        return (self.discretize(density, worth=mean) & (mean > 0)).to(gains.dtype)
 
     def calibrate(self, logits: Tensor) -> Tensor:
         """
@@ -243,3 +268,16 @@ class Budget:
         full = (self.targets >= totals)[self.group]  # nothing to give up: the shift would be infinite
         probabilities = torch.sigmoid(logits.double() + low[self.group])
         return (torch.where(full, torch.ones_like(probabilities), probabilities) * self.allowed).to(logits.dtype)
+
+
+def _check(rows: Sequence[int], parameters: Sequence[int], ratio: float | None, scope: str) -> None:
+    if not len(rows):
+        raise ValueError("There is no module to choose from.")
+    if len(rows) != len(parameters):
+        raise ValueError(f"Got {len(rows)} rows for {len(parameters)} parameter counts; they must be equally many.")
+    if scope not in ("layer", "model"):
+        raise ValueError(f"You passed `scope={scope!r}`; it must be 'layer' or 'model'.")
+    if min(parameters) < 1:
+        raise ValueError(f"A module has {min(parameters)} parameters; each must have at least one.")
+    if ratio is not None and not ratio > 0:
+        raise ValueError(f"You passed `ratio={ratio}`; it is the share of modules to keep and must be above 0.")

@@ -78,17 +78,35 @@ def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
 
 def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     """
-    The state of a run as format 2 or 3 had it, in the form of format 4. Format 2 knew one other kind of site, and not
-    always which gates a gradient had reached; format 3 no ranks, no halves of a search and no error of its effect.
+    The state of a run as formats 2 to 4 had it, in the form of format 5. Format 2 knew one other kind of site, and not
+    always which gates a gradient had reached; format 3 no ranks, no halves of a search and no error of its effect. In
+    format 4 `max_step_time` was a part of another time, and `selection_ratio` not read beside a cap.
+
+    Raises:
+        ValueError: of a run that is not pruned yet, whose choice was limited by what `max_step_time` meant then.
     """
+    if data["format"] == 4:
+        if data.get("selection") is not None:
+            return {**data, "format": 5}
+        config = dict(as_object(data.get("config")))
+        if config.get("max_step_time") is not None:
+            raise ValueError(
+                "it was made when `max_step_time` was a part of the time of a step with equally many modules spread "
+                "over all layers; today it is one of a step with all modules, so the run cannot be continued as it "
+                "began. Please start it anew"
+            )
+        if config.get("max_trainable_parameters") is not None:
+            config["selection_ratio"] = None
+        found = {name: value for name, value in data.items() if name != "times"}
+        return {**found, "config": config, "costs": None, "format": 5}
     if data["format"] == 3:
         if data.get("selection") is not None:
-            return {**data, "format": 4}
+            return upgrade_state({**data, "format": 4})
         added = {"ranks": [], "halves": [], "half_steps": 0, "early_losses": [], "progress": None}
         data = {**data, **added, "format": 4}
         if isinstance(data.get("effect"), (list, tuple)):
             data["effect"] = [*data["effect"], 0.0]
-        return data
+        return upgrade_state(data)
     renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
     found = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
     found["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []

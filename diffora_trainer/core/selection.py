@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import Allocation
+from .drawn import draw_ranks, in_ranks, summarize
 from .files import write_file
 from .formats import as_list, as_object, as_text, as_whole, read_rank, read_site, upgrade_selection
 from .grid import LORA, Grid
-from .text import draw_table, sanitize, short_names
 
 
 SELECTION_NAME = "diffora_selection.json"
@@ -49,6 +49,8 @@ class Selection:
             made. `None` where it cannot be told: of a method that scores once, say.
         times (`dict[str, float]`, *optional*): seconds of a training step as they were measured and predicted (see
             `max_step_time`).
+        memory (`dict[str, float]`, *optional*): bytes of a training step beside the model, likewise (see
+            `max_step_memory`).
         config (`dict`): the options of the run.
         versions (`dict`): versions of the libraries that made it.
         history (`tuple[Allocation, ...]`, *optional*): what was on before, one entry a reallocation.
@@ -70,6 +72,7 @@ class Selection:
     step: int | None = None
     confidence: float | None = None
     times: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     history: tuple[Allocation, ...] = ()
@@ -86,11 +89,11 @@ class Selection:
                 raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")
         if any(len(entry.scores) != count or len(entry.on) != count for entry in self.history):
             raise ValueError(f"A selection of {count} modules has a history of another number of modules.")
+        costs = (*self.times.values(), *self.memory.values())
         if not all(
-            math.isfinite(number)
-            for number in (*self.scores, *self.gates, *self.factors, *self.gains, *self.times.values())
+            math.isfinite(number) for number in (*self.scores, *self.gates, *self.factors, *self.gains, *costs)
         ):
-            raise ValueError("A selection holds a score, gate, factor, gain or time that is not finite.")
+            raise ValueError("A selection holds a score, gate, factor, gain, time or memory that is not finite.")
         for site, rank in zip(self.grid.sites, self.ranks, strict=True):
             if type(rank) is not int or not 0 <= rank <= site.rank:
                 raise ValueError(f"A selection leaves {site.name!r} the rank {rank!r} of {site.rank}.")
@@ -115,7 +118,7 @@ class Selection:
     @property
     def in_ranks(self) -> bool:
         """Whether some module keeps a part of its rank."""
-        return any(0 < rank < site.rank for rank, site in zip(self.ranks, self.grid.sites, strict=True))
+        return in_ranks(self.grid, self.ranks)
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -215,18 +218,7 @@ class Selection:
 
     def summary(self) -> str:
         """One line: how much was kept, and what it saves in parameters."""
-        before = sum(self.grid.parameters)
-        after = self.trainable_parameters
-        shared = f", {sum(map(len, self.shared))} share {len(self.shared)} pair(s)" if self.shared else ""
-        what = [f"{len(self.of_kind(LORA))} of {len(self.grid.of_kind(LORA))} LoRA modules"]
-        for kind in dict.fromkeys(self.grid.kinds):
-            if kind != LORA:
-                what.append(f"{len(self.of_kind(kind))} of {len(self.grid.of_kind(kind))} {kind}")
-        all_lora = "LoRA " if len(what) == 1 else ""
-        left = sorted({rank for rank in self.ranks if rank})
-        ranks = f", of rank {' to '.join(map(str, dict.fromkeys((left[0], left[-1]))))}" if self.in_ranks else ""
-        kept, size = f"kept {' and '.join(what)}{ranks}{shared}", f"{after:,} of {before:,} {all_lora}parameters"
-        return f"{kept}: {size} ({after / before:.1%})"
+        return summarize(self.grid, self.ranks, self.shared, self.trainable_parameters)
 
     def table(self, markdown: bool = False) -> str:
         """
@@ -235,20 +227,7 @@ class Selection:
         Args:
             markdown (`bool`, *optional*, defaults to `False`): as a Markdown table instead of plain text.
         """
-        sharing = {name for group in self.shared for name in group}
-        keep, share, drop, absent = ("✅", "🔗", "·", "") if markdown else ("x", "s", ".", " ")
-        marks = [
-            (str(rank) if self.in_ranks else keep) if rank else share if name in sharing else drop
-            for name, rank in zip(self.modules, self.ranks, strict=True)
-        ]
-        heads = ["layer", *(sanitize(name, markdown) for name in short_names(self.grid.columns))]
-        cells = self.grid.table(marks, empty=absent)
-        lines = [[sanitize(row, markdown), *line] for row, line in zip(self.grid.rows, cells, strict=True)]
-        text = draw_table(heads, lines, markdown)
-        if markdown:
-            return text
-        legend = "number: rank that is kept" if self.in_ranks else f"{keep} kept"
-        return f"{text}\n{legend}   {drop} removed" + (f"   {share} shares a pair" if sharing else "")
+        return draw_ranks(self.grid, self.ranks, self.shared, markdown)
 
     def to_json(self) -> str:
         """The selection as JSON text, a record for each module."""
@@ -281,6 +260,7 @@ class Selection:
                 "step": self.step,
                 "confidence": self.confidence,
                 "times": self.times,
+                "memory": self.memory,
                 "config": self.config,
                 "versions": self.versions,
                 "history": [asdict(entry) for entry in self.history],
@@ -322,6 +302,7 @@ class Selection:
                 step=None if data["step"] is None else as_whole(data["step"]),
                 confidence=None if data.get("confidence") is None else float(data["confidence"]),
                 times={name: float(seconds) for name, seconds in data["times"].items()},
+                memory={name: float(count) for name, count in data.get("memory", {}).items()},
                 config=as_object(data["config"]),
                 versions=as_object(data["versions"]),
                 notes=tuple(map(as_text, as_list(data["notes"]))),

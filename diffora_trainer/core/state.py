@@ -8,16 +8,16 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from .allocation import Allocation
+from .costs import StepCosts
 from .formats import upgrade_state
 from .schedule import Schedule
 from .selection import Selection
-from .times import StepTimes
 
 
 WARMUP, SEARCH, FADE_OUT, SELECTED = "warm-up", "search", "fade-out", "selected"
 """The phases of a run."""
 
-_FORMAT = 4
+_FORMAT = 5
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RunState:
         early_losses (`tuple[float, ...]`, *optional*): held-out losses after a third of the search.
         progress (`tuple[float, float, float]`, *optional*): held-out loss there and at the choice, and the standard
             error of the difference.
-        times ([`~diffora_trainer.core.times.StepTimes`], *optional*): measured step times.
+        costs ([`~diffora_trainer.core.costs.StepCosts`], *optional*): what steps cost, where that is limited.
         history (`tuple[Allocation, ...]`, *optional*): what was on before.
 
     Raises:
@@ -84,7 +84,7 @@ class RunState:
     half_steps: int = 0
     early_losses: tuple[float, ...] = ()
     progress: tuple[float, float, float] | None = None
-    times: StepTimes | None = None
+    costs: StepCosts | None = None
     history: tuple[Allocation, ...] = field(default=())
 
     def __post_init__(self) -> None:
@@ -108,8 +108,8 @@ class RunState:
             raise ValueError(f"its `history` is not one of {count} modules")
         if any(not self.warmup <= entry.step <= self.step for entry in self.history):
             raise ValueError(f"at step {self.step} its `history` cannot be one of {[e.step for e in self.history]}")
-        if self.times is not None and self.step < self.warmup:
-            raise ValueError(f"in phase {self.phase!r} its `times` cannot be {repr(self.times)[:100]}")
+        if self.costs is not None and self.step < self.warmup:
+            raise ValueError(f"in phase {self.phase!r} its `costs` cannot be {repr(self.costs)[:100]}")
 
     @property
     def phase(self) -> str:
@@ -124,7 +124,7 @@ class RunState:
         """As JSON values."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["selection"] = None if self.selection is None else self.selection.to_json()
-        values["times"] = None if self.times is None else self.times.to_dict()
+        values["costs"] = None if self.costs is None else self.costs.to_dict()
         values["history"] = [
             {"step": entry.step, "scores": list(entry.scores), "on": list(entry.on)} for entry in self.history
         ]
@@ -140,7 +140,7 @@ class RunState:
         Raises:
             ValueError: if this is not the state of a run.
         """
-        if data.get("format") in (2, 3):
+        if data.get("format") in (2, 3, 4):
             data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
@@ -156,7 +156,7 @@ class RunState:
         if values["selection"] is not None:
             values["selection"] = Selection.from_json(values["selection"])
         else:
-            values["times"] = None if values["times"] is None else StepTimes.from_dict(values["times"])
+            values["costs"] = None if values["costs"] is None else StepCosts.from_dict(values["costs"])
             values["history"] = tuple(map(Allocation.from_dict, values["history"]))
             values["halves"] = tuple(map(tuple, values["halves"]))
         state = cls(**values)
@@ -221,9 +221,14 @@ def _allocation(value: Any) -> bool:
     return _all(_is(bool))(value.get("on")) and any(value["on"]) and len(value["on"]) == len(value["scores"])
 
 
-def _times(value: Any) -> bool:
+def _cost(value: Any) -> bool:
     single = isinstance(value, dict) and all(_number(value.get(name)) for name in ("all_modules", "per_module"))
     return single and _all(_number)(value.get("depth")) and bool(value["depth"])
+
+
+def _costs(value: Any) -> bool:
+    names = ("time", "memory")
+    return isinstance(value, dict) and set(value) == set(names) and all(_maybe(_cost)(value[name]) for name in names)
 
 
 _ALWAYS: Sequence[str] = ("step", "config", "base_model", "extra_kinds", "began_pruned", "selection")
@@ -252,6 +257,6 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
         isinstance(value, (list, tuple)) and len(value) in (0, 2) and all(map(_all(_number), value))
     ),
     "half_steps": _whole,
-    "times": _maybe(_times),
+    "costs": _maybe(_costs),
     "history": _all(_allocation),
 }

@@ -88,6 +88,13 @@ class SelectionMethod(ABC):
         """What decides between equal scores, `(n,)`, higher is better; `None` leaves it to the order of the grid."""
         return None
 
+    def worth(self) -> Tensor | None:
+        """
+        What each module adds to the worth of a set, `(n,)`, where sets of different sizes are compared (limits of time
+        and memory leave room for many modules in few layers or for few in many); `None`: its score above the lowest.
+        """
+        return None
+
     def training_gates(self) -> Tensor | None:
         """The gates of the next training step, `(n,)`; `None`, where the class [`trains_open`], leaves all open."""
         return None if self.trains_open else self.values()
@@ -101,18 +108,11 @@ class SelectionMethod(ABC):
 
     def discretize(self) -> Tensor:
         """The discretized matrix, `(n,)` bools: the best set under the budget. Changes nothing."""
-        return self.budget.discretize(self.scores(), self.tie_breaker())
+        return self.budget.discretize(self.scores(), self.tie_breaker(), self.worth())
 
     def num_boundary_ties(self) -> int:
         """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""
-        scores, ties = self.scores(), self.tie_breaker()
-        ties = torch.zeros_like(scores) if ties is None else ties
-        allowed = self.budget.allowed.tolist()
-        keys = list(zip(self.budget.group.tolist(), allowed, scores.tolist(), ties.tolist(), strict=True))
-        kept = self.discretize().tolist()
-        tied = {key for key, keep in zip(keys, kept, strict=True) if keep}
-        tied &= {key for key, keep in zip(keys, kept, strict=True) if not keep}
-        return sum(key in tied for key in keys)
+        return self.budget.num_boundary_ties(self.scores(), self.tie_breaker(), self.discretize())
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that a resumed search needs, as tensors."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
-
 from ..config import DiffoRAConfig
 from ..core.budget import Budget
 from ..core.grid import Grid
 from ..core.schedule import Moments, Schedule
+from ..core.units import find_units
 from .base import SelectionMethod
 from .context import ScoreFunction
 from .registry import get_method, parse_options
@@ -82,7 +81,6 @@ def module_budget(
     grid: Grid,
     in_adapter: Sequence[bool],
     separate: Sequence[str] = (),
-    allowed: Tensor | None = None,
 ) -> Budget:
     """
     The budget of a configuration where whole modules of a grid are kept or pruned.
@@ -93,20 +91,19 @@ def module_budget(
         in_adapter (`Sequence[bool]`): whether a plain PEFT adapter holds each of them. One that it holds is always
             kept, since a PEFT adapter without a module could not be loaded.
         separate (`Sequence[str]`, *optional*): kinds of site that are ranked apart from the others.
-        allowed (`Tensor` of shape `(n,)` and dtype `torch.bool`, *optional*): which modules may be kept at all.
     """
-    budget = Budget(
+    groups = config.selection_groups
+    assert not isinstance(groups, str)
+    return Budget(
         grid.row_of,
         grid.parameters,
-        ratio=config.selection_ratio,
-        scope=config.selection_scope,
+        ratio=config.ratio,
+        scope=config.scope,
         cap=config.max_trainable_parameters,
         kinds=[kind in separate for kind in grid.kinds] if separate else None,
         required=list(in_adapter),
+        units=find_units(grid, config.selection_unit, groups),
     )
-    if allowed is not None:
-        budget.restrict(allowed)
-    return budget
 
 
 def check_score_function(config: DiffoRAConfig, function: ScoreFunction | None) -> None:

@@ -64,5 +64,8 @@ class FrankWolfe(GradientMethod):
         # Several modules can stand at exactly 0 or 1; the averaged gain says which of them is worth more.
         return self._gains.clone()
 
+    def worth(self) -> Tensor:
+        return self._gains.clone()
+
     def _tensors(self) -> dict[str, Tensor]:
         return {"values": self._values, "gains": self._gains}

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from ..adapters.base import site_kind
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
+from ..core.costs import Ceiling, StepCosts, ceilings
 from ..core.ranks import RankBudget
-from ..core.times import StepTimes
 from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from .confidence import Confidence, SplitHalf
 from .measured import GatedModel, LossFunction
+from .micro_batches import wanted_micro_batches
 from .ranks import final_ranks, find_rank_budget, halved, masks, refuse
 from .runtime import Runtime
 
@@ -35,13 +36,18 @@ class SearchBase(GatedModel):
     ) -> None:
         super().__init__(model, adapters, loss_fn, runtime)
         self.config = config
+        self.costs: StepCosts | None = None
+        self.ceilings: tuple[Ceiling, ...] = ()
+        self.within_limits = True
+        self.micro_batches = wanted_micro_batches(config, runtime.splits_batches)
+        # Training losses add up in another way: the Trainer divides them by the labels of all accumulated batches.
+        self.training_micro_batches = wanted_micro_batches(config, runtime.splits_batches)
         self.rank_budget: RankBudget | None = find_rank_budget(config, adapters)
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_budget is not None:
             self.set_ranks(self.rank_budget.start())
         self.method: SelectionMethod = self.make_method()
         self.kept: Tensor | None = None
-        self.times: StepTimes | None = None
         self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
         self.effect: tuple[float, float, float] | None = None
         self.early_losses: tuple[float, ...] = ()
@@ -62,13 +68,23 @@ class SearchBase(GatedModel):
         """Whether different kinds of site have budgets of their own."""
         return bool(self._separate_kinds)
 
-    def make_method(self, allowed: Tensor | None = None) -> SelectionMethod:
-        """The method over all modules, or over those that are allowed."""
+    def make_method(self) -> SelectionMethod:
+        """The method, under the budget and what the limits of a step leave of it."""
         if self.rank_budget is not None:
             return make_method(self.config, halved(self.config, self.rank_budget, self.grid.row_of))
-        return make_method(
-            self.config, module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds, allowed)
-        )
+        budget = module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds)
+        if self.ceilings:
+            budget.limit(self.ceilings)
+        return make_method(self.config, budget)
+
+    def limit(self, costs: StepCosts) -> None:
+        """Restrict the search by what was measured, and start the matrix anew."""
+        limits = [(costs.time, self.config.max_step_time), (costs.memory, self.config.max_step_memory)]
+        known = [(cost, limit) for cost, limit in limits if cost is not None and limit is not None]
+        self.costs = costs
+        self.ceilings, self.within_limits = ceilings(known, self.grid.row_of)
+        self.method = self.make_method()
+        self.gates.set_evaluation(self.method.evaluation_gates())
 
     def check_start(self) -> None:
         """

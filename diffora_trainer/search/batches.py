@@ -10,7 +10,7 @@ from torch import Tensor
 from ..core.isolation import OwnRandomState
 
 
-_IGNORED = -100
+IGNORED_LABEL = -100
 """The label of what is not trained on."""
 
 
@@ -156,4 +156,4 @@ def _endless(batches: Iterable[Any]) -> Iterator[Any]:
 def without_labels(batch: Any) -> bool:
     """Whether every label of a batch is -100, so that nothing in it is trained on."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == _IGNORED).all())
+    return isinstance(labels, Tensor) and labels.numel() > 0 and bool((labels == IGNORED_LABEL).all())

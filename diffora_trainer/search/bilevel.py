@@ -31,12 +31,15 @@ class ArchitectureGradient:
         gates ([`~diffora_trainer.adapters.gates.Gates`]): the gates, attached to it.
         loss (`Callable`): gives the scalar loss of a batch.
         loss_scale (`Callable`): gives the factor of the loss while its gradient is taken, in float16.
+        split (`Callable`): gives the parts of a batch whose gradients are taken one after the other, with what the
+            loss of each is multiplied with.
     """
 
     model: nn.Module
     gates: Gates
     loss: Callable[[Any], Tensor]
     loss_scale: Callable[[], float]
+    split: Callable[[Any], Sequence[tuple[Any, float]]]
 
     def first_order(self, batch: Any, values: Tensor) -> tuple[Tensor, Tensor]:
         """
@@ -101,11 +104,23 @@ class ArchitectureGradient:
 
     def _gradients(self, batch: Any, values: Tensor, weights: list[nn.Parameter]) -> tuple[Tensor, list[Tensor]]:
         """Loss of a batch at some gates, and its gradients with respect to the gates and the weights."""
+        losses: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for part, weight in self.split(batch):
+            loss, found = self._gradients_of_part(part, weight, values, weights)
+            losses.append(loss)
+            gradients = [sum_ + new for sum_, new in zip(gradients, found, strict=True)] if gradients else found
+        return torch.stack(losses).sum(), gradients
+
+    def _gradients_of_part(
+        self, batch: Any, factor: float, values: Tensor, weights: list[nn.Parameter]
+    ) -> tuple[Tensor, list[Tensor]]:
         leaf = values.clone().to(self.gates.device).requires_grad_()
         with self.gates.override(leaf):
             loss = self.loss(batch)
             if not loss.requires_grad:
                 raise ValueError(_NO_GATE)
+            loss = loss if factor == 1.0 else loss * factor
             scale = self.loss_scale()
             # `torch.autograd.grad` leaves every `.grad` alone, and computes nothing that only the weights need.
             found = torch.autograd.grad(loss * scale, [leaf, *weights], allow_unused=True)
@@ -114,4 +129,4 @@ class ArchitectureGradient:
         gradients = [
             torch.zeros_like(x) if g is None else g / scale for g, x in zip(found, [leaf, *weights], strict=True)
         ]
-        return loss.detach(), gradients
+        return loss.detach().reshape(()), gradients

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config import DiffoRAConfig
+from ..core.costs import Ceiling, StepCosts
 from ..core.text import some
 from ..methods.base import SelectionMethod
 from .confidence import Confidence
@@ -34,6 +36,18 @@ class Evidence:
 def keeps_all(method: SelectionMethod) -> bool:
     """Whether the budget has room for every module, so that there is nothing to choose."""
     return bool(method.budget.discretize(torch.zeros(len(method.budget))).all())
+
+
+def out_of_limits(config: DiffoRAConfig, costs: StepCosts, kept: Ceiling) -> str:
+    """A limit of a step that not even one module is within."""
+    found = []
+    for name, cost in (("max_step_time", costs.time), ("max_step_memory", costs.memory)):
+        limit = getattr(config, name)
+        least = 1.0 if cost is None else min(cost.depth[row] for row in kept.rows) / cost.all_modules
+        if cost is not None and least > limit:
+            found.append(f"`{name}={limit:g}` cannot be kept: a step with one module takes {least:.2f}")
+    why = " and ".join(found) or "The limits of a step cannot be kept together"
+    return f"{why} of what one with all modules does. Only the modules of the cheapest depth are considered."
 
 
 def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wants_all: bool) -> tuple[str, ...]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from ..adapters.gates import Gates, pruned_view
 from ..adapters.grid import AdapterGrid
 from ..core.agreement import check_agreement, fingerprint
+from ..core.costs import StepCost
 from ..core.grid import OTHER_ROW
 from ..core.isolation import side_effect_free
-from ..core.times import StepTimes
 from . import timing
+from .memory import peak_bytes
+from .micro_batches import MicroBatches, number_of_rows
 from .runtime import Runtime
 
 
@@ -39,6 +41,7 @@ class GatedModel:
         self.grid = adapters.grid
         self.gates = Gates(adapters.sites)
         self.runtime = runtime
+        self.micro_batches = MicroBatches(1)
         self._loss_fn = loss_fn
         self._checkpointing = False
 
@@ -52,6 +55,15 @@ class GatedModel:
                 "element, such as `model(**batch).loss`."
             )
         return loss
+
+    def split(self, batch: Any) -> list[tuple[Any, float]]:
+        """The micro-batches of a held-out batch, and what the loss of each is multiplied with."""
+
+        def loss_of(part: Any) -> float:
+            with self.side_effect_free(training=False), torch.no_grad():
+                return float(self.loss(part))
+
+        return self.micro_batches.split(batch, loss_of)
 
     def side_effect_free(self, training: bool | None = None) -> AbstractContextManager[None]:
         """Run the model without a trace: by default in evaluation mode, unless it checkpoints activations."""
@@ -102,29 +114,69 @@ class GatedModel:
                     losses.append(self.loss(batch).detach().float().cpu().reshape(1))
         return self.runtime.reduce(torch.cat(losses))
 
-    def step_times(self, batch: Any) -> StepTimes:
+    def step_times(self, batch: Any) -> StepCost:
         """
-        Time training steps of different depths: the mean over all processes.
+        Time training steps of different depths, in seconds: the mean over all processes.
 
         Args:
-            batch: a batch of the size of a training batch.
+            batch: a batch of the size of a training batch. Where batches are split, its first part is measured.
         """
-        numbered = [row != OTHER_ROW for row in self.grid.rows]
-        times = timing.measure_step_times(lambda kept: self._seconds(batch, kept), self.grid.row_of, numbered)
-        flat = self.runtime.reduce(torch.tensor([times.all_modules, times.per_module, *times.depth])).tolist()
-        return StepTimes(flat[0], tuple(flat[2:]), flat[1])
+        part, share = self._first_part(batch)
+        return self._measure(lambda kept: self._seconds(part, kept) / share, timing.REPEATS)
+
+    def step_memory(self, batch: Any) -> StepCost:
+        """
+        Count the memory of training steps of different depths, in bytes: what a step makes at its peak, and the LoRA
+        weights with two moments each; the mean over all processes.
+
+        Args:
+            batch: a batch of the size of a training batch. Where batches are split, its first part is measured.
+        """
+        part, share = self._first_part(batch)
+
+        def bytes_of(kept: Sequence[int]) -> float:
+            with pruned_view(self.model, self.adapters.sites, kept):
+                return self._bytes(part) / share + 3 * sum(map(self._size, kept))
+
+        return self._measure(bytes_of, 1)
 
     def step_seconds(self, batch: Any) -> float:
         """Seconds of a training step (forward and backward pass) of the model as it is: the least of a few."""
-        return min(self._time(batch) for _ in range(timing.REPEATS + 1))
+        part, share = self._first_part(batch)
+        return min(self._time(part) for _ in range(timing.REPEATS + 1)) / share
+
+    def step_bytes(self, batch: Any, kept: Sequence[int]) -> float:
+        """Bytes of a training step of the model as it is, in which these modules are left: see [`step_memory`]."""
+        return self._bytes(batch) + 3 * sum(map(self._size, kept))
+
+    def _first_part(self, batch: Any) -> tuple[Any, float]:
+        """What is measured of a batch, which may be too large for all modules, and what share of its rows that has."""
+        part, rows = self.split(batch)[0][0], number_of_rows(batch)
+        return part, 1.0 if rows is None else (number_of_rows(part) or rows) / rows
+
+    def _measure(self, cost_of: Callable[[Sequence[int]], float], repeats: int) -> StepCost:
+        numbered = [row != OTHER_ROW for row in self.grid.rows]
+        cost = timing.measure_step_cost(cost_of, self.grid.row_of, numbered, repeats)
+        flat = self.runtime.reduce(torch.tensor([cost.all_modules, cost.per_module, *cost.depth])).tolist()
+        return StepCost(flat[0], tuple(flat[2:]), flat[1])
+
+    def _size(self, module: int) -> int:
+        parameters = self.adapters.sites[module].parameters
+        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
         with pruned_view(self.model, self.adapters.sites, kept):
             return self._time(batch)
 
     def _time(self, batch: Any) -> float:
+        with self.side_effect_free(training=True), self.gates.override(None):
+            return timing.timed(lambda: self._pass(batch), self.gates.device)
+
+    def _bytes(self, batch: Any) -> int:
+        with self.side_effect_free(training=True), self.gates.override(None):
+            return peak_bytes(lambda: self._pass(batch))
+
+    def _pass(self, batch: Any) -> Any:
         # With what is trained beside the LoRA, such as a head: the backward pass goes down to the lowest of all.
         weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        with self.side_effect_free(training=True), self.gates.override(None):
-            step = lambda: torch.autograd.grad(self.loss(batch), weights, allow_unused=True)  # noqa: E731
-            return timing.timed(step, self.gates.device)
+        return torch.autograd.grad(self.loss(batch), weights, allow_unused=True)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..core.budget import Budget
+from ..core.costs import Ceiling, StepCosts
 from ..core.grid import LORA, Grid
 from ..core.schedule import Schedule
 from ..core.selection import Selection
-from ..core.times import StepTimes
 from ..methods.base import SelectionMethod
 
 
@@ -66,14 +65,27 @@ def nothing_to_choose(count: int) -> str:
     )
 
 
-def times(measured: StepTimes, grid: Grid, budget: Budget) -> str:
-    """What the measured step times leave to choose from."""
-    allowed = budget.allowed.tolist()
-    rows = [row for row, yes in zip(grid.row_of, allowed, strict=True) if yes]
-    return (
-        f"A step takes {measured.all_modules:.3g} s with all modules and {min(measured.depth):.3g} s with one near "
-        f"the end. The search considers {len(rows)} of {len(allowed)} modules, those from {grid.rows[min(rows)]} on."
-    )
+def costs(measured: StepCosts, ceilings: Sequence[Ceiling], grid: Grid) -> str:
+    """What the measured time and memory of a step leave to choose from."""
+    parts = []
+    if measured.time is not None:
+        times = measured.time
+        parts.append(
+            f"takes {times.all_modules:.3g} s with all modules and {min(times.depth):.3g} s with one near the end"
+        )
+    if measured.memory is not None:
+        memory = measured.memory
+        parts.append(
+            f"needs {mebibytes(memory.all_modules)} MiB and {mebibytes(min(memory.depth))} MiB beside the model"
+        )
+    shown = [ceilings[round(i * (len(ceilings) - 1) / 3)] for i in range(4)] if len(ceilings) > 4 else ceilings
+    room = [f"{ceiling.count} module(s) from {grid.rows[min(ceiling.rows)]} on" for ceiling in dict.fromkeys(shown)]
+    return f"A step {' and '.join(parts)}. The limits leave room for {', or '.join(room)}."
+
+
+def mebibytes(count: float) -> str:
+    """A number of bytes in MiB."""
+    return f"{count / 2**20:,.3g}" if count < 1000 * 2**20 else f"{count / 2**20:,.0f}"
 
 
 def scores(method: SelectionMethod, found: Tensor, batches: int) -> str:
@@ -139,9 +151,13 @@ def pruned(selection: Selection, losses: tuple[float, float] | None, before_fadi
         lines.append(
             f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "
             f"{seconds['all_modules'] / seconds['predicted']:.2f} times as fast as with all modules by prediction, "
-            f"{seconds['before_cut'] / seconds['after_cut']:.2f} times measured; "
-            f"{seconds['spread_over_all_layers'] / seconds['predicted']:.2f} times as fast as with equally many "
-            "modules spread over all layers by prediction."
+            f"{seconds['before_cut'] / seconds['after_cut']:.2f} times measured."
+        )
+    if memory := selection.memory:
+        lines.append(
+            f"A training step needs {mebibytes(memory['after_cut'])} MiB beside the model, "
+            f"{memory['after_cut'] / memory['all_modules']:.2f} of what it does with all modules (by prediction "
+            f"{memory['predicted'] / memory['all_modules']:.2f})."
         )
     return lines
 

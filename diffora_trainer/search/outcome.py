@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
+from ..core.costs import StepCost, StepCosts
 from ..core.selection import Selection
 from ..core.text import short_names
-from ..core.times import StepTimes
 from ..methods.base import GradientMethod
 from .base import SearchBase
-from .diagnosis import Evidence, doubts
+from .diagnosis import Evidence, doubts, out_of_limits
 
 
 _MAX_LOGGED_KINDS = 16
@@ -36,8 +36,12 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
         selected = trained
     factors = torch.where(torch.tensor(kept), selected, relaxed)
     gains = method.tie_breaker()
-    wants_all = config.max_trainable_parameters is not None or config.selection_ratio >= 1
     evidence = Evidence(search.reached, search.skipped_steps, confidence, search.rank_budget is not None)
+    rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
+    costs = StepCosts() if search.costs is None else search.costs
+    notes = doubts(method, grid.names, evidence, wants_all=config.ratio >= 1)
+    if search.costs is not None and not search.within_limits:
+        notes = (out_of_limits(config, costs, search.ceilings[0]), *notes)
     return Selection(
         grid=grid,
         ranks=ranks,
@@ -48,10 +52,11 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
         factors=tuple(factors.tolist()),
         shared=_shared_groups(search.adapters, config.weight_sharing, kept, scores),
         step=step,
-        times=_predicted(search.times, [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]),
+        times=_predicted(costs.time, rows),
+        memory=_predicted(costs.memory, rows),
         config={**config.to_dict(), "method_options": asdict(method.options)},
         versions=library_versions(),
-        notes=doubts(method, grid.names, evidence, wants_all),
+        notes=notes,
     )
 
 
@@ -108,14 +113,8 @@ def _shared_groups(
     return tuple(tuple(names[index] for _, index in sorted(group)) for group in groups.values() if len(group) > 1)
 
 
-def _predicted(times: StepTimes | None, rows: Sequence[int]) -> dict[str, float]:
-    if times is None:
-        return {}
-    return {
-        "all_modules": times.all_modules,
-        "spread_over_all_layers": times.spread(len(rows)),
-        "predicted": times.predict(rows),
-    }
+def _predicted(cost: StepCost | None, rows: Sequence[int]) -> dict[str, float]:
+    return {} if cost is None else {"all_modules": cost.all_modules, "predicted": cost.predict(rows)}
 
 
 def library_versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ..adapters.pruning import apply_selection
+from ..core.costs import StepCosts
 from ..core.selection import Selection
 from . import messages
 from .parts import RunParts
@@ -45,7 +46,8 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     finish = search.finish if run.reallocation is None else run.reallocation.finish
     if run.reallocation is not None:  # what follows compares with all modules
         run.reallocation.release()
-    seconds_before = None if search.times is None else search.step_seconds(next(held_out.sample(1)))
+    costs = StepCosts() if search.costs is None else search.costs
+    seconds_before = None if costs.time is None else search.step_seconds(next(held_out.sample(1)))
     metrics = search.metrics()
     selection = finish(run.step)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
@@ -55,6 +57,10 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         seconds_after = search.step_seconds(next(held_out.sample(1)))
         times = {**selection.times, "before_cut": seconds_before, "after_cut": seconds_after}
         selection = replace(selection, times=times)
+    if costs.memory is not None:
+        kept = [index for index, keep in enumerate(selection.kept) if keep]
+        bytes_after = search.step_bytes(next(held_out.sample(1)), kept)
+        selection = replace(selection, memory={**selection.memory, "after_cut": bytes_after})
     losses = None if before is None or after is None else (before, after)
     metrics.update(messages.prune_metrics(selection, losses))
     return Pruning(selection, metrics, messages.pruned(selection, losses, before_fading))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -48,12 +48,14 @@ def refuse(reason: str) -> NoReturn:
 
 def _make(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
     grid = adapters.grid
-    by_layer = config.max_trainable_parameters is None and config.selection_scope == "layer"
+    by_layer = config.scope == "layer"
     rows = sorted(set(grid.row_of)) if by_layer else [0]
     groups = tuple(rows.index(row) if by_layer else 0 for row in grid.row_of)
     totals = [sum(p for p, own in zip(grid.parameters, groups, strict=True) if own == g) for g in range(len(rows))]
     cap = config.max_trainable_parameters
-    limits = [math.floor(config.selection_ratio * total) if cap is None else min(cap, total) for total in totals]
+    limits = [math.floor(config.ratio * total) for total in totals]
+    if cap is not None:
+        limits = [min(cap, limits[0])]
     budget = RankBudget(groups, tuple(site.cost for site in grid.sites), grid.ranks, tuple(limits))
     if all(limit >= total for limit, total in zip(limits, totals, strict=True)):
         return None  # there is nothing to choose
@@ -68,7 +70,12 @@ def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
     """Why a budget cannot be spent in ranks; `None` if it can."""
     if not get_method(config.method).spends_ranks:
         return f"`method={config.method!r}` keeps or prunes whole modules"
-    for name, without in (("weight_sharing", "none"), ("max_step_time", None), ("extra_sites", {})):
+    plain: tuple[tuple[str, Any], ...] = (
+        ("weight_sharing", "none"),
+        ("selection_unit", "module"),
+        ("extra_sites", {}),
+    )
+    for name, without in (*plain, ("max_step_time", None), ("max_step_memory", None)):
         value = getattr(config, name)
         if value and value != without:
             return f"that does not combine with `{name}={value!r}`"

@@ -18,7 +18,7 @@ from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState
 from ..logging import get_logger
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
-from . import messages
+from . import diagnosis, messages
 from .batches import Batches, as_batches, without_labels
 from .measured import LossFunction
 from .parts import RunParts
@@ -165,7 +165,8 @@ class SelectionRun(RunParts):
         ranks = None if self.search.rank_budget is None else self.search.ranks
         data, anew = self.held_out.describe(), self.reallocation is not None
         self._say(messages.plan(self.schedule, self.search.method, data, anew, ranks))
-        if self.search.keeps_all and self.config.selection_ratio < 1:
+        all_asked_for = self.config.max_trainable_parameters is None and self.config.ratio >= 1
+        if self.search.keeps_all and not all_asked_for and not self.config.limits_step:
             self._warn(messages.nothing_to_choose(len(self.search.grid)))
         if self.schedule.prune == 0:
             self._happen()
@@ -244,9 +245,11 @@ class SelectionRun(RunParts):
             self.search.fade_out(progress)
 
     def _end_warmup(self) -> None:
-        if self.config.max_step_time is not None:
-            times = self.search.measure_times(next(self.held_out.sample(1)))
-            self._say(messages.times(times, self.search.grid, self.search.method.budget))
+        if self.config.limits_step:
+            costs = self.search.measure_costs(next(self.held_out.sample(1)))
+            self._say(messages.costs(costs, self.search.ceilings, self.search.grid))
+            if not self.search.within_limits:
+                self._warn(diagnosis.out_of_limits(self.config, costs, self.search.ceilings[0]))
         if self.search.method.searches:
             self._say(f"Step {self.step}: warm-up done, the search begins.")
 

@@ -50,7 +50,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         half_steps=search.halves.steps,
         early_losses=search.early_losses,
         progress=search.progress,
-        times=search.times,
+        costs=search.costs,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
     )
 
@@ -66,8 +66,9 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     if not state.ranks:  # of an adapter that was trained before, or from before ranks could be given
         search.forgo_ranks()
     reallocates = run.reallocation is not None and state.step >= state.warmup
-    timed = run.config.max_step_time is not None and state.step >= state.warmup
-    depth = len(search.grid.rows) if state.times is None else len(state.times.depth)
+    timed = run.config.limits_step and state.step >= state.warmup
+    costs = () if state.costs is None else (state.costs.time, state.costs.memory)
+    depths = {len(search.grid.rows), *(len(cost.depth) for cost in costs if cost is not None)}
     check_same(
         source,
         {
@@ -76,13 +77,13 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
             "the order of the modules": (state.modules, search.grid.names),
             "the options": (comparable_options(state.config), comparable_options(run.config.to_dict())),
             "whether the budget is spent in ranks": (bool(state.ranks), search.rank_budget is not None),
-            "the number of layers": (depth, len(search.grid.rows)),
+            "the number of layers": (max(depths), min(depths)),
             "whether modules were chosen anew": (bool(state.history), reallocates),
-            "whether step times were measured": (state.times is not None, timed),
+            "whether steps were measured": (state.costs is not None, timed),
         },
     )
-    if state.times is not None:
-        search.restrict(state.times)
+    if state.costs is not None:
+        search.limit(state.costs)
     with reraise_with_path(Path(of_tensors)):
         search.method.load_state_dict(tensors)
     if run.reallocation is not None:

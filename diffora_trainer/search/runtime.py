@@ -30,11 +30,14 @@ class Runtime:
             same decisions. Defaults to the identity.
         loss_scale (`Callable`, *optional*): gives the factor by which the loss is multiplied before its gradient is
             taken, and by which the gradient is divided again: the loss scaler's, in float16. Defaults to 1.
+        splits_batches (`bool`, *optional*, defaults to `False`): whether the loop splits its training batches into
+            micro-batches where [`ArchitectureSearch`] wants them.
         after_switch (`Callable`, *optional*): called when modules went on or off.
         after_prune (`Callable`, *optional*): called when modules have left the model.
     """
 
     reduce: Callable[[Tensor], Tensor] = _alone
     loss_scale: Callable[[], float] = _unscaled
+    splits_batches: bool = False
     after_switch: Callable[[], None] = _nothing
     after_prune: Callable[[], None] = _nothing

@@ -14,8 +14,8 @@ from ..adapters.gates import checkpoints_activations
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process
+from ..core.costs import StepCosts
 from ..core.selection import Selection
-from ..core.times import StepTimes
 from ..logging import get_logger
 from ..methods.base import GradientMethod, bounded
 from ..methods.build import check_score_function
@@ -67,8 +67,8 @@ class ArchitectureSearch(OldNames, SearchBase):
         TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
         ValueError: if the adapter cannot be searched (see
             [`~diffora_trainer.adapters.grid.AdapterGrid.from_model`]), no module fits the budget, only one of
-            `score_function` and `method="custom"` is passed, or step time is to be saved (`max_step_time`) where the
-            input embeddings are trained too.
+            `score_function` and `method="custom"` is passed, or a step is to be limited (`max_step_time`,
+            `max_step_memory`) where the input embeddings are trained too.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class ArchitectureSearch(OldNames, SearchBase):
         runtime = replace(runtime or Runtime(), **{k: v for k, v in changed.items() if v is not None})
         adapters = AdapterGrid.from_model(model, adapter_name)
         check_sharing(adapters, config)
-        if config.max_step_time is not None:
+        if config.limits_step:
             check_backward_ends_early(model, [p for site in adapters.sites for p in site.parameters])
         super().__init__(model, adapters, config, loss_fn, runtime)
         self._score_function = score_function
-        self._gradient = ArchitectureGradient(model, self.gates, self.loss, self.runtime.loss_scale)
+        self._gradient = ArchitectureGradient(model, self.gates, self.loss, self.runtime.loss_scale, self.split)
         self._fading: Tensor | None = None
 
     @property
@@ -265,29 +265,23 @@ class ArchitectureSearch(OldNames, SearchBase):
         """
         self.early_losses = tuple(self.held_out_losses(batches).tolist())
 
-    # Time
+    # Limits of a step
 
-    def measure_times(self, batch: Any) -> StepTimes:
+    def measure_costs(self, batch: Any) -> StepCosts:
         """
-        Time training steps of different depths, and restrict the search to modules with which a step stays under
-        `max_step_time`. Call it after the warm-up, before the first [`step`]. It leaves no trace, as [`step`].
+        Measure the time and memory of training steps of different depths, as far as they are limited, and restrict
+        the search to sets within `max_step_time` and `max_step_memory`. Call it after the warm-up, before the first
+        [`step`]. It leaves no trace, as [`step`].
 
         Args:
             batch: a batch of the size of a training batch, as `loss_fn` takes it.
         """
-        times = self.step_times(batch)
-        self.restrict(times)
-        return times
-
-    def restrict(self, times: StepTimes) -> None:
-        """Restrict the search by measured times, and start the matrix anew."""
-        assert self.config.max_step_time is not None
-        self.times = times
-        budget = self.method.budget
-        others = times.per_module * (budget.expected_count - 1)
-        limit = self.config.max_step_time * times.spread(budget.expected_count) - others
-        self.method = self.make_method(budget.max_depth_mask([times.depth[row] for row in self.grid.row_of], limit))
-        self.gates.set_evaluation(self.method.evaluation_gates())
+        costs = StepCosts(
+            self.step_times(batch) if self.config.max_step_time is not None else None,
+            self.step_memory(batch) if self.config.max_step_memory is not None else None,
+        )
+        self.limit(costs)
+        return costs
 
     # The choice
 

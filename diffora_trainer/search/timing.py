@@ -8,27 +8,33 @@ from typing import Any
 
 import torch
 
-from ..core.times import StepTimes
+from ..core.costs import StepCost
 
 
 MEASURED_ROWS = 4
 REPEATS = 2
 
 
-def measure_step_times(
-    seconds_of: Callable[[Sequence[int]], float], row_of: Sequence[int], numbered: Sequence[bool]
-) -> StepTimes:
+def measure_step_cost(
+    cost_of: Callable[[Sequence[int]], float],
+    row_of: Sequence[int],
+    numbered: Sequence[bool],
+    repeats: int = REPEATS,
+) -> StepCost:
     """
-    Measure how the time of a step depends on what is kept.
+    Measure how the time or memory of a step depends on what is kept.
 
     Up to four of the numbered rows are measured and the others interpolated, since layers follow each other; a row of
-    modules outside the numbered layers is always measured. All measurements are made twice in turn, and the smaller
-    one taken: a disturbance can only make a step slower. That is about a dozen passes in all.
+    modules outside the numbered layers is always measured. Times are measured twice in turn, and the smaller one
+    taken: a disturbance can only make a step slower. That is about a dozen passes in all.
 
     Args:
-        seconds_of (`Callable[[Sequence[int]], float]`): makes a step with these modules kept and gives its seconds.
+        cost_of (`Callable[[Sequence[int]], float]`): makes a step with these modules kept and gives its seconds or
+            bytes.
         row_of (`Sequence[int]`): row of each module.
         numbered (`Sequence[bool]`): for each row, whether it is a numbered layer.
+        repeats (`int`, *optional*, defaults to `2`): how often each is measured. If more than once, one pass is made
+            before all: the first of a shape is slower.
     """
     first_of: dict[int, int] = {}
     for module, row in enumerate(row_of):
@@ -40,37 +46,38 @@ def measure_step_times(
     kept_sets: dict[int | None, list[int]] = {row: [first_of[row]] for row in sorted(chosen)}
     everything = list(range(len(row_of)))
     kept_sets[None] = everything
-    seconds_of(everything)  # the first pass of a shape is slower
+    if repeats > 1:
+        cost_of(everything)
     found: dict[int | None, list[float]] = {key: [] for key in kept_sets}
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         for key, kept in kept_sets.items():
-            found[key].append(seconds_of(kept))
-    fastest = {key: min(values) for key, values in found.items()}
+            found[key].append(cost_of(kept))
+    least = {key: min(values) for key, values in found.items()}
     known = [row for row in layers if row in chosen]
     # More layers below cannot make a step cheaper: what looks like it is noise.
     for deeper, row in zip(known[-2::-1], known[:0:-1], strict=True):
-        fastest[deeper] = max(fastest[deeper], fastest[row])
+        least[deeper] = max(least[deeper], least[row])
     depth = []
     for row in range(len(numbered)):
         if row in chosen:
-            depth.append(fastest[row])
+            depth.append(least[row])
         elif numbered[row] and known:
-            depth.append(_between(row, known, fastest))
+            depth.append(_between(row, known, least))
         else:
-            depth.append(fastest[None])
+            depth.append(least[None])
     deepest = max(depth[row] for row in first_of)
-    per_module = max(0.0, (fastest[None] - deepest) / max(1, len(row_of) - 1))
-    return StepTimes(max(fastest[None], deepest), tuple(depth), per_module)
+    per_module = max(0.0, (least[None] - deepest) / max(1, len(row_of) - 1))
+    return StepCost(max(least[None], deepest), tuple(depth), per_module)
 
 
-def _between(row: int, known: Sequence[int], fastest: dict[int | None, float]) -> float:
+def _between(row: int, known: Sequence[int], least: dict[int | None, float]) -> float:
     above = [other for other in known if other > row]
     below = [other for other in known if other < row]
     if not above or not below:
-        return fastest[(above or below)[0]]
+        return least[(above or below)[0]]
     low, high = below[-1], above[0]
     part = (row - low) / (high - low)
-    return fastest[low] * (1 - part) + fastest[high] * part
+    return least[low] * (1 - part) + least[high] * part
 
 
 def timed(step: Callable[[], Any], device: torch.device) -> float:

@@ -28,6 +28,7 @@ from ..search.search import ArchitectureSearch
 from .checks import check_loaded
 from .datasets import check_dataset
 from .loss import architecture_loss, prepare_batch
+from .micro_batches import can_split
 
 
 def parent_arguments(
@@ -189,7 +190,7 @@ def make_run(
         return trainer.score_function(model, [prepare_batch(trainer, batch) for batch in batches])
 
     scaler = getattr(trainer.accelerator, "scaler", None)
-    runtime = Runtime(after_prune=after_prune)
+    runtime = Runtime(after_prune=after_prune, splits_batches=can_split(trainer))
     runtime = replace(
         runtime, after_switch=lambda: rebuild_ddp(trainer.model_wrapped, trainer.accelerator.ddp_handler)
     )

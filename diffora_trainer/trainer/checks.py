@@ -15,6 +15,7 @@ from ..compat import (
     check_trainer_methods,
     is_sentence_transformer,
     knows_fsdp2,
+    loss_is_of_rows,
     makes_completions,
     own_training_loop,
     uses_vllm,
@@ -95,6 +96,13 @@ def check_trainer(trainer: Any) -> None:
         )
     if makes_completions(trainer):
         _check_completions(trainer)
+    parts = trainer.diffora_config.search_micro_batches
+    if parts is not None and parts > 1 and not loss_is_of_rows(trainer):
+        raise ValueError(
+            f"You passed `search_micro_batches={parts}` to {type(trainer).__name__}, whose loss compares rows of a "
+            "batch with each other. Please leave it out, and use a smaller batch with more "
+            "`gradient_accumulation_steps`."
+        )
 
 
 def _check_completions(trainer: Any) -> None:
@@ -143,6 +151,14 @@ def check_generation(trainer: Any, why: str) -> None:
         "max_step_time": (
             *(config.max_step_time, None),
             "reckons with forward and backward passes, where most of a step is generation",
+        ),
+        "max_step_memory": (
+            *(config.max_step_memory, None),
+            "counts forward and backward passes, where generation needs memory too",
+        ),
+        "search_micro_batches": (
+            *(config.search_micro_batches, None),
+            "splits batches whose rows have a loss of their own",
         ),
     }
     for option, (value, instead, reason) in refused.items():
@@ -220,7 +236,8 @@ def _check_fsdp(trainer: Any) -> None:
             "parameters of all modules, also of those that are off. Please use plain data parallelism (`accelerate "
             "launch --config_file recipes/accelerate_configs/ddp.yaml`), or leave it out to score once."
         )
-    for name, value in (("weight_sharing", "none"), ("max_step_time", None)):
+    alone = ("max_step_time", "max_step_memory", "search_micro_batches")
+    for name, value in (("weight_sharing", "none"), *((name, None) for name in alone)):
         if getattr(config, name) != value:
             raise ValueError(
                 f"You passed `{name}={getattr(config, name)!r}` with FSDP, which holds each parameter in the shards "

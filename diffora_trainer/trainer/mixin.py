@@ -28,6 +28,7 @@ from .checks import check_can_train, check_class, check_options, check_trainer
 from .datasets import check_dataset, prepare_arch_dataset
 from .held_out import HeldOutData
 from .loss import check_own_loss, loss_of_trainer
+from .micro_batches import step_in_micro_batches
 from .progress import SearchProgressCallback
 from .session import Hooks, TrainerSession
 
@@ -189,6 +190,8 @@ class DiffoRAMixin(_Base):
             return super().training_step(model, inputs, *args, **kwargs)
         self._session.before_step(inputs)
         with self._held_out.keep_rollouts(self._session.gates_active):
+            if (search := self._session.splitting_search) is not None:
+                return step_in_micro_batches(self, search, super().training_step, model, inputs, *args, **kwargs)
             return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

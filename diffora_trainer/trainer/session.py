@@ -21,6 +21,7 @@ from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
 from ..search.run import SelectionRun
+from ..search.search import ArchitectureSearch
 from .checkpoint import TENSORS_NAME, load_state, save_state
 from .resume import check_model
 
@@ -70,6 +71,13 @@ class TrainerSession:
         self._began_pruned = False
         self._suspensions: list[RemovableHandle] = []
         self._first_step = 0
+
+    @property
+    def splitting_search(self) -> ArchitectureSearch | None:
+        """The search for which training batches are split into micro-batches now, or `None`."""
+        if self.run is None or not self.run.gates_active or self.run.search.training_micro_batches.parts == 1:
+            return None
+        return self.run.search
 
     @property
     def phase(self) -> str:

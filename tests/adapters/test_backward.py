@@ -39,7 +39,7 @@ def test_measured_steps_are_as_deep_as_those_after_the_cut(checkpointing: bool) 
     reach = Reach().watch(model)
     embedded = []
     model.get_input_embeddings().register_forward_hook(lambda m, args, output: embedded.append(output.requires_grad))
-    search.measure_times(batch_of_ids())
+    search.measure_costs(batch_of_ids())
     turn = [set(range(lowest, LAYERS)) for lowest in (*range(LAYERS), 0)]
     assert reach.passes == [turn[-1], *turn, *turn]
     assert not any(embedded)

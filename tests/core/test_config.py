@@ -27,6 +27,10 @@ OPTIONS: dict[str, Any] = {
     "arch_warmup": 0.1,
     "fade_out": 0.1,
     "max_step_time": 0.6,
+    "max_step_memory": 0.7,
+    "selection_unit": "group",
+    "selection_groups": {"attention": ["q_proj", "v_proj"]},
+    "search_micro_batches": 2,
     "method": "snip",
     "method_options": {"score_batches": 8, "normalize_scores": True},
     "arch_split": 0.2,
@@ -44,10 +48,13 @@ BEFORE: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"relaxation": "softmax", "method": "snip"}, {"method": "snip"}),  # it was not read
     ({"method": "constant"}, {"method": "random"}),
     ({"arch_closing": 0.1}, {"fade_out": 0.1}),
-    ({"cost": "time", "selection_scope": "model"}, {"max_step_time": 0.7, "selection_scope": "model"}),
+    (
+        {"cost": "time", "selection_scope": "model"},
+        {"max_step_time": 0.7, "selection_scope": "model", "selection_ratio": 0.5},
+    ),
     (
         {"cost": "time", "max_step_time": 0.5, "selection_scope": "model"},
-        {"max_step_time": 0.5, "selection_scope": "model"},
+        {"max_step_time": 0.5, "selection_scope": "model", "selection_ratio": 0.5},
     ),
     ({"cost": "parameters", "max_step_time": 0.7}, {}),
     ({"arch_every": 3}, {"method_options": {"arch_every": 3}}),
@@ -80,7 +87,7 @@ def present() -> list[Any]:
 
 
 def test_every_option_is_parsed_from_the_command_line() -> None:
-    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 17
+    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 21
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(words(OPTIONS))
     assert config.to_dict() == OPTIONS
     assert {name: type(value) for name, value in config.to_dict().items()} == {

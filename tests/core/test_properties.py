@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffora_trainer import DiffoRAConfig, Selection
-from diffora_trainer.config import SELECTION_GRANULARITIES, SELECTION_SCOPES, WEIGHT_SHARING
+from diffora_trainer.config import SELECTION_GRANULARITIES, SELECTION_SCOPES, SELECTION_UNITS, WEIGHT_SHARING
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid, SiteInfo
 from diffora_trainer.methods.build import make_schedule, method_of
 from diffora_trainer.methods.registry import method_names
 from diffora_trainer.renamed import OLD_NAMES
 from helpers.adapted import make_selection
-from helpers.strategies import assert_exact, assert_usable, budgets, fits, vectors
+from helpers.strategies import assert_exact, assert_usable, budget_arguments, budgets, fits, make_budget, vectors
 
 
 NAMES = [field.name for field in dataclasses.fields(DiffoRAConfig) if field.name not in OLD_NAMES]
@@ -57,6 +57,10 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "log_gates_by_kind": st.booleans(),
     "base_model_id": st.none() | st.sampled_from(["org/name", "gpt2"]),
     "max_step_time": st.none() | st.floats(0, 1),
+    "max_step_memory": st.none() | st.floats(0, 1),
+    "selection_unit": st.sampled_from(SELECTION_UNITS),
+    "selection_groups": st.none() | st.just({"attention": ["q_proj", "v_proj"]}),
+    "search_micro_batches": st.none() | st.integers(0, 9),
     "method": st.sampled_from(method_names()),
     "method_options": st.none() | st.deferred(lambda: METHOD_OPTIONS),
     "extra_sites": st.none() | st.just({"shortcuts": {"kinds": ["residual1"]}}),
@@ -126,7 +130,8 @@ def test_the_length_of_a_run_is_a_number_of_steps() -> None:
 
 @given(data=st.data())
 def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.DataObject) -> None:
-    budget = data.draw(budgets())
+    arguments, ceilings = data.draw(budget_arguments())
+    budget = make_budget(arguments, ceilings)
     count = len(budget)
     scores = vectors(data.draw, count)
     kept = budget.discretize(scores)
@@ -136,7 +141,7 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
     if budget.cap is None:
         for group in set(budget.group.tolist()):
             members = [i for i in range(count) if budget.group[i] == group and budget.allowed[i]]
-            number = min(budget.counts[group], len(members))
+            number = min(int(budget.targets[group]), len(members))
             # Python's sort is stable: of equal scores those first in the grid are taken.
             best = sorted(members, key=lambda i: -float(scores[i]))[:number]
             assert [i for i in members if kept[i]] == sorted(best)
@@ -145,13 +150,9 @@ def test_a_choice_is_exact_deterministic_and_in_the_order_of_the_grid(data: st.D
     # A choice does not depend on how the grid is numbered, as long as no two scores are equal.
     if len(set(scores.tolist())) == count:
         order = data.draw(st.permutations(range(count)))
-        rows = [int(budget.group[i]) for i in order]
-        sizes = [int(budget.parameters[i]) for i in order]
-        other = Budget(rows, sizes, cap=budget.cap, kinds=None if budget.cap is None else rows)
-        if budget.cap is None:
-            other.group = budget.group[torch.tensor(order)]
-            other.counts, other.targets = budget.counts, budget.targets
-        other.restrict(budget.allowed[torch.tensor(order)])
+        lists = ("rows", "parameters", "kinds")
+        moved = {name: arguments[name] and [arguments[name][i] for i in order] for name in lists}
+        other = make_budget({**arguments, **moved}, ceilings)
         assert other.discretize(scores[torch.tensor(order)]).equal(kept[torch.tensor(order)])
     for bad in (math.nan, math.inf, -math.inf):
         broken = scores.clone()

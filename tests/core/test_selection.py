@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from diffora_trainer.core.budget import Budget
+from diffora_trainer.core.costs import Ceiling
 from diffora_trainer.core.grid import SiteInfo
-from diffora_trainer.core.selection import SELECTION_NAME, Selection, short_names
+from diffora_trainer.core.selection import SELECTION_NAME, Selection
+from diffora_trainer.core.text import short_names
 from helpers.adapted import make_grid, make_selection
 
 
@@ -54,7 +56,7 @@ def test_cap_holds_and_nothing_else_fits() -> None:
         rows, sizes = random_rows(rng)
         cap = rng.randint(min(sizes), sum(sizes) + 10)
         scores = torch.randn(len(rows), generator=torch.Generator().manual_seed(rng.randrange(999)))
-        kept = Budget(rows, sizes, ratio=0.1, scope=rng.choice(["layer", "model"]), cap=cap).discretize(scores)
+        kept = Budget(rows, sizes, scope=rng.choice(["layer", "model"]), cap=cap).discretize(scores)
         spent = sum(size for size, keep in zip(sizes, kept, strict=True) if keep)
         assert 0 < spent <= cap
         assert all(spent + size > cap for size, keep in zip(sizes, kept, strict=True) if not keep)
@@ -111,7 +113,8 @@ def test_a_kind_without_a_part_of_the_cap_takes_no_part() -> None:
     assert budget.share.tolist() == pytest.approx([0.59, 0.59, 0.0])
     assert budget.calibrate(torch.zeros(3)).tolist() == pytest.approx([0.59, 0.59, 0.0])
     assert budget.discretize(torch.tensor([0.0, 1.0, 2.0])).tolist() == [False, True, False]
-    budget.restrict(torch.tensor([True, False, True]))
+    budget = Budget([0, 1, 0], [50, 50, 1], cap=60, kinds=[0, 0, 1])
+    budget.limit([Ceiling(frozenset([0]), 3)])
     assert budget.share.tolist() == [1.0, 0.0, 0.0] and budget.discretize(torch.zeros(3)).tolist() == [
         True,
         False,
@@ -124,10 +127,12 @@ def test_vertex_is_the_best_affordable_set() -> None:
     for trial in range(60):
         rows = [rng.randrange(3) for _ in range(rng.randint(1, 7))]
         size, ratio = rng.choice([1, 12]), rng.uniform(0.1, 1)
-        options: dict[str, Any] = [{"scope": "layer"}, {"scope": "model"}, {"cap": size * rng.randint(1, 5)}][
-            trial % 3
-        ]
-        budget = Budget(rows, [size] * len(rows), ratio=ratio, **options)
+        options: dict[str, Any] = [
+            {"ratio": ratio, "scope": "layer"},
+            {"ratio": ratio, "scope": "model"},
+            {"cap": size * rng.randint(1, 5)},
+        ][trial % 3]
+        budget = Budget(rows, [size] * len(rows), **options)
         gains = torch.randn(len(rows), generator=torch.Generator().manual_seed(trial))
         # The polytope's corners are 0/1 vectors, because all weights of a group are equal.
         best = 0.0

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from diffora_trainer.core.allocation import Allocation
+from diffora_trainer.core.costs import StepCost, StepCosts
 from diffora_trainer.core.schedule import Prune, Schedule
 from diffora_trainer.core.selection import Selection
 from diffora_trainer.core.state import RunState, check_same
-from diffora_trainer.core.times import StepTimes
 from helpers.adapted import format_1, make_selection
 
 
@@ -21,7 +21,7 @@ SEARCHING = RunState(
     5, {"method": "diffora"}, {"size": 3}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_position=3,
     held_out_rows=10, skipped_steps=1, losses=(0.5, 0.25), reached=(True, False, True), effect=(1.0, 0.5, 0.125),
     ranks=(2, 2, 1), halves=((0.5, 0.0, -1.0), (0.25, 0.0, 1.0)), half_steps=3,
-    early_losses=(1.0, 2.0), progress=(1.5, 1.0, 0.25), times=StepTimes(1.0, (0.5, 0.25), 0.1),
+    early_losses=(1.0, 2.0), progress=(1.5, 1.0, 0.25), costs=StepCosts(time=StepCost(1.0, (0.5, 0.25), 0.1)),
     history=(Allocation(2, (1.0, 2.0, 3.0), (True, True, False)), Allocation(4, (1.0, 2.0, 4.0), (True, False, True))),
 )  # fmt: skip
 STATES = {
@@ -38,7 +38,7 @@ def test_a_state_survives_json(phase: str) -> None:
     assert state.phase == phase
     record = state.to_dict()
     assert RunState.from_dict(json.loads(json.dumps(record, allow_nan=False))) == state
-    assert record["phase"] == phase and record["format"] == 4
+    assert record["phase"] == phase and record["format"] == 5
     if phase == "selected":
         assert "modules" not in record
 
@@ -73,7 +73,7 @@ def test_each_missing_or_foreign_value_is_named(phase: str) -> None:
         ({"halves": ((0.5, 0.5, 0.5),)}, "`halves` are two"),
         ({"history": (Allocation(2, (1.0,), (True,)),)}, "`history` is not one of 3 modules"),
         ({"history": (Allocation(6, (1.0, 2.0, 3.0), (True, True, True)),)}, "`history` cannot be one of"),
-        ({"step": 1, "history": ()}, "in phase 'warm-up' its `times`"),
+        ({"step": 1, "history": ()}, "in phase 'warm-up' its `costs`"),
     ],
 )
 def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
@@ -81,14 +81,26 @@ def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
         replace(SEARCHING, **change)
 
 
+def test_states_of_format_4_are_read() -> None:
+    """It kept times alone, read no share of the modules beside a cap, and `max_step_time` was another one."""
+    capped = {**SEARCHING.config, "max_trainable_parameters": 99, "selection_ratio": 0.5, "max_step_time": None}
+    old = {**SEARCHING.to_dict(), "format": 4, "config": capped, "times": None}
+    del old["costs"]
+    found = RunState.from_dict(json.loads(json.dumps(old)))
+    assert found == replace(SEARCHING, config={**capped, "selection_ratio": None}, costs=None)
+    with pytest.raises(ValueError, match="max_step_time"):
+        RunState.from_dict({**old, "config": {**capped, "max_step_time": 0.7}})
+    selected = STATES["selected"]
+    assert RunState.from_dict({**selected.to_dict(), "format": 4}) == selected
+
+
 def test_states_of_format_3_are_read() -> None:
     """It knew no ranks, no halves of a search, and no error of its effect."""
     old = {**SEARCHING.to_dict(), "format": 3, "effect": [1.0, 0.5]}
-    for name in ("ranks", "halves", "half_steps", "early_losses", "progress"):
+    for name in ("ranks", "halves", "half_steps", "early_losses", "progress", "costs"):
         del old[name]
-    expected = replace(
-        SEARCHING, ranks=(), halves=(), half_steps=0, early_losses=(), progress=None, effect=(1.0, 0.5, 0.0)
-    )
+    nothing = {"ranks": (), "halves": (), "half_steps": 0, "early_losses": (), "progress": None, "costs": None}
+    expected = replace(SEARCHING, **nothing, effect=(1.0, 0.5, 0.0))
     assert RunState.from_dict(json.loads(json.dumps(old))) == expected
     selected = STATES["selected"]
     assert RunState.from_dict({**selected.to_dict(), "format": 3}) == selected
@@ -100,10 +112,11 @@ def test_states_of_format_2_are_read() -> None:
     record = state.to_dict()
     for new, old in (("discretize", "decision"), ("prune", "cut"), ("kept", "decided"), ("began_pruned", "began_cut")):
         record[old] = record.pop(new)
-    for name in ("extra_kinds", "ranks", "halves", "half_steps", "early_losses", "progress"):
+    for name in ("extra_kinds", "ranks", "halves", "half_steps", "early_losses", "progress", "costs"):
         del record[name]
     record["effect"] = record["effect"][:2]
     state = replace(state, ranks=(), halves=(), half_steps=0, early_losses=(), progress=None, effect=(1.0, 0.5, 0.0))
+    state = replace(state, costs=None)
     old = {**record, "format": 2, "phase": "search"}  # it knew no phase of its own for the fade-out
     assert RunState.from_dict({**old, "shortcuts": True}) == replace(state, extra_kinds=("shortcuts",))
     assert RunState.from_dict({**old, "shortcuts": False}) == state
@@ -112,7 +125,7 @@ def test_states_of_format_2_are_read() -> None:
     assert RunState.from_dict(old) == replace(state, history=(), reached=None, effect=None)
     with pytest.raises(ValueError, match="discretize"):
         RunState.from_dict({name: value for name, value in old.items() if name != "decision"})
-    with pytest.raises(ValueError, match="`format` is not 4"):
+    with pytest.raises(ValueError, match="`format` is not 5"):
         RunState.from_dict({**old, "format": 1})
 
 

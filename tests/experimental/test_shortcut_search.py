@@ -225,7 +225,7 @@ def test_time_of_steps_with_shortcuts() -> None:
     search = ArchitectureSearch(model, config, loss_fn=model_loss)
     search.begin()
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    search.measure_times(batches[0])
+    search.measure_costs(batches[0])
     assert all(s.enabled for s in shortcuts(model).values())
     assert trainable == {n for n, p in model.named_parameters() if p.requires_grad}
     assert search.step(batches[0]) is not None

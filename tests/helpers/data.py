@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import WordLevel
@@ -178,3 +179,10 @@ def rows_of(count: int, start: int = 0) -> Dataset:
             for index, row in enumerate(rows)
         ]
     )
+
+
+def token_rows(n: int = 24, shortest: int = 4) -> list[dict[str, list[int]]]:
+    """Rows of a language model that are tokenized already, of five different lengths."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [shortest + 3 * (index % 5) for index in range(n)]
+    return [{"input_ids": torch.randint(5, 60, (length,), generator=generator).tolist()} for length in lengths]

@@ -12,12 +12,13 @@ from helpers import ROOT
 
 PACKAGE = ROOT / "diffora_trainer"
 LEAVES = {"config", "renamed", "logging", "compat", "core"}
-# `config` reads its numbers by `core.values`, checks moments by `core.schedule`, and knows nothing else.
+# `config_checks` reads numbers by `core.values`, checks moments by `core.schedule`, and knows nothing else.
 MAY_IMPORT = {
     "core": set(),
     "logging": set(),
     "renamed": {"core"},
-    "config": {"core", "renamed"},
+    "config_checks": {"core"},
+    "config": {"core", "renamed", "config_checks"},
     "compat": {"core", "logging"},
     "methods": {"core", "config", "logging", "compat"},
     "adapters": {"core", "config", "logging", "compat"},

@@ -11,7 +11,8 @@ from peft import get_peft_model
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
 from diffora_trainer.adapters.gates import pruned_view
 from diffora_trainer.core.budget import Budget
-from diffora_trainer.search.timing import StepTimes, measure_step_times
+from diffora_trainer.core.costs import Ceiling, StepCost, ceilings
+from diffora_trainer.search.timing import measure_step_cost
 from helpers.checks import assert_same, snapshot
 from helpers.trainers import deep_model, lora
 
@@ -30,39 +31,82 @@ def test_measured_times_predict_steps_that_were_not_measured() -> None:
         lowest = min(row_of[module] for module in kept)
         return 1.0 + 0.1 * (12 - lowest) + 0.01 * len(kept) + noise.uniform(-1e-4, 1e-4)
 
-    times = measure_step_times(seconds_of, row_of, [True] * 12 + [False])
+    times = measure_step_cost(seconds_of, row_of, [True] * 12 + [False])
     for kept in ([0], [35], [36], [4, 20, 36], [18, 19, 20, 30], list(range(37))):
         assert times.predict([row_of[module] for module in kept]) == pytest.approx(seconds_of(kept), abs=2e-3)
-    assert StepTimes.from_dict(times.to_dict()) == times
+    assert StepCost.from_dict(times.to_dict()) == times
 
 
 def test_disturbed_measurements_still_say_that_deeper_is_not_faster() -> None:
     row_of = list(range(8))
     noise = random.Random(0)
-    times = measure_step_times(lambda kept: noise.uniform(1.0, 2.0), row_of, [True] * 8)
+    times = measure_step_cost(lambda kept: noise.uniform(1.0, 2.0), row_of, [True] * 8)
     measured = [times.depth[row] for row in (0, 2, 5, 7)]
     assert measured == sorted(measured, reverse=True)
     assert times.per_module >= 0
 
 
-def test_the_allowed_modules_are_as_many_as_time_permits_and_as_the_budget_needs() -> None:
-    rows, depth = [0, 0, 1, 1, 2, 2, 3, 3], [4.0, 4.0, 3.0, 3.0, 2.0, 2.0, 1.0, 1.0]
-    budget = Budget(rows, [10] * 8, ratio=0.25, scope="model")
-    assert budget.max_depth_mask(depth, 3.5).tolist() == [False] * 2 + [True] * 6
-    assert budget.max_depth_mask(depth, 0.1).tolist() == [False] * 6 + [True] * 2  # the fastest that has room for two
-    capped = Budget(rows, [10] * 8, cap=45)
-    assert capped.max_depth_mask(depth, 0.1).tolist() == [False] * 2 + [True] * 6  # 45 need five modules
-    scores = torch.arange(8.0).flip(0)  # the best ones are not allowed
-    for one in (budget, capped):
-        one.restrict(one.max_depth_mask(depth, 2.5))
-        kept = one.discretize(scores)
-        assert not (kept & ~one.allowed).any()
-        assert one.linear_oracle(torch.ones(8)).sum() == kept.sum() == (2 if one is budget else 4)
-        assert torch.all(one.share[~one.allowed] == 0)
-        assert float((one.share * one.weights).sum()) == pytest.approx(float(one.targets))
-        assert torch.all(one.calibrate(torch.randn(8))[~one.allowed] == 0)
-    with pytest.raises(ValueError, match="Not one"):
-        budget.restrict(torch.zeros(8, dtype=torch.bool))
+# 4 layers of 2 modules, the deepest one first: a step takes 1 with a module in the last layer, 1 more for each layer
+# below it, and 0.25 for each further module; so 4 + 7 * 0.25 = 5.75 with all of them.
+ROWS, DEPTHS = [0, 0, 1, 1, 2, 2, 3, 3], StepCost(5.75, (4.0, 3.0, 2.0, 1.0), 0.25)
+
+
+def under(limit: float, *others: tuple[StepCost, float]) -> list[tuple[list[int], int]]:
+    found, within = ceilings([(DEPTHS, limit), *others], ROWS)
+    assert within
+    return [(sorted(ceiling.rows), ceiling.count) for ceiling in found]
+
+
+def test_limits_leave_many_modules_in_few_layers_or_few_in_many() -> None:
+    assert under(1.0) == [([0, 1, 2, 3], 8)]
+    assert under(4.3 / 5.75) == [([0, 1, 2, 3], 2), ([1, 2, 3], 6)]
+    assert under(3.3 / 5.75) == [([1, 2, 3], 2), ([2, 3], 4)]
+    memory = StepCost(100.0, (60.0, 60.0, 20.0, 20.0), 5.0)  # all of it is in the lower half
+    assert under(4.3 / 5.75, (memory, 0.5)) == [([2, 3], 4)]
+    assert under(4.3 / 5.75, (memory, 0.66)) == [([0, 1, 2, 3], 2), ([2, 3], 4)]
+    found, within = ceilings([(DEPTHS, 0.1)], ROWS)  # not even one module of the last layer
+    assert not within and found == (Ceiling(frozenset([3]), 2),)
+
+
+def test_depth_and_modules_are_chosen_at_once() -> None:
+    def kept(gains: list[float], limit: float, **budget) -> list[int]:
+        limited = Budget(ROWS, [10] * 8, scope="model", **budget)
+        limited.limit(ceilings([(DEPTHS, limit)], ROWS)[0])
+        vertex, chosen = (
+            limited.linear_oracle(torch.tensor(gains)),
+            limited.discretize(torch.tensor(gains), worth=torch.tensor(gains)),
+        )
+        assert torch.equal(vertex.bool(), chosen)
+        assert DEPTHS.predict([ROWS[i] for i in chosen.nonzero().flatten()]) <= limit * 5.75
+        share = limited.share
+        assert ((share >= 0) & (share <= 1)).all() and not share[~limited.allowed].any()
+        return chosen.nonzero().flatten().tolist()
+
+    # Two modules down to the first layer, or six without it: what the two of it are worth decides.
+    assert kept([9.0, 1, 1, 1, 1, 1, 1, 1], 4.3 / 5.75) == [0, 1]
+    assert kept([3.0, 1, 1, 1, 1, 1, 1, 1], 4.3 / 5.75) == [2, 3, 4, 5, 6, 7]
+    assert kept([1.0, 1, 9, 1, 1, 1, 1, 9], 4.3 / 5.75, ratio=0.25) == [2, 7]  # a count holds as well
+    assert kept([1.0, 1, 9, 1, 1, 1, 2, 9], 4.3 / 5.75, cap=39) == [2, 6, 7]  # and parameters
+    assert kept([1.0, 1, 8, 1, 1, 1, 2, 9], 4.3 / 5.75, cap=39, ratio=0.125) == [7]  # and both
+
+
+def test_all_limits_hold_together() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        gains = torch.rand(8, generator=generator) + 0.01
+        limit = float(torch.rand((), generator=generator)) * 0.6 + 0.4
+        budget = Budget(ROWS, [10, 20, 30, 40] * 2, ratio=0.5, scope="model", cap=90)
+        budget.limit(ceilings([(DEPTHS, limit)], ROWS)[0])
+        kept = budget.discretize(gains).nonzero().flatten().tolist()
+        assert 1 <= len(kept) <= 4
+        assert sum([10, 20, 30, 40, 10, 20, 30, 40][i] for i in kept) <= 90
+        assert DEPTHS.predict([ROWS[i] for i in kept]) <= limit * 5.75 + 1e-6
+
+
+def test_sets_that_no_limit_allows_are_refused() -> None:
+    budget = Budget(ROWS, [10] * 6 + [99] * 2, scope="model", cap=50)
+    with pytest.raises(ValueError, match="Not one module"):
+        budget.limit([Ceiling(frozenset([3]), 2)])
 
 
 def test_as_if_cut_computes_what_a_cut_would_and_leaves_no_trace() -> None:
@@ -87,9 +131,14 @@ def test_as_if_cut_computes_what_a_cut_would_and_leaves_no_trace() -> None:
     assert not torch.equal(full, pretended)
 
 
-def test_a_layer_wise_choice_cannot_save_time() -> None:
-    with pytest.raises(ValueError, match="selection_scope='model'"):
-        DiffoRAConfig(max_step_time=0.7)
-    with pytest.raises(ValueError, match="max_step_time=0"):
-        DiffoRAConfig(max_step_time=0)
-    assert DiffoRAConfig(max_step_time=0.7, max_trainable_parameters=100).max_step_time == 0.7
+def test_a_limit_is_one_of_the_whole_model() -> None:
+    for options in ({"max_step_time": 0.7}, {"max_step_memory": 0.7}, {"max_trainable_parameters": 100}):
+        config = DiffoRAConfig(**options)
+        assert config.scope == "model" and config.ratio == 1.0
+        assert DiffoRAConfig(**options, selection_ratio=0.25).ratio == 0.25
+    assert DiffoRAConfig().scope == "layer" and DiffoRAConfig().ratio == 0.5
+    for name in ("max_step_time", "max_step_memory"):
+        with pytest.raises(ValueError, match=f"{name}=0"):
+            DiffoRAConfig(**{name: 0})
+        with pytest.raises(ValueError, match=f"{name}=0.5.*weight_sharing='model'"):
+            DiffoRAConfig(**{name: 0.5}, weight_sharing="model")

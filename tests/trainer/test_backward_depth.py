@@ -94,7 +94,7 @@ def test_embeddings_that_are_trained_keep_their_gradient(tmp_path: Path) -> None
             found.append(end)
         assert_same(*found)
         timed = {"method": "diffora", "max_step_time": 0.7}
-        with pytest.raises(ValueError, match=r"max_step_time.*embed_tokens.*leave `max_step_time` out"):
+        with pytest.raises(ValueError, match=r"max_step_time.*embed_tokens.*leave the limit out"):
             trainer_of(tmp_path, "sft", deep("llama", "sft"), {}, peft_config=config, search=timed)
 
 
@@ -121,7 +121,7 @@ def test_a_model_prepared_for_kbit_training(reentrant: str, tmp_path: Path) -> N
 def test_a_run_under_a_time_budget_is_as_short_as_it_was_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = {"method": "diffora", "max_step_time": 0.5}
+    search = {"method": "diffora", "max_step_time": 0.6}
     trainer = trainer_of(tmp_path, "sft", deep("llama", "sft"), NOT_REENTRANT, search=search)
     reach = Reach().watch(trainer.model)
     # A clock that counts the layers of the pass that it is held to, and no noise.

@@ -107,8 +107,8 @@ FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", 
 
 DAMAGES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
     "search": [
-        *((edit(lambda state, key=key: state.pop(key)), STATE) for key in (*ALWAYS, *SEARCHING, "losses", "times")),
-        *((put(key, {"no": "value"}), STATE) for key in (*ALWAYS[:4], "began_pruned", *SEARCHING, "losses", "times")),
+        *((edit(lambda state, key=key: state.pop(key)), STATE) for key in (*ALWAYS, *SEARCHING, "losses", "costs")),
+        *((put(key, {"no": "value"}), STATE) for key in (*ALWAYS[:4], "began_pruned", *SEARCHING, "losses", "costs")),
         *((put(key, -1), STATE) for key in ("held_out_position", "skipped_steps", "warmup", "step")),
         (put("phase", "later"), STATE),
         (put("phase", "warm-up"), STATE),  # at step 5, and the warm-up ended at step 3
@@ -120,7 +120,7 @@ DAMAGES: dict[str, list[tuple[Callable[[Path], None], str]]] = {
         (put("kept", None), STATE),
         (put("kept", [True]), STATE),
         (put("kept", [1] * 14), STATE),
-        (put("times", {"all_modules": 1.0}), STATE),
+        (put("costs", {"time": {"all_modules": 1.0}, "memory": None}), STATE),
         (edit(rename), "made for other LoRA modules"),
         (edit(lambda state: [state]), STATE),
         (lambda checkpoint: (checkpoint / STATE).write_text(""), STATE),

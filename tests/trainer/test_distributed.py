@@ -64,6 +64,18 @@ def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path:
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
 
 
+def test_two_processes_split_their_batches(tmp_path: Path) -> None:
+    """With gradient accumulation: gradients are exchanged once for all micro-batches of all batches of a step."""
+    plain = {"args": {"optim": "sgd", "learning_rate": 0.5, "ddp_find_unused_parameters": False}}
+    whole = train("ddp", tmp_path / "whole", **plain)
+    split = train("ddp", tmp_path / "split", **plain, search={"search_micro_batches": 2})
+    assert split[0] == split[1]
+    assert split[0]["selected"] == whole[0]["selected"]
+    assert split[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-4)
+    for name, weights in whole[0]["weights"].items():
+        assert split[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
+
+
 def test_two_processes_give_ranks_as_one(tmp_path: Path) -> None:
     """What is left of each matrix is optimized on both, and its gradients are exchanged; a resumed run goes on so."""
     run = {"search": {"selection_granularity": "rank"}, "save_at": [SAVES["closing"], SAVES["selected"]]}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from transformers import DataCollatorForLanguageModeling
 
 from diffora_trainer import Selection
 from helpers.checks import step_logs
+from helpers.data import tiny_tokenizer, token_rows
 from helpers.trainers import CUT, WARMUP, Probe, deep_model, make_trainer
 
 
-TIMED = {"max_step_time": 0.7, "selection_scope": "model", "selection_ratio": 1 / 3}
+TIMED = {"max_step_time": 0.7, "selection_ratio": 1 / 3}
 
 
-@pytest.mark.parametrize(("limit", "lowest"), [(0.75, 2), (0.4, 4)])  # layers 4 and 5 have just room for a third
+# By the clock below a step takes 7 + 0.42 with all 42 modules, and 1 less for each layer above the lowest one.
+@pytest.mark.parametrize(("limit", "lowest"), [(0.7, 2), (0.45, 4)])  # layers 4 and 5 have just room for a third
 def test_a_run_under_a_time_budget(tmp_path, monkeypatch, limit: float, lowest: int) -> None:
     trainer = make_trainer(tmp_path, "sft", model=deep_model, search={**TIMED, "max_step_time": limit})
     # Real steps are made and timed; what decides is a clock that this machine's noise cannot reach.
@@ -23,19 +28,62 @@ def test_a_run_under_a_time_budget(tmp_path, monkeypatch, limit: float, lowest: 
     selection = trainer.selection
     grid_rows = {name: row for name, (row, _) in zip(selection.modules, selection.positions, strict=True)}
     count = round(len(selection.modules) / 3)
-    assert len(selection.selected) == count
+    assert len(selection.selected) <= count
     assert min(grid_rows[name] for name in selection.selected) >= lowest
     assert selection.lowest_row in [f"model.layers.{row}" for row in range(lowest, 6)]
     assert not any(probe.found[WARMUP])
-    assert selection.times["spread_over_all_layers"] / selection.times["predicted"] > 1.2
-    assert set(selection.times) >= {"all_modules", "predicted", "before_cut", "after_cut"}
+    assert set(selection.times) == {"all_modules", "predicted", "before_cut", "after_cut"}
+    assert selection.times["predicted"] <= limit * selection.times["all_modules"]
+    assert selection.times["after_cut"] == pytest.approx(selection.times["predicted"], rel=0.1)
     assert Selection.from_json(selection.to_json()) == selection
 
-    plain = make_trainer(tmp_path, "sft", model=deep_model, search={**TIMED, "max_step_time": None})
+    plain = make_trainer(
+        tmp_path, "sft", model=deep_model, search={**TIMED, "max_step_time": None, "selection_scope": "model"}
+    )
     plain.train()
     losses, timed_losses = ({s: log["loss"] for s, log in step_logs(t).items() if s <= CUT} for t in (plain, trainer))
     assert timed_losses == losses  # timing left weights and random streams alone
     assert min(grid_rows[name] for name in plain.selection.selected) < lowest  # and is what moved the choice
+
+
+def test_alone_a_time_budget_keeps_as_much_as_it_has_room_for(tmp_path, monkeypatch) -> None:
+    trainer = make_trainer(tmp_path, "sft", model=deep_model, search={"max_step_time": 0.7})
+    monkeypatch.setattr("diffora_trainer.search.timing.timed", lambda step, device: _made_up(trainer, step))
+    trainer.train()
+    # 0.7 of 7.42 has room for all 21 modules of the upper three layers, or for 19 of the upper four.
+    room = {"model.layers.2": 19, "model.layers.3": 21}
+    assert len(trainer.selection.selected) == room[trainer.selection.lowest_row]
+    assert trainer.selection.times["predicted"] <= 0.7 * trainer.selection.times["all_modules"]
+
+
+def test_what_cannot_be_kept_is_said(tmp_path, monkeypatch, caplog) -> None:
+    trainer = make_trainer(tmp_path, "sft", model=deep_model, search={"max_step_time": 0.1})
+    monkeypatch.setattr("diffora_trainer.search.timing.timed", lambda step, device: _made_up(trainer, step))
+    trainer.train()
+    said = "`max_step_time=0.1` cannot be kept: a step with one module takes 0.2"
+    assert any(note.startswith(said) for note in trainer.selection.notes)
+    assert said in caplog.text
+    assert trainer.selection.lowest_row == "model.layers.5"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_run_under_a_memory_budget(tmp_path, checkpointing: bool) -> None:
+    arguments = {"gradient_checkpointing": checkpointing}
+    trainer = make_trainer(
+        tmp_path,
+        model=deep_model,
+        search={"max_step_memory": 0.6},
+        args=arguments,
+        train_dataset=token_rows(),
+        data_collator=DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+    )
+    trainer.train()
+    memory = trainer.selection.memory
+    assert memory["predicted"] <= 0.6 * memory["all_modules"]
+    # Counted anew, in the pruned model. With checkpointing the peak is no straight line in the count of modules.
+    assert memory["after_cut"] == pytest.approx(memory["predicted"], rel=0.15 if checkpointing else 0.1)
+    assert checkpointing or trainer.selection.lowest_row != "model.layers.0"
+    assert Selection.from_json(trainer.selection.to_json()) == trainer.selection
 
 
 def _made_up(trainer, step) -> float:
@@ -57,3 +105,16 @@ def test_a_resumed_search_stays_within_the_times_that_were_measured(tmp_path) ->
     assert resumed.selection.selected == whole.selection.selected
     for name in ("all_modules", "predicted"):
         assert resumed.selection.times[name] == whole.selection.times[name]
+
+
+def test_times_of_an_earlier_meaning_are_not_resumed(tmp_path) -> None:
+    arguments = {"save_strategy": "steps", "save_steps": CUT - 2}
+    make_trainer(tmp_path, "sft", model=deep_model, search=TIMED, args=arguments).train()
+    folder = tmp_path / f"checkpoint-{CUT - 2}"
+    path = folder / "diffora_state.json"
+    state = json.loads(path.read_text())
+    assert state["format"] == 5
+    path.write_text(json.dumps({**state, "format": 4, "times": state["costs"]["time"]}))
+    resumed = make_trainer(tmp_path, "sft", model=deep_model, search=TIMED, args=arguments)
+    with pytest.raises(ValueError, match="max_step_time.*start it anew"):
+        resumed.train(resume_from_checkpoint=str(folder))

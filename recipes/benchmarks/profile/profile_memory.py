@@ -37,11 +37,11 @@ def measure_memory(config: ProfileConfig, variant: str, kept: list[str] | None) 
     class Peak(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step in (0, *schedule):
-                _reset_peak()
+                reset_peak()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             phase = PHASES[2] if variant == "kept" else phase_of(schedule, state.global_step)
-            peaks[phase] = max(peaks.get(phase, 0), _peak())
+            peaks[phase] = max(peaks.get(phase, 0), peak())
 
     # The last callback of the list, so that what the search does at the end of a step is measured too.
     trainer = make_trainer(config, variant, kept=kept)
@@ -50,7 +50,8 @@ def measure_memory(config: ProfileConfig, variant: str, kept: list[str] | None) 
     return peaks | {"modules": list(trainer.selection.selected)} if variant == "diffora" else peaks
 
 
-def _peak() -> int:
+def peak() -> int:
+    """The largest number of bytes since [`reset_peak`]: of the process, or allocated on its GPU."""
     import torch
 
     if torch.cuda.is_available():
@@ -62,7 +63,8 @@ def _peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
+    """Begin anew."""
     import torch
 
     if torch.cuda.is_available():

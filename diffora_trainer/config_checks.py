@@ -1,0 +1,141 @@
+"""The rules of the options of a run: what each may be, and what they may be together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from .core.schedule import check_moment
+from .core.values import check_integer, check_number
+
+
+SELECTION_SCOPES = ("layer", "model")
+SELECTION_GRANULARITIES = ("auto", "rank", "module")
+SELECTION_UNITS = ("module", "group", "layer")
+WEIGHT_SHARING = ("none", "layer", "model")
+
+_CHOICES = {
+    "selection_scope": SELECTION_SCOPES,
+    "selection_granularity": SELECTION_GRANULARITIES,
+    "selection_unit": SELECTION_UNITS,
+    "weight_sharing": WEIGHT_SHARING,
+}
+_NUMBERS = ("discretize_at", "arch_warmup", "fade_out", "arch_split")
+_OPTIONAL_NUMBERS = ("selection_ratio", "max_step_time", "max_step_memory")
+_OPTIONAL_INTEGERS = ("max_trainable_parameters", "arch_batch_size", "search_micro_batches")
+
+
+def check_config(config: Any) -> None:
+    """
+    Check the options of a [`DiffoRAConfig`], and make floats of whole numbers where floats belong.
+
+    Raises:
+        ValueError: if a value is out of its range, or two of them contradict each other.
+        TypeError: if a value is of the wrong type.
+    """
+    _check_types(config)
+    _check_budget(config)
+    _check_units(config)
+    _check_base_model_id(config.base_model_id)
+    if not 0 < config.arch_split < 1:
+        raise ValueError(
+            f"You passed `arch_split={config.arch_split}`, but it is a part of the training set and must be in "
+            "(0, 1). To use a data set of your own, pass `arch_dataset=` to the trainer."
+        )
+    for name in ("arch_batch_size", "search_micro_batches"):
+        if getattr(config, name) is not None and getattr(config, name) < 1:
+            raise ValueError(f"You passed `{name}={getattr(config, name)}`; it must be 1 or more.")
+    if not 0 <= config.arch_seed < 2**32:
+        raise ValueError(f"You passed `arch_seed={config.arch_seed}`; it must be 0 or more, and below 2**32.")
+    for name in ("discretize_at", "arch_warmup", "fade_out"):
+        check_moment(name, getattr(config, name), minimum_open=False)
+    if config.extra_sites and config.weight_sharing != "none":
+        raise ValueError(
+            f"You passed `extra_sites` with {sorted(config.extra_sites)} together with "
+            f"`weight_sharing={config.weight_sharing!r}`. What is saved beside them shares no matrices. Please set "
+            "`weight_sharing='none'`."
+        )
+
+
+def _check_types(config: Any) -> None:
+    config.arch_seed = check_integer("arch_seed", config.arch_seed)
+    for name in (*_NUMBERS, *_OPTIONAL_NUMBERS):
+        if name in _NUMBERS or getattr(config, name) is not None:
+            setattr(config, name, check_number(name, getattr(config, name)))
+    for name in _OPTIONAL_INTEGERS:
+        if getattr(config, name) is not None:
+            setattr(config, name, check_integer(name, getattr(config, name)))
+    for name, choices in _CHOICES.items():
+        value = getattr(config, name)
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
+    if not isinstance(config.log_gates_by_kind, bool):
+        raise TypeError(f"`log_gates_by_kind` must be a bool, got {config.log_gates_by_kind!r}.")
+
+
+def _check_budget(config: Any) -> None:
+    if config.selection_ratio is not None and not 0 < config.selection_ratio <= 1:
+        raise ValueError(
+            f"You passed `selection_ratio={config.selection_ratio}`, but it is the share of modules to keep and "
+            "must be in (0, 1]. Use 0.5 to keep half of the modules."
+        )
+    if config.max_trainable_parameters is not None:
+        if config.max_trainable_parameters <= 0:
+            raise ValueError(
+                f"You passed `max_trainable_parameters={config.max_trainable_parameters}`; it must be positive."
+            )
+        if config.weight_sharing != "none":
+            raise ValueError(
+                f"You passed `max_trainable_parameters` together with `weight_sharing={config.weight_sharing!r}`. "
+                "The shared pairs are trainable too, so the cap would not hold. Please use `selection_ratio`, or "
+                "set `weight_sharing='none'`."
+            )
+    for name, what in (("max_step_time", "time"), ("max_step_memory", "memory")):
+        limit = getattr(config, name)
+        if limit is not None and not 0 < limit <= 1:
+            raise ValueError(
+                f"You passed `{name}={limit}`, but it is a part of the {what} of a step and must be in (0, 1]."
+            )
+        if limit is not None and config.weight_sharing != "none":
+            raise ValueError(
+                f"You passed `{name}={limit}` together with `weight_sharing={config.weight_sharing!r}`. Modules that "
+                "share a pair are trained in all layers, so that no step would be cheaper. Please set "
+                "`weight_sharing='none'`."
+            )
+
+
+def _check_units(config: Any) -> None:
+    groups = config.selection_groups
+    for name, group in groups.items():
+        if not isinstance(group, (list, tuple)) or not group or not all(isinstance(end, str) and end for end in group):
+            raise TypeError(
+                f"You passed `selection_groups` with {name!r}: {group!r}; a group is a list of names of modules, such "
+                "as ['q_proj', 'k_proj', 'v_proj']."
+            )
+    if groups and config.selection_unit != "group":
+        raise ValueError(
+            f"You passed `selection_groups` with `selection_unit={config.selection_unit!r}`, which has no groups. "
+            "Please set `selection_unit='group'`."
+        )
+    if config.selection_unit != "module" and config.weight_sharing != "none":
+        raise ValueError(
+            f"You passed `selection_unit={config.selection_unit!r}` together with "
+            f"`weight_sharing={config.weight_sharing!r}`, which gives unselected modules of a unit a pair that others "
+            "of it do not have. Please set one of them to its default."
+        )
+
+
+def _check_base_model_id(name: Any) -> None:
+    if name is None:
+        return
+    if not isinstance(name, str):
+        raise TypeError(f"`base_model_id` must be a string such as 'org/name', got {name!r}.")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(
+            f"You passed `base_model_id={name!r}`, which cannot be a model on the Hub. It is "
+            "published with the adapter; please pass a name such as 'org/name', or leave it out."
+        ) from error

@@ -1,0 +1,187 @@
+"""
+Batches split into micro-batches, so that a step with all modules needs less memory: the same loss and update up to
+rounding.
+
+Whether the loss of a batch is the mean over its rows, over its labels or a sum under a normaliser of its own, or none
+of these, as where rows are compared with each other, cannot be read off a loss function. So it is tried out once, on
+the first batch: the loss of the whole is compared with what each rule makes of the losses of its parts. If none fits,
+batches are not split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import DiffoRAConfig
+from ..core.agreement import is_main_process
+from ..logging import get_logger
+from .batches import IGNORED_LABEL
+
+
+logger = get_logger(__name__)
+
+LossOf = Callable[[Any], float]
+
+
+class MicroBatches:
+    """
+    Splits batches, once it is known how the losses of parts make up that of the whole.
+
+    Args:
+        parts (`int`): into how many parts a batch is split, or into its rows if it has fewer.
+        asked (`bool`, *optional*, defaults to `True`): whether the user has asked for it, so that a batch that cannot
+            be split is an error.
+
+    Attributes:
+        parts (`int`): into how many; 1 once it is known that batches cannot be split.
+    """
+
+    def __init__(self, parts: int, asked: bool = True) -> None:
+        self.parts = self._wanted = parts
+        self._asked = asked
+        self._rule: str | None = None
+
+    def split(self, batch: Any, loss_of: LossOf) -> list[tuple[Any, float]]:
+        """
+        The parts of a batch, with what the loss of each is multiplied with so that they sum up to that of the batch.
+
+        Args:
+            batch: a batch: a dictionary of tensors.
+            loss_of (`Callable`): gives the loss of a batch, without a trace in the training; called until it is known
+                how losses add up.
+
+        Raises:
+            ValueError: if it was asked for, and the loss of this batch is no sum or mean of those of its parts.
+        """
+        rows = number_of_rows(batch)
+        if self.parts == 1 or rows == 1:
+            return [(batch, 1.0)]
+        if rows is None:
+            self._refuse(f"a batch is no dictionary of tensors with equally many rows, but {_describe(batch)}")
+            return [(batch, 1.0)]
+        if self._rule is None:
+            self._try_out(batch, rows, loss_of)
+        if self._rule is None:
+            return [(batch, 1.0)]
+        parts = [take_rows(batch, chunk) for chunk in _chunks(rows, self.parts)]
+        weights = _weights(self._rule, parts)
+        # A mean over no labels is not a number, and no part of the mean of the whole.
+        return [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
+
+    def _try_out(self, batch: Any, rows: int, loss_of: LossOf) -> None:
+        whole = loss_of(batch)
+        if not math.isfinite(whole):
+            return  # nothing can be said of such a batch
+        # Equal parts do not tell a mean over rows from one over labels; one row and the rest do it better.
+        splits = [_chunks(rows, self.parts), [range(1), range(1, rows)]]
+        divided = [[take_rows(batch, chunk) for chunk in split] for split in splits]
+        losses = [[loss_of(part) for part in parts] for parts in divided]
+        errors: dict[str, float] = {}
+        for rule in _RULES:
+            found = [
+                sum(weight * loss for weight, loss in zip(_weights(rule, parts), of_parts, strict=True) if weight)
+                for parts, of_parts in zip(divided, losses, strict=True)
+            ]
+            errors[rule] = max(abs(value - whole) for value in found)
+        finite = {rule: error for rule, error in errors.items() if math.isfinite(error)}
+        best = min(finite, key=lambda rule: finite[rule], default=None)
+        if best is not None and finite[best] <= _TOLERANCE * abs(whole) + 1e-7:
+            # Of rules that fit alike, since all rows are of one length, the first one is the most common.
+            close = [rule for rule in _RULES if rule in finite and finite[rule] <= finite[best] + 1e-6 * abs(whole)]
+            self._rule = close[0]
+            return
+        self._refuse(
+            f"the loss of a batch ({whole:.6g}) is neither the sum nor a mean of those of its parts "
+            f"({', '.join(f'{loss:.6g}' for loss in losses[0][:4])}), as where rows are compared with each other"
+        )
+
+    def _refuse(self, why: str) -> None:
+        self.parts = 1
+        if is_main_process() and not self._asked:
+            logger.warning(
+                f"Batches are not split into micro-batches: {why}. Until the pruning a step needs the memory of all "
+                "modules."
+            )
+        if self._asked:
+            raise ValueError(
+                f"You passed `search_micro_batches={self._wanted}`, but {why}. Please leave it out, and use a smaller "
+                "batch with more `gradient_accumulation_steps` instead."
+            )
+
+
+def wanted_micro_batches(config: DiffoRAConfig, splits_batches: bool) -> MicroBatches:
+    """
+    What splits the batches of a run while all modules are there.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        splits_batches (`bool`): whether the training loop splits its batches, so that it does so without being asked.
+    """
+    if config.search_micro_batches is not None:
+        return MicroBatches(config.search_micro_batches)
+    if config.max_step_memory is None or not splits_batches:
+        return MicroBatches(1)
+    # What a step makes grows with its rows, so that parts of this size stay within the limit.
+    return MicroBatches(math.ceil(1 / config.max_step_memory - 1e-9), asked=False)
+
+
+_RULES = ("sum", "shifted labels", "labels", "rows")
+_TOLERANCE = 2e-3  # bfloat16 rounds differently in batches of another size
+
+
+def _weights(rule: str, parts: Sequence[Any]) -> list[float]:
+    """What the loss of each part is multiplied with."""
+    if rule == "sum":
+        return [1.0] * len(parts)
+    counts = [_count(rule, part) for part in parts]
+    total = sum(counts)
+    return [count / total if total else math.nan for count in counts]
+
+
+def _count(rule: str, part: Any) -> int:
+    labels = part.get("labels")
+    if rule == "rows":
+        return number_of_rows(part) or 0
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() < 2:
+        return 0
+    labels = labels[:, 1:] if rule == "shifted labels" else labels
+    return int((labels != IGNORED_LABEL).sum())
+
+
+def number_of_rows(batch: Any) -> int | None:
+    """How many rows a batch has; `None` if it is no dictionary of tensors with equally many."""
+    if not isinstance(batch, Mapping):
+        return None
+    sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def take_rows(batch: Mapping[str, Any], chunk: range) -> dict[str, Any]:
+    """Some rows of a batch, which need no memory of their own. What is no tensor and no list of its rows is left."""
+    rows = number_of_rows(batch)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() or isinstance(value, (list, tuple)) and len(value) == rows:
+            return value[chunk.start : chunk.stop]
+        return value
+
+    return {name: take(value) for name, value in batch.items()}
+
+
+def _chunks(rows: int, parts: int) -> list[range]:
+    """Rows in as many parts, of sizes that differ by one at most."""
+    parts = min(parts, rows)
+    ends = [rows * number // parts for number in range(parts + 1)]
+    return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+def _describe(batch: Any) -> str:
+    if not isinstance(batch, Mapping):
+        return type(batch).__name__
+    shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    return f"one of the shapes {shapes}"

@@ -1,0 +1,107 @@
+"""What is kept or pruned together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from diffora_trainer import DiffoRAConfig
+from diffora_trainer.core.budget import Budget
+from diffora_trainer.core.costs import Ceiling
+from diffora_trainer.core.grid import LORA, Grid
+from diffora_trainer.core.units import find_units
+from helpers.trainers import causal_model, make_trainer
+
+
+LLAMA = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+LLAMA += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+BERT = ["attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense"]
+BERT += ["intermediate.dense", "output.dense"]
+
+
+def grid(kinds: list[str], *others: str, layers: int = 2) -> Grid:
+    names = [f"model.layers.{layer}.{kind}" for layer in range(layers) for kind in kinds]
+    return Grid.arrange([(name, 8, 10, LORA) for name in [*names, *others]])
+
+
+def units(found: Grid, unit: str, groups: Any = None) -> list[list[str]]:
+    numbers = find_units(found, unit, groups)
+    return [
+        [n for n, number in zip(found.names, numbers, strict=True) if number == one] for one in range(max(numbers) + 1)
+    ]
+
+
+def test_what_is_computed_as_one_is_a_group() -> None:
+    sizes = {tuple(len(unit) for unit in units(grid(LLAMA), "group"))}
+    assert sizes == {(3, 1, 2, 1, 3, 1, 2, 1)}
+    assert units(grid(LLAMA), "group")[0] == [f"model.layers.0.{name}" for name in LLAMA[:3]]
+    assert [len(unit) for unit in units(grid(BERT, "pooler.dense"), "group")] == [3, 1, 1, 1] * 2 + [1]
+    # Two attentions of one layer are two groups, and so are the experts of a mixture.
+    t5 = [
+        f"layer.{n}.{attention}.{name}"
+        for n, attention in ((0, "Self"), (1, "Cross"))
+        for name in ("q", "k", "v", "o")
+    ]
+    assert [len(unit) for unit in units(grid(t5, layers=1), "group")] == [3, 1, 3, 1]
+    experts = [f"mlp.experts.{n}.{name}" for n in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
+    assert sorted(len(unit) for unit in units(grid(experts, layers=1), "group")) == [1, 1, 2, 2]
+
+
+def test_groups_of_one_s_own_and_layers() -> None:
+    own = {"attention": ["q_proj", "k_proj", "v_proj", "o_proj"], "mlp": ["mlp.gate_proj", "mlp.down_proj"]}
+    assert [len(unit) for unit in units(grid(LLAMA), "group", own)] == [4, 2, 1] * 2
+    assert [len(unit) for unit in units(grid(LLAMA, "lm_head"), "layer")] == [7, 7, 1]
+    assert [len(unit) for unit in units(grid(LLAMA), "module")] == [1] * 14
+    across = {"all": ["self_attn.o_proj", "mlp.down_proj"]}  # of one layer
+    assert [len(unit) for unit in units(grid(LLAMA), "group", across)] == [1, 1, 1, 2, 1, 1] * 2
+    with pytest.raises(ValueError, match="'selection_groups' with q_projs|`selection_groups` with q_projs.*down_proj"):
+        find_units(grid(LLAMA), "group", {"attention": ["q_projs"]})
+    with pytest.raises(ValueError, match="layers.0.self_attn.q_proj' belongs to 'a' and to 'b'"):
+        find_units(grid(LLAMA), "group", {"a": ["q_proj"], "b": ["self_attn.q_proj"]})
+
+
+def test_a_unit_is_kept_or_pruned_as_one_by_its_mean() -> None:
+    rows, unit = [0] * 4 + [1] * 4, [0, 0, 0, 1, 2, 2, 2, 3]
+    scores = torch.tensor([9.0, 0, 0, 4, 6, 6, 6, 1])
+    budget = Budget(rows, [10] * 8, ratio=0.5, scope="model", units=unit)
+    assert budget.discretize(scores).tolist() == [False] * 3 + [True] * 1 + [True] * 3 + [False]  # 6, 4, and 3 no more
+    capped = Budget(rows, [10] * 8, cap=39, units=unit)
+    assert capped.discretize(scores).nonzero().flatten().tolist() == [4, 5, 6]
+    assert capped.linear_oracle(scores).nonzero().flatten().tolist() == [4, 5, 6]
+    by_layer = Budget(rows, [10] * 8, ratio=0.25, units=unit)  # one of four: a group of three does not fit
+    assert by_layer.discretize(scores).nonzero().flatten().tolist() == [3, 7]
+    whole = Budget(rows, [10] * 8, ratio=0.25, units=[0] * 4 + [1] * 4)  # each layer is one unit, and keeps one
+    assert whole.discretize(scores).all()
+    capped.limit([Ceiling(frozenset([0, 1]), 2)])
+    assert capped.discretize(scores).nonzero().flatten().tolist() == [3, 7]
+    with pytest.raises(ValueError, match="smallest unit of LoRA modules has 30 parameters"):
+        Budget([0] * 3, [10] * 3, cap=20, units=[0] * 3)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"selection_unit": "group"}, {"selection_unit": "layer"}, {"selection_unit": "group", "method": "snip"}],
+)
+def test_a_run_keeps_whole_units(tmp_path, options: dict[str, Any]) -> None:
+    trainer = make_trainer(tmp_path, "sft", model=causal_model(), search=options)
+    trainer.train()
+    selection = trainer.selection
+    numbers = find_units(selection.grid, options["selection_unit"])
+    fates = {}
+    for number, kept in zip(numbers, selection.kept, strict=True):
+        fates.setdefault(number, set()).add(kept)
+    assert all(len(fate) == 1 for fate in fates.values()) and {True} in fates.values() and {False} in fates.values()
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(causal_model(), tmp_path)
+    assert {n.split(".lora_A")[0] for n, _ in loaded.named_parameters() if "lora_A" in n} == {
+        f"base_model.model.{name}" for name in selection.selected
+    }
+
+
+def test_units_are_checked_when_a_run_is_built(tmp_path) -> None:
+    with pytest.raises(ValueError, match="selection_groups.*qq_proj"):
+        make_trainer(tmp_path, "sft", search={"selection_unit": "group", "selection_groups": {"a": ["qq_proj"]}})
+    assert DiffoRAConfig(selection_unit="layer").scope == "model"

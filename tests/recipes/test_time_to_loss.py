@@ -1,0 +1,153 @@
+"""Time to a loss: it runs, goes on where it stopped, and its figures are read off the curves right."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+
+from helpers import ROOT, models
+from helpers import data as tiny
+
+
+FOLDER = ROOT / "recipes" / "benchmarks" / "time_to_loss"
+YAMLS = sorted(path.name for path in FOLDER.glob("*.yaml"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def importable():
+    before = list(sys.path)
+    sys.path.insert(0, str(FOLDER))
+    yield
+    sys.path[:] = before
+
+
+def recipe(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+@pytest.mark.parametrize("config", YAMLS)
+def test_every_yaml_is_a_comparison(config: str) -> None:
+    task, options = recipe("time_to_loss").make_parser().parse_args_and_config(["--config", str(FOLDER / config)])
+    for name, value in yaml.safe_load((FOLDER / config).read_text()).items():
+        assert getattr(task if hasattr(task, name) else options, name) == value, name
+    from diffora_trainer import DiffoRAConfig
+    from diffora_trainer.methods.build import make_schedule
+
+    steps = task.training["max_steps"]
+    for method in options.methods:
+        name, given = recipe("contestants").parse(method)
+        if name == "diffora":  # in a longer run the search ends when it does in one of `max_steps`
+            found = DiffoRAConfig(**recipe("contestants").moments(given, steps))
+            assert make_schedule(found, 2 * steps).prune == make_schedule(DiffoRAConfig(**given), steps).prune
+
+
+def test_all_methods_take_turns_and_a_killed_comparison_goes_on(tmp_path: Path) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    torch.manual_seed(0)
+    models.encoder_for(tokenizer, layers=3).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    rows = [
+        {"review": tokenizer.decode(row["input_ids"], skip_special_tokens=True), "stars": ["no", "yes"][row["label"]]}
+        for row in tiny.classification_dataset(64)
+    ]
+    Dataset.from_list(rows).to_json(tmp_path / "reviews.jsonl")
+    words = ["--config", str(FOLDER / "sst2_minilm.yaml"), "--model", str(tmp_path / "encoder"), "--rank", "4"]
+    words += ["--dataset_name", str(tmp_path / "reviews.jsonl"), "--text_columns", "review", "--label_column", "stars"]
+    words += ["--seeds", "0", "--learning_rates", "1e-3", "1e-2", "--eval_every", "4", "--max_eval_samples", "8"]
+    words += ["--output_dir", str(tmp_path / "out"), "--memory", "false"]
+    methods = ["all_linear", "q_and_v", "last_layers:k=1", "adalora", "diffora", "diffora:max_step_time=0.8"]
+
+    def run(names: list[str]) -> tuple[str, list[dict[str, Any]]]:
+        module = recipe("time_to_loss")
+        task, options = module.make_parser().parse_args_and_config([*words, "--methods", *names])
+        task.training = {**task.training, "max_steps": 12, "use_cpu": True, "per_device_train_batch_size": 4}
+        table = module.main(task, options)
+        return table, recipe("result_files").read_results(tmp_path / "out" / "results.jsonl")
+
+    run(methods[:2])
+    table, records = run(methods)
+    assert [r["method"] for r in records] == [*methods[:2] * 2, *["all_linear", *methods[2:]] * 2]
+    assert run(methods)[1] == records  # nothing is made twice
+    for record in records:
+        steps = len(record["seconds"])
+        assert steps == 12 if record["method"] == "all_linear" else 12 <= steps <= 24
+        assert all(value > 0 for value in record["seconds"])
+        assert [step for step, _ in record["losses"]][:4] == [0, 4, 8, 12] and record["losses"][-1][0] == steps
+        base = next(r for r in records if r["group"] == record["group"] and r["method"] == "all_linear")
+        assert steps == 24 or sum(record["seconds"]) >= sum(base["seconds"])  # as much time as all linear layers
+        assert record["losses"][0][1] == pytest.approx(base["losses"][0][1], rel=1e-5)  # one start
+    of = {r["method"]: r for r in records}
+    assert of["q_and_v"]["parameters"] < of["all_linear"]["parameters"] < of["adalora"]["parameters"]
+    assert 0 < len(of["diffora"]["selected"]) < 19 and of["diffora:max_step_time=0.8"]["times"]
+    assert all(f"`{name}`" in table for name in methods)
+    assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
+    assert (tmp_path / "out" / "table.md").read_text().strip() == table
+
+
+def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
+    tokenizer = tiny.tiny_tokenizer()
+    models.encoder_for(tokenizer, layers=3).save_pretrained(tmp_path / "encoder")
+    tokenizer.save_pretrained(tmp_path / "encoder")
+    rows = [{"review": "a b c", "stars": n % 2} for n in range(16)]
+    Dataset.from_list(rows).to_json(tmp_path / "reviews.jsonl")
+    recipe("time_to_loss")  # for the paths
+    config = recipe("tasks").TaskConfig(
+        model=str(tmp_path / "encoder"),
+        dataset_name=str(tmp_path / "reviews.jsonl"),
+        text_columns=["review"],
+        label_column="stars",
+        training={"use_cpu": True, "per_device_train_batch_size": 2},
+    )
+    found = recipe("peaks").measure_peak(config, "diffora", steps=12, threads=1)
+    assert 2**20 < found["before_bytes"] <= found["peak_bytes"]
+
+
+def record(method: str, group: str, seconds: list[float], losses: list[tuple[int, float]], **more: Any) -> dict:
+    key = {"kind": "run", "fingerprint": "a", "task": "t", "method": method, "group": group, "seed": 0}
+    return {**key, "learning_rate": 1e-3, "seconds": seconds, "losses": losses, **more}
+
+
+def test_figures_are_read_off_the_curves() -> None:
+    curves = recipe("curves")
+    base = record("all_linear", "g", [2.0] * 10, [(0, 3.0), (5, 2.0), (10, 1.0)])
+    # Twice as fast: 20 steps in the same 20 seconds. It reaches 1.0 half-way between steps 10 and 15.
+    fast = record("diffora", "g", [1.0] * 20, [(0, 3.0), (10, 1.5), (15, 0.5), (20, 0.75)])
+    worse = {**fast, "learning_rate": 1e-2, "group": "h", "losses": [(0, 3.0), (20, 2.9)]}
+    never = record("q_and_v", "g", [2.5] * 10, [(0, 3.0), (10, 2.0)])
+    records = [
+        base,
+        fast,
+        {**base, "group": "h", "learning_rate": 1e-2, "losses": [(0, 3.0), (10, 2.0)]},
+        worse,
+        never,
+    ]
+    runs = curves.runs_of(records)
+    (best,) = curves.at_best_rate(runs["diffora"])
+    assert best.rate == 1e-3 and best.step_ratio == 0.5
+    assert best.time_to(1.0) == pytest.approx(12.5 / 20)
+    assert best.loss_at(1.0) == 0.75 and best.loss_at(0.25) == pytest.approx(2.25)
+    assert best.loss_after(10) == 1.5
+    assert runs["q_and_v"][0].time_to(1.0) is None
+    assert runs["q_and_v"][0].loss_at(1.0) == pytest.approx(2.2)  # it has made 8 of 10 steps by then
+    memory = [{"kind": "memory", "method": m, "peak_bytes": p} for m, p in (("all_linear", 200), ("diffora", 120))]
+    lines = {line.split("`")[1]: line for line in curves.make_table([*records, *memory]).splitlines()[2:]}
+    assert "| 0.62 | 0.7500 | 1.5000 | 0.50 | 0.60 |" in lines["diffora"]
+    assert "| not reached |" in lines["q_and_v"] and "| 1.00 | 1.0000 |" in lines["all_linear"]
+    assert list(lines) == ["diffora", "all_linear", "q_and_v"]
+
+
+def test_what_is_refused() -> None:
+    config, parse = recipe("time_to_loss").TimeToLossConfig, recipe("contestants").parse
+    with pytest.raises(ValueError, match="needs 'all_linear'"):
+        config(methods=["diffora"])
+    for text in ("last_layers", "last_layers:k=x", "q_and_v:k=2", "eva"):
+        with pytest.raises(ValueError, match=text.partition(":")[0]):
+            parse(text)
+    assert parse("diffora:max_step_time=0.6:method=snip") == ("diffora", {"max_step_time": 0.6, "method": "snip"})

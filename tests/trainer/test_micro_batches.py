@@ -1,0 +1,205 @@
+"""Batches that are split until the pruning: the same training, with less memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+from transformers import DataCollatorForLanguageModeling
+from trl import DPOConfig, DPOTrainer
+
+from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRAMixin, DiffoRATrainer
+from diffora_trainer.search.memory import peak_bytes
+from diffora_trainer.search.micro_batches import MicroBatches
+from helpers.checks import step_logs
+from helpers.data import preference_dataset, tiny_tokenizer, token_rows
+from helpers.trainers import CUT, WARMUP, arguments, causal_model, deep_model, lora, make_trainer, search_config
+
+
+STILL = {"attention_dropout": 0.0}
+
+
+def setting(task: str) -> dict[str, Any]:
+    if task == "lm":  # the stock trainer divides by the labels of all accumulated batches
+        return {
+            "model": causal_model(**STILL),
+            "train_dataset": token_rows(),
+            "data_collator": DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+        }
+    return {"model": causal_model(**STILL)} if task == "sft" else {}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("task", ["lm", "sft", "llama"])
+def test_a_run_is_the_same_up_to_rounding(tmp_path: Path, task: str, accumulation: int) -> None:
+    runs = {}
+    for parts in (1, 2, 3):
+        rows: list[tuple[str, int]] = []
+        trainer = make_trainer(
+            tmp_path / str(parts),
+            task if task != "lm" else "cls",
+            search={"search_micro_batches": parts},
+            args={"gradient_accumulation_steps": accumulation, "max_steps": 12, "optim": "sgd", "learning_rate": 0.5},
+            **setting(task),
+        )
+
+        def note(module: nn.Module, args: Any, kwargs: Any, trainer: Any = trainer, rows: Any = rows) -> None:
+            if torch.is_grad_enabled():
+                rows.append(("selected" if trainer.selection else "search", len(kwargs["input_ids"])))
+
+        trainer.model.register_forward_pre_hook(note, with_kwargs=True)
+        trainer.train()
+        whole = trainer.args.per_device_train_batch_size
+        assert max(count for phase, count in rows if phase == "search") == -(-whole // parts)
+        assert max(count for phase, count in rows if phase == "selected") == whole  # as soon as modules are pruned
+        runs[parts] = trainer
+    for parts in (2, 3):
+        logs = [step_logs(runs[one]) for one in (1, parts)]
+        for step in logs[0]:
+            for name in ("loss", "grad_norm", "diffora/arch_loss", "diffora/gate_mean"):
+                if name in logs[0][step]:
+                    assert float(logs[1][step][name]) == pytest.approx(float(logs[0][step][name]), rel=2e-4), (
+                        step,
+                        name,
+                    )
+        assert runs[parts].selection.selected == runs[1].selection.selected
+        assert runs[parts].selection.gains == pytest.approx(runs[1].selection.gains, rel=1e-2, abs=1e-5)
+
+
+def test_a_resumed_run_equals_the_whole(tmp_path: Path) -> None:
+    options = {"search": {"search_micro_batches": 2}, "args": {"save_strategy": "steps", "save_steps": 1}}
+    whole = make_trainer(tmp_path, "sft", **options)
+    whole.train()
+    for step in (WARMUP, CUT - 1):
+        resumed = make_trainer(tmp_path, "sft", **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        for (name, ours), (_, theirs) in zip(
+            resumed.model.named_parameters(), whole.model.named_parameters(), strict=True
+        ):
+            assert torch.equal(ours, theirs), name
+
+
+class Contrastive(DiffoRATrainer):
+    """Compares the rows of a batch with each other."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+        similar = logits @ logits.T
+        return nn.functional.cross_entropy(similar, torch.arange(len(logits)))
+
+
+def test_rows_that_are_compared_with_each_other_are_not_split(tmp_path: Path, caplog) -> None:
+    trainer = make_trainer(tmp_path, cls=Contrastive, search={"search_micro_batches": 2})
+    with pytest.raises(ValueError, match="search_micro_batches=2.*neither the sum nor a mean.*gradient_accumulation"):
+        trainer.train()
+    runs = []
+    for limits in ({"max_step_memory": 0.9}, {"max_step_memory": 0.9, "search_micro_batches": 1}):
+        trainer = make_trainer(tmp_path, cls=Contrastive, search=limits)
+        trainer.train()
+        runs.append([log["loss"] for log in step_logs(trainer).values()])
+    assert runs[0] == runs[1]  # nobody asked for it, so it is said
+    assert caplog.text.count("not split into micro-batches: the loss of a batch") == 2  # of training and held-out ones
+
+
+def test_a_memory_limit_holds_for_the_whole_run(tmp_path: Path) -> None:
+    """Counted in the real steps of the trainer, the same batches with and without a limit."""
+    peaks: dict[str, dict[str, list[int]]] = {}
+    for name, search in (("all", {}), ("limited", {"max_step_memory": 0.4})):
+        trainer = make_trainer(
+            tmp_path / name,
+            search=search,
+            model=deep_model(),
+            train_dataset=token_rows(48),
+            data_collator=DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+            args={"per_device_train_batch_size": 6},
+        )
+        found = peaks[name] = {"search": [], "selected": []}
+
+        def counted(*args: Any, trainer: Any = trainer, step: Any = trainer.training_step, found: Any = found) -> Any:
+            result: list[Any] = []
+            trainer.model.zero_grad()
+            found["selected" if trainer.selection else "search"].append(peak_bytes(lambda: result.append(step(*args))))
+            return result[0]
+
+        trainer.training_step = counted
+        trainer.train()
+    # Beside what grows with the rows there are the gradients of the LoRA weights.
+    assert max(peaks["limited"]["search"]) < 0.5 * max(peaks["all"]["search"])
+    assert max(peaks["limited"]["selected"]) < 0.5 * max(peaks["all"]["search"])
+
+
+def test_the_architecture_gradient_of_a_loop_of_one_s_own(tmp_path: Path) -> None:
+    tokens = torch.randint(3, 30, (5, 12), generator=torch.Generator().manual_seed(3))
+    labels = tokens.clone()
+    for row in range(5):
+        labels[row, : 2 * row] = -100
+    gradients = []
+    for parts in (1, 2, 5):
+        torch.manual_seed(0)
+        model = get_peft_model(causal_model(**STILL), lora())
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+        config = DiffoRAConfig(search_micro_batches=parts)
+        search = ArchitectureSearch(model, config, loss_fn=lambda m, b: m(**b).loss)
+        search.begin()
+        loss = search.step({"input_ids": tokens, "labels": labels})
+        gradients.append((loss, search.select().gains))
+    for loss, gains in gradients[1:]:
+        assert loss == pytest.approx(gradients[0][0], rel=1e-5)
+        assert gains == pytest.approx(gradients[0][1], rel=1e-3, abs=1e-7)
+
+
+def test_how_the_losses_of_parts_add_up_is_found_out() -> None:
+    rows = torch.tensor([1.0, 2.0, 4.0, 8.0])
+    labels = torch.tensor([[1, 1, 1], [1, 1, -100], [1, -100, -100], [1, 1, 1]])
+    counts = (labels[:, 1:] != -100).sum(1).float()
+    batch = {"rows": rows, "labels": labels, "counts": counts, "name": "text", "other": [1, 2, 3, 4]}
+
+    def weights(loss_of) -> list[float]:
+        parts = MicroBatches(2).split(batch, loss_of)
+        assert [len(part["rows"]) for part, _ in parts] == [2, 2] and parts[0][0]["name"] == "text"
+        assert [part["other"] for part, _ in parts] == [[1, 2], [3, 4]]
+        return [weight for _, weight in parts]
+
+    assert weights(lambda b: float(b["rows"].sum()) / 7) == [1.0, 1.0]
+    assert weights(lambda b: float(b["rows"].mean())) == [0.5, 0.5]
+    mean_of_labels = lambda b: float((b["rows"] * b["counts"]).sum() / b["counts"].sum())  # noqa: E731
+    assert weights(mean_of_labels) == pytest.approx([3 / 5, 2 / 5])
+    with pytest.raises(ValueError, match="neither the sum nor a mean"):
+        weights(lambda b: float(b["rows"].max()))
+    with pytest.raises(ValueError, match="no dictionary of tensors with equally many rows"):
+        MicroBatches(2).split({"a": torch.zeros(3), "b": torch.zeros(4)}, lambda b: 0.0)
+    one = {"rows": torch.ones(1)}
+    assert MicroBatches(4).split(one, lambda b: 1 / 0) == [(one, 1.0)]
+
+
+class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):
+    pass
+
+
+def test_preference_trainers_are_not_split(tmp_path: Path) -> None:
+    """Their batches hold a pair as two rows far apart; at the start each loss is log 2, whatever is paired."""
+    settings = {
+        "cls": DiffoRADPOTrainer,
+        "model": causal_model(),
+        "args": arguments(tmp_path, DPOConfig),
+        "train_dataset": preference_dataset(24),
+    }
+    with pytest.raises(ValueError, match="search_micro_batches=2.*DiffoRADPOTrainer.*compares rows"):
+        dpo(**settings, options={"search_micro_batches": 2})
+    trainer = dpo(**settings, options={"max_step_memory": 0.6})
+    trainer.train()
+    assert trainer.selection.memory["predicted"] <= 0.6 * trainer.selection.memory["all_modules"] or (
+        "cannot be kept" in trainer.selection.notes[0]
+    )
+
+
+def dpo(cls: Any, options: dict[str, Any], **settings: Any) -> Any:
+    return cls(
+        **settings, processing_class=tiny_tokenizer(), peft_config=lora(), diffora_config=search_config(**options)
+    )
