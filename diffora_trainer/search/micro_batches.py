@@ -44,7 +44,8 @@ class MicroBatches:
     def __init__(self, parts: int, asked: bool = True) -> None:
         self.parts = self._wanted = parts
         self._asked = asked
-        self._rule: str | None = None
+        self._rules: Sequence[str] = _RULES
+        self._untried, self._warned = True, False
 
     def split(self, batch: Any, loss_of: LossOf) -> list[tuple[Any, float]]:
         """
@@ -59,17 +60,22 @@ class MicroBatches:
             ValueError: if it was asked for, and the loss of this batch is no sum or mean of those of its parts.
         """
         rows = number_of_rows(batch)
-        if self.parts == 1 or rows == 1:
+        if self.parts == 1:
+            return [(batch, 1.0)]
+        if rows == 1:
+            if self._untried and not self._warned:
+                self._warn("there is one row in a batch")
             return [(batch, 1.0)]
         if rows is None:
             self._refuse(f"a batch is no dictionary of tensors with equally many rows, but {_describe(batch)}")
             return [(batch, 1.0)]
-        if self._rule is None:
-            self._try_out(batch, rows, loss_of)
-        if self._rule is None:
-            return [(batch, 1.0)]
         parts = [take_rows(batch, chunk) for chunk in _chunks(rows, self.parts)]
-        weights = _weights(self._rule, parts)
+        found = {tuple(_weights(rule, parts)) for rule in self._rules}
+        if self._untried or len(found) > 1:  # not known yet, or rules that have always agreed disagree for once
+            self._try_out(batch, rows, loss_of)
+        if self.parts == 1 or self._untried:
+            return [(batch, 1.0)]
+        weights = _weights(self._rules[0], parts)
         # A mean over no labels is not a number, and no part of the mean of the whole.
         return [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
 
@@ -82,7 +88,7 @@ class MicroBatches:
         divided = [[take_rows(batch, chunk) for chunk in split] for split in splits]
         losses = [[loss_of(part) for part in parts] for parts in divided]
         errors: dict[str, float] = {}
-        for rule in _RULES:
+        for rule in self._rules:
             found = [
                 sum(weight * loss for weight, loss in zip(_weights(rule, parts), of_parts, strict=True) if weight)
                 for parts, of_parts in zip(divided, losses, strict=True)
@@ -91,9 +97,9 @@ class MicroBatches:
         finite = {rule: error for rule, error in errors.items() if math.isfinite(error)}
         best = min(finite, key=lambda rule: finite[rule], default=None)
         if best is not None and finite[best] <= _TOLERANCE * abs(whole) + 1e-7:
-            # Of rules that fit alike, since all rows are of one length, the first one is the most common.
-            close = [rule for rule in _RULES if rule in finite and finite[rule] <= finite[best] + 1e-6 * abs(whole)]
-            self._rule = close[0]
+            # Where all rows are of one length several rules fit alike; the first one is the most common.
+            self._rules = [rule for rule in finite if finite[rule] <= finite[best] + 1e-6 * abs(whole)]
+            self._untried = False
             return
         self._refuse(
             f"the loss of a batch ({whole:.6g}) is neither the sum nor a mean of those of its parts "
@@ -102,15 +108,19 @@ class MicroBatches:
 
     def _refuse(self, why: str) -> None:
         self.parts = 1
-        if is_main_process() and not self._asked:
-            logger.warning(
-                f"Batches are not split into micro-batches: {why}. Until the pruning a step needs the memory of all "
-                "modules."
-            )
         if self._asked:
             raise ValueError(
                 f"You passed `search_micro_batches={self._wanted}`, but {why}. Please leave it out, and use a smaller "
                 "batch with more `gradient_accumulation_steps` instead."
+            )
+        self._warn(why)
+
+    def _warn(self, why: str) -> None:
+        self._warned = True
+        if is_main_process():
+            logger.warning(
+                f"Batches are not split into micro-batches: {why}. Until the pruning a step needs the memory of all "
+                "modules."
             )
 
 

@@ -123,8 +123,8 @@ class SelectionRun(RunParts):
             self.search.grid.names,
             self.search.grid.parameters,
             asdict(self.schedule),
+            len(self.held_out.dataset),
         ]
-        record.append(len(self.held_out.dataset))
         self.search.check_agreement(json.dumps(record, default=repr))
 
     @property
@@ -165,9 +165,10 @@ class SelectionRun(RunParts):
         ranks = None if self.search.rank_budget is None else self.search.ranks
         data, anew = self.held_out.describe(), self.reallocation is not None
         self._say(messages.plan(self.schedule, self.search.method, data, anew, ranks))
-        all_asked_for = self.config.max_trainable_parameters is None and self.config.ratio >= 1
-        if self.search.keeps_all and not all_asked_for and not self.config.limits_step:
+        if self.search.has_no_choice:
             self._warn(messages.nothing_to_choose(len(self.search.grid)))
+        if (parts := self.search.micro_batches.parts) > 1:
+            self._say(f"Batches are split into {parts} micro-batches until the pruning.")
         if self.schedule.prune == 0:
             self._happen()
 

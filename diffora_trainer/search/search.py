@@ -103,9 +103,10 @@ class ArchitectureSearch(OldNames, SearchBase):
         return self.adapters.adapter_name
 
     @property
-    def keeps_all(self) -> bool:
-        """Whether the budget has room for every module, so that there is nothing to choose."""
-        return keeps_all(self.method)
+    def has_no_choice(self) -> bool:
+        """Whether the budget has room for every module, though it was to limit what is kept."""
+        limited = self.config.max_trainable_parameters is not None or self.config.ratio < 1
+        return limited and not self.config.limits_step and keeps_all(self.method)
 
     def begin(self) -> None:
         """

@@ -174,6 +174,19 @@ def test_how_the_losses_of_parts_add_up_is_found_out() -> None:
         weights(lambda b: float(b["rows"].max()))
     with pytest.raises(ValueError, match="no dictionary of tensors with equally many rows"):
         MicroBatches(2).split({"a": torch.zeros(3), "b": torch.zeros(4)}, lambda b: 0.0)
+    # Rows of one length do not tell a mean over rows from one over labels. When lengths differ it is asked again.
+    even = {**batch, "labels": torch.ones(4, 3, dtype=torch.int), "counts": torch.full((4,), 2.0)}
+    asked: list[int] = []
+
+    def mean_of_rows(part) -> float:
+        asked.append(len(part["rows"]))
+        return float(part["rows"].mean())
+
+    splitter = MicroBatches(2)
+    assert [weight for _, weight in splitter.split(even, mean_of_rows)] == [0.5, 0.5]
+    first = len(asked)
+    assert [weight for _, weight in splitter.split(even, mean_of_rows)] == [0.5, 0.5] and len(asked) == first
+    assert [weight for _, weight in splitter.split(batch, mean_of_rows)] == [0.5, 0.5] and len(asked) == 2 * first
     one = {"rows": torch.ones(1)}
     assert MicroBatches(4).split(one, lambda b: 1 / 0) == [(one, 1.0)]
 
