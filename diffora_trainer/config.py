@@ -63,8 +63,7 @@ class DiffoRAConfig:
         has room for many modules in the later layers or for fewer that go deeper. At the end of the warm-up steps of
         different depths are timed, and the choice is then made over depth and modules at once: of the best sets within
         the limits, one for each lowest layer, the one with the largest gain. Without another limit as many modules are
-        kept as this one has room for. If not even one is fast enough, the modules of the fastest depth are considered,
-        and log and selection say so.
+        kept as this one has room for. If not even one is fast enough, the run ends there with an error.
     max_step_memory (`float`, *optional*):
         Cap on the memory of a training step after the pruning, in (0, 1], as a part of that of a step with LoRA on all
         of these modules: what the step holds on top of the model (activations, gradients, and LoRA weights with two

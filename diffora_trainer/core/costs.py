@@ -92,7 +92,7 @@ class Ceiling:
     count: int
 
 
-def ceilings(limits: Sequence[tuple[StepCost, float]], row_of: Sequence[int]) -> tuple[tuple[Ceiling, ...], bool]:
+def ceilings(limits: Sequence[tuple[StepCost, float]], row_of: Sequence[int]) -> tuple[Ceiling, ...]:
     """
     All ways to stay under limits that do not lie within another one, from the deepest to the shallowest.
 
@@ -101,8 +101,7 @@ def ceilings(limits: Sequence[tuple[StepCost, float]], row_of: Sequence[int]) ->
         row_of (`Sequence[int]`): row of each module.
 
     Returns:
-        `tuple[tuple[Ceiling, ...], bool]`: at least one, and whether it is within the limits. If not even one module
-        is, it is the cheapest depth with all of its modules.
+        `tuple[Ceiling, ...]`: nothing, if not even one module is within the limits.
     """
     used = sorted(set(row_of))
 
@@ -117,8 +116,4 @@ def ceilings(limits: Sequence[tuple[StepCost, float]], row_of: Sequence[int]) ->
         if count and not any(rows <= other.rows and count <= other.count for other in found):
             found = [other for other in found if not (other.rows <= rows and other.count <= count)]
             found.append(Ceiling(rows, count))
-    if found:
-        return tuple(sorted(found, key=lambda ceiling: (-len(ceiling.rows), ceiling.count))), True
-    cheapest = min(used, key=lambda row: max(cost.depth[row] / (limit * cost.all_modules) for cost, limit in limits))
-    rows = above(cheapest)
-    return (Ceiling(rows, sum(row in rows for row in row_of)),), False
+    return tuple(sorted(found, key=lambda ceiling: (-len(ceiling.rows), ceiling.count)))

@@ -13,6 +13,7 @@ from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from .confidence import Confidence, SplitHalf
+from .diagnosis import out_of_limits
 from .measured import GatedModel, LossFunction
 from .micro_batches import wanted_micro_batches
 from .ranks import final_ranks, find_rank_budget, halved, masks, refuse
@@ -38,7 +39,6 @@ class SearchBase(GatedModel):
         self.config = config
         self.costs: StepCosts | None = None
         self.ceilings: tuple[Ceiling, ...] = ()
-        self.within_limits = True
         self.micro_batches = wanted_micro_batches(config, runtime.splits_batches)
         # Training losses add up in another way: the Trainer divides them by the labels of all accumulated batches.
         self.training_micro_batches = wanted_micro_batches(config, runtime.splits_batches)
@@ -78,11 +78,17 @@ class SearchBase(GatedModel):
         return make_method(self.config, budget)
 
     def limit(self, costs: StepCosts) -> None:
-        """Restrict the search by what was measured, and start the matrix anew."""
+        """
+        Restrict the search by what was measured, and start the matrix anew.
+
+        Raises:
+            ValueError: if not even one module is within the limits.
+        """
         limits = [(costs.time, self.config.max_step_time), (costs.memory, self.config.max_step_memory)]
         known = [(cost, limit) for cost, limit in limits if cost is not None and limit is not None]
-        self.costs = costs
-        self.ceilings, self.within_limits = ceilings(known, self.grid.row_of)
+        self.costs, self.ceilings = costs, ceilings(known, self.grid.row_of)
+        if not self.ceilings:
+            raise ValueError(out_of_limits(self.config, costs, set(self.grid.row_of)))
         self.method = self.make_method()
         self.gates.set_evaluation(self.method.evaluation_gates())
 

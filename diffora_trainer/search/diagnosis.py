@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..config import DiffoRAConfig
-from ..core.costs import Ceiling, StepCosts
+from ..core.costs import StepCosts
 from ..core.text import some
 from ..methods.base import SelectionMethod
 from .confidence import Confidence
@@ -38,16 +38,27 @@ def keeps_all(method: SelectionMethod) -> bool:
     return bool(method.budget.discretize(torch.zeros(len(method.budget))).all())
 
 
-def out_of_limits(config: DiffoRAConfig, costs: StepCosts, kept: Ceiling) -> str:
-    """A limit of a step that not even one module is within."""
-    found = []
+def out_of_limits(config: DiffoRAConfig, costs: StepCosts, rows: Collection[int]) -> str:
+    """
+    A limit of a step that not even one module is within.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        costs ([`~diffora_trainer.core.costs.StepCosts`]): what was measured.
+        rows (`Collection[int]`): the rows that have modules.
+    """
+    found, why = [], {"max_step_time": "the forward pass alone", "max_step_memory": "the logits and the loss alone"}
     for name, cost in (("max_step_time", costs.time), ("max_step_memory", costs.memory)):
-        limit = getattr(config, name)
-        least = 1.0 if cost is None else min(cost.depth[row] for row in kept.rows) / cost.all_modules
-        if cost is not None and least > limit:
-            found.append(f"`{name}={limit:g}` cannot be kept: a step with one module takes {least:.2f}")
-    why = " and ".join(found) or "The limits of a step cannot be kept together"
-    return f"{why} of what one with all modules does. Only the modules of the cheapest depth are considered."
+        if cost is not None:
+            least = min(cost.depth[row] for row in rows) / cost.all_modules
+            found.append(
+                f"`{name}={getattr(config, name):g}`, and a step with one module takes {least:.2f} of what one with "
+                f"all modules does ({why[name]} may be most of it)"
+            )
+    return (
+        f"You passed {' and '.join(found)}. No choice of modules can keep that. Please raise the limit, or leave it "
+        f"out{' and use a smaller batch with more `gradient_accumulation_steps`' if costs.memory is not None else ''}."
+    )
 
 
 def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wants_all: bool) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from ..core.selection import Selection
 from ..core.text import short_names
 from ..methods.base import GradientMethod
 from .base import SearchBase
-from .diagnosis import Evidence, doubts, out_of_limits
+from .diagnosis import Evidence, doubts
 
 
 _MAX_LOGGED_KINDS = 16
@@ -40,8 +40,6 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
     costs = StepCosts() if search.costs is None else search.costs
     notes = doubts(method, grid.names, evidence, wants_all=config.ratio >= 1)
-    if search.costs is not None and not search.within_limits:
-        notes = (out_of_limits(config, costs, search.ceilings[0]), *notes)
     return Selection(
         grid=grid,
         ranks=ranks,

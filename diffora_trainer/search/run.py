@@ -18,7 +18,7 @@ from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState
 from ..logging import get_logger
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
-from . import diagnosis, messages
+from . import messages
 from .batches import Batches, as_batches, without_labels
 from .measured import LossFunction
 from .parts import RunParts
@@ -249,8 +249,6 @@ class SelectionRun(RunParts):
         if self.config.limits_step:
             costs = self.search.measure_costs(next(self.held_out.sample(1)))
             self._say(messages.costs(costs, self.search.ceilings, self.search.grid))
-            if not self.search.within_limits:
-                self._warn(diagnosis.out_of_limits(self.config, costs, self.search.ceilings[0]))
         if self.search.method.searches:
             self._say(f"Step {self.step}: warm-up done, the search begins.")
 
