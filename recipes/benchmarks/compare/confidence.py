@@ -22,7 +22,7 @@ def points(grouped: Mapping[tuple[str, str], Mapping[float, Results]], ours: str
         for budget, results in budgets.items():
             for seed, run in results.runs.get(ours, {}).items():
                 choice = results.choices.get(ours, {}).get(seed)
-                if run.get("confidence") is not None and choice is not None and results.random[seed]:
+                if run.get("confidence") is not None and choice is not None and results.random.get(seed):
                     percentile = results.percentile({seed: choice})
                     assert percentile is not None
                     found.append((f"{task}, {budget:.3g}", float(run["confidence"]), percentile[0]))

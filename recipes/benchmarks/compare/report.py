@@ -245,40 +245,53 @@ def group(records: Iterable[Record]) -> dict[tuple[str, str], dict[float, Result
 
 
 def plot(grouped: dict[tuple[str, str], dict[float, Results]], path: Path) -> None:
-    """For each task and budget: the losses of the random sets as dots, and of every method's choice as a line."""
+    """For each task and budget with random sets: their losses, and those of each method's choices and runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = [(task, budget, results) for (task, _), budgets in grouped.items() for budget, results in budgets.items()]
-    panels = [panel for panel in panels if panel[2].random]
+    panels = [panel for panel in panels if any(panel[2].random.values())]
     if not panels:
         return
-    columns = min(4, len(panels))
+    columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(4.2 * columns, 3.4 * rows), squeeze=False)
+    height = 1.6 + 0.34 * max(len(_losses(results)) for *_, results in panels)
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=(6.4 * columns, height * rows), squeeze=False, layout="constrained"
+    )
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     rng = random.Random(0)
     for axis, (task, budget, results) in zip(axes.flat, panels, strict=False):
-        draws = [draw["loss"] for runs in results.random.values() for draw in runs]
-        axis.scatter(draws, [rng.uniform(-0.35, 0.35) for _ in draws], s=12, color="0.6", label="random sets")
-        methods = [method for method in results.choices if results.choices[method] and method != "full"]
-        for number, method in enumerate(
-            sorted(methods, key=lambda m: _mean(results.choices[m], "loss") or 0), start=1
-        ):
-            losses = [run["loss"] for run in results.choices[method].values()]
-            axis.scatter(losses, [number] * len(losses), s=16)
-            axis.plot([statistics.fmean(losses)] * 2, [number - 0.3, number + 0.3], color="black", linewidth=1)
-            axis.text(max(losses), number, f"  {method}", fontsize=7, va="center")
-        axis.set_title(f"{task}, {budget:.3g} of the parameters", fontsize=9)
-        axis.set_xlabel("held-out loss, modules retrained", fontsize=8)
-        axis.set_yticks([])
-        axis.tick_params(labelsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+        entries = _losses(results)
+        for number, (name, losses) in enumerate(entries):
+            drawn = name.startswith("random")
+            heights = [number + rng.uniform(-0.25, 0.25) if drawn else number for _ in losses]
+            axis.scatter(losses, heights, s=22, color="0.6" if drawn else None, zorder=2)
+            axis.plot([statistics.fmean(losses)] * 2, [number - 0.35, number + 0.35], color="black", zorder=3)
+        axis.set_title(f"{task}, {budget:.3g} of the LoRA parameters")
+        axis.set_xlabel("held-out loss at the last step (line: mean)")
+        axis.set_yticks(range(len(entries)), [name for name, _ in entries])
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _losses(results: Results) -> list[tuple[str, list[float]]]:
+    """What stands in a line of the picture, from the lowest mean to the highest."""
+    from methods import is_adaptive
+
+    draws = [draw["loss"] for of in results.random.values() for draw in of]
+    found = {f"random sets ({len(draws)})": draws}
+    for method, choices in results.choices.items():
+        if choices and method != "full":
+            adaptive = is_adaptive(method)
+            found[f"{method}, choice" if adaptive else method] = [run["loss"] for run in choices.values()]
+    for method, runs in results.runs.items():
+        if runs and method != "full" and is_adaptive(method):
+            found[f"{method}, run"] = [run["loss"] for run in runs.values()]
+    return sorted(found.items(), key=lambda entry: statistics.fmean(entry[1]))
 
 
 def write_report(paths: Sequence[Path], folder: Path, ours: str | None = None) -> str:
