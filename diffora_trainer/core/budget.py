@@ -178,7 +178,9 @@ class Budget:
         if len(sets) == 1:
             return sets[0]
         worth = scores - scores.min() if worth is None else worth.clamp(min=0.0)
-        return max(sets, key=lambda kept: float((worth.double() * kept).sum()))
+        required = torch.ones(len(self), dtype=torch.bool) if self.required is None else self.required
+        # A ceiling may have no room for a whole unit, or for one that is required.
+        return max(sets, key=lambda kept: (bool((kept & required).any()), float((worth.double() * kept).sum())))
 
     def _under(self, order: Tensor, allowed: Tensor, most: int) -> Tensor:
         """The best set under one ceiling, `(n,)` bools."""

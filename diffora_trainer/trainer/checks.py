@@ -97,6 +97,11 @@ def check_trainer(trainer: Any) -> None:
     if makes_completions(trainer):
         _check_completions(trainer)
     parts = trainer.diffora_config.search_micro_batches
+    if parts is None and trainer.diffora_config.max_step_memory is not None and not loss_is_of_rows(trainer):
+        logger.warning(
+            f"`max_step_memory={trainer.diffora_config.max_step_memory:g}` is kept after the pruning alone: the loss "
+            f"of {type(trainer).__name__} compares rows of a batch, which is not split into micro-batches until then."
+        )
     if parts is not None and parts > 1 and not loss_is_of_rows(trainer):
         raise ValueError(
             f"You passed `search_micro_batches={parts}` to {type(trainer).__name__}, whose loss compares rows of a "

@@ -77,6 +77,11 @@ def test_a_unit_is_kept_or_pruned_as_one_by_its_mean() -> None:
     assert whole.discretize(scores).all()
     capped.limit([Ceiling(frozenset([0, 1]), 2)])
     assert capped.discretize(scores).nonzero().flatten().tolist() == [3, 7]
+    # Of two ways to stay under a limit one has no room for a whole unit, and is not taken though nothing has a gain.
+    layers = Budget(rows, [10] * 8, scope="model", units=[0] * 4 + [1] * 4)
+    layers.limit([Ceiling(frozenset([0, 1]), 2), Ceiling(frozenset([1]), 4)])
+    for worth in (None, torch.zeros(8)):
+        assert layers.discretize(torch.zeros(8), worth=worth).nonzero().flatten().tolist() == [4, 5, 6, 7]
     with pytest.raises(ValueError, match="smallest unit of LoRA modules has 30 parameters"):
         Budget([0] * 3, [10] * 3, cap=20, units=[0] * 3)
 

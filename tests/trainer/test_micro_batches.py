@@ -195,7 +195,7 @@ class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):
     pass
 
 
-def test_preference_trainers_are_not_split(tmp_path: Path) -> None:
+def test_preference_trainers_are_not_split(tmp_path: Path, caplog) -> None:
     """Their batches hold a pair as two rows far apart; at the start each loss is log 2, whatever is paired."""
     settings = {
         "cls": DiffoRADPOTrainer,
@@ -206,6 +206,7 @@ def test_preference_trainers_are_not_split(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="search_micro_batches=2.*DiffoRADPOTrainer.*compares rows"):
         dpo(**settings, options={"search_micro_batches": 2})
     trainer = dpo(**settings, options={"max_step_memory": 0.99})
+    assert "`max_step_memory=0.99` is kept after the pruning alone: the loss of DiffoRADPOTrainer" in caplog.text
     trainer.train()
     assert trainer.selection.memory["predicted"] <= 0.99 * trainer.selection.memory["all_modules"]
 
