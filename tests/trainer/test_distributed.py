@@ -64,21 +64,21 @@ def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path:
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
 
 
-def test_two_processes_split_their_batches(tmp_path: Path) -> None:
+def test_two_processes_split_their_batches(alone: dict[str, Any], tmp_path: Path) -> None:
     """With gradient accumulation: gradients are exchanged once for all micro-batches of all batches of a step."""
-    plain = {"args": {"optim": "sgd", "learning_rate": 0.5, "ddp_find_unused_parameters": False}}
-    whole = train("ddp", tmp_path / "whole", **plain)
-    split = train("ddp", tmp_path / "split", **plain, search={"search_micro_batches": 2})
-    assert split[0] == split[1]
-    assert split[0]["selected"] == whole[0]["selected"]
-    assert split[0]["losses"] == pytest.approx(whole[0]["losses"], rel=1e-4)
-    for name, weights in whole[0]["weights"].items():
-        assert split[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
+    search = {**SIGMOID["search"], "search_micro_batches": 2}
+    reports = train("ddp", tmp_path, args={"ddp_find_unused_parameters": False}, search=search)
+    assert reports[0] == reports[1]
+    assert reports[0]["selected"] == alone["selected"]
+    assert reports[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    for name, weights in alone["weights"].items():
+        assert reports[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
 
 
-def test_two_processes_give_ranks_as_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("phase", ["closing", pytest.param("selected", marks=pytest.mark.slow)])
+def test_two_processes_give_ranks_as_one(phase: str, tmp_path: Path) -> None:
     """What is left of each matrix is optimized on both, and its gradients are exchanged; a resumed run goes on so."""
-    run = {"search": {"selection_granularity": "rank"}, "save_at": [SAVES["closing"], SAVES["selected"]]}
+    run = {"search": {"selection_granularity": "rank"}, "save_at": [SAVES[phase]]}
     whole = train("ddp", tmp_path / "whole", **run)
     assert whole[0] == whole[1] and whole[0]["moved"] and all(whole[0]["moved"])
     assert whole[0]["optimized"] == whole[0]["trainable"]
