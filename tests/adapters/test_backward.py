@@ -34,7 +34,7 @@ def test_measured_steps_are_as_deep_as_those_after_the_cut(checkpointing: bool) 
     if checkpointing:
         checkpointed(model)
     search = ArchitectureSearch(
-        model, DiffoRAConfig(selection_scope="model", max_step_time=0.7), loss_fn=lambda m, b: m(**b).loss
+        model, DiffoRAConfig(selection_scope="model", max_step_time=1.0), loss_fn=lambda m, b: m(**b).loss
     )
     reach = Reach().watch(model)
     embedded = []

@@ -221,7 +221,7 @@ def test_refusals() -> None:
 
 def test_time_of_steps_with_shortcuts() -> None:
     model, batches = ready()
-    config = DiffoRAConfig(selection_scope="model", max_step_time=0.9)
+    config = DiffoRAConfig(selection_scope="model", max_step_time=1.0)
     search = ArchitectureSearch(model, config, loss_fn=model_loss)
     search.begin()
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}

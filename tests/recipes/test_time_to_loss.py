@@ -62,7 +62,7 @@ def test_all_methods_take_turns_and_a_killed_comparison_goes_on(tmp_path: Path) 
     words += ["--dataset_name", str(tmp_path / "reviews.jsonl"), "--text_columns", "review", "--label_column", "stars"]
     words += ["--seeds", "0", "--learning_rates", "1e-3", "1e-2", "--eval_every", "4", "--max_eval_samples", "8"]
     words += ["--output_dir", str(tmp_path / "out"), "--memory", "false"]
-    methods = ["all_linear", "q_and_v", "last_layers:k=1", "adalora", "diffora", "diffora:max_step_time=0.8"]
+    methods = ["all_linear", "q_and_v", "last_layers:k=1", "adalora", "diffora", "diffora:max_step_time=1.0"]
 
     def run(names: list[str]) -> tuple[str, list[dict[str, Any]]]:
         module = recipe("time_to_loss")
@@ -85,7 +85,7 @@ def test_all_methods_take_turns_and_a_killed_comparison_goes_on(tmp_path: Path) 
         assert record["losses"][0][1] == pytest.approx(base["losses"][0][1], rel=1e-5)  # one start
     of = {r["method"]: r for r in records}
     assert of["q_and_v"]["parameters"] < of["all_linear"]["parameters"] < of["adalora"]["parameters"]
-    assert 0 < len(of["diffora"]["selected"]) < 19 and of["diffora:max_step_time=0.8"]["times"]
+    assert 0 < len(of["diffora"]["selected"]) < 19 and of["diffora:max_step_time=1.0"]["times"]
     assert all(f"`{name}`" in table for name in methods)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
     assert (tmp_path / "out" / "table.md").read_text().strip() == table

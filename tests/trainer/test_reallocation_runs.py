@@ -218,7 +218,7 @@ def test_run_that_ends_early_keeps_what_is_on(tmp_path: Path, caplog: pytest.Log
 
 
 def test_with_a_budget_of_time(tmp_path: Path) -> None:
-    search = {**DYNAMIC, "max_step_time": 0.7, "selection_ratio": 0.25}
+    search = {**DYNAMIC, "max_step_time": 1.0, "selection_ratio": 0.25}
     trainer = make_trainer(tmp_path, "sft", search=search)
     trainer.train()
     selection = trainer.selection

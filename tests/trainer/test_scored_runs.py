@@ -100,7 +100,7 @@ def test_scored_after_the_first_step(tmp_path: Path) -> None:
     assert trainer.selection.step == 1
 
 
-@pytest.mark.parametrize("limit", [None, 0.7])
+@pytest.mark.parametrize("limit", [None, 1.0])
 def test_scored_before_the_first_step(limit: float | None, tmp_path: Path) -> None:
     """Of an adapter that was trained before: the run is one of a plain LoRA of the chosen modules, from the start."""
     state = get_peft_model(classifier().model, lora(task_type="SEQ_CLS", init_lora_weights=False)).state_dict()
@@ -111,7 +111,13 @@ def test_scored_before_the_first_step(limit: float | None, tmp_path: Path) -> No
         return model
 
     def run(folder: str, method: str, **kwargs: Any) -> Any:
-        options = {"method": method, "discretize_at": 0, "selection_scope": "model", "max_step_time": limit}
+        options = {
+            "method": method,
+            "discretize_at": 0,
+            "selection_ratio": 0.5,
+            "selection_scope": "model",
+            "max_step_time": limit,
+        }
         args = {"save_strategy": "steps", "save_steps": 4}
         trainer = make_trainer(tmp_path / folder, peft_config=None, args=args, search=options, **kwargs)
         trainer.train(resume_from_checkpoint=kwargs.get("resume"))
@@ -129,7 +135,13 @@ def test_scored_before_the_first_step(limit: float | None, tmp_path: Path) -> No
         tmp_path / "resumed",
         model=warmed(),
         peft_config=None,
-        search={"method": "snip", "discretize_at": 0, "selection_scope": "model", "max_step_time": limit},
+        search={
+            "method": "snip",
+            "discretize_at": 0,
+            "selection_ratio": 0.5,
+            "selection_scope": "model",
+            "max_step_time": limit,
+        },
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "snip" / "checkpoint-4"))
     assert_continues(resumed, trainer, 4)
@@ -169,7 +181,7 @@ def test_budget_of_time_and_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     read: list[int] = []
     score = ArchitectureSearch.score
     monkeypatch.setattr(ArchitectureSearch, "score", lambda self, rows: (read.append(len(rows)), score(self, rows))[1])
-    trainer = make_trainer(tmp_path, search={"method": "snip", "max_step_time": 0.7, "selection_scope": "model"})
+    trainer = make_trainer(tmp_path, search={"method": "snip", "max_step_time": 1.0, "selection_ratio": 0.5})
     trainer.train()
     assert trainer.selection.times["predicted"] > 0
     trainer = make_trainer(
