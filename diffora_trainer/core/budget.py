@@ -75,10 +75,9 @@ class Budget:
             self.weights = self.parameters
         # Without a cap the targets are counts themselves.
         most = len(rows) if self.cap is None else sum(counts)
-        self._ceilings = [(torch.ones(len(rows), dtype=torch.bool), most)]
         # A kind whose part of the cap is not one parameter takes no part.
-        self._usable = (self.targets > 0)[self.group]
-        self.allowed = self._usable
+        self.allowed = (self.targets > 0)[self.group]
+        self._ceilings = [(self.allowed, most)]
         self._sizes, self._costs = self._of_units(torch.ones(len(rows))), self._of_units(self.weights)
         self._groups = self._of_units(self.group, "amin").long()
         self._check_cap(cap)
@@ -120,11 +119,11 @@ class Budget:
         Raises:
             ValueError: if no module that fits is under any of them.
         """
-        most = self._ceilings[0][1]
+        usable, most = self._ceilings[0]
         found = []
         for ceiling in ceilings:
             under = torch.tensor([row in ceiling.rows for row in self.rows.tolist()])
-            found.append((under & self._usable, min(most, ceiling.count)))
+            found.append((under & usable, min(most, ceiling.count)))
         fits = self._fits | torch.tensor(self._keeps_one)[self._groups]
         fitting = (fits & (self._sizes <= count) & self._of_units(under, "amin").bool() for under, count in found)
         if not any(bool(units.any()) for units in fitting):
@@ -137,10 +136,10 @@ class Budget:
         """Part of each module in the mean of all sets that may be kept, if all scores were equal, `(n,)` in [0, 1]."""
         shares = []
         for allowed, most in self._ceilings:
-            room = (self.weights * (allowed & self._usable)).double()
+            room = self.weights * allowed
             totals = torch.zeros_like(self.targets).index_add_(0, self.group, room)
             # Where nothing is allowed, the total is 0; any other is 1 at least.
-            share = (self.targets / totals.clamp(min=1.0)).clamp(max=1.0)[self.group] * (allowed & self._usable)
+            share = (self.targets / totals.clamp(min=1.0)).clamp(max=1.0)[self.group] * allowed
             shares.append(share * min(1.0, most / max(float(share.sum()), 1e-9)))
         return torch.stack(shares).mean(dim=0)
 
@@ -184,7 +183,6 @@ class Budget:
 
     def _under(self, order: Tensor, allowed: Tensor, most: int) -> Tensor:
         """The best set under one ceiling, `(n,)` bools."""
-        allowed = allowed & self._usable
         kept = self._first(order.tolist(), allowed, most)
         if self.required is not None and not (kept & self.required).any():
             fits = self._of_units(self.required & allowed, "amax").bool() & self._fits

@@ -136,7 +136,7 @@ class GatedModel:
 
         def bytes_of(kept: Sequence[int]) -> float:
             with pruned_view(self.model, self.adapters.sites, kept):
-                return self._bytes(part) / share + 3 * sum(map(self._size, kept))
+                return self._bytes(part) / share + self._lora_states(kept)
 
         return self._measure(bytes_of, 1)
 
@@ -147,7 +147,7 @@ class GatedModel:
 
     def step_bytes(self, batch: Any, kept: Sequence[int]) -> float:
         """Bytes of a training step of the model as it is, in which these modules are left: see [`step_memory`]."""
-        return self._bytes(batch) + 3 * sum(map(self._size, kept))
+        return self._bytes(batch) + self._lora_states(kept)
 
     def _first_part(self, batch: Any) -> tuple[Any, float]:
         """What is measured of a batch, which may be too large for all modules, and what share of its rows that has."""
@@ -160,9 +160,10 @@ class GatedModel:
         flat = self.runtime.reduce(torch.tensor([cost.all_modules, cost.per_module, *cost.depth])).tolist()
         return StepCost(flat[0], tuple(flat[2:]), flat[1])
 
-    def _size(self, module: int) -> int:
-        parameters = self.adapters.sites[module].parameters
-        return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    def _lora_states(self, kept: Sequence[int]) -> int:
+        """Bytes of the LoRA weights of some modules, with two moments each."""
+        parameters = [parameter for index in kept for parameter in self.adapters.sites[index].parameters]
+        return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
         with pruned_view(self.model, self.adapters.sites, kept):

@@ -70,12 +70,13 @@ class MicroBatches:
             self._refuse(f"a batch is no dictionary of tensors with equally many rows, but {_describe(batch)}")
             return [(batch, 1.0)]
         parts = [take_rows(batch, chunk) for chunk in _chunks(rows, self.parts)]
-        found = {tuple(_weights(rule, parts)) for rule in self._rules}
-        if self._untried or len(found) > 1:  # not known yet, or rules that have always agreed disagree for once
+        weights, *others = (_weights(rule, parts) for rule in self._rules)
+        # Not known yet, or rules that have always agreed disagree for once
+        if self._untried or any(other != weights for other in others):
             self._try_out(batch, rows, loss_of)
+            weights = _weights(self._rules[0], parts)
         if self.parts == 1 or self._untried:
             return [(batch, 1.0)]
-        weights = _weights(self._rules[0], parts)
         # A mean over no labels is not a number, and no part of the mean of the whole.
         return [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
 

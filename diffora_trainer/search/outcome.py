@@ -39,7 +39,6 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     evidence = Evidence(search.reached, search.skipped_steps, confidence, search.rank_budget is not None)
     rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
     costs = StepCosts() if search.costs is None else search.costs
-    notes = doubts(method, grid.names, evidence, wants_all=config.ratio >= 1)
     return Selection(
         grid=grid,
         ranks=ranks,
@@ -54,7 +53,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
         memory=_predicted(costs.memory, rows),
         config={**config.to_dict(), "method_options": asdict(method.options)},
         versions=library_versions(),
-        notes=notes,
+        notes=doubts(method, grid.names, evidence, wants_all=config.ratio >= 1),
     )
 
 

@@ -217,11 +217,17 @@ def _base_name(name: str) -> str:
 
 def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     """`"diffora:method=sampled:arch_every=4"` as a name and options."""
-    name, *options = text.split(":")
+    name, options = split_options(text)
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}; known are {sorted(METHODS)}.")
     if options and name not in ("diffora", "adalora"):
         raise ValueError(f"The method {name!r} has no options, but you passed {text!r}.")
+    return name, options
+
+
+def split_options(text: str) -> tuple[str, dict[str, Any]]:
+    """A name, and the options that follow it after colons, read as YAML."""
+    name, *options = text.split(":")
     pairs = dict(option.split("=", 1) for option in options)
     return name, {key: yaml.safe_load(value) for key, value in pairs.items()}
 

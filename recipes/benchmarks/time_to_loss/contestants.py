@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 
 sys.path += [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "compare")]
 
-from methods import grouped  # noqa: E402
+from methods import grouped, split_options  # noqa: E402
 from module_sets import Grid, lora_config  # noqa: E402
 from tasks import Task  # noqa: E402
 
@@ -26,15 +24,14 @@ METHODS = ("all_linear", "q_and_v", "last_layers", "adalora", "diffora")
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """`"diffora:max_step_time=0.6"` as a name and options."""
-    name, *options = text.split(":")
+    name, options = split_options(text)
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}; known are {list(METHODS)}.")
-    pairs = {key: yaml.safe_load(value) for key, _, value in (option.partition("=") for option in options)}
-    if name == "last_layers" and (set(pairs) != {"k"} or not isinstance(pairs["k"], int) or pairs["k"] < 1):
+    if name == "last_layers" and (set(options) != {"k"} or not isinstance(options["k"], int) or options["k"] < 1):
         raise ValueError(f"'last_layers' needs the number of layers, as in 'last_layers:k=4', got {text!r}.")
-    if pairs and name not in ("last_layers", "diffora"):
+    if options and name not in ("last_layers", "diffora"):
         raise ValueError(f"The method {name!r} has no options, but you passed {text!r}.")
-    return name, pairs
+    return name, options
 
 
 def make_trainer(task: Task, method: str, seed: int, steps: int, longest: int) -> Trainer:
