@@ -106,17 +106,26 @@ class Results:
 def best_rates(records: Iterable[Record]) -> dict[str, float | None]:
     """
     For each method the learning rate at which its runs end lowest on the mean; that of the random sets is chosen in
-    the same way. Rates of which a method has fewer runs than of another are passed over.
+    the same way. Rates are compared by the seeds and draws that all of them have. Rates of which a method has half
+    as many runs as of another, or fewer, are passed over, and so are all but the most frequent ones if they have none
+    in common.
     """
-    losses: dict[str, dict[float | None, list[float]]] = defaultdict(lambda: defaultdict(list))
+    losses: dict[str, dict[float | None, dict[tuple[int, int], float]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
         if record["reading"] == "run":
-            losses[record["method"]][record.get("learning_rate")].append(record["loss"])
+            key = record["seed"], record.get("draw", 0)
+            losses[record["method"]][record.get("learning_rate")][key] = record["loss"]
     best: dict[str, float | None] = {}
     for method, found in losses.items():
         most = max(map(len, found.values()))
-        whole = {rate: statistics.fmean(values) for rate, values in found.items() if len(values) == most}
-        best[method] = min(whole, key=lambda rate: whole[rate])
+        rates = {rate: runs for rate, runs in found.items() if 2 * len(runs) > most}
+        if not (common := set.intersection(*(set(runs) for runs in rates.values()))):
+            rates = {rate: runs for rate, runs in rates.items() if len(runs) == most}
+        means = {
+            rate: statistics.fmean(loss for key, loss in runs.items() if not common or key in common)
+            for rate, runs in rates.items()
+        }
+        best[method] = min(means, key=lambda rate: means[rate])
     return best
 
 

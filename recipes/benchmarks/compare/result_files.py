@@ -18,6 +18,8 @@ Record = dict[str, Any]
 def fingerprint(config: TaskConfig, **others: Any) -> str:
     """By what results can be compared: a change of the model, the data, the training or `others` gives another one."""
     settings = {**dataclasses.asdict(config), "task": None, **others}
+    if settings["dtype"] is None:
+        del settings["dtype"]  # results from before there was this option stay what they are
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

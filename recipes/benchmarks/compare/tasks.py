@@ -60,6 +60,8 @@ class TaskConfig(DataArguments):
             LoRA's scale `lora_alpha / r`, the same for every rank.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout on the input of each LoRA.
+        dtype (`str`, *optional*):
+            Precision of the base model, `"float32"` or `"bfloat16"`. Defaults to bfloat16 on a GPU that has it.
         training (`dict`, *optional*):
             Any [`~transformers.TrainingArguments`] (or [`~trl.SFTConfig`]): `max_steps`, `learning_rate`, ...
     """
@@ -77,6 +79,7 @@ class TaskConfig(DataArguments):
     rank: int = 8
     alpha: float = 2.0
     lora_dropout: float = 0.0
+    dtype: str | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -84,6 +87,8 @@ class TaskConfig(DataArguments):
             raise ValueError(f"`metric` must be one of {list(METRICS)}, got {self.metric!r}.")
         if (self.prompt_column is None) != (self.completion_column is None):
             raise ValueError("`prompt_column` and `completion_column` belong together: name both, or none.")
+        if self.dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f"`dtype` must be 'float32' or 'bfloat16', got {self.dtype!r}.")
         if self.rank < 1 or self.alpha <= 0:
             raise ValueError(f"`rank` and `alpha` must be positive, got {self.rank} and {self.alpha}.")
 
@@ -132,7 +137,7 @@ class Task:
         import torch
         from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
-        dtype = torch.bfloat16 if _bf16() else torch.float32
+        dtype = torch.bfloat16 if self._is_bf16() else torch.float32
         if not self.is_classifier:
             return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
         set_seed(seed)
@@ -175,7 +180,7 @@ class Task:
             "eval_strategy": "no",
             "logging_strategy": "no",
             "disable_tqdm": True,
-            "bf16": _bf16(),
+            "bf16": self._is_bf16(),
             "seed": seed,
             "data_seed": seed,
             **self.config.training,
@@ -201,6 +206,11 @@ class Task:
             if f"eval_{name}" in found:
                 result["metric"] = float(found[f"eval_{name}"])
         return result
+
+    def _is_bf16(self) -> bool:
+        from transformers.utils import is_torch_bf16_gpu_available
+
+        return is_torch_bf16_gpu_available() if self.config.dtype is None else self.config.dtype == "bfloat16"
 
     # Data
 
@@ -282,12 +292,6 @@ class Task:
         if name not in measures:
             raise ValueError(f"`metric: {name}` is not one of a classifier; take one of {list(measures)}.")
         return {name: float(measures[name]())}
-
-
-def _bf16() -> bool:
-    from transformers.utils import is_torch_bf16_gpu_available
-
-    return is_torch_bf16_gpu_available()
 
 
 def _model_path(name: str) -> str:
