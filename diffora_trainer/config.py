@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .config_checks import (
+    PREFIX_CACHES,
     SELECTION_GRANULARITIES,
     SELECTION_SCOPES,
     SELECTION_UNITS,
@@ -135,6 +136,16 @@ class DiffoRAConfig:
         that limit. Whether the loss of a batch comes apart into those of its parts, as in `Trainer` and `SFTTrainer`,
         is tried out on the first one; in a loop of your own only the held-out batches are split.
 
+    > Parameters that control what the steps after the pruning cost
+
+    prefix_cache (`str`, *optional*, defaults to `"none"`):
+        Keep what the layers below the lowest LoRA compute for each row, in `"memory"` or on `"disk"` (in
+        `output_dir`), so that a row which comes again begins at that layer: the same update up to rounding. It pays
+        from the second epoch after the pruning on. Rows are known by their content, so it is of no use where that
+        changes (random masking). It is tried out on the first batch after the pruning, and off, with a warning, where
+        these layers draw random numbers (dropout) or the loss would differ. For one process.
+    prefix_cache_gib (`float`, *optional*, defaults to `4.0`): GiB that it may take up, rows beyond are computed again.
+
     > Parameters that control the model that is left
 
     weight_sharing (`str`, *optional*, defaults to `"none"`):
@@ -255,6 +266,14 @@ class DiffoRAConfig:
         default=None,
         metadata={"help": "Into how many micro-batches each batch is split until the pruning, to need less memory."},
     )
+    prefix_cache: str = field(
+        default="none",
+        metadata={
+            "help": "Keep what the layers below the lowest LoRA compute for each row, in 'memory' or on 'disk'.",
+            "choices": list(PREFIX_CACHES),
+        },
+    )
+    prefix_cache_gib: float = field(default=4.0, metadata={"help": "GiB that the prefix cache may take up."})
     weight_sharing: str = field(
         default="none",
         metadata={

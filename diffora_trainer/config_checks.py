@@ -14,15 +14,17 @@ from .core.values import check_integer, check_number
 SELECTION_SCOPES = ("layer", "model")
 SELECTION_GRANULARITIES = ("auto", "rank", "module")
 SELECTION_UNITS = ("module", "group", "layer")
+PREFIX_CACHES = ("none", "memory", "disk")
 WEIGHT_SHARING = ("none", "layer", "model")
 
 _CHOICES = {
     "selection_scope": SELECTION_SCOPES,
     "selection_granularity": SELECTION_GRANULARITIES,
     "selection_unit": SELECTION_UNITS,
+    "prefix_cache": PREFIX_CACHES,
     "weight_sharing": WEIGHT_SHARING,
 }
-_NUMBERS = ("discretize_at", "arch_warmup", "fade_out", "arch_split")
+_NUMBERS = ("discretize_at", "arch_warmup", "fade_out", "arch_split", "prefix_cache_gib")
 _OPTIONAL_NUMBERS = ("selection_ratio", "max_step_time", "max_step_memory")
 _OPTIONAL_INTEGERS = ("max_trainable_parameters", "arch_batch_size", "search_micro_batches")
 
@@ -47,6 +49,8 @@ def check_config(config: Any) -> None:
     for name in ("arch_batch_size", "search_micro_batches"):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"You passed `{name}={getattr(config, name)}`; it must be 1 or more.")
+    if not config.prefix_cache_gib > 0:
+        raise ValueError(f"You passed `prefix_cache_gib={config.prefix_cache_gib}`; it must be positive.")
     if not 0 <= config.arch_seed < 2**32:
         raise ValueError(f"You passed `arch_seed={config.arch_seed}`; it must be 0 or more, and below 2**32.")
     for name in ("discretize_at", "arch_warmup", "fade_out"):

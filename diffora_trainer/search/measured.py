@@ -15,9 +15,10 @@ from ..core.agreement import check_agreement, fingerprint
 from ..core.costs import StepCost
 from ..core.grid import OTHER_ROW
 from ..core.isolation import side_effect_free
+from ..core.rows import number_of_rows
 from . import timing
 from .memory import peak_bytes
-from .micro_batches import MicroBatches, number_of_rows
+from .micro_batches import MicroBatches
 from .runtime import Runtime
 
 
@@ -143,7 +144,7 @@ class GatedModel:
     def step_seconds(self, batch: Any) -> float:
         """Seconds of a training step (forward and backward pass) of the model as it is: the least of a few."""
         part, share = self._first_part(batch)
-        return min(self._time(part) for _ in range(timing.REPEATS + 1)) / share
+        return min(self._time(part) for _ in range(timing.REPEATS)) / share
 
     def step_bytes(self, batch: Any, kept: Sequence[int]) -> float:
         """Bytes of a training step of the model as it is, in which these modules are left: see [`step_memory`]."""

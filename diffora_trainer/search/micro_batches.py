@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process
+from ..core.rows import number_of_rows, take_rows
 from ..logging import get_logger
 from .batches import IGNORED_LABEL
 
@@ -162,26 +163,6 @@ def _count(rule: str, part: Any) -> int:
         return 0
     labels = labels[:, 1:] if rule == "shifted labels" else labels
     return int((labels != IGNORED_LABEL).sum())
-
-
-def number_of_rows(batch: Any) -> int | None:
-    """How many rows a batch has; `None` if it is no dictionary of tensors with equally many."""
-    if not isinstance(batch, Mapping):
-        return None
-    sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
-def take_rows(batch: Mapping[str, Any], chunk: range) -> dict[str, Any]:
-    """Some rows of a batch, which need no memory of their own. What is no tensor and no list of its rows is left."""
-    rows = number_of_rows(batch)
-
-    def take(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.dim() or isinstance(value, (list, tuple)) and len(value) == rows:
-            return value[chunk.start : chunk.stop]
-        return value
-
-    return {name: take(value) for name, value in batch.items()}
 
 
 def _chunks(rows: int, parts: int) -> list[range]:

@@ -47,15 +47,15 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     if run.reallocation is not None:  # what follows compares with all modules
         run.reallocation.release()
     costs = StepCosts() if search.costs is None else search.costs
-    seconds_before = None if costs.time is None else search.step_seconds(next(held_out.sample(1)))
     metrics = search.metrics()
     selection = finish(run.step)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
     search.runtime.after_prune()
     after = search.held_out_loss(held_out.sample(gap_batches)) if held_out.comparable else None
-    if seconds_before is not None:
+    if costs.time is not None:
+        # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
         seconds_after = search.step_seconds(next(held_out.sample(1)))
-        times = {**selection.times, "before_cut": seconds_before, "after_cut": seconds_after}
+        times = {**selection.times, "before_cut": costs.time.all_modules, "after_cut": seconds_after}
         selection = replace(selection, times=times)
     if costs.memory is not None:
         kept = [index for index, keep in enumerate(selection.kept) if keep]

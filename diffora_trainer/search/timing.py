@@ -11,7 +11,7 @@ import torch
 from ..core.costs import StepCost
 
 
-MEASURED_ROWS = 4
+MEASURED_ROWS = 3
 REPEATS = 2
 
 
@@ -24,9 +24,9 @@ def measure_step_cost(
     """
     Measure how the time or memory of a step depends on what is kept.
 
-    Up to four of the numbered rows are measured and the others interpolated, since layers follow each other; a row of
+    Up to three of the numbered rows are measured and the others interpolated, since layers follow each other; a row of
     modules outside the numbered layers is always measured. Times are measured twice in turn, and the smaller one
-    taken: a disturbance can only make a step slower. That is about a dozen passes in all.
+    taken: a disturbance can only make a step slower. That is about ten passes in all.
 
     Args:
         cost_of (`Callable[[Sequence[int]], float]`): makes a step with these modules kept and gives its seconds or

@@ -29,6 +29,7 @@ from .datasets import check_dataset, prepare_arch_dataset
 from .held_out import HeldOutData
 from .loss import check_own_loss, loss_of_trainer
 from .micro_batches import step_in_micro_batches
+from .prefix import TrainingPrefix, check_prefix_cache
 from .progress import SearchProgressCallback
 from .session import Hooks, TrainerSession
 
@@ -128,11 +129,13 @@ class DiffoRAMixin(_Base):
         self.arch_dataset = arch_dataset
         self._held_out = HeldOutData(self)
         self._public_copies = PublicCopies(self)
+        self._prefix_cache = TrainingPrefix(self)
         named = parent_arguments(self, DiffoRAMixin, args, kwargs, peft_config)
         super().__init__(**named)
         follow_log_level(self.args.log_level)
         check_trainer(self)
         check_own_loss(self)
+        check_prefix_cache(self)
         install_sites(self.model, self.diffora_config)
         self.arch_dataset = prepare_arch_dataset(self, named.get("train_dataset"), named.get("formatting_func"))
         self._session = TrainerSession(self.diffora_config, Hooks(self._make_run, self._set_prune_step))
@@ -170,6 +173,7 @@ class DiffoRAMixin(_Base):
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
+            self._prefix_cache.close()
             self._session.give_back(self.model)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,8 +192,9 @@ class DiffoRAMixin(_Base):
         """A training step of the parent, under gates drawn for it while the search lasts."""
         if self._in_architecture_step:  # which runs the step for its loss, under gates of its own
             return super().training_step(model, inputs, *args, **kwargs)
+        replayed = self._prefix_cache.replayed(inputs, self._session.is_pruned(self.model))
         self._session.before_step(inputs)
-        with self._held_out.keep_rollouts(self._session.gates_active):
+        with replayed, self._held_out.keep_rollouts(self._session.gates_active):
             if (search := self._session.splitting_search) is not None:
                 return step_in_micro_batches(self, search, super().training_step, model, inputs, *args, **kwargs)
             return super().training_step(model, inputs, *args, **kwargs)
@@ -234,7 +239,8 @@ class DiffoRAMixin(_Base):
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the pruning it leaves the held-out rows out."""
         trained_on = self._session.is_pruned(self.model) and not self._session.resumed_after_prune
-        return self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
+        loader = self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
+        return self._prefix_cache.keyed(loader)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._held_out.train_sampler(super()._get_train_sampler(train_dataset))

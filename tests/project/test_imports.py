@@ -22,9 +22,10 @@ MAY_IMPORT = {
     "compat": {"core", "logging"},
     "methods": {"core", "config", "logging", "compat"},
     "adapters": {"core", "config", "logging", "compat"},
+    "prefix": {"core", "logging"},
     "search": {"methods", "adapters", *LEAVES},
     "hub": {"methods", "adapters", *LEAVES},
-    "trainer": {"search", "hub", "methods", "adapters", *LEAVES},
+    "trainer": {"search", "prefix", "hub", "methods", "adapters", *LEAVES},
     "experimental": {"hub", "methods", "adapters", *LEAVES},
 }
 # The public names, which are loaded when they are asked for.

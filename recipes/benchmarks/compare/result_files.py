@@ -18,8 +18,9 @@ Record = dict[str, Any]
 def fingerprint(config: TaskConfig, **others: Any) -> str:
     """By what results can be compared: a change of the model, the data, the training or `others` gives another one."""
     settings = {**dataclasses.asdict(config), "task": None, **others}
-    if settings["dtype"] is None:
-        del settings["dtype"]  # results from before there was this option stay what they are
+    for name in ("dtype", "dropout"):  # results from before there were these options stay what they are
+        if settings[name] is None:
+            del settings[name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 

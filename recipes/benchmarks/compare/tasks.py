@@ -62,6 +62,8 @@ class TaskConfig(DataArguments):
             Dropout on the input of each LoRA.
         dtype (`str`, *optional*):
             Precision of the base model, `"float32"` or `"bfloat16"`. Defaults to bfloat16 on a GPU that has it.
+        dropout (`float`, *optional*):
+            Dropout of the base model, wherever it has one; by default its own.
         training (`dict`, *optional*):
             Any [`~transformers.TrainingArguments`] (or [`~trl.SFTConfig`]): `max_steps`, `learning_rate`, ...
     """
@@ -80,6 +82,7 @@ class TaskConfig(DataArguments):
     alpha: float = 2.0
     lora_dropout: float = 0.0
     dtype: str | None = None
+    dropout: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,15 +138,18 @@ class Task:
     def make_model(self, seed: int) -> nn.Module:
         """The pre-trained model, with a new head for a classifier; the head depends on the seed only."""
         import torch
-        from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, set_seed
 
-        dtype = torch.bfloat16 if self._is_bf16() else torch.float32
+        options: dict[str, Any] = {"dtype": torch.bfloat16 if self._is_bf16() else torch.float32}
+        if (dropout := self.config.dropout) is not None:
+            own = AutoConfig.from_pretrained(self.path).to_dict()
+            options.update({name: dropout for name, rate in own.items() if _is_dropout(name, rate)})
         if not self.is_classifier:
-            return AutoModelForCausalLM.from_pretrained(self.path, dtype=dtype)
+            return AutoModelForCausalLM.from_pretrained(self.path, **options)
         set_seed(seed)
         count = 1 if self.labels is None else len(self.labels)
         model = AutoModelForSequenceClassification.from_pretrained(
-            self.path, dtype=dtype, num_labels=count, problem_type="regression" if self.labels is None else None
+            self.path, num_labels=count, problem_type="regression" if self.labels is None else None, **options
         )
         model.config.pad_token_id = self.tokenizer.pad_token_id
         return model
@@ -292,6 +298,10 @@ class Task:
         if name not in measures:
             raise ValueError(f"`metric: {name}` is not one of a classifier; take one of {list(measures)}.")
         return {name: float(measures[name]())}
+
+
+def _is_dropout(name: str, rate: Any) -> bool:
+    return isinstance(rate, (int, float)) and ("dropout" in name or name.endswith("_pdrop"))
 
 
 def _model_path(name: str) -> str:

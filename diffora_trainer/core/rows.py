@@ -1,0 +1,36 @@
+"""The rows of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def number_of_rows(batch: Any) -> int | None:
+    """How many rows a batch has; `None` if it is no dictionary of tensors with equally many."""
+    if not isinstance(batch, Mapping):
+        return None
+    sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def take_rows(batch: Mapping[str, Any], wanted: range | Sequence[int]) -> dict[str, Any]:
+    """
+    Some rows of a batch. What is no tensor and no list of its rows is left.
+
+    Args:
+        batch (`Mapping`): tensors with equally many rows.
+        wanted (`range` or `Sequence[int]`): which; those of a range need no memory of their own.
+    """
+    rows = number_of_rows(batch)
+
+    def take(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim():
+            return value[wanted.start : wanted.stop] if isinstance(wanted, range) else value[list(wanted)]
+        if isinstance(value, (list, tuple)) and len(value) == rows:
+            return [value[index] for index in wanted]
+        return value
+
+    return {name: take(value) for name, value in batch.items()}

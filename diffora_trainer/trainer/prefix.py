@@ -1,0 +1,98 @@
+"""The prefix cache of a trainer: made once modules were pruned, and asked in each training step."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..compat import makes_completions, own_training_step, prepare_inputs
+from ..core.agreement import is_main_process
+from ..logging import get_logger
+from ..prefix import DiskStore, MemoryStore, PrefixCache
+from ..prefix.rows import KeyedCollator, take_rows_along
+from .loss import preserved_bookkeeping
+
+
+logger = get_logger(__name__)
+
+
+def check_prefix_cache(trainer: Any) -> None:
+    """Raise a `ValueError` if a prefix cache was asked for and this training cannot have one."""
+    kind = trainer.diffora_config.prefix_cache
+    if kind == "none":
+        return
+    if makes_completions(trainer) or own_training_step(trainer) is not None:
+        raise ValueError(
+            f"You passed `prefix_cache={kind!r}` to {type(trainer).__name__}, which makes the completions that it "
+            "trains on, so that no row comes again. Please leave it out."
+        )
+    if trainer.args.world_size > 1:
+        raise ValueError(
+            f"You passed `prefix_cache={kind!r}` with {trainer.args.world_size} processes. Rows go to another process "
+            "in each epoch, so that what one has kept is of little use. Please leave it out."
+        )
+
+
+class TrainingPrefix:
+    """
+    What a trainer keeps of the layers below the lowest LoRA.
+
+    Args:
+        trainer (`Trainer`): the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._cache: PrefixCache | None = None
+
+    @property
+    def _wanted(self) -> bool:
+        return bool(self._trainer.diffora_config.prefix_cache != "none")
+
+    def keyed(self, loader: DataLoader) -> DataLoader:
+        """A data loader whose batches bring along what their rows are known by."""
+        # What is dispatched from one process to others is taken apart on the way.
+        if self._wanted and not isinstance(loader.dataset, IterableDataset):
+            if not isinstance(loader.collate_fn, KeyedCollator):
+                loader.collate_fn = KeyedCollator(loader.collate_fn)
+        return loader
+
+    def replayed(self, inputs: Any, is_pruned: bool) -> AbstractContextManager[None]:
+        """For a training step on a batch: without the frozen layers, where that can be done."""
+        rows = take_rows_along(inputs)
+        if not (self._wanted and is_pruned):
+            return nullcontext()
+        if self._cache is None or self._cache.model is not self._trainer.model:
+            self._cache = self._make()
+        return self._cache.replay(inputs, rows)
+
+    def close(self) -> None:
+        """Say how much it was of use, and give it back."""
+        if self._cache is not None:
+            if self._cache.off is None and is_main_process():
+                logger.info(f"Prefix cache: {self._cache.describe()}.")
+            self._cache.close()
+        self._cache = None
+
+    def _make(self) -> PrefixCache:
+        trainer, config = self._trainer, self._trainer.diffora_config
+        limit = int(config.prefix_cache_gib * 2**30)
+        disk = config.prefix_cache == "disk"
+        store = DiskStore(limit, Path(trainer.args.output_dir)) if disk else MemoryStore(limit)
+
+        def loss_of(model: nn.Module, batch: Any) -> Any:
+            with preserved_bookkeeping(trainer), trainer.compute_loss_context_manager():
+                return trainer.compute_loss(model, dict(prepare_inputs(trainer, batch)))
+
+        cache = PrefixCache(trainer.model, loss_of, store)
+        if cache.prefix is not None and is_main_process():
+            count, where = len(cache.prefix.layers), "on disk" if disk else "in memory"
+            logger.info(
+                f"Prefix cache: what the {count} layer(s) below {cache.prefix.names[-1]} compute is kept {where}, up "
+                f"to {config.prefix_cache_gib:g} GiB."
+            )
+        return cache

@@ -1,0 +1,175 @@
+"""What the layers below the lowest LoRA compute is kept for each row: the same training, with fewer passes."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from helpers.checks import adapter, step_logs
+from helpers.depth import LAYERS, NOT_REENTRANT, deep, layer_of, layers_of, trainer_of
+from helpers.trainers import CUT
+
+
+STEPS = 40
+LOWEST = 2
+
+
+def without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    model.config.attention_dropout = model.config.attention_probs_dropout_prob = 0.0
+    return model
+
+
+class Rows:
+    """How many rows each layer computes in training mode after the pruning."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.seen: Counter[int] = Counter()
+        for index, layer in enumerate(layers_of(trainer.model)):
+            layer.register_forward_hook(lambda layer, args, output, index=index: self._note(index, output))
+
+    def _note(self, index: int, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        # With the states of the cache a layer is called and gives them, but does not compute.
+        if self.trainer.state.global_step >= CUT and "forward" not in vars(layers_of(self.trainer.model)[index]):
+            self.seen[index] += states.shape[0]
+
+
+def make(folder: Path, kind: str, task: str, args: dict[str, Any] | None = None, **search: Any) -> Trainer:
+    model = without_dropout(deep(kind, task))
+    return trainer_of(folder, task, model, {"max_steps": STEPS, **(args or {})}, search=search)
+
+
+def losses(trainer: Trainer) -> list[float]:
+    return [log["loss"] for log in step_logs(trainer).values()]
+
+
+def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert list(first) == list(second)
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(("kind", "task"), [("llama", "sft"), ("gpt2", "sft"), ("bert", "cls"), ("llama", "cls")])
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_the_same_training_with_each_row_once_below_the_lowest_lora(
+    kind: str, task: str, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = NOT_REENTRANT if where == "disk" and kind != "bert" else {}
+    plain = make(tmp_path / "plain", kind, task, args)
+    plain.train()
+    cached = make(tmp_path / "cached", kind, task, args, prefix_cache=where)
+    rows = Rows(cached)
+    with caplog.at_level(logging.INFO, "diffora_trainer"):
+        cached.train()
+    assert min(map(layer_of, cached.selection.selected)) == LOWEST
+    assert losses(cached) == pytest.approx(losses(plain), rel=2e-4)
+    assert losses(cached)[:CUT] == losses(plain)[:CUT]
+    assert_close(adapter(cached.model), adapter(plain.model))
+    count = len(cached.train_dataset)
+    trained = (STEPS - CUT) * cached.args.per_device_train_batch_size
+    assert trained > 2 * count
+    # On top of each row once there are the passes in which it is tried out.
+    for index in range(LOWEST):
+        assert count <= rows.seen[index] <= count + 5 * cached.args.per_device_train_batch_size < trained
+    if not args:  # with checkpointing layers are run again in the backward pass
+        assert all(rows.seen[index] >= trained for index in range(LOWEST, LAYERS))
+    layer = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}[kind]
+    assert f"below {layer}.{LOWEST} compute is kept" in caplog.text and "% of the rows were found" in caplog.text
+    assert not list((tmp_path / "cached").glob("tmp*"))  # nothing is left on the disk
+    # Evaluation and what is saved know nothing of it.
+    found = [trainer.evaluate(trainer.train_dataset)["eval_loss"] for trainer in (cached, plain)]
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+def test_what_is_random_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    runs = []
+    for where in ("none", "memory"):
+        trainer = trainer_of(
+            tmp_path / where, "sft", deep("llama", "sft"), {"max_steps": CUT + 4}, search={"prefix_cache": where}
+        )
+        trainer.train()
+        runs.append((losses(trainer), adapter(trainer.model)))
+    assert runs[0][0] == runs[1][0]  # trying it out left no trace in the random numbers
+    for name, tensor in runs[0][1].items():
+        assert torch.equal(tensor, runs[1][1][name])
+    assert "draw random numbers" in caplog.text
+
+
+def test_nothing_is_kept_where_the_first_layer_is_trained_or_rows_depend_on_each_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = make(tmp_path, "llama", "sft", {"max_steps": CUT + 2}, prefix_cache="memory", selection_ratio=1.0)
+    whole.train()
+    assert "the lowest layer, is trained" in caplog.text
+
+    class Mixing(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, hidden_states: Tensor) -> Tensor:
+            return self.inner(hidden_states) + hidden_states.mean(dim=0, keepdim=True)
+
+    runs = []
+    for where in ("none", "memory"):
+        trainer = make(tmp_path / where, "llama", "sft", {"max_steps": CUT + 4}, prefix_cache=where)
+        layer = layers_of(trainer.model)[0]
+        layer.input_layernorm = Mixing(layer.input_layernorm)
+        trainer.train()
+        runs.append(losses(trainer))
+    assert runs[0] == runs[1]
+    assert "depends on the others of its batch" in caplog.text
+
+
+def test_a_full_cache_and_accumulation_and_a_resumed_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "steps"}
+    args = {**args, "save_steps": CUT + 9}
+    plain = make(tmp_path / "plain", "llama", "sft", args)
+    plain.train()
+    full = make(tmp_path / "full", "llama", "sft", args, prefix_cache="memory", prefix_cache_gib=1e-5)
+    full.train()
+    assert "The prefix cache is full" in caplog.text and caplog.text.count("is full") == 1
+    assert losses(full) == pytest.approx(losses(plain), rel=2e-4)
+    resumed = make(tmp_path / "full", "llama", "sft", args, prefix_cache="disk")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "full" / f"checkpoint-{CUT + 9}"))
+    assert losses(resumed)[-5:] == pytest.approx(losses(plain)[-5:], rel=2e-4)
+    assert_close(adapter(resumed.model), adapter(plain.model))
+
+
+def test_rows_of_equal_tokens_and_other_labels_or_places_are_not_taken_for_each_other() -> None:
+    from diffora_trainer.prefix.rows import rows_of
+
+    tokens = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 7, 0, 0], [0, 0, 5, 6, 7], [5, 6, 7, 0, 0]])
+    mask = (tokens != 0).long()
+    labels = torch.tensor([1, 1, 1, 2])
+    rows = rows_of({"input_ids": tokens, "attention_mask": mask, "labels": labels})
+    assert rows is not None and [(row.start, row.stop) for row in rows] == [(0, 3), (0, 3), (2, 5), (0, 3)]
+    assert rows[0].key == rows[1].key and len({row.key for row in rows}) == 3
+    # In a batch of other padding it is the same row; a mask with a gap is another one.
+    wider = rows_of({"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long(), "labels": labels[:1]})
+    assert wider is not None and wider[0].key == rows[0].key
+    gap = rows_of({"input_ids": tokens[:1], "attention_mask": torch.tensor([[1, 0, 1, 0, 0]]), "labels": labels[:1]})
+    assert gap is not None and gap[0].key != rows[0].key and (gap[0].start, gap[0].stop) == (0, 5)
+    assert rows_of([tokens]) is None and rows_of({"input_ids": tokens, "pixel_values": torch.ones(7, 3)}) is None
+
+
+def test_bad_options(tmp_path: Path) -> None:
+    for options, message in (
+        ({"prefix_cache": "ram"}, "must be one of"),
+        ({"prefix_cache": "disk", "prefix_cache_gib": 0}, "must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(tmp_path, "llama", "sft", **options)
