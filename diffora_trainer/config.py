@@ -140,11 +140,11 @@ class DiffoRAConfig:
 
     prefix_cache (`str`, *optional*, defaults to `"none"`):
         Keep what the layers below the lowest LoRA compute for each row, in `"memory"` or on `"disk"` (in
-        `output_dir`), so that a row which comes again begins at that layer: the same update up to rounding. It pays
-        from the second epoch after the pruning on. Rows are known by their content, so it is of no use where that
-        changes (random masking). It is tried out on the first batch after the pruning, and off, with a warning, where
+        `output_dir`), so that a row which comes again begins at that layer: the same update up to rounding. Rows are
+        known by their content. It is tried out on the first batch after the pruning, and off, with a warning, where
         these layers draw random numbers (dropout) or the loss would differ. For one process.
-    prefix_cache_gib (`float`, *optional*, defaults to `4.0`): GiB that it may take up, rows beyond are computed again.
+    prefix_cache_gib (`float`, *optional*, defaults to `4.0`):
+        GiB that it may take up; rows beyond are computed again.
 
     > Parameters that control the model that is left
 

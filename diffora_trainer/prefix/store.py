@@ -95,7 +95,7 @@ class DiskStore:
         if self.used + content.nbytes > self.limit:
             return False
         try:
-            written = os.pwrite(self._file.fileno(), content, self.used)
+            written = os.pwrite(self._file.fileno(), content.data, self.used)
         except OSError:
             written = 0
         if written < content.nbytes:

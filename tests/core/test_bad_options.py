@@ -38,6 +38,8 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_step_memory": -0.1}, ValueError, "max_step_memory=-0.1.*must be in"),
     ({"max_step_memory": "0.6"}, TypeError, "`max_step_memory` must be.*without quotes"),
     ({"max_step_memory": 0.6, "weight_sharing": "layer"}, ValueError, "max_step_memory=0.6.*no step would be cheaper"),
+    ({"prefix_cache": "ram"}, ValueError, "prefix_cache='ram'.*must be one of.*'disk'"),
+    ({"prefix_cache": "memory", "prefix_cache_gib": 0}, ValueError, "prefix_cache_gib=0.0.*positive"),
     ({"search_micro_batches": 0}, ValueError, "search_micro_batches=0.*1 or more"),
     ({"search_micro_batches": 2.5}, TypeError, "`search_micro_batches` must be an int"),
     ({"selection_unit": "head"}, ValueError, "selection_unit='head'.*'group'"),

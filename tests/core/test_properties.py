@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from diffora_trainer import DiffoRAConfig, Selection
 from diffora_trainer.config import SELECTION_GRANULARITIES, SELECTION_SCOPES, SELECTION_UNITS, WEIGHT_SHARING
+from diffora_trainer.config_checks import PREFIX_CACHES
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid, SiteInfo
 from diffora_trainer.methods.build import make_schedule, method_of
@@ -60,6 +61,8 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "max_step_memory": st.none() | st.floats(0, 1),
     "selection_unit": st.sampled_from(SELECTION_UNITS),
     "selection_groups": st.none() | st.just({"attention": ["q_proj", "v_proj"]}),
+    "prefix_cache": st.sampled_from(PREFIX_CACHES),
+    "prefix_cache_gib": st.floats(0, 99),
     "search_micro_batches": st.none() | st.integers(0, 9),
     "method": st.sampled_from(method_names()),
     "method_options": st.none() | st.deferred(lambda: METHOD_OPTIONS),

@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from helpers.checks import adapter, step_logs
 from helpers.depth import LAYERS, NOT_REENTRANT, deep, layer_of, layers_of, trainer_of
+from helpers.rollouts import rollout_trainer
 from helpers.trainers import CUT
 
 
@@ -159,17 +160,14 @@ def test_rows_of_equal_tokens_and_other_labels_or_places_are_not_taken_for_each_
     assert rows is not None and [(row.start, row.stop) for row in rows] == [(0, 3), (0, 3), (2, 5), (0, 3)]
     assert rows[0].key == rows[1].key and len({row.key for row in rows}) == 3
     # In a batch of other padding it is the same row; a mask with a gap is another one.
-    wider = rows_of({"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long(), "labels": labels[:1]})
+    first = {"labels": labels[:1]}
+    wider = rows_of({"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.ones(1, 3).long(), **first})
     assert wider is not None and wider[0].key == rows[0].key
-    gap = rows_of({"input_ids": tokens[:1], "attention_mask": torch.tensor([[1, 0, 1, 0, 0]]), "labels": labels[:1]})
+    gap = rows_of({"input_ids": tokens[:1], "attention_mask": torch.tensor([[1, 0, 1, 0, 0]]), **first})
     assert gap is not None and gap[0].key != rows[0].key and (gap[0].start, gap[0].stop) == (0, 5)
     assert rows_of([tokens]) is None and rows_of({"input_ids": tokens, "pixel_values": torch.ones(7, 3)}) is None
 
 
-def test_bad_options(tmp_path: Path) -> None:
-    for options, message in (
-        ({"prefix_cache": "ram"}, "must be one of"),
-        ({"prefix_cache": "disk", "prefix_cache_gib": 0}, "must be positive"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make(tmp_path, "llama", "sft", **options)
+def test_refused_where_no_row_comes_again(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="prefix_cache='memory'.*GRPO.*no row comes again"):
+        rollout_trainer(tmp_path, search={"prefix_cache": "memory"})
