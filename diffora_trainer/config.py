@@ -16,7 +16,7 @@ from .config_checks import (
     check_config,
 )
 from .core.values import parse_mapping
-from .renamed import OLD_NAMES, REMEDIES, Renamed, old_schedule, take_over_old_names
+from .renamed import OLD_NAMES, REMEDIES, OldMoments, Renamed, take_over_old_names
 
 
 def _old(name: str) -> Any:
@@ -24,7 +24,7 @@ def _old(name: str) -> Any:
 
 
 @dataclass
-class DiffoRAConfig:
+class DiffoRAConfig(OldMoments):
     r"""
     Configuration of a run that chooses the modules that deserve a LoRA.
 
@@ -99,6 +99,10 @@ class DiffoRAConfig:
         optimizer step, a number in (0, 1) a fraction of all steps. A method that scores can do so at `1`, as near to
         the start as there is something to score in a new adapter, whose `lora_B` is 0 before; and at `0`, before the
         first step: for an adapter that was trained before, or for `"grad_norm"`, which sees the gradient of `lora_B`.
+    decide_early (`bool`, *optional*, defaults to `False`):
+        Make the choice as soon as there is evidence: two halves of the search agree, and the LoRA has lowered the
+        held-out loss, beyond its noise and by a hundredth. `discretize_at` is the latest moment then. Not read by a
+        method that scores.
     arch_warmup (`float`, *optional*, defaults to `0.05`):
         For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
         at the start every gate has a gradient of exactly zero, so at least one step of warm-up is always made. Not
@@ -211,6 +215,10 @@ class DiffoRAConfig:
     arch_warmup: float = field(
         default=0.05,
         metadata={"help": "For how long only the LoRA weights learn at the start: a step, or a fraction in [0, 1)."},
+    )
+    decide_early: bool = field(
+        default=False,
+        metadata={"help": "Make the choice as soon as there is evidence; `discretize_at` is the latest moment then."},
     )
     fade_out: float = field(
         default=0.05,
@@ -349,12 +357,3 @@ class DiffoRAConfig:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return cls(**options)
-
-    def schedule(self, total_steps: int) -> tuple[int, int]:
-        """Deprecated: `warmup` and `prune` of `make_schedule(config, total_steps)`."""
-        found = old_schedule(self, total_steps, "schedule")
-        return found.warmup, found.prune
-
-    def decision(self, total_steps: int) -> int:
-        """Deprecated: `make_schedule(config, total_steps).discretize`."""
-        return old_schedule(self, total_steps, "decision").discretize

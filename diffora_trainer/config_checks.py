@@ -75,8 +75,9 @@ def _check_types(config: Any) -> None:
         value = getattr(config, name)
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
-    if not isinstance(config.log_gates_by_kind, bool):
-        raise TypeError(f"`log_gates_by_kind` must be a bool, got {config.log_gates_by_kind!r}.")
+    for name in ("log_gates_by_kind", "decide_early"):
+        if not isinstance(getattr(config, name), bool):
+            raise TypeError(f"`{name}` must be a bool, got {getattr(config, name)!r}.")
 
 
 def _check_budget(config: Any) -> None:

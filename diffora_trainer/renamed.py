@@ -142,3 +142,16 @@ def old_schedule(config: Any, total_steps: int, name: str) -> Schedule:
     # A configuration knows no methods; who asks it for a schedule does not pass it to them.
     build = importlib.import_module(f"{__name__.partition('.')[0]}.methods.build")
     return build.make_schedule(config, total_steps)
+
+
+class OldMoments:
+    """What a [`DiffoRAConfig`] could be asked for before schedules were made of it and its method together."""
+
+    def schedule(self, total_steps: int) -> tuple[int, int]:
+        """Deprecated: `warmup` and `prune` of `make_schedule(config, total_steps)`."""
+        found = old_schedule(self, total_steps, "schedule")
+        return found.warmup, found.prune
+
+    def decision(self, total_steps: int) -> int:
+        """Deprecated: `make_schedule(config, total_steps).discretize`."""
+        return old_schedule(self, total_steps, "decision").discretize

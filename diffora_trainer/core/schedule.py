@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from .values import check_integer
@@ -96,6 +96,13 @@ class Schedule:
             Event.PRUNE: any(step == round.prune for round in self.prunes),
         }
         return [event for event in Event if happens[event]]
+
+    def decided(self, step: int) -> Schedule:
+        """The schedule of a run in which the last round is decided earlier: after this step."""
+        last = self.prunes[-1]
+        round = Prune(step, step + last.prune - last.discretize)
+        updates = range(self.updates.start, step + 1, self.updates.step)
+        return replace(self, updates=updates, prunes=(*self.prunes[:-1], round))
 
     def fade_progress(self, step: int) -> float | None:
         """

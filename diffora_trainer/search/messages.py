@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -11,6 +12,10 @@ from ..core.grid import LORA, Grid
 from ..core.schedule import Schedule
 from ..core.selection import Selection
 from ..methods.base import SelectionMethod
+
+
+if TYPE_CHECKING:
+    from .reallocation import Reallocation
 
 
 NO_LABELS = (
@@ -94,6 +99,15 @@ def scores(method: SelectionMethod, found: Tensor, batches: int) -> str:
     return (
         f"{len(found)} modules are scored by {method.name}{reads}, from {float(found.min()):.3g} to "
         f"{float(found.max()):.3g}."
+    )
+
+
+def reallocated(step: int, total: int, reallocation: Reallocation, changed: int) -> str:
+    """Modules were chosen anew, and `changed` of them switched."""
+    on = reallocation.on
+    return (
+        f"Step {step}: reallocation {len(reallocation.history)} of {total}: {int(on.sum())} of {len(on)} modules are "
+        f"on, {changed} were switched."
     )
 
 

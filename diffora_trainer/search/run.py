@@ -20,6 +20,7 @@ from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
 from . import messages
 from .batches import Batches, as_batches, without_labels
+from .early import decide_early
 from .measured import LossFunction
 from .parts import RunParts
 from .pruning import prune_run
@@ -138,7 +139,7 @@ class SelectionRun(RunParts):
 
     @property
     def gates_active(self) -> bool:
-        """Whether the gates act on the model: from the first step until the others are pruned."""
+        """Whether the gates act on the model: until the others are pruned."""
         return self.search.gates.attached
 
     # What a loop calls
@@ -270,9 +271,12 @@ class SelectionRun(RunParts):
         if self.search.step(batch, train_batch, learning_rate) is None:
             self._warn(messages.skipped(self.step, without_labels(batch), self.search.skipped_steps))
         updates = self.schedule.updates
-        if self.step == updates[len(updates) // 3] and self.search.rank_budget is not None:
-            if self.held_out.comparable:
-                self.search.measure_early(self.held_out.sample(_GAP_BATCHES))
+        compares = self.held_out.comparable and self.search.rank_budget is not None and not self.search.early_losses
+        if self.step == updates[len(updates) // 3] and compares:
+            self.search.measure_early(self.held_out.sample(_GAP_BATCHES))
+        if self.config.decide_early and (line := decide_early(self, _GAP_BATCHES)) is not None:
+            self._say(line)
+            self._discretize(measured=True) if self.schedule.fades else self._prune()
 
     def _reallocate(self, reallocation: Reallocation) -> None:
         batches = list(self.held_out.take(self.search.method.options.score_batches))
@@ -281,16 +285,13 @@ class SelectionRun(RunParts):
             self.search.runtime.after_switch()
         on = int(reallocation.on.sum())
         self._report.update({"diffora/modules_on": float(on), "diffora/switched_modules": float(changed)})
-        which = f"{len(reallocation.history)} of {len(self.schedule.updates)} by {self.config.method}"
-        self._say(
-            f"Step {self.step}: reallocation {which}: {on} of {len(reallocation.on)} modules are on, {changed} were "
-            "switched."
-        )
+        self._say(messages.reallocated(self.step, len(self.schedule.updates), reallocation, changed))
 
-    def _discretize(self) -> None:
-        if self.held_out.comparable:  # first: where nothing was learned, nothing should be favoured
-            loss = self.search.measure_effect(self.held_out.sample(_GAP_BATCHES))
-            self._report = {"diffora/held_out_loss_before_closing": loss}
+    def _discretize(self, measured: bool = False) -> None:
+        if self.held_out.comparable and not measured:  # first: where nothing was learned, nothing should be favoured
+            self.search.measure_effect(self.held_out.sample(_GAP_BATCHES))
+        if self.search.effect is not None:
+            self._report = {"diffora/held_out_loss_before_closing": self.search.effect[1]}
         self.search.discretize()
         in_ranks = self.search.rank_budget is not None
         self._say(messages.discretized(self.step, self.search.choice()[1], self.schedule, in_ranks))

@@ -63,6 +63,8 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
         apply_selection(run.model, state.selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
         run.selection, run.step = state.selection, state.step
         return True
+    if run.config.decide_early and state.kept is not None and state.discretize < run.schedule.discretize:
+        run.schedule = run.schedule.decided(state.discretize)
     if not state.ranks:  # of an adapter that was trained before, or from before ranks could be given
         search.forgo_ranks()
     reallocates = run.reallocation is not None and state.step >= state.warmup

@@ -20,6 +20,7 @@ from ..adapters.pruning import apply_selection
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
+from ..methods.build import make_schedule
 from ..search.run import SelectionRun
 from ..search.search import ArchitectureSearch
 from .checkpoint import TENSORS_NAME, load_state, save_state
@@ -108,7 +109,11 @@ class TrainerSession:
         self._suspend(model)
         if self.is_pruned(model):  # resumed after the pruning, or trained again
             if self.resumed_after_prune and self.selection is not None:
-                self._hooks.resume_split(self.selection.step or 0)
+                step = self.selection.step or 0
+                # Whenever the choice is made, the held-out rows go back at the latest moment of it.
+                self._hooks.resume_split(
+                    make_schedule(self.config, state.max_steps).prune if self.config.decide_early else step
+                )
             # No rows are held out of a training that begins after the pruning, and a checkpoint of it has to say so.
             self._began_pruned, self.resumed_after_prune = not self.resumed_after_prune, False
             return False

@@ -31,6 +31,7 @@ OPTIONS: dict[str, Any] = {
     "selection_unit": "group",
     "selection_groups": {"attention": ["q_proj", "v_proj"]},
     "search_micro_batches": 2,
+    "decide_early": True,
     "prefix_cache": "disk",
     "prefix_cache_gib": 0.5,
     "method": "snip",
@@ -89,7 +90,7 @@ def present() -> list[Any]:
 
 
 def test_every_option_is_parsed_from_the_command_line() -> None:
-    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 23
+    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 24
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(words(OPTIONS))
     assert config.to_dict() == OPTIONS
     assert {name: type(value) for name, value in config.to_dict().items()} == {

@@ -1,0 +1,53 @@
+"""Whether a search has found out enough to end ahead of its schedule."""
+
+from __future__ import annotations
+
+from .parts import RunParts
+
+
+RELIABILITY, EFFECT = 0.8, 0.01
+"""How alike two searches of this length have to rank the modules (see [`Confidence.value`]), and by which part of it
+the LoRA has to lower the held-out loss."""
+
+
+def is_due(updates: int) -> bool:
+    """
+    Whether to look after so many architecture steps: 8, 12, 16, 24, 32, 48 and so on, since a look may cost as much as
+    a few training steps.
+    """
+    while updates > 16 and updates % 2 == 0:
+        updates //= 2
+    return updates in (8, 12, 16)
+
+
+def decide_early(run: RunParts, batches: int) -> str | None:
+    """
+    Move the choice forward to now, if there is evidence for it: the halves of the search agree, and the LoRA has
+    lowered the held-out loss, beyond its noise and visibly. Where the budget is spent in ranks, this loss has also
+    fallen since the look before, or no rank would be moved. What it measures leaves no trace.
+
+    Args:
+        run ([`RunParts`]): a run whose method searches; its schedule is changed.
+        batches (`int`): how many held-out batches losses are compared on.
+
+    Returns:
+        `str` or `None`: a line for the log, if the choice is made now.
+    """
+    search, latest = run.search, run.schedule.discretize
+    if run.step >= latest or not run.held_out.comparable or not is_due(search.halves.steps):
+        return None
+    agreement = search.halves.correlation()
+    if agreement is None or 2 * agreement < RELIABILITY * (1 + agreement):
+        return None
+    search.measure_effect(run.held_out.sample(batches))
+    value, effect = search.confidence.value, search.effect
+    if search.rank_budget is not None and search.progress is None:
+        search.measure_early(run.held_out.sample(batches))  # to compare the next look with
+        return None
+    if value is None or value < RELIABILITY or effect is None or effect[0] - effect[1] < EFFECT * abs(effect[0]):
+        return None
+    run.schedule = run.schedule.decided(run.step)
+    return (
+        f"Step {run.step}: the search ranks the modules reliably ({value:.2f}) and the LoRA has lowered the held-out "
+        f"loss from {effect[0]:.4g} to {effect[1]:.4g}, so the choice is made now and not at step {latest}."
+    )
