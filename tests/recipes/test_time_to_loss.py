@@ -62,12 +62,16 @@ def test_all_methods_take_turns_and_a_killed_comparison_goes_on(tmp_path: Path) 
     words += ["--dataset_name", str(tmp_path / "reviews.jsonl"), "--text_columns", "review", "--label_column", "stars"]
     words += ["--seeds", "0", "--learning_rates", "1e-3", "1e-2", "--eval_every", "4", "--max_eval_samples", "8"]
     words += ["--output_dir", str(tmp_path / "out"), "--memory", "false"]
+    words += ["--dropout", "0.0", "--dtype", "float32"]
     methods = ["all_linear", "q_and_v", "last_layers:k=1", "adalora", "diffora", "diffora:max_step_time=1.0"]
+    methods += ["drawn_depth:whole=0.3"]
 
     def run(names: list[str]) -> tuple[str, list[dict[str, Any]]]:
         module = recipe("time_to_loss")
         task, options = module.make_parser().parse_args_and_config([*words, "--methods", *names])
         task.training = {**task.training, "max_steps": 12, "use_cpu": True, "per_device_train_batch_size": 4}
+        dropouts = [m.p for m in recipe("tasks").Task(task).make_model(0).modules() if isinstance(m, torch.nn.Dropout)]
+        assert dropouts and not any(dropouts)
         table = module.main(task, options)
         return table, recipe("result_files").read_results(tmp_path / "out" / "results.jsonl")
 

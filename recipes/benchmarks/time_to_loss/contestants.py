@@ -17,9 +17,10 @@ from tasks import Task  # noqa: E402
 
 
 if TYPE_CHECKING:
-    from transformers import Trainer
+    from torch import nn
+    from transformers import Trainer, TrainerCallback
 
-METHODS = ("all_linear", "q_and_v", "last_layers", "adalora", "diffora")
+METHODS = ("all_linear", "q_and_v", "last_layers", "drawn_depth", "adalora", "diffora")
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:
@@ -29,7 +30,9 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
         raise ValueError(f"There is no method {name!r}; known are {list(METHODS)}.")
     if name == "last_layers" and (set(options) != {"k"} or not isinstance(options["k"], int) or options["k"] < 1):
         raise ValueError(f"'last_layers' needs the number of layers, as in 'last_layers:k=4', got {text!r}.")
-    if options and name not in ("last_layers", "diffora"):
+    if name == "drawn_depth" and (set(options) != {"whole"} or not 0 <= float(options["whole"]) <= 1):
+        raise ValueError(f"'drawn_depth' needs the share of whole steps, as in 'drawn_depth:whole=0.5', got {text!r}.")
+    if options and name not in ("last_layers", "drawn_depth", "diffora"):
         raise ValueError(f"The method {name!r} has no options, but you passed {text!r}.")
     return name, options
 
@@ -72,8 +75,55 @@ def make_trainer(task: Task, method: str, seed: int, steps: int, longest: int) -
             task_type="SEQ_CLS" if task.is_classifier else "CAUSAL_LM",
         )
         return task.make_trainer(get_peft_model(model, config), seed, training=training, callbacks=[AdaLoraUpdate()])
+    if name == "drawn_depth":
+        model = get_peft_model(model, lora_config(task, None))
+        return task.make_trainer(
+            model, seed, training=training, callbacks=[drawn_depth(model, options["whole"], seed)]
+        )
     ranks = None if name == "all_linear" else dict.fromkeys(modules_of(task, name, options), task.config.rank)
     return task.make_trainer(get_peft_model(model, lora_config(task, ranks)), seed, training=training)
+
+
+def drawn_depth(model: nn.Module, whole: float, seed: int) -> TrainerCallback:
+    """
+    Ends the backward pass of most steps at a layer that is drawn, as DropBP (https://huggingface.co/papers/2402.17812)
+    drops a part of it. LoRA below takes part in the forward pass and is not stepped.
+
+    Args:
+        model (`nn.Module`): a model whose layers are the longest list of modules in it.
+        whole (`float`): share of the steps that go all the way.
+        seed (`int`): of what is drawn.
+    """
+    import random
+
+    from torch import nn
+    from transformers import TrainerCallback
+
+    layers = max((module for module in model.modules() if isinstance(module, nn.ModuleList)), key=len)
+    random_numbers = random.Random(seed)
+
+    class Drawn(TrainerCallback):
+        def __init__(self) -> None:
+            self.hook: Any = None
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if random_numbers.random() >= whole:
+                lowest = layers[random_numbers.randrange(1, len(layers))]
+                self.hook = lowest.register_forward_pre_hook(_detach, with_kwargs=True)
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.hook is not None:
+                self.hook.remove()
+                self.hook = None
+
+    return Drawn()
+
+
+def _detach(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    states = args[0] if args else kwargs["hidden_states"]
+    if args:
+        return (states.detach(), *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": states.detach()}
 
 
 @contextmanager
