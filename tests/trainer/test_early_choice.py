@@ -13,7 +13,7 @@ from helpers.checks import adapter, assert_continues, step_logs
 from helpers.trainers import make_trainer
 
 
-LATEST, STEPS = 40, 60
+LATEST, STEPS = 30, 36
 MANY = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 5, "save_total_limit": 99}
 
 
@@ -33,9 +33,8 @@ def test_the_choice_comes_early_and_a_resumed_run_makes_the_same_one(
     fade = {"fade_out": 4, **options}["fade_out"]
     assert made < LATEST and f"so the choice is made now and not at step {LATEST - fade}" in caplog.text
     assert whole.selection.confidence >= 0.8
-    decided = made - fade
-    # Before the decision, while gates fade out, and after the pruning
-    for step in {(decided - 1) // 5 * 5, (made - 1) // 5 * 5, made // 5 * 5 + 5}:
+    # While gates fade out or before the decision, and after the pruning
+    for step in ((made - 1) // 5 * 5, made // 5 * 5 + 5):
         resumed = make(tmp_path / "whole", **options)
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_continues(resumed, whole, step)
