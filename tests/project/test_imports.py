@@ -25,6 +25,9 @@ MAY_IMPORT = {
     "prefix": {"core", "logging"},
     "search": {"methods", "adapters", *LEAVES},
     "hub": {"methods", "adapters", *LEAVES},
+    "serving": {"core", "logging", "compat"},
+    "cli": {"serving", "search", "hub", "methods", "adapters", *LEAVES},
+    "__main__": {"cli"},
     "trainer": {"search", "prefix", "hub", "methods", "adapters", *LEAVES},
     "experimental": {"hub", "methods", "adapters", *LEAVES},
 }

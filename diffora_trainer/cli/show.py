@@ -1,0 +1,84 @@
+"""Show what a run has chosen: the matrix, the ranking, how sure it is; of a folder or of an adapter on the Hub."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..core.selection import SELECTION_NAME, Selection
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `diffora show`."""
+    parser.add_argument("source", help="folder of an adapter, its diffora_selection.json, or its Hub id")
+    parser.add_argument("--diff", metavar="OTHER", help="another one of the same model, to compare with")
+    parser.add_argument("--ranking", action="store_true", help="all modules, the best first")
+    parser.add_argument("--picture", metavar="FILE.png", help="write the matrix as a picture (needs matplotlib)")
+
+
+def run(words: argparse.Namespace) -> None:
+    """Print it."""
+    selection = load(words.source)
+    print(describe(selection))
+    if words.ranking:
+        print("\nAll modules, the best first:")
+        ranks = dict(zip(selection.modules, selection.ranks, strict=True))
+        for place, name in enumerate(selection.ranking(), start=1):
+            print(f"{place:4d}  {'rank ' + str(ranks[name]) if ranks[name] else 'removed':8s}  {name}")
+    if words.diff:
+        print("\n" + difference(selection, load(words.diff), (words.source, words.diff)))
+    if words.picture:
+        from ..hub.plots import plot_selection
+
+        print(f"\nWritten: {plot_selection(selection, words.picture)}")
+
+
+def load(source: str) -> Selection:
+    """
+    A selection from a folder, a file or the Hub.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if Path(source).exists():
+        return Selection.load(source)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Selection.load(hf_hub_download(source, SELECTION_NAME))
+    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
+        where = f"a folder here nor an adapter on the Hub with a {SELECTION_NAME}"
+        raise ValueError(f"{source!r} is neither {where}.") from error
+
+
+def describe(selection: Selection) -> str:
+    """What was chosen, as a text."""
+    lines = [f"{selection.summary()}, by {selection.config.get('method')}, after step {selection.step}."]
+    lines += [selection.table(), "x kept   . removed" if not selection.in_ranks else "numbers are ranks"]
+    if selection.confidence is not None:
+        meaning = "1: another search would rank the modules alike; 0: as chance would"
+        lines.append(f"Confidence: {selection.confidence:.2f} ({meaning}).")
+    for name, costs, unit in (("time", selection.times, "s"), ("memory", selection.memory, "bytes")):
+        if costs:
+            after = costs.get("after_cut", costs["predicted"])
+            part = after / costs["all_modules"]
+            lines.append(f"A step has {part:.2f} of the {name} with all modules ({after:.4g} {unit}).")
+    lines += [f"Note: {note}" for note in selection.notes]
+    return "\n".join(lines)
+
+
+def difference(first: Selection, second: Selection, names: tuple[str, str]) -> str:
+    """Where two selections differ, as a text."""
+    if set(first.modules) != set(second.modules):
+        raise ValueError(f"{names[0]} and {names[1]} are of different models: they do not have the same modules.")
+    of_second = dict(zip(second.modules, second.ranks, strict=True))
+    changes = [
+        f"{name}: rank {rank} and {of_second[name]}"
+        for name, rank in zip(first.modules, first.ranks, strict=True)
+        if rank != of_second[name]
+    ]
+    shared = sum(min(rank, of_second[name]) for name, rank in zip(first.modules, first.ranks, strict=True))
+    smaller = min(sum(first.ranks), sum(second.ranks))
+    head = f"{names[0]} and {names[1]} share {shared / smaller:.0%} of their ranks."
+    return "\n".join([head, *changes])

@@ -1,0 +1,6 @@
+"""Adapters in the form that a server needs."""
+
+from .export import SERVERS, export
+
+
+__all__ = ["SERVERS", "export"]

@@ -1,0 +1,219 @@
+"""
+An adapter of a subset of modules as a server takes it.
+
+What each server does with an adapter was read from its code (July to November 2026), not run: vLLM takes any subset of
+modules but one rank and one scale; SGLang wants query, key and value, and gate and up, together; LoRAX and TGI drop a
+kind of module for all layers, with a warning alone, if one layer lacks it; llama.cpp takes any subset at one alpha.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.grid import OTHER_ROW, Grid
+from ..core.units import find_units
+from ..logging import get_logger
+from .pairs import Pair, read_pairs
+
+
+logger = get_logger(__name__)
+
+SERVERS = {
+    "vllm": "one rank and one scale for all modules",
+    "llama.cpp": "one rank and one scale for all modules",
+    "sglang": "that, and query, key and value (gate and up) together in each layer",
+    "lorax": "that, and each kind of module in all layers or in none; also for TGI",
+    "merged": "the whole model with the adapter in its weights, for any server",
+}
+"""For what an adapter can be exported, and what that takes."""
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, base_model: Any = None) -> Path:
+    """
+    Write an adapter as a server takes it. The update of the weights is the same: ranks are padded and missing pairs
+    filled with zeros, and scales are multiplied into `lora_B`.
+
+    Args:
+        adapter (`str` or `os.PathLike`): folder of an adapter that PEFT has saved, by whatever training.
+        server (`str`): one of `SERVERS`.
+        output (`str` or `os.PathLike`): folder to write; it must not be there yet, or be empty.
+        base_model (`str`, *optional*): folder or Hub id of the base model, where it is not where the adapter says.
+
+    Returns:
+        `Path`: the folder.
+
+    Raises:
+        ValueError: if there is no such server, the adapter cannot be brought into this form, or `output` is not empty.
+        FileNotFoundError: if there is no adapter.
+    """
+    folder, target = Path(adapter), Path(output)
+    if server not in SERVERS:
+        raise ValueError(f"There is no export for {server!r}; there is one for {list(SERVERS)}.")
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f"There is no adapter in {folder}: it has no {CONFIG}.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} is there already and not empty. Please name another folder.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # A folder that is half-written when this is interrupted must not look like an adapter.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
+        building = Path(made) / "export"
+        building.mkdir()
+        if server == "merged":
+            _write_merged(folder, building, base_model)
+        else:
+            _write_adapter(folder, building, server, base_model)
+        if target.exists():
+            target.rmdir()
+        building.rename(target)
+    return target
+
+
+def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
+    from transformers import AutoTokenizer
+
+    model, name = _load(folder, base_model)
+    model.merge_and_unload().save_pretrained(target)
+    for source in (folder, name):
+        try:
+            AutoTokenizer.from_pretrained(source).save_pretrained(target)
+            return
+        except (OSError, ValueError):
+            continue
+    logger.warning(f"Neither the adapter nor {name} has a tokenizer; please add it to the merged model.")
+
+
+def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> None:
+    from peft import LoraConfig
+    from safetensors.torch import load_file, save_file
+
+    config = LoraConfig.from_pretrained(str(folder))
+    pairs, others = read_pairs(load_file(folder / WEIGHTS), config)
+    layers: Mapping[str, nn.Module] = {}
+    if server in ("sglang", "lorax"):
+        layers = _linear_layers(config, base_model)
+        pairs = _completed(pairs, layers, server)
+    rank = max(pair.rank for pair in pairs.values())
+    pairs = {module: pair.at(rank) for module, pair in pairs.items()}
+    tensors = dict(others)
+    for module, pair in pairs.items():
+        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.a
+        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.b
+    config.r = config.lora_alpha = rank
+    config.rank_pattern, config.alpha_pattern = {}, {}
+    config.use_rslora = False
+    config.target_modules = _targets(pairs, layers)
+    # What only says how an adapter began, or which of the modules it has
+    config.init_lora_weights = True
+    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    if base_model is not None:
+        config.base_model_name_or_path = str(base_model)
+    config.save_pretrained(str(target))
+    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+
+
+def _completed(pairs: dict[str, Pair], layers: Mapping[str, nn.Module], server: str) -> dict[str, Pair]:
+    """The pairs, and zeros for what a server wants beside them."""
+    if unknown := [module for module in pairs if module not in layers]:
+        raise ValueError(
+            f"The adapter has a LoRA on {unknown[0]!r}, and the base model no linear layer of this name. Please name "
+            "the right one with `--base_model`."
+        )
+    grid = Grid.arrange([(name, 1, 1, "lora") for name in layers])
+    if server == "lorax":
+        layered = [site for site in grid.sites if grid.rows[site.row] != OTHER_ROW]
+        kinds = {site.column for site in layered if site.name in pairs}
+        wanted = [site.name for site in layered if site.column in kinds]
+    else:
+        units = find_units(grid, "group", {})
+        used = {unit for unit, site in zip(units, grid.sites, strict=True) if site.name in pairs}
+        wanted = [site.name for unit, site in zip(units, grid.sites, strict=True) if unit in used]
+    some = next(iter(pairs.values()))
+    return {**pairs, **{name: _zeros(layers[name], some) for name in wanted if name not in pairs}}
+
+
+def _targets(pairs: Mapping[str, Pair], layers: Mapping[str, nn.Module]) -> set[str]:
+    """Names for `target_modules`: kinds of module, where that says the same, or else every module."""
+    kinds = {module.rsplit(".", 1)[-1] for module in pairs}
+    of_kinds = {name for name in layers if name.rsplit(".", 1)[-1] in kinds}
+    return kinds if of_kinds == set(pairs) else set(pairs)
+
+
+def _zeros(layer: nn.Module, like: Pair) -> Pair:
+    shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
+    outputs, inputs = shape if isinstance(layer, nn.Linear) else shape[::-1]  # GPT-2 has its weights the other way
+    return Pair(like.a.new_zeros(like.rank, inputs), like.b.new_zeros(outputs, like.rank), 1.0)
+
+
+def _linear_layers(config: Any, base_model: Any) -> dict[str, nn.Module]:
+    """The linear layers of a base model, of which nothing but the configuration is read."""
+    from transformers import AutoConfig
+    from transformers.pytorch_utils import Conv1D
+
+    name = base_model or config.base_model_name_or_path
+    try:
+        found = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"The shapes of the other modules are those of the base model, whose configuration is not at {name!r}. "
+            "Please name its folder or Hub id with `--base_model`."
+        ) from error
+    with torch.device("meta"):
+        cls = model_class(config.task_type, found.architectures)
+        model = cls.from_config(found) if hasattr(cls, "from_config") else cls(found)
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
+
+
+def model_class(task_type: Any, architectures: Any = None) -> Any:
+    """
+    The class that loads a model.
+
+    Args:
+        task_type (`str` or `None`): PEFT's name of what is trained.
+        architectures (`list[str]`, *optional*): what the model's configuration says; read where PEFT says nothing.
+    """
+    import transformers
+
+    names = {
+        "CAUSAL_LM": "AutoModelForCausalLM",
+        "SEQ_CLS": "AutoModelForSequenceClassification",
+        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+        "TOKEN_CLS": "AutoModelForTokenClassification",
+        "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    }
+    name = names.get(str(getattr(task_type, "value", task_type)))
+    if name is None and architectures and hasattr(transformers, architectures[0]):
+        name = architectures[0]
+    return getattr(transformers, name or "AutoModel")
+
+
+def _load(folder: Path, base_model: Any) -> tuple[Any, str]:
+    """The model with its adapter, and where the base model is from."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    name = str(base_model or config.base_model_name_or_path)
+    options: dict[str, Any] = {}
+    if (heads := _labels(folder)) is not None:
+        options["num_labels"] = heads
+    cls = model_class(config.task_type, AutoConfig.from_pretrained(name).architectures)
+    return PeftModel.from_pretrained(cls.from_pretrained(name, **options), folder), name
+
+
+def _labels(folder: Path) -> int | None:
+    """Outputs of a classifier that was trained along; its base model does not know them."""
+    from safetensors import safe_open
+
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        names: Iterable[str] = file.keys()
+        heads = [name for name in names if name.endswith(("classifier.weight", "score.weight", "out_proj.weight"))]
+        return int(file.get_slice(heads[-1]).get_shape()[0]) if heads else None

@@ -1,0 +1,90 @@
+"""The pairs of matrices of a saved LoRA: read, brought to one rank and scale, and completed with zeros."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+_NAME = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """
+    The LoRA of a module.
+
+    Args:
+        a (`Tensor` of shape `(rank, in_features)`, and kernel sizes of a convolution): `lora_A`.
+        b (`Tensor` of shape `(out_features, rank)`, and ones of a convolution): `lora_B`.
+        scale (`float`): what their product is multiplied with.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Its rank."""
+        return int(self.a.shape[0])
+
+    def at(self, rank: int) -> Pair:
+        """The same update at a larger rank and at a scale of 1: padded with zeros, the scale in `lora_B`."""
+        more = rank - self.rank
+        a = torch.cat([self.a, self.a.new_zeros(more, *self.a.shape[1:])]) if more else self.a
+        b = (self.b.float() * self.scale).to(self.b.dtype)
+        b = torch.cat([b, b.new_zeros(b.shape[0], more, *b.shape[2:])], dim=1) if more else b
+        return Pair(a.contiguous(), b.contiguous(), 1.0)
+
+
+def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+    """
+    The pairs of an adapter, by module, and what it holds beside them (a trained head, say).
+
+    Args:
+        tensors (`Mapping[str, Tensor]`): what PEFT has saved.
+        config ([`~peft.LoraConfig`]): the adapter's configuration.
+
+    Raises:
+        ValueError: if it is no LoRA of linear layers and convolutions.
+    """
+    if getattr(config, "use_dora", False):
+        raise ValueError(
+            "The adapter is a DoRA, whose magnitudes no pair of matrices holds. Please export it with `--for merged`."
+        )
+    halves: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if (match := _NAME.match(name)) is not None:
+            halves.setdefault(match["module"], {})[match["part"]] = tensor
+        elif "lora_" in name:
+            raise ValueError(
+                f"The adapter holds {name!r}, which is no LoRA of a linear layer or a convolution. Please export it "
+                "with `--for merged`."
+            )
+        else:
+            others[name] = tensor
+    if broken := [module for module, parts in halves.items() if set(parts) != {"A", "B"}]:
+        raise ValueError(f"The adapter lacks one of the two matrices of {broken[0]!r}: the file is damaged.")
+    if not halves:
+        raise ValueError("The adapter holds no LoRA matrices.")
+    return {
+        module: Pair(parts["A"], parts["B"], _scale(config, module, int(parts["A"].shape[0])))
+        for module, parts in halves.items()
+    }, others
+
+
+def _scale(config: Any, module: str, rank: int) -> float:
+    """`alpha / rank`, or with rsLoRA `alpha / sqrt(rank)`, as PEFT finds both by the patterns of the configuration."""
+    from peft.utils.other import get_pattern_key
+
+    alphas = config.alpha_pattern or {}
+    alpha = alphas.get(get_pattern_key(list(alphas), module), config.lora_alpha)
+    return float(alpha) / (math.sqrt(rank) if config.use_rslora else rank)

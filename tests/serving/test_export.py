@@ -1,0 +1,147 @@
+"""Exported adapters: the same model through plain PEFT, in the form that each server takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+)
+
+from diffora_trainer.serving import SERVERS, export
+from helpers.models import llama_config
+
+
+ODD = {
+    "model.layers.0.self_attn.q_proj": 2,
+    "model.layers.1.self_attn.v_proj": 4,
+    "model.layers.1.mlp.gate_proj": 3,
+    "model.layers.2.mlp.down_proj": 4,
+}
+
+
+def saved(folder: Path, base: Any, ranks: dict[str, int], **options: Any) -> tuple[Path, Path]:
+    """A base model and an adapter of these modules and ranks with random weights, as PEFT saves them."""
+    base.save_pretrained(folder / "base")
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=list(ranks),
+        rank_pattern=dict(ranks),
+        alpha_pattern={name: 3 * rank for name, rank in list(ranks.items())[1:2]},
+        **options,
+    )
+    torch.manual_seed(1)
+    model = get_peft_model(type(base).from_pretrained(folder / "base"), config)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(folder / "adapter")
+    return folder / "base", folder / "adapter"
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(llama_config(64, num_hidden_layers=3))
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(3, 15).view(2, 6)).logits
+
+
+def loaded(base: Path, adapter: Path, cls: Any = AutoModelForCausalLM) -> torch.Tensor:
+    return logits(PeftModel.from_pretrained(cls.from_pretrained(base), adapter))
+
+
+def modules(folder: Path) -> set[str]:
+    names = load_file(folder / "adapter_model.safetensors")
+    return {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names if "lora_" in name}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_same_model_for_every_server(rslora: bool, tmp_path: Path) -> None:
+    base, adapter = saved(tmp_path, llama(), ODD, use_rslora=rslora)
+    wanted = loaded(base, adapter)
+    assert not torch.allclose(wanted, logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-2)
+    for server in SERVERS:
+        folder = export(adapter, server, tmp_path / server)
+        if server == "merged":
+            found = logits(AutoModelForCausalLM.from_pretrained(folder))
+        else:
+            found = loaded(base, folder)
+            config = json.loads((folder / "adapter_config.json").read_text())
+            assert config["r"] == config["lora_alpha"] == 4 and not config["use_rslora"]
+            assert not config["rank_pattern"] and not config["alpha_pattern"]
+            ranks = {t.shape[0] for n, t in load_file(folder / "adapter_model.safetensors").items() if "lora_A" in n}
+            assert ranks == {4}
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert modules(tmp_path / "vllm") == modules(tmp_path / "llama.cpp") == set(ODD)
+    layers = [f"model.layers.{index}" for index in range(3)]
+    # Query, key and value together; gate and up together; each only where one of them was.
+    attention = {f"{layer}.self_attn.{kind}" for layer in layers[:2] for kind in ("q_proj", "k_proj", "v_proj")}
+    assert modules(tmp_path / "sglang") == attention | set(ODD) | {f"{layers[1]}.mlp.up_proj"}
+    # Each kind in all layers
+    kinds = {name.split(".", 3)[3] for name in ODD}
+    assert modules(tmp_path / "lorax") == {f"{layer}.{kind}" for layer in layers for kind in kinds}
+    config = json.loads((tmp_path / "lorax" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {kind.split(".")[-1] for kind in kinds}
+
+
+def test_weights_the_other_way_round_and_a_head_that_was_trained_along(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=64))
+    ranks = {"transformer.h.0.attn.c_attn": 2, "transformer.h.2.mlp.c_fc": 4}
+    base, adapter = saved(tmp_path / "gpt2", gpt2, ranks, fan_in_fan_out=True)
+    folder = export(adapter, "lorax", tmp_path / "gpt2" / "out")
+    torch.testing.assert_close(loaded(base, folder), loaded(base, adapter), rtol=1e-4, atol=1e-4)
+    assert len(modules(folder)) == 6
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2}
+    bert = BertForSequenceClassification(BertConfig(vocab_size=64, num_labels=3, **sizes))
+    ranks = {"bert.encoder.layer.1.attention.self.query": 2}
+    base, adapter = saved(tmp_path / "bert", bert, ranks, task_type="SEQ_CLS")
+    wanted = loaded(base, adapter, BertForSequenceClassification)
+    for server in ("sglang", "merged"):
+        folder = export(adapter, server, tmp_path / "bert" / server)
+        merged = server == "merged"
+        found = (
+            logits(BertForSequenceClassification.from_pretrained(folder))
+            if merged
+            else loaded(base, folder, BertForSequenceClassification)
+        )
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+    base, adapter = saved(tmp_path, llama(), ODD)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    for arguments, message in (
+        ((adapter, "ollama", tmp_path / "out"), "no export for 'ollama'"),
+        ((tmp_path / "base", "vllm", tmp_path / "out"), "no adapter in"),
+        ((adapter, "vllm", tmp_path / "full"), "is there already and not empty"),
+        ((adapter, "lorax", tmp_path / "out", str(tmp_path / "nowhere")), "name its folder or Hub id"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            export(*arguments)
+    dora, torn = saved(tmp_path / "dora", llama(), ODD, use_dora=True)[1], tmp_path / "torn"
+    with pytest.raises(ValueError, match="a DoRA, whose magnitudes.*--for merged"):
+        export(dora, "vllm", tmp_path / "out")
+    other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
+    other.save_pretrained(torn)
+    with pytest.raises(ValueError, match="no linear layer of this name.*--base_model"):
+        export(adapter, "lorax", tmp_path / "out", str(torn))
+    assert not (tmp_path / "out").exists() and not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert (tmp_path / "full" / "mine").read_text() == "x"
