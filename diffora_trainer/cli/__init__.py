@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
-from . import export, plan, show
+
+# A command is imported when it is asked for: what it needs takes seconds to load.
+COMMANDS = {
+    "plan": "say what a run would do before anything is trained",
+    "show": "show what a run has chosen, of a folder or of an adapter on the Hub",
+    "export": "write an adapter as a server takes it: vLLM, SGLang, LoRAX, TGI, llama.cpp, or merged",
+}
 
 
-COMMANDS = {"plan": plan, "show": show, "export": export}
+def make_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """
+    The parser of all commands.
 
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    Args:
+        command (`str`, *optional*): the one whose arguments it knows.
+    """
     from .. import __version__
 
-    parser = argparse.ArgumentParser(prog="diffora", description=__doc__)
+    parser = argparse.ArgumentParser(prog="diffora", description="Choose LoRA modules while a model trains.")
     parser.add_argument("--version", action="version", version=f"diffora-trainer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, command in COMMANDS.items():
-        summary = (command.__doc__ or "").strip()
-        command.add_arguments(commands.add_parser(name, help=summary.splitlines()[0], description=summary))
+    for name, summary in COMMANDS.items():
+        own = commands.add_parser(name, help=summary)
+        if name == command:
+            module = importlib.import_module(f"{__name__}.{name}")
+            own.description = module.__doc__
+            module.add_arguments(own)
+            own.set_defaults(run=module.run)
     return parser
 
 
@@ -35,14 +48,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         `int`: 0, or 1 after an error that the user can do something about, which is printed.
     """
-    parser = make_parser()
-    words, rest = parser.parse_known_args(arguments)
-    if rest and words.command != "plan":
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    parser = make_parser(words[0] if words and words[0] in COMMANDS else None)
+    found, rest = parser.parse_known_args(words)
+    if rest and found.command != "plan":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    words.options = rest
+    found.options = rest
     try:
-        COMMANDS[words.command].run(words)
+        found.run(found)
     except (ValueError, OSError) as error:
-        print(f"diffora {words.command}: {error}", file=sys.stderr)
+        print(f"diffora {found.command}: {error}", file=sys.stderr)
         return 1
     return 0

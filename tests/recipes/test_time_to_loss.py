@@ -142,7 +142,7 @@ def test_figures_are_read_off_the_curves() -> None:
     assert runs["q_and_v"][0].loss_at(1.0) == pytest.approx(2.2)  # it has made 8 of 10 steps by then
     memory = [{"kind": "memory", "method": m, "peak_bytes": p} for m, p in (("all_linear", 200), ("diffora", 120))]
     lines = {line.split("`")[1]: line for line in curves.make_table([*records, *memory]).splitlines()[2:]}
-    assert "| 0.62 | 0.7500 | 1.5000 | 0.50 | 0.60 |" in lines["diffora"]
+    assert "| 0.62 | 0.7500 | 1.5000 | 0.50 | 0.60 | 0.5000 |" in lines["diffora"]
     assert "| not reached |" in lines["q_and_v"] and "| 1.00 | 1.0000 |" in lines["all_linear"]
     assert list(lines) == ["diffora", "all_linear", "q_and_v"]
 

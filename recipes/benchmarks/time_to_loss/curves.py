@@ -95,8 +95,8 @@ def make_table(records: Sequence[Record]) -> str:
     peaks = {record["method"]: record["peak_bytes"] for record in records if record["kind"] == "memory"}
     lines = [
         "| method | learning rate | seeds | time to all-linear's final loss | loss at all-linear's time | loss after "
-        "as many steps | time of a step | peak memory |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "as many steps | time of a step | peak memory | lowest loss until then |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for method, found in sorted(runs.items(), key=lambda item: statistics.fmean(r.loss_at(1.0) for r in item[1])):
         shared = [run for run in found if run.seed in targets]
@@ -113,6 +113,7 @@ def make_table(records: Sequence[Record]) -> str:
             _spread(after, 4) if after else "",
             _spread([run.step_ratio for run in found], 2),
             peak,
+            _spread([min(loss for time, loss in run.curve if time <= 1.0) for run in found], 4),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
