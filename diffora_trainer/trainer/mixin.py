@@ -239,8 +239,8 @@ class DiffoRAMixin(_Base):
     def get_train_dataloader(self) -> DataLoader:
         """The parent's data loader; until the pruning it leaves the held-out rows out."""
         trained_on = self._session.is_pruned(self.model) and not self._session.resumed_after_prune
-        loader = self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
-        return self._prefix_cache.keyed(loader)
+        with self._prefix_cache.keyed():
+            return self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._held_out.train_sampler(super()._get_train_sampler(train_dataset))

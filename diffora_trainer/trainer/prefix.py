@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from ..compat import makes_completions, own_training_step, prepare_inputs
 from ..core.agreement import is_main_process
+from ..core.isolation import replaced
 from ..logging import get_logger
 from ..prefix import DiskStore, MemoryStore, PrefixCache
 from ..prefix.rows import KeyedCollator, take_rows_along
@@ -53,13 +54,12 @@ class TrainingPrefix:
     def _wanted(self) -> bool:
         return bool(self._trainer.diffora_config.prefix_cache != "none")
 
-    def keyed(self, loader: DataLoader) -> DataLoader:
-        """A data loader whose batches bring along what their rows are known by."""
-        # What is dispatched from one process to others is taken apart on the way.
-        if self._wanted and not isinstance(loader.dataset, IterableDataset):
-            if not isinstance(loader.collate_fn, KeyedCollator):
-                loader.collate_fn = KeyedCollator(loader.collate_fn)
-        return loader
+    def keyed(self) -> AbstractContextManager[None]:
+        """While a data loader is made: its batches will bring along what their rows are known by."""
+        # The batches of a stream are dispatched, and on the way taken apart as if all of them were tensors.
+        if not self._wanted or isinstance(self._trainer.train_dataset, IterableDataset):
+            return nullcontext()
+        return replaced(self._trainer, "data_collator", KeyedCollator(self._trainer.data_collator))
 
     def replayed(self, inputs: Any, is_pruned: bool) -> AbstractContextManager[None]:
         """For a training step on a batch: without the frozen layers, where that can be done."""

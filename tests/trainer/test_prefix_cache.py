@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from diffora_trainer.prefix.rows import rows_of, take_rows_along
 from helpers.checks import adapter, step_logs
 from helpers.depth import LAYERS, NOT_REENTRANT, deep, layer_of, layers_of, trainer_of
 from helpers.rollouts import rollout_trainer
@@ -66,13 +67,20 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(("kind", "task"), [("llama", "sft"), ("gpt2", "sft"), ("bert", "cls"), ("llama", "cls")])
 @pytest.mark.parametrize("where", ["memory", "disk"])
 def test_the_same_training_with_each_row_once_below_the_lowest_lora(
-    kind: str, task: str, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, task: str, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = NOT_REENTRANT if where == "disk" and kind != "bert" else {}
     plain = make(tmp_path / "plain", kind, task, args)
     plain.train()
     cached = make(tmp_path / "cached", kind, task, args, prefix_cache=where)
     rows = Rows(cached)
+    batches = []
+
+    def noted(batch: Any) -> Any:
+        batches.append(take_rows_along(batch))
+        return batches[-1]
+
+    monkeypatch.setattr("diffora_trainer.trainer.prefix.take_rows_along", noted)
     with caplog.at_level(logging.INFO, "diffora_trainer"):
         cached.train()
     assert min(map(layer_of, cached.selection.selected)) == LOWEST
@@ -90,6 +98,8 @@ def test_the_same_training_with_each_row_once_below_the_lowest_lora(
     layer = {"llama": "model.layers", "gpt2": "transformer.h", "bert": "bert.encoder.layer"}[kind]
     assert f"below {layer}.{LOWEST} compute is kept" in caplog.text and "% of the rows were found" in caplog.text
     assert not list((tmp_path / "cached").glob("tmp*"))  # nothing is left on the disk
+    # Rows are known since they were collated, so that nothing is fetched back from a GPU.
+    assert len(batches) == STEPS and all(len(found) == cached.args.per_device_train_batch_size for found in batches)
     # Evaluation and what is saved know nothing of it.
     found = [trainer.evaluate(trainer.train_dataset)["eval_loss"] for trainer in (cached, plain)]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
@@ -151,8 +161,6 @@ def test_a_full_cache_and_accumulation_and_a_resumed_run(tmp_path: Path, caplog:
 
 
 def test_rows_of_equal_tokens_and_other_labels_or_places_are_not_taken_for_each_other() -> None:
-    from diffora_trainer.prefix.rows import rows_of
-
     tokens = torch.tensor([[5, 6, 7, 0, 0], [5, 6, 7, 0, 0], [0, 0, 5, 6, 7], [5, 6, 7, 0, 0]])
     mask = (tokens != 0).long()
     labels = torch.tensor([1, 1, 1, 2])
