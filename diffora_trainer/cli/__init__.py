@@ -10,10 +10,14 @@ from collections.abc import Sequence
 
 # A command is imported when it is asked for: what it needs takes seconds to load.
 COMMANDS = {
+    "sft": "fine-tune a language model: all arguments of SFTConfig, ModelConfig and DiffoRAConfig, or --config x.yaml",
+    "dpo": "train a language model on preferences: those of DPOConfig, ModelConfig and DiffoRAConfig",
     "plan": "say what a run would do before anything is trained",
     "show": "show what a run has chosen, of a folder or of an adapter on the Hub",
     "export": "write an adapter as a server takes it: vLLM, SGLang, LoRAX, TGI, llama.cpp, or merged",
 }
+TRAINING = ("sft", "dpo")
+"""Commands whose arguments a parser of TRL's reads, and explains."""
 
 
 def make_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -29,12 +33,13 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffora-trainer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
-        own = commands.add_parser(name, help=summary)
+        own = commands.add_parser(name, help=summary, add_help=name not in TRAINING)
         if name == command:
             module = importlib.import_module(f"{__name__}.{name}")
-            own.description = module.__doc__
-            module.add_arguments(own)
             own.set_defaults(run=module.run)
+            if name not in TRAINING:
+                own.description = module.__doc__
+                module.add_arguments(own)
     return parser
 
 
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser(words[0] if words and words[0] in COMMANDS else None)
     found, rest = parser.parse_known_args(words)
-    if rest and found.command != "plan":
+    if rest and found.command not in (*TRAINING, "plan"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     found.options = rest
     try:

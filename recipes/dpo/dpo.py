@@ -40,9 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
+from diffora_trainer.cli.train import prepare_model
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `splits`
@@ -65,21 +66,8 @@ def main(
     train_dataset, eval_dataset = load_splits(script_args, seed=training_args.seed)
 
     # Model: the trainer loads it, with these arguments
-    if not model_args.model_name_or_path:
-        raise ValueError("`model_name_or_path` is missing: a Hub id or a local folder.")
-    model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    if (quantization_config := get_quantization_config(model_args)) is not None:
-        model_init_kwargs["quantization_config"] = quantization_config
-    training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
-
-    # LoRA on every linear layer to start with, unless told otherwise: the trainer then learns which ones to keep.
-    model_args.use_peft = True
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = "all-linear"
+    # LoRA on every linear layer to start with, unless told otherwise: the trainer then learns which ones to keep
+    peft_config = prepare_model(training_args, model_args)
 
     # Trainer
     trainer = DiffoRADPOTrainer(
@@ -87,7 +75,7 @@ def main(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
         diffora_config=diffora_args,
     )
 

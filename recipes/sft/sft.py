@@ -124,9 +124,8 @@ def main(
     diffora_args: "DiffoRAConfig",
 ) -> dict[str, Any]:
     """Run the recipe. Returns what is printed at the end."""
-    from trl import get_peft_config, get_quantization_config
-
     from diffora_trainer import DiffoRASFTTrainer
+    from diffora_trainer.cli.train import prepare_model
 
     if "embedded" in (script_args.dataset_name, model_args.model_name_or_path):
         from embedded import hide_progress
@@ -145,19 +144,8 @@ def main(
 
         with training_args.main_process_first(desc="converting the packaged model"):
             model = smollm2_folder()
-    model_init_kwargs = {
-        "revision": model_args.model_revision,
-        "attn_implementation": model_args.attn_implementation,
-        "dtype": model_args.dtype,
-    }
-    if (quantization_config := get_quantization_config(model_args)) is not None:
-        model_init_kwargs["quantization_config"] = quantization_config
-    training_args.model_init_kwargs = {**model_init_kwargs, **(training_args.model_init_kwargs or {})}
-
     # LoRA on every linear layer to start with, unless told otherwise: the trainer then learns which ones to keep.
-    model_args.use_peft = True
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = "all-linear"
+    peft_config = prepare_model(training_args, model_args)
 
     # Trainer
     trainer = DiffoRASFTTrainer(
@@ -165,7 +153,7 @@ def main(
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
-        peft_config=get_peft_config(model_args),
+        peft_config=peft_config,
         diffora_config=diffora_args,
     )
 

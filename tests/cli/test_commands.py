@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from peft import AutoPeftModelForCausalLM
 
 from diffora_trainer import Selection
 from diffora_trainer.cli import main
+from helpers.adapted import lora_layers
+from helpers.data import preference_dataset, prompt_completion_dataset, tiny_tokenizer
 from helpers.models import llama_config
-from helpers.trainers import make_trainer
+from helpers.trainers import causal_model, make_trainer
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +70,29 @@ def test_as_a_module_and_with_words_that_it_does_not_know(runs: tuple[Path, Path
     out = str(tmp_path / "out")
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 0
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 1
+
+
+@pytest.mark.parametrize("command", ["sft", "dpo"])
+def test_training_from_a_file_and_words(command: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    causal_model(attention_dropout=0.0).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    rows = preference_dataset(24) if command == "dpo" else prompt_completion_dataset(24)
+    rows.to_json(tmp_path / "rows.jsonl")
+    settings = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True}
+    settings |= {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path / "rows.jsonl")}
+    settings |= {"report_to": "none", "save_strategy": "no", "selection_ratio": 0.3, "discretize_at": 8}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    words = [command, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert main([*words, "--selection_ratio", "0.5", "--lora_r", "2"]) == 0
+    text = capsys.readouterr().out
+    selection = Selection.load(tmp_path / "out")
+    assert selection.config["selection_ratio"] == 0.5 and set(selection.grid.ranks) == {2}
+    assert selection.table() in text and "Held-out loss: " in text
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert len(lora_layers(loaded, "default")) == len(selection.selected)
+    assert main([*words, "--selection_ratio", "7"]) == 1
+    assert "selection_ratio=7" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert "--selection_ratio" in capsys.readouterr().out

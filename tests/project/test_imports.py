@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "search": {"methods", "adapters", *LEAVES},
     "hub": {"methods", "adapters", *LEAVES},
     "serving": {"core", "logging", "compat"},
-    "cli": {"serving", "search", "hub", "methods", "adapters", *LEAVES},
+    "cli": {"serving", "trainer", "search", "hub", "methods", "adapters", *LEAVES},
     "__main__": {"cli"},
     "trainer": {"search", "prefix", "hub", "methods", "adapters", *LEAVES},
     "experimental": {"hub", "methods", "adapters", *LEAVES},
