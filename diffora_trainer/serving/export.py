@@ -86,7 +86,7 @@ def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
         try:
             AutoTokenizer.from_pretrained(source).save_pretrained(target)
             return
-        except (OSError, ValueError):
+        except (OSError, ValueError, ImportError):  # there is none, or one that cannot be read here
             continue
     logger.warning(f"Neither the adapter nor {name} has a tokenizer; please add it to the merged model.")
 
