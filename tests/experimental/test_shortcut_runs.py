@@ -243,7 +243,7 @@ def test_the_reference_of_dpo_is_the_base_model(tmp_path: Path) -> None:
     "search",
     [
         {"method": "sigmoid", "fade_out": 0},  # scores that differ by little
-        {"method": "constant", "reallocate_every": 1, "selection_scope": "model", "selection_ratio": 0.25},
+        {"method": "random", "reallocate_every": 1, "selection_scope": "model", "selection_ratio": 0.25},
     ],
     ids=["searched", "reallocated"],
 )

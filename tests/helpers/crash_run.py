@@ -71,7 +71,7 @@ def live(order: dict) -> None:
             "discretize_at": CUT,
             "fade_out": 8,
             "arch_every": 2,
-            "shortcuts": order.get("shortcuts"),
+            **({"shortcuts": order["shortcuts"]} if order.get("shortcuts") else {}),
         },
     )
     trainer.events = os.open(order["events"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
