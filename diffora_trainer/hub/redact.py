@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 # Texts that may name folders: the adapter's configuration, the Trainer's state, the card, what a user adds.
 # Vocabularies are left alone, since they may hold any string.
-_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
+_TEXTS = (".html", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HIDDEN_TOKEN = "<HUB_TOKEN>"
@@ -49,7 +50,7 @@ class Private:
     def __init__(self, folders: Iterable[Path], tokens: Iterable[str]) -> None:
         given = set(folders)
         words = {str(folder) for folder in given | {f.resolve() for f in given} if folder != Path(folder.anchor)}
-        words |= {json.dumps(word)[1:-1] for word in words}  # as JSON writes it
+        words |= {written for word in words for written in (json.dumps(word)[1:-1], _in_html(word))}
         longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)"
         self._inside = re.compile(rf"(?:{longest_first})(?:[\\/]+|(?![\w.-]))")
         self._folders = re.compile(rf"(?<![\w.~-]){self._inside.pattern}")  # not in the middle of an address
@@ -108,6 +109,11 @@ def public_model_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def _in_html(text: str) -> str:
+    """A text as a report holds it: Jinja's escapes of quotes are not those of `html.escape`."""
+    return html.escape(text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
 
 
 def _records(content: bytes) -> Iterator[bytes]:
