@@ -56,11 +56,18 @@ class Private:
         self._folders = re.compile(rf"(?<![\w.~-]){self._inside.pattern}")  # not in the middle of an address
         self._tokens = list(tokens)
 
-    def without(self, text: str) -> str:
-        """A text without tokens, and with paths from the last folder on that says nothing about this machine."""
+    def without(self, text: str, in_html: bool = False) -> str:
+        """
+        A text without tokens, and with paths from the last folder on that says nothing about this machine.
+
+        Args:
+            text (`str`): the text.
+            in_html (`bool`, *optional*, defaults to `False`): whether it is that of a page.
+        """
+        hidden = _in_html(_HIDDEN_TOKEN) if in_html else _HIDDEN_TOKEN
         for token in self._tokens:
-            text = text.replace(token, _HIDDEN_TOKEN)
-        text = _TOKEN.sub(_HIDDEN_TOKEN, text)
+            text = text.replace(token, hidden)
+        text = _TOKEN.sub(hidden, text)
         return self._folders.sub(lambda found: "" if found[0].endswith(("/", "\\")) else ".", text)
 
     def arguments(self, args: Any) -> Any:
@@ -92,7 +99,7 @@ class Private:
                 # Not its last part: that would name whatever model has this name on the Hub.
                 config["base_model_name_or_path"] = None
                 clean = json.dumps(config, indent=2, sort_keys=True)
-        clean = self.without(clean)
+        clean = self.without(clean, in_html=path.suffix == ".html")
         return None if clean == text else clean.encode(errors="surrogateescape")
 
     def _tells(self, record: bytes) -> bool:

@@ -125,7 +125,7 @@ def render_report(
             if value not in (None, {}) and (name != "arch_warmup" or method.searches or selection.history)
         },
     )
-    return Private((), ()).without(page)
+    return Private((), ()).without(page, in_html=True)
 
 
 @lru_cache(maxsize=1)
