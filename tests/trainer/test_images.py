@@ -144,7 +144,7 @@ trainer.train()
 
 def test_trackio_shows_them_too(tmp_path: Path) -> None:
     """The real package, which keeps a run on this machine unless it is given a Space; read back by its own command."""
-    pytest.importorskip("trackio")
+    pytest.importorskip("trackio", exc_type=ImportError)  # it needs a newer huggingface_hub than the oldest
     env = {**os.environ, "PYTHONPATH": IMPORT_PATH, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
     words: dict[str, Any] = {"env": env, "cwd": tmp_path, "capture_output": True, "text": True, "timeout": 150}
     done = subprocess.run([sys.executable, "-c", RUN], **words)
