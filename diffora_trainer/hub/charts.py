@@ -59,42 +59,42 @@ class Line:
     points: Points
 
 
-def total_steps(log_history: Sequence[Mapping[str, Any]], max_steps: int | None) -> int | None:
+def last_step(log_history: Sequence[Mapping[str, Any]]) -> int | None:
+    """The last step that a log speaks of."""
+    return max((int(step) for entry in log_history if _is_number(step := entry.get("step"))), default=None)
+
+
+def phases(
+    selection: Selection, log_history: Sequence[Mapping[str, Any]] = (), max_steps: int | None = None
+) -> list[Phase]:
     """
-    Optimizer steps of a run, as far as they are known.
+    The phases of a run, as far as it is in its log.
 
     Args:
-        log_history (`Sequence[Mapping]`): the Trainer's log.
-        max_steps (`int`, *optional*): what its state says.
+        selection ([`~diffora_trainer.core.selection.Selection`]): what was chosen, when, and by which options.
+        log_history (`Sequence[Mapping]`, *optional*): the Trainer's log.
+        max_steps (`int`, *optional*): optimizer steps that the run was to have; by default the last in the log.
+            Without both only the pruning is known.
     """
-    last = max((int(step) for entry in log_history if _is_number(step := entry.get("step"))), default=0)
-    return max(last, max_steps or 0) or None
-
-
-def phases(selection: Selection, steps: int | None) -> list[Phase]:
-    """
-    The phases of a run, from its options, its length and the step at which its modules were chosen.
-
-    Args:
-        selection ([`~diffora_trainer.core.selection.Selection`]): what was chosen.
-        steps (`int`, *optional*): optimizer steps of the run; without them only the pruning is known.
-    """
-    prune = selection.step
+    prune, made = selection.step, last_step(log_history)
+    planned = max_steps or made
     if prune is None:
         return []
-    schedule = None if steps is None else _schedule(selection, steps)
+    schedule = None if planned is None else _schedule(selection, planned)
     if schedule is None:
         found = [Phase("all modules", 0, prune)]
     elif schedule.updates.start >= schedule.prune:  # of a method that scores once
         found = [Phase(WARMUP, 0, prune)]
     else:
-        # Chosen earlier than planned where there was evidence, or because the run ended.
-        fading = schedule.prune - schedule.discretize
-        discretize = max(schedule.warmup, prune - fading) if prune != schedule.prune else schedule.discretize
+        discretize = min(schedule.discretize, prune)
+        # Pruned ahead of its schedule, a run was decided early and faded out, or it ended then.
+        went_on = made is not None and made > prune or last(log_history, _AROUND_PRUNING[0]) is not None
+        if prune < schedule.prune and selection.config.get("decide_early") and went_on:
+            discretize = max(schedule.warmup, prune - (schedule.prune - schedule.discretize))
         warmup = min(schedule.warmup, prune)
         found = [Phase(WARMUP, 0, warmup), Phase(SEARCH, warmup, discretize), Phase(FADE_OUT, discretize, prune)]
-    if steps is not None:
-        found.append(Phase(SELECTED, prune, steps))
+    if made is not None or planned is not None:
+        found.append(Phase(SELECTED, prune, made or planned or prune))
     return [phase for phase in found if phase.begin < phase.end]
 
 
@@ -148,17 +148,16 @@ def last(log_history: Sequence[Mapping[str, Any]], name: str) -> float | None:
     return float(found[-1]) if found else None
 
 
-def chart(lines: Sequence[Line], run: Sequence[Phase], steps: int | None) -> dict[str, Any]:
+def chart(lines: Sequence[Line], run: Sequence[Phase]) -> dict[str, Any]:
     """
     Where everything stands in the drawing, in its units.
 
     Args:
         lines (`Sequence[Line]`): the losses.
         run (`Sequence[Phase]`): the phases.
-        steps (`int`, *optional*): optimizer steps of the run.
     """
     values = [value for line in lines for _, value in line.points]
-    furthest = max([step for line in lines for step, _ in line.points] + [phase.end for phase in run] + [steps or 1])
+    furthest = max([step for line in lines for step, _ in line.points] + [phase.end for phase in run])
     low, high, ticks = _axis(min(values), max(values))
 
     def x(step: float) -> float:

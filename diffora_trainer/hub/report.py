@@ -98,8 +98,8 @@ def render_report(
     method = method_facts(selection.config)
     if not is_log_of_choice(log_history):
         log_history, max_steps = (), None
-    steps = charts.total_steps(log_history, max_steps)
-    run = charts.phases(selection, steps)
+    steps = max_steps or charts.last_step(log_history)
+    run = charts.phases(selection, log_history, max_steps)
     lines, skipped = charts.losses(log_history, selection.step)
     measures = _measures(selection, method)
     page = _template().render(
@@ -113,7 +113,7 @@ def render_report(
         columns=[(sanitize(short), sanitize(name)) for short, name in _named(selection.columns)],
         rows=_grid_rows(selection, measures),
         phases=[(phase, _of_phase(lines, phase)) for phase in run],
-        chart=charts.chart(lines, run, steps) if lines else None,
+        chart=charts.chart(lines, run) if lines else None,
         skipped=skipped,
         costs=_costs(selection),
         outcomes=_outcomes(selection, method),

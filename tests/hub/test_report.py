@@ -157,17 +157,21 @@ def test_no_token_in_a_page() -> None:
 def test_phases() -> None:
     """From the options, the length and the step of the pruning: as planned, earlier, and where little is known."""
 
-    def found(selection: Selection, steps: int | None) -> list[tuple[str, int, int]]:
-        return [(phase.name, phase.begin, phase.end) for phase in phases(selection, steps)]
+    def found(selection: Selection, steps: int | None, made: int | None = None) -> list[tuple[str, int, int]]:
+        log = [] if made is None else [{"step": made, "loss": 1.0}]
+        return [(phase.name, phase.begin, phase.end) for phase in phases(selection, log, steps)]
 
     planned = of_layers(2)
     assert found(planned, 1000)[2:] == [("fade-out", 200, 250), ("selected", 250, 1000)]
     early = replace(planned, step=150, config={**OPTIONS, "decide_early": True})
-    assert found(early, 1000) == [
+    assert found(early, 1000, 1000) == [
         ("warm-up", 0, 50), ("search", 50, 100), ("fade-out", 100, 150), ("selected", 150, 1000)
     ]  # fmt: skip
-    stopped = replace(planned, step=60)  # ended before the fade-out
-    assert found(stopped, 1000) == [("warm-up", 0, 50), ("fade-out", 50, 60), ("selected", 60, 1000)]
+    for selection, step in ((planned, 60), (planned, 220), (early, 60)):  # ended there, and chosen then
+        stopped = [("warm-up", 0, 50), ("search", 50, min(step, 200)), ("fade-out", 200, step)][: 2 + (step > 200)]
+        assert found(replace(selection, step=step), 1000, step) == stopped
+    assert found(planned, 1000, 400)[-1] == ("selected", 250, 400)  # so far
+    assert found(planned, None, 1000) == found(planned, 1000, 1000) == found(planned, 1000)
     once = replace(planned, config={"method": "snip", "discretize_at": 250})
     assert found(once, 1000) == [("warm-up", 0, 250), ("selected", 250, 1000)]
     at_once = replace(planned, config={"method": "snip", "discretize_at": 0}, step=0)
