@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 880, 320
 LEFT, RIGHT, TOP, BOTTOM = 56, 16, 40, 44
 _MAX_POINTS = 400
 _MAX_EVALUATIONS = 5
+_LARGEST = 1e30
 _AROUND_PRUNING = (
     "diffora/held_out_loss_before_closing",
     "diffora/held_out_loss_before_cut",
@@ -105,7 +106,7 @@ def _schedule(selection: Selection, steps: int) -> Schedule | None:
         return None
 
 
-def losses(log_history: Sequence[Mapping[str, Any]], pruned: int | None) -> tuple[list[Line], int]:
+def losses(log_history: Sequence[Mapping[str, Any]], pruned: int | None) -> tuple[list[Line], int, int]:
     """
     The losses in a log.
 
@@ -114,7 +115,8 @@ def losses(log_history: Sequence[Mapping[str, Any]], pruned: int | None) -> tupl
         pruned (`int`, *optional*): the step of the pruning.
 
     Returns:
-        `tuple[list[Line], int]`: the lines, and how many values were left out because they are not finite.
+        `tuple[list[Line], int, int]`: the lines, how many values were left out because they are not finite, and how
+            many evaluation losses because there are too many.
     """
     evaluations = [
         name
@@ -139,7 +141,7 @@ def losses(log_history: Sequence[Mapping[str, Any]], pruned: int | None) -> tupl
                 skipped += 1
         if points:
             lines.append(Line(name, style, _thinned(sorted(points), pruned)))
-    return lines, skipped
+    return lines, skipped, max(0, len(evaluations) - _MAX_EVALUATIONS)
 
 
 def last(log_history: Sequence[Mapping[str, Any]], name: str) -> float | None:
@@ -157,7 +159,7 @@ def chart(lines: Sequence[Line], run: Sequence[Phase]) -> dict[str, Any]:
         run (`Sequence[Phase]`): the phases.
     """
     values = [value for line in lines for _, value in line.points]
-    furthest = max([step for line in lines for step, _ in line.points] + [phase.end for phase in run])
+    furthest = max([step for line in lines for step, _ in line.points] + [phase.end for phase in run] + [1])
     low, high, ticks = _axis(min(values), max(values))
 
     def x(step: float) -> float:
@@ -191,8 +193,9 @@ def chart(lines: Sequence[Line], run: Sequence[Phase]) -> dict[str, Any]:
 
 def _axis(low: float, high: float, count: int = 5) -> tuple[float, float, list[float]]:
     """A range with round ends that holds another one, and round numbers in it."""
-    span = high - low or abs(high) or 1.0
-    rough = span / count
+    size = max(abs(low), abs(high))
+    span = high - low if high - low > 1e-9 * size else size
+    rough = (span if span > 1 / _LARGEST else 1.0) / count
     unit = 10.0 ** math.floor(math.log10(rough))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= rough * 0.999)
     first, after = math.floor(low / step), math.ceil(high / step)
@@ -217,4 +220,5 @@ def _means(points: Points, size: int) -> Iterable[tuple[float, float]]:
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is one that can be drawn; a log may be anybody's."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _LARGEST

@@ -100,7 +100,7 @@ def render_report(
         log_history, max_steps = (), None
     steps = max_steps or charts.last_step(log_history)
     run = charts.phases(selection, log_history, max_steps)
-    lines, skipped = charts.losses(log_history, selection.step)
+    lines, skipped, undrawn = charts.losses(log_history, selection.step)
     measures = _measures(selection, method)
     page = _template().render(
         selection=selection,
@@ -115,6 +115,7 @@ def render_report(
         phases=[(phase, _of_phase(lines, phase)) for phase in run],
         chart=charts.chart(lines, run) if lines else None,
         skipped=skipped,
+        undrawn=undrawn,
         costs=_costs(selection),
         outcomes=_outcomes(selection, method),
         versions={sanitize(str(name)): sanitize(str(version)) for name, version in selection.versions.items()},
@@ -207,7 +208,7 @@ def _part(value: float) -> float:
 def _scaled(values: Sequence[float]) -> tuple[list[str], str]:
     """Numbers with three digits in a common power of ten, and that power."""
     largest = max(map(abs, values))
-    power = 0 if largest == 0 else 3 * math.floor(math.log10(largest) / 3)
+    power = 0 if largest == 0 else max(-300, 3 * math.floor(math.log10(largest) / 3))
     power = power if power not in (-3, 0) or largest < 0.1 else 0
     scaled = [value / 10.0**power for value in values]
     digits = 2 - min(2, max(0, math.floor(math.log10(max(map(abs, scaled))) if largest else 0)))
@@ -282,8 +283,9 @@ def _outcomes(selection: Selection, method: MethodFacts) -> list[list[str]]:
         why = f"rank {rank} of {site.rank}" if rank else reasons[index]
         if name in leaders:
             why = f"shares the pair of {sanitize(leaders[name])}: {why}"
-        gain, gate = selection.gains[index], selection.gates[index]
-        rows.append([str(place), sanitize(name), f"{gain:.3g}", f"{gate:.2f}", f"{site.parameters:,}", why])
+        gain = selection.gains[index]
+        gate = f"{selection.gates[index]:.2f}" if method.searches else "–"
+        rows.append([str(place), sanitize(name), f"{gain:.3g}", gate, f"{site.parameters:,}", why])
     return rows
 
 

@@ -216,7 +216,8 @@ def test_logs_of_any_kind() -> None:
     """Values that are not finite are counted, long logs are thinned, and the log of another training is left out."""
     selection = of_layers(2)
     log = log_of(1000, 250)
-    broken = [{**entry, "loss": float("nan")} if entry["step"] == 7 and "loss" in entry else entry for entry in log]
+    entry = {"diffora/selected_modules": 4.0}
+    broken = [{**line, "loss": float("nan")} if line["step"] == 7 and "loss" in line else line for line in log]
     page = check_page(render_report(selection, [*broken, {"step": 999, "loss": "no number"}], 1000), 2)
     assert "2 value(s) that are not finite are left out" in page.text
     other = [{key: value for key, value in entry.items() if key != "diffora/selected_modules"} for entry in log]
@@ -231,6 +232,10 @@ def test_logs_of_any_kind() -> None:
         a["d"] for a in check_page(source, 2).named("path") if a.get("class") == "line train" and len(a["d"]) > 20
     ]
     assert len({point.split()[1] for point in path[1:].split("L")}) == 2
+    odd = [{"step": 0, "loss": loss, **entry} for loss in (5e-324, 1e29, -1e29, 10**400, "1", None, True, [1])]
+    odd += [{f"eval_{name}_loss": 1.0, "step": 10**18, **entry} for name in "abcdefg"]
+    page = check_page(render_report(replace(selection, gains=(5e-324,) * len(selection.grid)), odd, 10**40), 2)
+    assert "4 value(s) that are not finite" in page.text and "2 more evaluation losses" in page.text
     constant = [{"step": 1, "loss": 0.0, "diffora/selected_modules": 4.0}]
     check_page(render_report(replace(selection, step=1), constant), 2)
 
