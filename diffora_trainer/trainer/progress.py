@@ -38,8 +38,9 @@ class TimeLeft:
 
     def predict(self, looks: int, plain: int, selected: int) -> float | None:
         """
-        Seconds of so many steps; `None` while not one was measured. A look that was never seen is taken to cost a step
-        more (a forward and a backward pass), and a step with the selected modules what one with all of them does.
+        Seconds of so many steps; `None` while not one was measured. Of what was never seen a step with a look is taken
+        to cost two (it is a forward and a backward pass more), and one with the selected modules what one with all of
+        them does.
 
         Args:
             looks (`int`): steps that look at the held-out data.
@@ -49,9 +50,10 @@ class TimeLeft:
         means = {kind: sum(seconds) / len(seconds) for kind, seconds in self._seconds.items()}
         if not means:
             return None
-        usual = means.get("plain", means.get("selected", means.get("look", 0.0)))
-        look = means.get("look", 2 * usual)
-        return looks * look + plain * usual + selected * means.get("selected", usual)
+        usual = means.get("plain", means.get("selected"))
+        if usual is None:
+            usual = means["look"] / 2
+        return looks * means.get("look", 2 * usual) + plain * usual + selected * means.get("selected", usual)
 
 
 class SearchProgressCallback(TrainerCallback):
@@ -124,8 +126,8 @@ class SearchProgressCallback(TrainerCallback):
             self._times.add("selected", now - since)
             return
         events = schedule.events(step)
-        # What is measured at these moments is measured once.
-        if run is not None and not {Event.END_WARMUP, Event.DISCRETIZE} & set(events):
+        measures = run is None or Event.DISCRETIZE in events or run.config.limits_step and Event.END_WARMUP in events
+        if not measures:  # what is measured then is measured once
             self._times.add("look" if Event.UPDATE in events else "plain", now - since)
 
     def _left(self, step: int, total: int) -> float | None:

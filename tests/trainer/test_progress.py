@@ -94,6 +94,18 @@ def test_the_phase_and_the_time_that_is_left(tmp_path: Path) -> None:
     assert misled > 1.5 * bars.left[step]
 
 
+def test_a_search_that_looks_after_each_step(tmp_path: Path) -> None:
+    """With a warm-up of one step, which tells nothing, a step of the search is all there is to go by."""
+    search = {"arch_warmup": 1, "discretize_at": 13, "fade_out": 3, "arch_every": 1}
+    trainer = make_trainer(tmp_path, args={"max_steps": STEPS, "disable_tqdm": False}, search=search)
+    (shown,) = [c for c in trainer.callback_handler.callbacks if isinstance(c, SearchProgressCallback)]
+    shown._clock = lambda: LOOK * trainer.state.global_step
+    bars = Bars(trainer)
+    trainer.add_callback(bars)
+    trainer.train()
+    assert bars.left[5] == 5 * LOOK + 50 * LOOK / 2
+
+
 def test_a_run_that_is_decided_early_and_one_with_the_chosen_modules(tmp_path: Path) -> None:
     """After the pruning, whenever it was, a step is what one with the selected modules takes."""
 
