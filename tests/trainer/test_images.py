@@ -28,6 +28,12 @@ SEARCH_STEPS = range(WARMUP + 1, CUT + 1)
 DRAWN = [4, 6, 8]
 
 
+def tensorboard() -> dict[str, str]:
+    """Arguments that report to TensorBoard; the test is skipped where it is not installed."""
+    pytest.importorskip("tensorboard")
+    return {"report_to": "tensorboard"}
+
+
 def images(folder: Path, tag: str = TAG) -> dict[int, list[np.ndarray]]:
     """The images in the event files under a folder, by their steps."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
@@ -41,7 +47,7 @@ def images(folder: Path, tag: str = TAG) -> dict[int, list[np.ndarray]]:
 
 
 def test_tensorboard_shows_the_search_and_the_choice(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, args={"report_to": "tensorboard"})
+    trainer = make_trainer(tmp_path, args=tensorboard())
     probe = Matrices(trainer)
     trainer.add_callback(probe)
     trainer.train()
@@ -87,7 +93,7 @@ class Matrices(TrainerCallback):
     ids=["scored", "at once", "reallocated", "faded out"],
 )
 def test_other_ways_to_choose(search: dict[str, Any], steps: list[int], tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, args={"report_to": "tensorboard"}, search=search)
+    trainer = make_trainer(tmp_path, args=tensorboard(), search=search)
     trainer.train()
     found = images(tmp_path)
     assert sorted(found)[-1] == steps[-1] and len(found) <= 5
@@ -100,7 +106,7 @@ def test_nothing_is_drawn_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Picture, "pixels", lambda self: drawn.append(self) or np.zeros((2, 2, 3), np.uint8))
     make_trainer(tmp_path / "none").train()
     assert not drawn
-    trainer = make_trainer(tmp_path / "other", args={"report_to": "tensorboard"})
+    trainer = make_trainer(tmp_path / "other", args=tensorboard())
     monkeypatch.setattr(type(trainer), "is_world_process_zero", lambda self: False)
     trainer.train()
     assert not drawn
@@ -111,7 +117,7 @@ def test_without_matplotlib_one_line_says_so(
 ) -> None:
     for name in {name for name in sys.modules if name.split(".")[0] == "matplotlib"} | {"matplotlib"}:
         monkeypatch.setitem(sys.modules, name, None)
-    trainer = make_trainer(tmp_path, args={"report_to": "tensorboard"})
+    trainer = make_trainer(tmp_path, args=tensorboard())
     with caplog.at_level(logging.WARNING, "diffora_trainer"):
         trainer.train()
     assert len([r for r in caplog.records if "No image of the matrix is drawn without Matplotlib" in r.message]) == 1
@@ -121,13 +127,13 @@ def test_without_matplotlib_one_line_says_so(
 def test_a_tracker_that_fails_does_not_stop_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    writer = pytest.importorskip("torch.utils.tensorboard").SummaryWriter
 
     def full(*args: object, **kwargs: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tensorboard.SummaryWriter, "add_image", full)
-    trainer = make_trainer(tmp_path, args={"report_to": "tensorboard"})
+    monkeypatch.setattr(writer, "add_image", full)
+    trainer = make_trainer(tmp_path, args=tensorboard())
     with caplog.at_level(logging.WARNING, "diffora_trainer"):
         trainer.train()
     assert len([r for r in caplog.records if "took no image of the matrix" in r.message]) == 1
