@@ -25,9 +25,9 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 # The tests of what most depends on the versions of the libraries: some three minutes on two slow cores.
 CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop third_party preference trainers_table \
 	trainer_parents rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint time_budget micro_batches \
-	prefix_cache early_choice) \
+	prefix_cache early_choice images progress) \
 	$(addprefix adapters/test_,gates architectures pruning backward sites) $(addprefix core/test_,selection config state units) \
-	search/test_search search/test_rank_runs serving/test_export hub/test_saving project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
+	search/test_search search/test_rank_runs serving/test_export hub/test_saving hub/test_report project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
 SOURCES := $(wildcard diffora_trainer recipes tests)
 
 .DEFAULT_GOAL := help

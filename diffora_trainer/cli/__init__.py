@@ -14,6 +14,7 @@ COMMANDS = {
     "dpo": "train a language model on preferences: those of DPOConfig, ModelConfig and DiffoRAConfig",
     "plan": "say what a run would do before anything is trained",
     "show": "show what a run has chosen, of a folder or of an adapter on the Hub",
+    "report": "write what a run has chosen, and why, as one HTML page, of a folder or of an adapter on the Hub",
     "export": "write an adapter as a server takes it: vLLM, SGLang, LoRAX, TGI, llama.cpp, or merged",
 }
 TRAINING = ("sft", "dpo")

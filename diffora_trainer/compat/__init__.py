@@ -32,6 +32,7 @@ from .torch import (
     remove_fsdp_parameters,
     saved_buffers,
 )
+from .trackers import image_writers, training_bar
 from .transformers import (
     TRAINER_METHODS,
     activation_checkpointing,
@@ -85,6 +86,7 @@ __all__ = [
     "converted_to_parameters",
     "disable_layer",
     "forward_hooks",
+    "image_writers",
     "inner_schedulers",
     "is_compiled",
     "is_input_gradient_hook",
@@ -108,6 +110,7 @@ __all__ = [
     "set_checkpoint_function",
     "shortened_targets",
     "train_batch_size",
+    "training_bar",
     "uses_vllm",
     "with_reference_log_probs",
     "without_unused_columns",

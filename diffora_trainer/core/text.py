@@ -45,6 +45,18 @@ def short_names(names: Sequence[str]) -> list[str]:
     return short
 
 
+def row_labels(rows: Sequence[str]) -> tuple[str, list[str]]:
+    """
+    What the numbered layers of a grid are the elements of, and a short label for each row: `"model.layers"`, and
+    `["0", "1", ..., "other"]`. Where they are of more than one list (encoder and decoder), nothing, and their names.
+    """
+    owners = {row.rpartition(".")[0] for row in rows if row.rpartition(".")[2].isdigit()}
+    if len(owners) != 1:
+        return "", list(rows)
+    (owner,) = owners
+    return owner, [row.removeprefix(f"{owner}.") for row in rows]
+
+
 def draw_table(heads: Sequence[str], lines: Sequence[Sequence[str]], markdown: bool = False) -> str:
     """
     A table as text: of plain text the first column is left-justified, and the others are centred.

@@ -1,1 +1,1 @@
-"""What goes to the Hub: card, picture, and copies without secrets."""
+"""What goes to the Hub: card, picture, report, and copies without secrets."""

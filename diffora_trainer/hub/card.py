@@ -18,6 +18,7 @@ from ..core.text import sanitize
 from ..methods.facts import method_facts
 from .plots import PICTURE_NAME
 from .redact import public_model_id
+from .report import REPORT_NAME
 
 
 _BEGIN, _END = "<!-- diffora-trainer: begin -->", "<!-- diffora-trainer: end -->"
@@ -78,6 +79,7 @@ def write_card(
             notes=[sanitize(note, markdown=True, limit=None) for note in selection.notes],
             method=method,
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
+            report=REPORT_NAME if (folder / REPORT_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             auto_class=_AUTO_CLASSES.get(
                 str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"

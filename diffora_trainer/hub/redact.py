@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 # Texts that may name folders: the adapter's configuration, the Trainer's state, the card, what a user adds.
 # Vocabularies are left alone, since they may hold any string.
-_TEXTS = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
+_TEXTS = (".html", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HIDDEN_TOKEN = "<HUB_TOKEN>"
@@ -49,17 +50,24 @@ class Private:
     def __init__(self, folders: Iterable[Path], tokens: Iterable[str]) -> None:
         given = set(folders)
         words = {str(folder) for folder in given | {f.resolve() for f in given} if folder != Path(folder.anchor)}
-        words |= {json.dumps(word)[1:-1] for word in words}  # as JSON writes it
+        words |= {written for word in words for written in (json.dumps(word)[1:-1], _in_html(word))}
         longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True)) or "(?!)"
         self._inside = re.compile(rf"(?:{longest_first})(?:[\\/]+|(?![\w.-]))")
         self._folders = re.compile(rf"(?<![\w.~-]){self._inside.pattern}")  # not in the middle of an address
         self._tokens = list(tokens)
 
-    def without(self, text: str) -> str:
-        """A text without tokens, and with paths from the last folder on that says nothing about this machine."""
+    def without(self, text: str, in_html: bool = False) -> str:
+        """
+        A text without tokens, and with paths from the last folder on that says nothing about this machine.
+
+        Args:
+            text (`str`): the text.
+            in_html (`bool`, *optional*, defaults to `False`): whether it is that of a page.
+        """
+        hidden = _in_html(_HIDDEN_TOKEN) if in_html else _HIDDEN_TOKEN
         for token in self._tokens:
-            text = text.replace(token, _HIDDEN_TOKEN)
-        text = _TOKEN.sub(_HIDDEN_TOKEN, text)
+            text = text.replace(token, hidden)
+        text = _TOKEN.sub(hidden, text)
         return self._folders.sub(lambda found: "" if found[0].endswith(("/", "\\")) else ".", text)
 
     def arguments(self, args: Any) -> Any:
@@ -91,7 +99,7 @@ class Private:
                 # Not its last part: that would name whatever model has this name on the Hub.
                 config["base_model_name_or_path"] = None
                 clean = json.dumps(config, indent=2, sort_keys=True)
-        clean = self.without(clean)
+        clean = self.without(clean, in_html=path.suffix == ".html")
         return None if clean == text else clean.encode(errors="surrogateescape")
 
     def _tells(self, record: bytes) -> bool:
@@ -108,6 +116,11 @@ def public_model_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def _in_html(text: str) -> str:
+    """A text as a report holds it: Jinja's escapes of quotes are not those of `html.escape`."""
+    return html.escape(text).replace("&#x27;", "&#39;").replace("&quot;", "&#34;")
 
 
 def _records(content: bytes) -> Iterator[bytes]:

@@ -27,6 +27,7 @@ from .checkpoint import atomic_checkpoint
 from .checks import check_can_train, check_class, check_options, check_trainer
 from .datasets import check_dataset, prepare_arch_dataset
 from .held_out import HeldOutData
+from .images import MatrixImageCallback
 from .loss import check_own_loss, loss_of_trainer
 from .micro_batches import step_in_micro_batches
 from .prefix import TrainingPrefix, check_prefix_cache
@@ -142,6 +143,7 @@ class DiffoRAMixin(_Base):
         self._callback = DiffoRACallback(self._session)
         self.add_callback(self._callback)
         self.add_callback(SearchProgressCallback(self._session, self.callback_handler))
+        self.add_callback(MatrixImageCallback(self._session, self.callback_handler))
         # What is wrong with the model or the schedule should be said now, not when training starts.
         check_model(self.model, self.diffora_config, self.score_function)
         if self.args.max_steps > 0:

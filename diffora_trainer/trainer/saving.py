@@ -16,6 +16,7 @@ from ..adapters.optimizer import remove_empty_groups
 from ..compat import is_sentence_transformer, load_sentence_transformer
 from ..hub.card import write_card
 from ..hub.plots import plot_to
+from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
 from ..logging import get_logger
 from .checkpoint import find_checkpoint
 
@@ -34,11 +35,15 @@ def complete_adapter(trainer: Any, folder: Path) -> None:
 
 
 def save_findings(trainer: Any, folder: Path) -> None:
-    """Save what the search found beside the adapter: the selection, its picture and the card."""
+    """Save what the search found beside the adapter: the selection, its picture, the report and the card."""
     model, selection = trainer.model, trainer.selection
     if selection is not None:
         selection.save(folder)
         plot_to(selection, folder)
+        # A training that goes on with the chosen modules has a log of its own, which says nothing of the choice.
+        if is_log_of_choice(trainer.state.log_history) or not (folder / REPORT_NAME).is_file():
+            title = trainer.hub_model_id or Path(trainer.args.output_dir).resolve().name
+            write_report(folder / REPORT_NAME, selection, trainer.state.log_history, trainer.state.max_steps, title)
     if isinstance(model, PeftModel):  # that of sentence-transformers is about the whole model
         write_card(folder, selection, model.peft_config[model.active_adapters[0]], trainer.hub_model_id)
 

@@ -178,7 +178,8 @@ def main(
 
     # Summary
     output_dir = Path(training_args.output_dir)
-    names = ("adapter_model.safetensors", "adapter_config.json", "diffora_selection.json", "dam.png", "README.md")
+    names = ("adapter_model.safetensors", "adapter_config.json", "diffora_selection.json", "diffora_report.html")
+    names += ("dam.png", "README.md")
     files = [str(output_dir / name) for name in names if (output_dir / name).is_file()]
     lines = ["", "Chosen modules", trainer.selection.table(), ""]
     lines += ["Held-out loss: " + ("" if sharded else f"{loss_before:.4f} before, ") + f"{loss_after:.4f} after"]

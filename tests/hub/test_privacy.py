@@ -18,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from diffora_trainer.core.selection import SELECTION_NAME
 from diffora_trainer.hub.push import private_of
+from diffora_trainer.hub.redact import Private
+from diffora_trainer.hub.report import REPORT_NAME
 from diffora_trainer.trainer.checkpoint import STATE_NAME
 from helpers import IMPORT_PATH
 from helpers.checks import adapter, assert_same
@@ -102,6 +104,7 @@ def test_no_token_and_no_home_in_what_is_pushed_or_printed(kind: str, pushed: An
     expected = {"adapter_config.json", "training_args.bin", "trainer_state.json", STATE_NAME, "README.md"}
     assert {f"{step}/{name}" for name in expected} <= set(repo.files)
     assert {"adapter_config.json", "adapter_model.safetensors", "training_args.bin", SELECTION_NAME} <= set(repo.files)
+    assert {REPORT_NAME, f"{step}/{REPORT_NAME}"} <= set(repo.files)
     assert "the end" in repo.commits and not [name for name in repo.files if "_hub" in name]
     secrets = [token.encode(), b"alice", str(home.parent.parent).encode()]
     for name, data in repo.files.items():
@@ -162,6 +165,10 @@ def test_what_is_private_is_told_from_what_is_not(tmp_path: Path, monkeypatch: p
         "hf_hub and home": "hf_hub and home",
     }.items():
         assert private.without(text) == expected
+    page = tmp_path / REPORT_NAME
+    page.write_text("<td>/srv/o&#39;neil&#34;s/models/x</td><td>s3cr3t-token</td>")
+    cleaned = Private([Path("/srv/o'neil\"s/models")], ["s3cr3t-token"]).clean(page)
+    assert cleaned == b"<td>x</td><td>&lt;HUB_TOKEN&gt;</td>"
     copied = private.arguments(trainer.args)
     assert copied.output_dir == trainer.args.output_dir and trainer.args.hub_token == copied.hub_token == "hf_secret"
     stored = pickle.loads(pickle.dumps(copied))

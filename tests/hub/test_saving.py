@@ -143,7 +143,7 @@ def test_output_folder(sft: Run, classifier: Run) -> None:
     for run in (sft, classifier):
         files = {path.name for path in run.out.iterdir()}
         assert {"adapter_config.json", "adapter_model.safetensors", "diffora_selection.json", "dam.png"} <= files
-        assert "README.md" in files and not [name for name in files if name.startswith(".")]
+        assert {"README.md", "diffora_report.html"} <= files and not [name for name in files if name.startswith(".")]
         assert Selection.load(run.out) == run.selection
         picture = imread(run.out / "dam.png")
         assert min(picture.shape[:2]) > 100 and picture.std() > 0.05
@@ -209,7 +209,8 @@ def test_a_run_is_saved_without_matplotlib(
         sft.trainer.save_model(str(tmp_path / "copy"))
     assert [r for r in caplog.records if "without Matplotlib" in r.message and "[plots]" in r.message]
     files = {path.name for path in (tmp_path / "copy").iterdir()}
-    assert "dam.png" not in files and {"adapter_model.safetensors", "diffora_selection.json"} <= files
+    assert "dam.png" not in files
+    assert {"adapter_model.safetensors", "diffora_selection.json", "diffora_report.html"} <= files
     text = (tmp_path / "copy" / "README.md").read_text()
     assert "## Chosen modules" in text and "dam.png" not in text
     assert str(tmp_path) not in text
@@ -281,6 +282,7 @@ def test_push_to_hub(sft: Run, tmp_path: Path) -> None:
         repo = hub.repos["user/adapter"]
         files = repo.files
         assert {"adapter_config.json", "adapter_model.safetensors", "diffora_selection.json", "dam.png"} <= set(files)
+        assert b"mean training loss" in files["diffora_report.html"]
         assert repo.commits[-1] == "the end" and {"dam.png", "adapter_model.safetensors"} <= repo.lfs_files
     card = files["README.md"].decode()
     data, errors, _ = check_card(card)

@@ -30,6 +30,7 @@ from helpers.trainers import make_trainer
 
 PACKAGE = Path(diffora_trainer.__file__).parent
 SOURCES = {str(path.relative_to(PACKAGE)): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+TEMPLATES = ("hub/templates/diffora_card.md", "hub/templates/diffora_report.html")
 TREES = {name: ast.parse(source) for name, source in SOURCES.items()}
 COMPAT = {name for name in SOURCES if name.startswith("compat/")}
 
@@ -251,7 +252,7 @@ def test_wheel_holds_the_package_alone(distributions: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         held = set(archive.namelist())
         metadata = archive.read(next(name for name in held if name.endswith("METADATA"))).decode()
-    assert {f"diffora_trainer/{name}" for name in (*SOURCES, "py.typed", "hub/templates/diffora_card.md")} <= held
+    assert {f"diffora_trainer/{name}" for name in (*SOURCES, "py.typed", *TEMPLATES)} <= held
     assert {name.partition("/")[0].partition("-")[0] for name in held} == {"diffora_trainer"}
     assert "Requires-Python: >=3.10" in metadata and "Project-URL: Repository, https://" in metadata
     log = (distributions / "log.txt").read_text().replace("deprecated.py", "")  # a module's name

@@ -25,6 +25,7 @@ from diffora_trainer.core.selection import SELECTION_NAME
 from diffora_trainer.core.state import RunState
 from diffora_trainer.hub.card import write_card
 from diffora_trainer.hub.plots import plot_selection
+from diffora_trainer.hub.report import REPORT_NAME, write_report
 from diffora_trainer.trainer.checkpoint import STATE_NAME, TENSORS_NAME, load_state, save_state
 from helpers import ROOT
 from helpers.adapted import make_grid, make_selection
@@ -32,6 +33,7 @@ from helpers.checks import assert_same
 from helpers.data import lm_dataset, tiny_tokenizer
 from helpers.hub import check_card
 from helpers.models import llama
+from helpers.pages import Page
 from helpers.trainers import causal_model, lora, saving_trainer, search_config
 
 
@@ -180,17 +182,20 @@ def test_hostile_names_are_data(kind: str, tmp_path: Path) -> None:
     )
     selection = Selection.from_json(hostile.to_json())
     assert selection == hostile
-    inside, texts = tmp_path / "adapter", []
+    inside, texts, pages = tmp_path / "adapter", [], []
     for part, found in (("plain", plain), ("hostile", selection)):
         folder = inside / part / "same"
         found.save(folder)
         plot_selection(found, folder / "dam.png")
+        pages.append(Page(write_report(folder, found, title=name).read_text(encoding="utf-8")))
         texts.append(write_card(folder, found, LoraConfig(task_type="CAUSAL_LM")).read_text())
         again = write_card(folder, found, LoraConfig(task_type="CAUSAL_LM")).read_text()
         assert again == texts[-1]  # the section ends where it ends, whatever stands in it
     written = {path.relative_to(inside).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
-    files = (SELECTION_NAME, "README.md", "dam.png")
+    files = (SELECTION_NAME, "README.md", "dam.png", REPORT_NAME)
     assert written == {f"{part}/same/{file}" for part in ("plain", "hostile") for file in files}
+
+    assert [tag for tag, _ in pages[0].elements] == [tag for tag, _ in pages[1].elements]
 
     # The card has the same lines, cells and metadata as the one of harmless names: nothing of a name is markup.
     shapes = [[(line[:2], line.count("|")) for line in text.splitlines()] for text in texts]
@@ -257,7 +262,7 @@ def test_names_are_no_patterns(tmp_path: Path) -> None:
 def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
     outside, folder = tmp_path / "outside", tmp_path / "adapter"
     folder.mkdir()
-    for name in (SELECTION_NAME, STATE_NAME, TENSORS_NAME, "dam.png"):
+    for name in (SELECTION_NAME, STATE_NAME, TENSORS_NAME, "dam.png", REPORT_NAME):
         for link in (name, f".{name}.{os.getpid()}"):  # and at the name of the temporary file
             outside.write_text("precious")
             (folder / link).unlink(missing_ok=True)
@@ -266,6 +271,8 @@ def test_links_are_replaced_and_not_followed(tmp_path: Path) -> None:
                 make_selection().save(folder)
             elif name == "dam.png":
                 plot_selection(make_selection(), folder / name)
+            elif name == REPORT_NAME:
+                write_report(folder, make_selection())
             else:
                 save_state(folder, RunState(3, {}, {}, selection=make_selection()), {"values": torch.zeros(2)})
             assert outside.read_text() == "precious" and not (folder / name).is_symlink(), link
