@@ -31,6 +31,7 @@ from .torch import (
     knows_fsdp2,
     remove_fsdp_parameters,
     saved_buffers,
+    uncompiled,
 )
 from .transformers import (
     TRAINER_METHODS,
@@ -108,6 +109,7 @@ __all__ = [
     "set_checkpoint_function",
     "shortened_targets",
     "train_batch_size",
+    "uncompiled",
     "uses_vllm",
     "with_reference_log_probs",
     "without_unused_columns",
