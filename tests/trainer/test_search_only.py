@@ -55,7 +55,9 @@ def test_a_run_ends_at_the_choice_and_a_stock_one_goes_on(
     trainer.save_model(str(tmp_path / "out"))
 
     configs = [selected_lora_config(trainer), selected_lora_config(tmp_path / "out")]
-    assert main(["show", str(tmp_path / "out"), "--lora_config", str(tmp_path / "second" / "adapter_config.json")]) == 0
+    assert (
+        main(["show", str(tmp_path / "out"), "--lora_config", str(tmp_path / "second" / "adapter_config.json")]) == 0
+    )
     configs.append(PeftConfig.from_pretrained(tmp_path / "second"))
     for found in configs:
         assert type(found) is LoraConfig and not found.inference_mode
