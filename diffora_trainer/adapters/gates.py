@@ -62,6 +62,7 @@ class Gates:
                 self.set_training(None)
             if self._evaluation is None:
                 self.set_evaluation(None)
+            self.set_masks(self._masks)  # where the model is by now
             self._changed()
 
     def detach(self) -> None:
