@@ -28,6 +28,7 @@ _HOMES = {
     "register_method": "methods.registry",
     "remove_shortcuts": "experimental.shortcuts",
     "save_shortcuts": "experimental.shortcuts",
+    "selected_lora_config": "hub.pull",
 }
 __all__ = [
     "ArchitectureSearch",
@@ -48,6 +49,7 @@ __all__ = [
     "register_method",
     "remove_shortcuts",
     "save_shortcuts",
+    "selected_lora_config",
 ]
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from .core.selection import Selection
     from .experimental.shortcuts.model import ShortcutModel, load_shortcuts, save_shortcuts
     from .experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
+    from .hub.pull import selected_lora_config
     from .methods.base import GradientMethod, ScoreMethod
     from .methods.deprecated import DifferentialAdaptationMatrix
     from .methods.registry import register_method

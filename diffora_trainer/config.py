@@ -13,6 +13,7 @@ from .config_checks import (
     SELECTION_SCOPES,
     SELECTION_UNITS,
     WEIGHT_SHARING,
+    Derived,
     check_config,
 )
 from .core.values import parse_mapping
@@ -24,7 +25,7 @@ def _old(name: str) -> Any:
 
 
 @dataclass
-class DiffoRAConfig(OldMoments):
+class DiffoRAConfig(Derived, OldMoments):
     r"""
     Configuration of a run that chooses the modules that deserve a LoRA.
 
@@ -116,6 +117,11 @@ class DiffoRAConfig(OldMoments):
         selected modules take over and nothing is lost at the pruning itself. `0` searches until then and drops the
         others at once. It applies where the weights train with open gates (of the methods here, `"diffora"` and
         `"softmax"`) and the modules that go do not come back as shared pairs.
+
+    search_only (`bool`, *optional*, defaults to `False`):
+        End the run once the modules are chosen and the others pruned. A second run, of any trainer, launcher or tool,
+        then begins anew with the `LoraConfig` of [`~diffora_trainer.selected_lora_config`]. The moments above are
+        those of the whole run, of which the first part is made: of 300 steps 75 with the defaults.
 
     > Parameters that control what the choice is learned from
 
@@ -227,6 +233,10 @@ class DiffoRAConfig(OldMoments):
             "steps, or a fraction in [0, 1)."
         },
     )
+    search_only: bool = field(
+        default=False,
+        metadata={"help": "End the run once the modules are chosen: a second run begins with their `LoraConfig`."},
+    )
     method: str = field(
         default="diffora",
         metadata={"help": "By what the modules are chosen: a method that searches or scores, by its name."},
@@ -328,24 +338,6 @@ class DiffoRAConfig(OldMoments):
                 stacklevel=3,
             )
         check_config(self)
-
-    @property
-    def limits_step(self) -> bool:
-        """Whether the time or the memory of a step is limited."""
-        return self.max_step_time is not None or self.max_step_memory is not None
-
-    @property
-    def ratio(self) -> float:
-        """The share of the modules that may be kept: `selection_ratio`, or what it defaults to."""
-        if self.selection_ratio is not None:
-            return self.selection_ratio
-        return 1.0 if self.limits_step or self.max_trainable_parameters is not None else 0.5
-
-    @property
-    def scope(self) -> str:
-        """`selection_scope`, or `"model"` where a limit is one of the whole model."""
-        whole = self.limits_step or self.max_trainable_parameters is not None or self.selection_unit == "layer"
-        return "model" if whole else self.selection_scope
 
     def to_dict(self) -> dict[str, Any]:
         """All options as a dictionary of JSON values, without the deprecated names."""

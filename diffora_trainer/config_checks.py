@@ -1,4 +1,4 @@
-"""The rules of the options of a run: what each may be, and what they may be together."""
+"""The rules of the options of a run: what each may be, what they may be together, and what follows from them."""
 
 from __future__ import annotations
 
@@ -29,6 +29,35 @@ _OPTIONAL_NUMBERS = ("selection_ratio", "max_step_time", "max_step_memory")
 _OPTIONAL_INTEGERS = ("max_trainable_parameters", "arch_batch_size", "search_micro_batches")
 
 
+class Derived:
+    """What follows from the options of a [`DiffoRAConfig`]."""
+
+    max_step_time: float | None
+    max_step_memory: float | None
+    max_trainable_parameters: int | None
+    selection_ratio: float | None
+    selection_scope: str
+    selection_unit: str
+
+    @property
+    def limits_step(self) -> bool:
+        """Whether the time or the memory of a step is limited."""
+        return self.max_step_time is not None or self.max_step_memory is not None
+
+    @property
+    def ratio(self) -> float:
+        """The share of the modules that may be kept: `selection_ratio`, or what it defaults to."""
+        if self.selection_ratio is not None:
+            return self.selection_ratio
+        return 1.0 if self.limits_step or self.max_trainable_parameters is not None else 0.5
+
+    @property
+    def scope(self) -> str:
+        """`selection_scope`, or `"model"` where a limit is one of the whole model."""
+        whole = self.limits_step or self.max_trainable_parameters is not None or self.selection_unit == "layer"
+        return "model" if whole else self.selection_scope
+
+
 def check_config(config: Any) -> None:
     """
     Check the options of a [`DiffoRAConfig`], and make floats of whole numbers where floats belong.
@@ -40,6 +69,7 @@ def check_config(config: Any) -> None:
     _check_types(config)
     _check_budget(config)
     _check_units(config)
+    _check_search_only(config)
     _check_base_model_id(config.base_model_id)
     if not 0 < config.arch_split < 1:
         raise ValueError(
@@ -75,7 +105,7 @@ def _check_types(config: Any) -> None:
         value = getattr(config, name)
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"You passed `{name}={value!r}`; it must be one of {list(choices)}.")
-    for name in ("log_gates_by_kind", "decide_early"):
+    for name in ("log_gates_by_kind", "decide_early", "search_only"):
         if not isinstance(getattr(config, name), bool):
             raise TypeError(f"`{name}` must be a bool, got {getattr(config, name)!r}.")
 
@@ -130,6 +160,21 @@ def _check_units(config: Any) -> None:
             f"`weight_sharing={config.weight_sharing!r}`, which gives unselected modules of a unit a pair that others "
             "of it do not have. Please set one of them to its default."
         )
+
+
+def _check_search_only(config: Any) -> None:
+    """What is of no use in a run that ends at the choice, or cannot be handed over to another one."""
+    refused = {
+        "weight_sharing": ("none", "no `LoraConfig` has modules that share a pair"),
+        "extra_sites": ({}, "a `LoraConfig` names nothing but LoRA modules"),
+        "prefix_cache": ("none", "it is of use after the choice alone"),
+    }
+    for name, (without, why) in refused.items():
+        value = getattr(config, name)
+        if config.search_only and value != without:
+            raise ValueError(
+                f"You passed `search_only=True` together with `{name}={value!r}`: {why}. Please leave one of them out."
+            )
 
 
 def _check_base_model_id(name: Any) -> None:

@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from ..compat import checkpoint_function, checkpoints
 from .backward import without_input_gradients
 from .base import AdapterSite, disabled
+from .compiled import drop_graphs
 
 
 class Gates:
@@ -24,12 +25,18 @@ class Gates:
     The gates are plain tensors held here, not on the tuner layer, because PEFT saves whatever is registered there.
     Which of two vectors applies is read from the module's own mode, training or evaluation.
 
+    Of a compiled model they are inputs of its graphs, which PyTorch does not trace anew when an open gate gets a
+    value: it guards nothing that it finds through a hook. So there an open gate is one of value 1, which changes no
+    bit, and the graphs are dropped when gates come, go, or multiply the components of other adapters than before.
+
     Args:
         sites (`Sequence[AdapterSite]`): the sites, in the order of the grid.
+        compiled (`bool`, *optional*, defaults to `False`): whether training steps run a compiled model.
     """
 
-    def __init__(self, sites: Sequence[AdapterSite]) -> None:
+    def __init__(self, sites: Sequence[AdapterSite], compiled: bool = False) -> None:
         self._modules = [site.gated for site in sites]
+        self._compiled = compiled
         self._handles: list[RemovableHandle] = []
         self._training: Sequence[Tensor] | None = None
         self._evaluation: Sequence[Tensor] | None = None
@@ -51,20 +58,28 @@ class Gates:
             self._handles = [
                 module.register_forward_hook(partial(self._scale, index)) for index, module in enumerate(self._modules)
             ]
+            if self._training is None:
+                self.set_training(None)
+            if self._evaluation is None:
+                self.set_evaluation(None)
+            self.set_masks(self._masks)  # where the model is by now
+            self._changed()
 
     def detach(self) -> None:
         """Remove every trace of the gates from the model."""
+        if self._handles:
+            self._changed()
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def set_training(self, values: Tensor | None) -> None:
         """Set the gates of training, `(n,)`, or leave them open."""
-        self._training = None if values is None else self._split(values)
+        self._training = self._split(self._ones() if values is None and self._compiled else values)
 
     def set_evaluation(self, values: Tensor | None) -> None:
         """Set the gates of evaluation, `(n,)`, or leave them open."""
-        self._evaluation = None if values is None else self._split(values)
+        self._evaluation = self._split(self._ones() if values is None and self._compiled else values)
 
     def set_masks(self, masks: Sequence[Tensor | None]) -> None:
         """
@@ -75,19 +90,31 @@ class Gates:
             masks (`Sequence[Tensor or None]` of length `n`): a number for each output of what is gated, `(r,)`, or
                 nothing.
         """
-        self._masks = list(masks)
+        before = [mask is None for mask in self._masks]
+        self._masks = [None if mask is None else mask.to(self.device) for mask in masks]
+        if before != [mask is None for mask in masks]:
+            self._changed()
 
     @contextmanager
     def override(self, values: Tensor | None) -> Iterator[None]:
         """Use these gates, `(n,)`, in either mode, or open ones; gradients flow into them."""
         before = self._training, self._evaluation
-        self._training = self._evaluation = None if values is None else self._split(values)
+        self._training = self._evaluation = self._split(values)
         try:
             yield
         finally:
             self._training, self._evaluation = before
 
-    def _split(self, values: Tensor) -> Sequence[Tensor]:
+    def _changed(self) -> None:
+        if self._compiled:
+            drop_graphs()
+
+    def _ones(self) -> Tensor:
+        return torch.ones(len(self._modules))
+
+    def _split(self, values: Tensor | None) -> Sequence[Tensor] | None:
+        if values is None:
+            return None
         # One `unbind`, not n indexings: the backward of each indexing would fill a vector of n zeros.
         return values.to(self.device, torch.float32).unbind()
 

@@ -173,7 +173,7 @@ def _narrow(model: Any, adapter_name: str, names: tuple[str, ...]) -> None:
 
 def _matches(config: Any, every: set[str], wanted: set[str]) -> bool:
     def found(targets: set[str]) -> set[str]:
-        return {name for name in every if _finds(targets, name) and not _finds(config.exclude_modules, name)}
+        return {name for name in every if finds(targets, name) and not finds(config.exclude_modules, name)}
 
     if found(wanted) != wanted:
         return False
@@ -185,7 +185,7 @@ def _matches(config: Any, every: set[str], wanted: set[str]) -> bool:
     return found(shortened_targets(wanted, every - wanted)) == wanted
 
 
-def _finds(patterns: str | Iterable[str] | None, name: str) -> bool:
+def finds(patterns: str | Iterable[str] | None, name: str) -> bool:
     """
     What PEFT does with `target_modules` and `exclude_modules`: a string is matched in full, the entries of a list as
     dotted suffixes. PEFT compares a name with one entry after the other; looking up the name's few suffixes keeps the

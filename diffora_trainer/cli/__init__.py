@@ -12,12 +12,13 @@ from collections.abc import Sequence
 COMMANDS = {
     "sft": "fine-tune a language model: all arguments of SFTConfig, ModelConfig and DiffoRAConfig, or --config x.yaml",
     "dpo": "train a language model on preferences: those of DPOConfig, ModelConfig and DiffoRAConfig",
+    "classify": "train a classifier or a regression: those of TrainingArguments, ModelConfig and DiffoRAConfig",
     "plan": "say what a run would do before anything is trained",
     "show": "show what a run has chosen, of a folder or of an adapter on the Hub",
     "report": "write what a run has chosen, and why, as one HTML page, of a folder or of an adapter on the Hub",
     "export": "write an adapter as a server takes it: vLLM, SGLang, LoRAX, TGI, llama.cpp, or merged",
 }
-TRAINING = ("sft", "dpo")
+TRAINING = ("sft", "dpo", "classify")
 """Commands whose arguments a parser of TRL's reads, and explains."""
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ..core.selection import SELECTION_NAME, Selection
+from ..adapters.handover import write_lora_config
+from ..core.selection import Selection
+from ..hub.pull import load_selection, selected_lora_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,11 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--diff", metavar="OTHER", help="another one of the same model, to compare with")
     parser.add_argument("--ranking", action="store_true", help="all modules, the best first")
     parser.add_argument("--picture", metavar="FILE.png", help="write the matrix as a picture (needs matplotlib)")
+    parser.add_argument("--lora_config", metavar="FILE.json", help="write the LoraConfig of a second run")
 
 
 def run(words: argparse.Namespace) -> None:
     """Print it."""
-    selection = load(words.source)
+    selection = load_selection(words.source)
     print(describe(selection))
     if words.ranking:
         print("\nAll modules, the best first:")
@@ -26,30 +28,13 @@ def run(words: argparse.Namespace) -> None:
         for place, name in enumerate(selection.ranking(), start=1):
             print(f"{place:4d}  {'rank ' + str(ranks[name]) if ranks[name] else 'removed':8s}  {name}")
     if words.diff:
-        print("\n" + difference(selection, load(words.diff), (words.source, words.diff)))
+        print("\n" + difference(selection, load_selection(words.diff), (words.source, words.diff)))
     if words.picture:
         from ..hub.plots import plot_selection
 
         print(f"\nWritten: {plot_selection(selection, words.picture)}")
-
-
-def load(source: str) -> Selection:
-    """
-    A selection from a folder, a file or the Hub.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    if Path(source).exists():
-        return Selection.load(source)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-
-    try:
-        return Selection.load(hf_hub_download(source, SELECTION_NAME))
-    except (EntryNotFoundError, HFValidationError, RepositoryNotFoundError) as error:
-        where = f"a folder here nor an adapter on the Hub with a {SELECTION_NAME}"
-        raise ValueError(f"{source!r} is neither {where}.") from error
+    if words.lora_config:
+        print(f"\nWritten: {write_lora_config(selected_lora_config(words.source), words.lora_config)}")
 
 
 def describe(selection: Selection) -> str:

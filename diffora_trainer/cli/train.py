@@ -1,4 +1,4 @@
-"""What `diffora sft` and `diffora dpo` have in common: arguments, model, training, saving."""
+"""What `diffora sft`, `dpo` and `classify` have in common: arguments, model, training, saving."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .data import DataArguments, load_splits
+
+
+METRICS = ("accuracy", "pearson", "mse")
+"""What is printed of an evaluation beside the loss."""
+
+NO_MODEL = "`model_name_or_path` is missing: a Hub id or a local folder."
 
 
 def make_parser(config: type, prog: str | None = None, data: type = DataArguments) -> Any:
@@ -45,10 +51,26 @@ def prepare_model(training_args: Any, model_args: Any) -> Any:
     Raises:
         ValueError: if no model is named.
     """
+    if not model_args.model_name_or_path:
+        raise ValueError(NO_MODEL)
+    options, peft_config = model_options(model_args)
+    training_args.model_init_kwargs = {**options, **(training_args.model_init_kwargs or {})}
+    return peft_config
+
+
+def model_options(model_args: Any, task_type: str | None = None) -> tuple[dict[str, Any], Any]:
+    """
+    How a model is loaded, and the LoRA that it begins with: one of all linear layers unless told otherwise.
+
+    Args:
+        model_args ([`~trl.ModelConfig`]): what was asked for. A parser has just made it.
+        task_type (`str`, *optional*): the LoRA's, instead of what was asked for.
+
+    Returns:
+        `tuple[dict, LoraConfig]`: arguments of `from_pretrained`, and the LoRA.
+    """
     from trl import get_peft_config, get_quantization_config  # type: ignore[attr-defined]
 
-    if not model_args.model_name_or_path:
-        raise ValueError("`model_name_or_path` is missing: a Hub id or a local folder.")
     options = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -56,11 +78,12 @@ def prepare_model(training_args: Any, model_args: Any) -> Any:
     }
     if (quantization := get_quantization_config(model_args)) is not None:
         options["quantization_config"] = quantization
-    training_args.model_init_kwargs = {**options, **(training_args.model_init_kwargs or {})}
     model_args.use_peft = True
     if model_args.lora_target_modules is None:
         model_args.lora_target_modules = "all-linear"
-    return get_peft_config(model_args)
+    if task_type is not None:
+        model_args.lora_task_type = task_type
+    return options, get_peft_config(model_args)
 
 
 def run(trainer_class: type, parser: Any, words: Sequence[str]) -> dict[str, float]:
@@ -86,14 +109,33 @@ def run(trainer_class: type, parser: Any, words: Sequence[str]) -> dict[str, flo
         peft_config=peft_config,
         diffora_config=config,
     )
-    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    return train_and_save(trainer, data_args.dataset_name, "dataset_name")
+
+
+def train_and_save(trainer: Any, dataset_name: str, named: str = "dataset") -> dict[str, float]:
+    """
+    Train, evaluate, save, push if that was asked for, and print what was chosen.
+
+    Args:
+        trainer (`Trainer`): a trainer that searches.
+        dataset_name (`str`): what its data set is called.
+        named (`str`, *optional*, defaults to `"dataset"`): by what name its card takes that.
+
+    Returns:
+        `dict[str, float]`: the metrics of the evaluation.
+    """
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics: dict[str, float] = trainer.evaluate()
-    trainer.save_model(training_args.output_dir)
-    if training_args.push_to_hub:
-        local = Path(data_args.dataset_name).exists()
-        trainer.push_to_hub(dataset_name=None if local else data_args.dataset_name)
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(**{named: None if Path(dataset_name).exists() else dataset_name})
     lines = ["", trainer.selection.table(), "", f"DiffoRA {trainer.selection.summary()}."]
-    lines += [f"Held-out loss: {metrics['eval_loss']:.4f}", f"Adapter: {training_args.output_dir}"]
+    lines += [f"Held-out loss: {metrics['eval_loss']:.4f}"]
+    lines += [f"{n.capitalize()}: {metrics[key]:.4f}" for n in METRICS if (key := f"eval_{n}") in metrics]
+    lines += [f"Adapter: {args.output_dir}"]
+    if trainer.diffora_config.search_only:
+        lines += [f"LoRA of a second run: diffora show {args.output_dir} --lora_config FILE.json"]
     trainer.accelerator.print("\n".join(lines))
     if hasattr(trainer, "end"):  # finishes the trackers and the process group; newer transformers only
         trainer.end()

@@ -31,6 +31,7 @@ from .torch import (
     knows_fsdp2,
     remove_fsdp_parameters,
     saved_buffers,
+    uncompiled,
 )
 from .trackers import image_writers, training_bar
 from .transformers import (
@@ -111,6 +112,7 @@ __all__ = [
     "shortened_targets",
     "train_batch_size",
     "training_bar",
+    "uncompiled",
     "uses_vllm",
     "with_reference_log_probs",
     "without_unused_columns",

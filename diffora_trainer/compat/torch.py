@@ -51,6 +51,14 @@ def is_compiled(module: nn.Module) -> bool:
     return is_compiled_module(module) or module._compiled_call_impl is not None
 
 
+def uncompiled(module: Any) -> Any:
+    """
+    The module that `torch.compile` was given, by what it gave back: `_orig_mod`. Another module is itself. Goes with a
+    public name.
+    """
+    return module._orig_mod if is_compiled_module(module) else module
+
+
 def is_replica(module: nn.Module) -> bool:
     """Whether `nn.DataParallel` made a module: it sets `_is_replica`. Goes with `nn.DataParallel`."""
     return getattr(module, "_is_replica", False)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..adapters.compiled import not_compiled
 from ..adapters.gates import Gates, pruned_view
 from ..adapters.grid import AdapterGrid
 from ..core.agreement import check_agreement, fingerprint
@@ -40,7 +41,7 @@ class GatedModel:
         self.model = model
         self.adapters = adapters
         self.grid = adapters.grid
-        self.gates = Gates(adapters.sites)
+        self.gates = Gates(adapters.sites, compiled=runtime.compiled)
         self.runtime = runtime
         self.micro_batches = MicroBatches(1)
         self._loss_fn = loss_fn
@@ -66,10 +67,15 @@ class GatedModel:
 
         return self.micro_batches.split(batch, loss_of)
 
-    def side_effect_free(self, training: bool | None = None) -> AbstractContextManager[None]:
-        """Run the model without a trace: by default in evaluation mode, unless it checkpoints activations."""
+    @contextmanager
+    def side_effect_free(self, training: bool | None = None) -> Iterator[None]:
+        """
+        Run the model without a trace, and not compiled: by default in evaluation mode, unless it checkpoints
+        activations.
+        """
         training = self._checkpointing if training is None else training
-        return side_effect_free(self.model, self.gates.device, training)
+        with not_compiled(self.runtime.compiled), side_effect_free(self.model, self.gates.device, training):
+            yield
 
     def check_agreement(self, record: str) -> None:
         """

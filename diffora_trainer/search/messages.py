@@ -26,6 +26,12 @@ NO_LABELS = (
 )
 
 
+SEARCH_ENDS = (
+    "The run ends here, as was asked for (`search_only`). `selected_lora_config` gives the LoRA of a second run: pass "
+    "it the saved folder, or the trainer."
+)
+
+
 def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ranks: Sequence[int] | None) -> str:
     """
     What will happen when.

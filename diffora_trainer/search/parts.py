@@ -10,6 +10,7 @@ from torch import nn
 from ..config import DiffoRAConfig
 from ..core.schedule import Schedule
 from ..core.selection import Selection
+from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP
 from .batches import Batches
 from .reallocation import Reallocation
 from .search import ArchitectureSearch
@@ -46,3 +47,22 @@ class RunParts:
     def config(self) -> DiffoRAConfig:
         """The options of the run."""
         return self.search.config
+
+    @property
+    def phase(self) -> str:
+        """`"warm-up"`, `"search"`, `"fade-out"` or `"selected"`."""
+        if self.selection is not None:
+            return SELECTED
+        if self.step < self.schedule.warmup or self.step == self.schedule.warmup == self.schedule.prune:
+            return WARMUP
+        return SEARCH if self.search.kept is None else FADE_OUT
+
+    @property
+    def gates_active(self) -> bool:
+        """Whether the gates act on the model: until the others are pruned."""
+        return self.search.gates.attached
+
+    @property
+    def finished(self) -> bool:
+        """Whether the loop should end: the modules are chosen, and nothing else was asked for (`search_only`)."""
+        return self.config.search_only and self.selection is not None

@@ -63,4 +63,5 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         selection = replace(selection, memory={**selection.memory, "after_cut": bytes_after})
     losses = None if before is None or after is None else (before, after)
     metrics.update(messages.prune_metrics(selection, losses))
-    return Pruning(selection, metrics, messages.pruned(selection, losses, before_fading))
+    lines = messages.pruned(selection, losses, before_fading)
+    return Pruning(selection, metrics, [*lines, messages.SEARCH_ENDS] if run.config.search_only else lines)

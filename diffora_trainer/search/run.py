@@ -14,7 +14,7 @@ from ..adapters.optimizer import innermost
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process, world_size
 from ..core.schedule import Event
-from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState
+from ..core.state import RunState
 from ..logging import get_logger
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
@@ -49,6 +49,8 @@ class SelectionRun(RunParts):
         optimizer.step()
         optimizer.zero_grad()
         run.after_step()
+        if run.finished:  # with `search_only=True`, once the modules are chosen
+            break
     print(run.selection.table())
     ```
 
@@ -127,20 +129,6 @@ class SelectionRun(RunParts):
             len(self.held_out.dataset),
         ]
         self.search.check_agreement(json.dumps(record, default=repr))
-
-    @property
-    def phase(self) -> str:
-        """`"warm-up"`, `"search"`, `"fade-out"` or `"selected"`."""
-        if self.selection is not None:
-            return SELECTED
-        if self.step < self.schedule.warmup or self.step == self.schedule.warmup == self.schedule.prune:
-            return WARMUP
-        return SEARCH if self.search.kept is None else FADE_OUT
-
-    @property
-    def gates_active(self) -> bool:
-        """Whether the gates act on the model: until the others are pruned."""
-        return self.search.gates.attached
 
     # What a loop calls
 

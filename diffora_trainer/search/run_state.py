@@ -116,8 +116,8 @@ def _options(run: RunParts) -> dict[str, Any]:
 def comparable_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     The options of a run in a form in which those of two runs can be compared: by today's names and with the defaults
-    of the method. The name under which the base model is published says nothing of a run.
+    of the method. The name under which the base model is published says nothing of a search, nor what comes after it.
     """
-    config = DiffoRAConfig.from_dict({**options, "base_model_id": None})
+    config = DiffoRAConfig.from_dict({**options, "base_model_id": None, "search_only": False})
     _, of_method = method_of(config)
     return {**config.to_dict(), "method_options": asdict(of_method)}

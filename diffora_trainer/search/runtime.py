@@ -32,6 +32,8 @@ class Runtime:
             taken, and by which the gradient is divided again: the loss scaler's, in float16. Defaults to 1.
         splits_batches (`bool`, *optional*, defaults to `False`): whether the loop splits its training batches into
             micro-batches where [`ArchitectureSearch`] wants them.
+        compiled (`bool`, *optional*, defaults to `False`): whether training steps run what `torch.compile` made of the
+            model. A run is given the model itself, whose own steps are not compiled.
         after_switch (`Callable`, *optional*): called when modules went on or off.
         after_prune (`Callable`, *optional*): called when modules have left the model.
     """
@@ -39,5 +41,6 @@ class Runtime:
     reduce: Callable[[Tensor], Tensor] = _alone
     loss_scale: Callable[[], float] = _unscaled
     splits_batches: bool = False
+    compiled: bool = False
     after_switch: Callable[[], None] = _nothing
     after_prune: Callable[[], None] = _nothing

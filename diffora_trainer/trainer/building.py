@@ -14,7 +14,6 @@ from transformers import TrainingArguments, set_seed
 
 from ..adapters.base import extra_kinds, site_kind
 from ..adapters.compiled import check_not_compiled
-from ..adapters.distributed import rebuild_ddp
 from ..adapters.lora import peft_model
 from ..adapters.pruning import own_config
 from ..adapters.wrapping import complete_lora_config, wrap_model, wrap_model_init
@@ -26,6 +25,7 @@ from ..search.run import SelectionRun
 from ..search.runtime import Runtime
 from ..search.search import ArchitectureSearch
 from .checks import check_loaded
+from .compilation import compiles, model_changed
 from .datasets import check_dataset
 from .loss import architecture_loss, prepare_batch
 from .micro_batches import can_split
@@ -190,9 +190,11 @@ def make_run(
         return trainer.score_function(model, [prepare_batch(trainer, batch) for batch in batches])
 
     scaler = getattr(trainer.accelerator, "scaler", None)
-    runtime = Runtime(after_prune=after_prune, splits_batches=can_split(trainer))
-    runtime = replace(
-        runtime, after_switch=lambda: rebuild_ddp(trainer.model_wrapped, trainer.accelerator.ddp_handler)
+    runtime = Runtime(
+        splits_batches=can_split(trainer),
+        compiled=compiles(trainer),
+        after_switch=lambda: model_changed(trainer),
+        after_prune=after_prune,
     )
     if trainer.args.world_size > 1:
         runtime = replace(runtime, reduce=mean)

@@ -29,12 +29,16 @@ class DiffoRACallback(TrainerCallback):
             loader.set_epoch(int(state.epoch or 0))
         if self.session.begin(kwargs["model"], kwargs.get("optimizer"), kwargs.get("lr_scheduler"), state):
             _after_pruning(state, control)
+        if self.session.finished:  # the loop looks at this after its first step
+            control.should_training_stop = True
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.session.after_step():
             _after_pruning(state, control)
+        if self.session.finished:
+            control.should_training_stop = True
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

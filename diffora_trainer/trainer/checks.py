@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from accelerate.utils import DynamoBackend, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..adapters.base import kinds_of
@@ -23,6 +23,7 @@ from ..compat import (
 from ..config import DiffoRAConfig
 from ..logging import get_logger
 from ..methods.build import method_of
+from .compilation import check_compilation, compiles
 
 
 logger = get_logger(__name__)
@@ -73,7 +74,9 @@ def check_trainer(trainer: Any) -> None:
         raise ValueError(
             "DeepSpeed is not supported: it keeps weights and optimizer states in buffers of its own, which modules "
             "cannot be taken out of during a run. Instead of ZeRO-2 please use plain data parallelism, and instead of "
-            "ZeRO-3 FSDP2 (`accelerate launch --config_file recipes/accelerate_configs/ddp.yaml` or `fsdp2.yaml`)."
+            "ZeRO-3 FSDP2 (`accelerate launch --config_file recipes/accelerate_configs/ddp.yaml` or `fsdp2.yaml`). Or "
+            "search in a first run without DeepSpeed, `DiffoRAConfig(search_only=True)`, and train with it in a "
+            "second, stock one, whose `LoraConfig` `selected_lora_config` gives."
         )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer)
@@ -82,12 +85,7 @@ def check_trainer(trainer: Any) -> None:
             f"{args.n_gpu} GPUs are visible to one process, and `nn.DataParallel` copies the model without its gates. "
             "Please start the script with `accelerate launch`, or make one GPU visible with `CUDA_VISIBLE_DEVICES`."
         )
-    if args.torch_compile or trainer.accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
-        raise ValueError(
-            "`torch_compile=True` is not supported, and neither is `accelerate launch --dynamo_backend`: the compiled "
-            "model would not notice the gates of the search. Please train without it, and compile the finished model: "
-            "`model.compile()` after the training."
-        )
+    check_compilation(trainer)
     method, options = method_of(trainer.diffora_config)
     if getattr(options, "arch_order", 1) == 2 and args.world_size > 1:
         raise ValueError(
@@ -190,10 +188,11 @@ def _check_sentence_transformer(trainer: Any) -> None:
             f"You asked for {extra} in a part of {type(model).__name__}, which could not be saved with it. Please "
             "leave them out."
         )
-    if trainer.args.world_size > 1:
+    if trainer.args.world_size > 1 or compiles(trainer):
         raise ValueError(
             f"{type(model).__name__} holds the model that is searched, and its loss runs the copy that is wrapped for "
-            "several processes, without the gates. Please train it on one device."
+            "several processes or compiled, without the gates. Please train it on one device, and without "
+            "`torch_compile`."
         )
 
 

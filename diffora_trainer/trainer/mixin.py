@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..adapters.distributed import rebuild_ddp
 from ..compat import output_dir, own_training_step
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
@@ -25,6 +24,7 @@ from .building import check_model, install_sites, make_run, parent_arguments
 from .callback import DiffoRACallback
 from .checkpoint import atomic_checkpoint
 from .checks import check_can_train, check_class, check_options, check_trainer
+from .compilation import model_changed, recompile
 from .datasets import check_dataset, prepare_arch_dataset
 from .held_out import HeldOutData
 from .images import MatrixImageCallback
@@ -230,7 +230,7 @@ class DiffoRAMixin(_Base):
         return default and own_training_step(self) is not None
 
     def _after_prune(self) -> None:
-        rebuild_ddp(self.model_wrapped, self.accelerator.ddp_handler)
+        model_changed(self)
         self._held_out.give_back()
 
     # Held-out data
@@ -287,6 +287,7 @@ class DiffoRAMixin(_Base):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
         self._session.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
+        recompile(self)
         parent = super()._load_from_checkpoint
         saving.load_adapter(self, resume_from_checkpoint, lambda folder: parent(folder, model))
 

@@ -96,6 +96,11 @@ class TrainerSession:
         """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
         return self._pruned_model is not None and self._pruned_model() is peft_model(model)
 
+    @property
+    def finished(self) -> bool:
+        """Whether training should end: the modules are chosen, and nothing else was asked for (`search_only`)."""
+        return self.config.search_only and self.selection is not None
+
     def metrics(self) -> dict[str, float]:
         """What belongs into the next training log."""
         report, self._report = self._report, {}

@@ -55,59 +55,35 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
-from datasets import ClassLabel, Dataset
 from peft import get_peft_model
 from sklearn.metrics import accuracy_score
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    DataCollatorWithPadding,
-    EvalPrediction,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-    set_seed,
-)
+from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser
 
 from diffora_trainer import DiffoRAConfig, DiffoRATrainer
+from diffora_trainer.cli.classify import LabelledDataArguments, trainer_arguments
+from diffora_trainer.cli.data import load_splits
 
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded` and `splits`
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`
 
 from embedded import minilm_folder  # noqa: E402
-from splits import DataArguments, load_splits  # noqa: E402
 
 
 @dataclass
-class RecipeArguments(DataArguments):
+class RecipeArguments(LabelledDataArguments):
     """
     Arguments of the recipe itself, beside those of the data.
 
     Args:
-        text_columns (`list[str]`, *optional*, defaults to `["text"]`):
-            The column with the text, or the two columns of a pair of texts.
-        label_column (`str`, *optional*, defaults to `"label"`):
-            The column with the class: names or whole numbers.
-        max_length (`int`, *optional*, defaults to `128`):
-            Longer texts are cut to this many tokens.
         metric (`str`, *optional*, defaults to `"accuracy"`):
             A metric for `evaluate.load`: its name on the Hub, or a local metric script. `"accuracy"` also works
-            without the Hub.
+            without the Hub. Of a regression, `diffora_trainer` computes what `diffora classify` does.
         no_search (`bool`, *optional*, defaults to `False`):
             Train ordinary LoRA on all modules instead, for comparison.
     """
 
-    dataset_test_split: str = field(
-        default="validation",
-        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
-    )
-    text_columns: list[str] = field(
-        default_factory=lambda: ["text"], metadata={"help": "The column with the text, or two columns for a pair."}
-    )
-    label_column: str = field(default="label", metadata={"help": "The column with the class."})
-    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
     metric: str = field(
         default="accuracy", metadata={"help": "Name of a metric for `evaluate.load`, or a local metric script."}
     )
@@ -156,40 +132,6 @@ def load_metric(name: str) -> evaluate.EvaluationModule:
         return OfflineAccuracy(keep_in_memory=True)
 
 
-def find_labels(train: Dataset, column: str) -> tuple[list[Any], list[str]]:
-    """The values of the label column in the order of their numbers, and their names."""
-    feature = train.features[column]
-    if isinstance(feature, ClassLabel):
-        return list(range(feature.num_classes)), list(feature.names)
-    values = sorted(set(train[column]))
-    if not all(isinstance(value, (bool, int, str)) for value in values):
-        raise ValueError(
-            f"The column {column!r} holds values such as {values[0]!r}. A class must be a name or a whole number."
-        )
-    return values, [str(value) for value in values]
-
-
-def encode(
-    dataset: Dataset,
-    tokenizer: PreTrainedTokenizerBase,
-    args: RecipeArguments,
-    label_values: list[Any],
-) -> Dataset:
-    """Token ids and numbered labels, nothing else."""
-    number = {value: index for index, value in enumerate(label_values)}
-    if unknown := set(dataset[args.label_column]) - number.keys():
-        raise ValueError(
-            f"The evaluation set has labels that the training set does not have: {sorted(unknown, key=str)}. (In some "
-            "data sets -1 marks rows whose label is not public; choose another `--dataset_test_split` then.)"
-        )
-
-    def encode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        encoded = tokenizer(*(batch[name] for name in args.text_columns), truncation=True, max_length=args.max_length)
-        return {**encoded, "label": [number[value] for value in batch[args.label_column]]}
-
-    return dataset.map(encode_batch, batched=True, remove_columns=dataset.column_names)
-
-
 def main(
     script_args: RecipeArguments,
     training_args: ClassificationConfig,
@@ -197,67 +139,33 @@ def main(
     diffora_args: DiffoRAConfig,
 ) -> dict[str, Any]:
     """Run the recipe. Returns what is printed at the end."""
-    # Data
-    train_dataset, eval_dataset = load_splits(script_args, seed=training_args.seed)
-    columns = [*script_args.text_columns, script_args.label_column]
-    if missing := [name for name in columns if name not in train_dataset.column_names]:
-        raise ValueError(
-            f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(train_dataset.features)}. "
-            "Choose with `--text_columns` and `--label_column`."
-        )
-    label_values, label_names = find_labels(train_dataset, script_args.label_column)
-
-    # Model
+    # Data, and a model with a new head; LoRA on every linear layer to start with, unless told otherwise
+    splits = load_splits(script_args, seed=training_args.seed)
     name = model_args.model_name_or_path
     if not name:
         raise ValueError("`model_name_or_path` is missing: a Hub id, a local folder, or 'embedded'.")
     if name == "embedded":
         name = minilm_folder()
         diffora_args.base_model_id = diffora_args.base_model_id or "sentence-transformers/all-MiniLM-L6-v2"
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    set_seed(training_args.seed)  # the new head is drawn here
-    model = AutoModelForSequenceClassification.from_pretrained(
-        name,
-        revision=model_args.model_revision,
-        attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype,
-        quantization_config=get_quantization_config(model_args),
-        num_labels=len(label_names),
-        id2label=dict(enumerate(label_names)),
-        label2id={label: index for index, label in enumerate(label_names)},
-    )
-    model.config.pad_token_id = tokenizer.pad_token_id  # by which a decoder finds the last token of a text
-
-    # LoRA on every linear layer to start with, unless told otherwise: the trainer then learns which ones to keep.
-    model_args.use_peft = True
-    model_args.lora_task_type = "SEQ_CLS"  # the new head is trained and saved too
-    if model_args.lora_target_modules is None:
-        model_args.lora_target_modules = "all-linear"
-    peft_config = get_peft_config(model_args)
+    arguments, peft_config = trainer_arguments(training_args, script_args, splits, model_args, name)
 
     # Metric
-    metric = load_metric(script_args.metric)
+    if arguments["model"].config.problem_type != "regression":
+        metric = load_metric(script_args.metric)
 
-    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-        logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
-        return metric.compute(predictions=np.argmax(logits, axis=-1), references=prediction.label_ids)
+        def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+            logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
+            return metric.compute(predictions=np.argmax(logits, axis=-1), references=prediction.label_ids)
+
+        arguments["compute_metrics"] = compute_metrics
 
     # Trainer
-    arguments: dict[str, Any] = {
-        "args": training_args,
-        "train_dataset": encode(train_dataset, tokenizer, script_args, label_values),
-        "eval_dataset": encode(eval_dataset, tokenizer, script_args, label_values),
-        "processing_class": tokenizer,
-        "data_collator": DataCollatorWithPadding(tokenizer),
-        "compute_metrics": compute_metrics,
-    }
     if script_args.no_search:
         set_seed(training_args.seed)
-        trainer = Trainer(model=get_peft_model(model, peft_config), **arguments)
+        model = get_peft_model(arguments.pop("model"), peft_config)
+        trainer = Trainer(model=model, **arguments)
     else:
-        trainer = DiffoRATrainer(model=model, peft_config=peft_config, diffora_config=diffora_args, **arguments)
+        trainer = DiffoRATrainer(peft_config=peft_config, diffora_config=diffora_args, **arguments)
 
     # Train and evaluate
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
@@ -277,7 +185,7 @@ def main(
     if selection is not None:
         lines += ["Chosen modules", selection.table(), "", f"DiffoRA {selection.summary()}."]
     lines += [f"Trained at the end: {trainable:,} parameters, the new head included."]
-    lines += [f"Evaluation on {len(eval_dataset):,} texts: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items())]
+    lines += [f"Evaluation on {len(splits[1]):,} texts: " + ", ".join(f"{k} {v:.4f}" for k, v in results.items())]
     lines += [f"Adapter: {training_args.output_dir}"]
     trainer.accelerator.print("\n".join(lines))
 

@@ -88,13 +88,6 @@ def test_trainers_refuse_a_compiled_model_and_leave_it_alone(task: str, wrapped:
     assert trainer.state.global_step == 0
 
 
-def test_trainer_refuses_the_launcher_s_compilation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`accelerate launch --dynamo_backend` sets an environment variable; `torch_compile` stays `False`."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "eager")
-    with pytest.raises(ValueError, match=r"torch_compile=True.*--dynamo_backend.*model\.compile\(\)"):
-        make_trainer(tmp_path)
-
-
 def test_the_finished_model_can_be_compiled() -> None:
     """After the cut the model is an ordinary one: compiled, it computes and learns the same, and compiles once."""
     model, batch = make()

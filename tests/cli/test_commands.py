@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from peft import AutoPeftModelForCausalLM
+from datasets import ClassLabel, Dataset
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
 
 from diffora_trainer import Selection
 from diffora_trainer.cli import main
 from helpers.adapted import lora_layers
-from helpers.data import preference_dataset, prompt_completion_dataset, tiny_tokenizer
-from helpers.models import llama_config
+from helpers.data import NAMES, preference_dataset, prompt_completion_dataset, tiny_tokenizer
+from helpers.models import encoder_for, llama_config
 from helpers.trainers import causal_model, make_trainer
 
 
@@ -96,3 +97,78 @@ def test_training_from_a_file_and_words(command: str, tmp_path: Path, capsys: py
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert "--selection_ratio" in capsys.readouterr().out
+
+
+def opinions(kind: str, count: int = 40) -> Dataset:
+    """Texts whose first word says what they are labelled: as names, as numbers of named classes, or as a score."""
+    words = ["bad", "dull", "good"]
+    rows = [{"review": f"{words[i % 3]} {NAMES[i % len(NAMES)]}", "stars": i % 3} for i in range(count)]
+    if kind == "names":
+        rows = [{**row, "stars": words[row["stars"]]} for row in rows]
+    if kind == "scores":
+        rows = [{**row, "stars": row["stars"] / 2} for row in rows]
+    data = Dataset.from_list(rows)
+    return data.cast_column("stars", ClassLabel(names=words)) if kind == "classes" else data
+
+
+@pytest.mark.parametrize("kind", ["names", "classes", "scores"])
+def test_classify(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()
+    encoder_for(tokenizer, layers=2).bert.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    data = opinions(kind)
+    if kind == "classes":  # a data set that knows the names of its classes
+        data.to_parquet(tmp_path / "rows.parquet")
+    else:
+        data.to_json(tmp_path / "rows.jsonl")
+    settings = {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(next(tmp_path.glob("rows.*")))}
+    settings |= {"max_steps": 100, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
+    settings |= {"text_columns": ["review"], "label_column": "stars", "eval_fraction": 0.2, "report_to": "none"}
+    settings |= {"save_strategy": "no", "discretize_at": 20, "selection_ratio": 0.5, "lora_r": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    words = ["classify", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    selection = Selection.load(tmp_path / "out")
+    assert selection.table() in text and set(selection.grid.ranks) == {2}
+    found = dict(line.split(": ") for line in text.splitlines() if line.startswith(("Accuracy", "Pearson", "Mse")))
+    labels = {} if kind == "scores" else {"num_labels": 3}
+    if kind == "scores":
+        assert float(found["Pearson"]) > 0.9 and float(found["Mse"]) < 0.1 and "Accuracy" not in found
+        labels = {"num_labels": 1}
+    else:
+        assert float(found["Accuracy"]) > 0.9
+    loaded = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "out", **labels)
+    assert len(lora_layers(loaded, "default")) == len(selection.selected)
+    assert PeftConfig.from_pretrained(tmp_path / "out").task_type == "SEQ_CLS"
+    answers = loaded(**tokenizer(["good", "bad"], return_tensors="pt")).logits
+    if kind == "scores":
+        assert float(answers[0, 0]) > float(answers[1, 0]) + 0.5
+    else:  # `ClassLabel` keeps its order, names are sorted: here both are bad, dull, good
+        assert answers.argmax(-1).tolist() == [2, 0]
+
+    assert main([*words, "--label_column", "points"]) == 1
+    assert "no column 'points'; it has review, stars" in capsys.readouterr().err
+    if kind == "names":
+        assert main([*words, "--regression", "true"]) == 1
+        assert "a regression needs finite numbers" in capsys.readouterr().err
+    if kind == "scores":
+        assert main([*words, "--regression", "false"]) == 1
+        assert "A class must be a name or a whole number" in capsys.readouterr().err
+
+
+def test_search_only_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The first of two runs, and the configuration that it hands over."""
+    tokenizer = tiny_tokenizer()
+    causal_model(attention_dropout=0.0).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    prompt_completion_dataset(24).to_json(tmp_path / "rows.jsonl")
+    words = ["sft", "--model_name_or_path", str(tmp_path / "base"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    words += ["--max_steps", "12", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
+    words += ["--search_only", "true", "--discretize_at", "8", "--output_dir", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert f"diffora show {tmp_path / 'out'} --lora_config" in capsys.readouterr().out
+    assert Selection.load(tmp_path / "out").step == 8
+    assert main(["show", str(tmp_path / "out"), "--lora_config", str(tmp_path / "adapter_config.json")]) == 0
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.target_modules == set(Selection.load(tmp_path / "out").selected)

@@ -32,6 +32,7 @@ OPTIONS: dict[str, Any] = {
     "selection_groups": {"attention": ["q_proj", "v_proj"]},
     "search_micro_batches": 2,
     "decide_early": True,
+    "search_only": False,  # it does not combine with `prefix_cache`
     "prefix_cache": "disk",
     "prefix_cache_gib": 0.5,
     "method": "snip",
@@ -90,7 +91,7 @@ def present() -> list[Any]:
 
 
 def test_every_option_is_parsed_from_the_command_line() -> None:
-    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 24
+    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 25
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(words(OPTIONS))
     assert config.to_dict() == OPTIONS
     assert {name: type(value) for name, value in config.to_dict().items()} == {

@@ -62,6 +62,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "selection_unit": st.sampled_from(SELECTION_UNITS),
     "selection_groups": st.none() | st.just({"attention": ["q_proj", "v_proj"]}),
     "decide_early": st.booleans(),
+    "search_only": st.booleans(),
     "prefix_cache": st.sampled_from(PREFIX_CACHES),
     "prefix_cache_gib": st.floats(0, 99),
     "search_micro_batches": st.none() | st.integers(0, 9),

@@ -14,9 +14,9 @@ from helpers.data import chat_dataset, tiny_tokenizer
 from helpers.trainers import causal_model
 
 
-def snippet(heading: str) -> str:
+def snippet(heading: str, file: str = "README.md") -> str:
     """The first Python snippet under a heading."""
-    section = (ROOT / "README.md").read_text().split(f"\n## {heading}\n")[1]
+    section = (ROOT / file).read_text().split(f"\n## {heading}\n")[1]
     found = re.search(r"```python\n(.*?)```", section, re.DOTALL)
     assert found is not None
     return found[1]
@@ -61,18 +61,32 @@ def run(program: str, folder: Path) -> str:
     return done.stdout + done.stderr
 
 
-def test_train_then_load(tmp_path: Path) -> None:
-    """On a CPU and without the Hub; folders of the same names stand in for its model and data."""
-    train, load = snippet("Train"), snippet("Load")
+def stand_ins(train: str, folder: Path) -> None:
+    """Folders of the same names for the model and the data of a snippet."""
     model, data = (re.search(pattern, train) for pattern in (r'model="(.+?)"', r'load_dataset\("(.+?)"'))
     assert model is not None and data is not None
-    causal_model().save_pretrained(tmp_path / model[1])
-    tiny_tokenizer().save_pretrained(tmp_path / model[1])
-    (tmp_path / data[1]).mkdir(parents=True)
+    causal_model().save_pretrained(folder / model[1])
+    tiny_tokenizer().save_pretrained(folder / model[1])
+    (folder / data[1]).mkdir(parents=True)
     rows = "".join(json.dumps(row) + "\n" for row in chat_dataset(64))
-    (tmp_path / data[1] / "train.jsonl").write_text(rows)
+    (folder / data[1] / "train.jsonl").write_text(rows)
 
+
+def test_train_then_load(tmp_path: Path) -> None:
+    """On a CPU and without the Hub."""
+    train, load = snippet("Train"), snippet("Load")
+    stand_ins(train, tmp_path)
     said = run(train, tmp_path)
     assert "[diffora] Step 75: kept" in said and "x kept   . removed" in said
     alone = "import sys\nsys.modules.update(diffora_trainer=None, trl=None)\n"
     assert "0" in run(f"{alone}{load}\nprint(sum('lora' in name for name, _ in model.named_modules()))", tmp_path)
+
+
+def test_two_runs(tmp_path: Path) -> None:
+    program = snippet("Two runs", "docs/launchers.md")
+    stand_ins(program, tmp_path)
+    program = program.replace("max_steps=300", "max_steps=300, bf16=False, report_to='none'")
+    look = "names = {n.split('.lora_A')[0] for n, _ in trainer.model.named_parameters() if '.lora_A.' in n}\n"
+    look += "assert search.state.global_step == 75 and trainer.state.global_step == 300\n"
+    look += "assert {n.removeprefix('base_model.model.') for n in names} == set(search.selection.selected)\n"
+    assert "The run ends here" in run(f"{program}\n{look}", tmp_path)

@@ -75,6 +75,19 @@ def test_two_processes_split_their_batches(alone: dict[str, Any], tmp_path: Path
         assert reports[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
 
 
+@pytest.mark.slow
+def test_two_processes_train_a_compiled_model(alone: dict[str, Any], tmp_path: Path) -> None:
+    """The wrapper of DDP is inside of the compiled model, and built anew there."""
+    args = {"ddp_find_unused_parameters": False, "torch_compile_backend": "aot_eager"}
+    reports = train("ddp", tmp_path, args=args, **SIGMOID)
+    assert reports[0] == reports[1] and all(reports[0]["moved"])
+    assert [report["wrapper"] for report in reports] == ["OptimizedModule"] * 2
+    assert reports[0]["selected"] == alone["selected"]
+    assert reports[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    for name, weights in alone["weights"].items():
+        assert reports[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
+
+
 @pytest.mark.parametrize("phase", ["closing", pytest.param("selected", marks=pytest.mark.slow)])
 def test_two_processes_give_ranks_as_one(phase: str, tmp_path: Path) -> None:
     """What is left of each matrix is optimized on both, and its gradients are exchanged; a resumed run goes on so."""
@@ -206,7 +219,7 @@ class _Plugin:
 @pytest.mark.parametrize(
     ("sharding", "search", "message"),
     [
-        ("deepspeed", {}, "DeepSpeed is not supported.*ZeRO-2.*ZeRO-3.*fsdp2.yaml"),
+        ("deepspeed", {}, "DeepSpeed is not supported.*ZeRO-2.*ZeRO-3.*fsdp2.yaml.*search_only=True"),
         (_Plugin(fsdp_version=1), {}, "FSDP1 is not supported.*fsdp_version: 2"),
         (_Plugin(activation_checkpointing=True), {}, "without any weights.*gradient_checkpointing=True"),
         (

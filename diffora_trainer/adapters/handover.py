@@ -1,0 +1,66 @@
+"""What was chosen, as the LoRA configuration of another run."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+
+from peft import LoraConfig
+
+from ..core.files import ADAPTER_CONFIG_NAME, write_file
+from ..core.selection import Selection
+from .lora import peft_model
+from .pruning import finds
+
+
+def lora_config_of(config: LoraConfig, selection: Selection, where: str) -> LoraConfig:
+    """
+    The LoRA of a pruned adapter, for a model that has none yet.
+
+    Args:
+        config (`LoraConfig`): that of the adapter; it is not changed.
+        selection ([`Selection`]): what was chosen.
+        where (`str`): what both are of, for an error.
+
+    Raises:
+        ValueError: if the adapter is not that of the selection, or what was chosen is more than a configuration can
+            say: modules that share a pair, or other kinds of site.
+    """
+    if selection.shared or len(selection.lora_modules) != len(selection.adapted):
+        raise ValueError(
+            f"What was chosen in {where} holds modules that share a pair of LoRA matrices, or others than LoRA "
+            "modules, which no `LoraConfig` says. Please choose without `weight_sharing` and `extra_sites`."
+        )
+    kept = set(selection.lora_modules)
+    for name in selection.modules:
+        found = finds(config.target_modules, name) and not finds(config.exclude_modules, name)
+        if found != (name in kept):
+            raise ValueError(
+                f"The LoRA configuration in {where} {'names' if found else 'does not name'} {name!r}, which was "
+                f"{'not ' if found else ''}chosen: it is that of another adapter. Please pass what one run has saved "
+                "after its choice."
+            )
+    handed_over = copy.deepcopy(config)
+    handed_over.inference_mode = False
+    return handed_over
+
+
+def lora_config_of_run(run: object) -> LoraConfig:
+    """The same of a trainer or a run, from its `model` and its `selection`."""
+    selection, model = getattr(run, "selection", None), peft_model(getattr(run, "model", None))
+    name = type(run).__name__
+    if not isinstance(selection, Selection):
+        raise ValueError(
+            f"This {name} has chosen no modules (yet): its `selection` is None. Please train first, until the others "
+            "are pruned."
+        )
+    return lora_config_of(model.peft_config[model.active_adapters[0]], selection, f"this {name}")
+
+
+def write_lora_config(config: LoraConfig, file: str | Path) -> Path:
+    """Write a configuration as PEFT does, into a file of any name, whole or not at all. Returns its path."""
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        write_file(Path(file), Path(folder, ADAPTER_CONFIG_NAME).read_bytes())
+    return Path(file)

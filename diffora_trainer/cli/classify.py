@@ -1,0 +1,224 @@
+"""Train a sequence classifier, or a model that predicts a number, with `DiffoRATrainer`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import train
+from .data import DataArguments, load_splits
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass
+class LabelledDataArguments(DataArguments):
+    """
+    Which rows are trained on and evaluated on, and what is in them.
+
+    Args:
+        text_columns (`list[str]`, *optional*, defaults to `["text"]`):
+            The column with the text, or the two columns of a pair of texts.
+        label_column (`str`, *optional*, defaults to `"label"`):
+            The column with the class (a name or a whole number) or the number to predict.
+        regression (`bool`, *optional*):
+            Whether the label is a number to predict. By default it is, if the column holds floats.
+        max_length (`int`, *optional*, defaults to `128`):
+            Longer texts are cut to this many tokens.
+    """
+
+    dataset_test_split: str = field(
+        default="validation",
+        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
+    )
+    text_columns: list[str] = field(
+        default_factory=lambda: ["text"], metadata={"help": "The column with the text, or two columns for a pair."}
+    )
+    label_column: str = field(
+        default="label", metadata={"help": "The column with the class, or with the number to predict."}
+    )
+    regression: bool | None = field(
+        default=None, metadata={"help": "Whether the label is a number to predict: by default, if it is a float."}
+    )
+    max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
+
+
+@dataclass(frozen=True)
+class Labels:
+    """
+    What is to be predicted.
+
+    Args:
+        names (`list[str]`): names of the classes, by their numbers; nothing of a regression.
+        numbers (`dict`, *optional*): the number of each class, by what stands in the data; `None` of a regression.
+    """
+
+    names: list[str]
+    numbers: dict[Any, int] | None = None
+
+    def of(self, values: Sequence[Any]) -> list[float]:
+        """
+        The labels of rows, as the model takes them.
+
+        Raises:
+            ValueError: if one is of a class that the training set does not have, or no finite number.
+        """
+        if self.numbers is None:
+            wrong = [v for v in values if isinstance(v, str) or v is None or not math.isfinite(v)]
+            if wrong:
+                raise ValueError(
+                    f"A label is {wrong[0]!r}, but a regression needs finite numbers. Please drop the row."
+                )
+            return [float(value) for value in values]
+        if unknown := set(values) - self.numbers.keys():
+            raise ValueError(
+                "The evaluation set has labels that the training set does not have: "
+                f"{sorted(unknown, key=str)}. (In some data sets -1 marks rows whose label is not public; choose "
+                "another `--dataset_test_split` then.)"
+            )
+        return [self.numbers[value] for value in values]
+
+    def metrics(self) -> Callable[[EvalPrediction], dict[str, float]]:
+        """What an evaluation reports beside the loss: accuracy, or Pearson's correlation and mean squared error."""
+
+        def compute(prediction: EvalPrediction) -> dict[str, float]:
+            found = prediction.predictions
+            logits = np.asarray(found[0] if isinstance(found, tuple) else found)
+            truth: Any = prediction.label_ids
+            if self.numbers is not None:
+                return {"accuracy": float((logits.argmax(axis=-1) == truth).mean())}
+            values, truth = logits.reshape(-1).astype(np.float64), np.asarray(truth, np.float64).reshape(-1)
+            varies = values.std() > 0 and truth.std() > 0
+            pearson = float(np.corrcoef(values, truth)[0, 1]) if varies else math.nan
+            return {"pearson": pearson, "mse": float(((values - truth) ** 2).mean())}
+
+        return compute
+
+
+def find_labels(data: Dataset, args: LabelledDataArguments) -> Labels:
+    """
+    What is to be predicted, from the training set.
+
+    Raises:
+        ValueError: if a column is missing, or holds neither classes nor numbers.
+    """
+    from datasets import ClassLabel
+
+    if missing := [n for n in (*args.text_columns, args.label_column) if n not in data.column_names]:
+        raise ValueError(
+            f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(data.column_names)}. "
+            "Choose with `--text_columns` and `--label_column`."
+        )
+    if len(args.text_columns) not in (1, 2):
+        raise ValueError(f"You passed {len(args.text_columns)} `text_columns`; a row has one text or a pair of two.")
+    feature = data.features[args.label_column]
+    if isinstance(feature, ClassLabel) and not args.regression:
+        return Labels(list(feature.names), {index: index for index in range(feature.num_classes)})
+    values = set(data[args.label_column])
+    floats = any(isinstance(value, float) for value in values)
+    if args.regression or (floats and args.regression is None):
+        return Labels([])
+    if not all(isinstance(value, (bool, int, str)) for value in values):
+        other = next(value for value in values if not isinstance(value, (bool, int, str)))
+        raise ValueError(
+            f"The column {args.label_column!r} holds values such as {other!r}. A class must be a name or a whole "
+            "number. (To predict a number, pass `--regression true`.)"
+        )
+    ordered = sorted(values)
+    return Labels([str(value) for value in ordered], {value: index for index, value in enumerate(ordered)})
+
+
+def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, args: LabelledDataArguments, labels: Labels) -> Dataset:
+    """Token ids and labels, nothing else."""
+
+    def encode_batch(batch: dict[str, list[Any]]) -> dict[str, Any]:
+        encoded = tokenizer(*(batch[name] for name in args.text_columns), truncation=True, max_length=args.max_length)
+        return {**encoded, "labels": labels.of(batch[args.label_column])}
+
+    return data.map(encode_batch, batched=True, remove_columns=data.column_names)
+
+
+def load_model(
+    name: str, model_args: Any, labels: Labels, seed: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, LoraConfig]:
+    """
+    A model with a new head, its tokenizer, and the LoRA that it begins with.
+
+    Args:
+        name (`str`): Hub id or local folder.
+        model_args ([`~trl.ModelConfig`]): how it is loaded, and the LoRA. A parser has just made it.
+        labels ([`Labels`]): what the head predicts.
+        seed (`int`): by which the head is drawn.
+    """
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+    options, peft_config = train.model_options(model_args, "SEQ_CLS")  # the new head is trained and saved too
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if labels.names:
+        head = {"num_labels": len(labels.names), "id2label": dict(enumerate(labels.names))}
+        head["label2id"] = {label: index for index, label in enumerate(labels.names)}
+    set_seed(seed)
+    model = AutoModelForSequenceClassification.from_pretrained(name, **options, **head)
+    model.config.pad_token_id = tokenizer.pad_token_id  # by which a decoder finds the last token of a text
+    return model, tokenizer, peft_config
+
+
+def trainer_arguments(
+    training_args: Any, args: LabelledDataArguments, splits: tuple[Dataset, Dataset], model_args: Any, name: str
+) -> tuple[dict[str, Any], LoraConfig]:
+    """
+    What a trainer of a classifier is built with: all but the LoRA, and the LoRA.
+
+    Args:
+        training_args ([`~transformers.TrainingArguments`]): of the trainer.
+        args ([`LabelledDataArguments`]): what is in the rows.
+        splits (`tuple`): the training and the evaluation set.
+        model_args ([`~trl.ModelConfig`]): how the model is loaded, and the LoRA.
+        name (`str`): Hub id or local folder of the model.
+    """
+    from transformers import DataCollatorWithPadding
+
+    labels = find_labels(splits[0], args)
+    model, tokenizer, peft_config = load_model(name, model_args, labels, training_args.seed)
+    with training_args.main_process_first(desc="tokenizing"):
+        rows, test = (encode(data, tokenizer, args, labels) for data in splits)
+    arguments = {
+        "model": model,
+        "args": training_args,
+        "train_dataset": rows,
+        "eval_dataset": test,
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorWithPadding(tokenizer),
+        "compute_metrics": labels.metrics(),
+    }
+    return arguments, peft_config
+
+
+def run(words: argparse.Namespace) -> None:
+    """Train, with all arguments of `TrainingArguments`, `ModelConfig` and `DiffoRAConfig`."""
+    from transformers import TrainingArguments
+
+    from ..trainer.trainers import DiffoRATrainer
+
+    parser = train.make_parser(TrainingArguments, "diffora classify", LabelledDataArguments)
+    data_args, training_args, model_args, config = parser.parse_args_and_config(words.options)
+    if not model_args.model_name_or_path:
+        raise ValueError(train.NO_MODEL)
+    splits = load_splits(data_args, seed=training_args.seed)
+    arguments, peft_config = trainer_arguments(
+        training_args, data_args, splits, model_args, model_args.model_name_or_path
+    )
+    trainer = DiffoRATrainer(peft_config=peft_config, diffora_config=config, **arguments)
+    train.train_and_save(trainer, data_args.dataset_name)
