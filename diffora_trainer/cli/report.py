@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.selection import SELECTION_NAME, Selection
+from ..hub.pull import load_selection
 from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
-from .show import load
 
 
 _STATE_NAME = "trainer_state.json"
@@ -33,7 +33,7 @@ def run(words: argparse.Namespace) -> None:
         ValueError: if there is no selection, the Trainer's state cannot be read, or a report that has the losses would
             be replaced by one without them.
     """
-    selection = load(words.source)
+    selection = load_selection(words.source)
     local = Path(words.source)
     folder = (local if local.is_dir() else local.parent) if local.exists() else None
     state = _hub_state(words.source) if folder is None else _local_state(folder, selection)
