@@ -253,15 +253,15 @@ def group(records: Iterable[Record]) -> dict[tuple[str, str], dict[float, Result
     return grouped
 
 
-def plot(grouped: dict[tuple[str, str], dict[float, Results]], path: Path) -> None:
-    """For each task and budget with random sets: their losses, and those of each method's choices and runs."""
+def plot(grouped: dict[tuple[str, str], dict[float, Results]], path: Path, ours: str) -> None:
+    """For each task and budget with random sets and `ours`: the losses of each method's choices and runs."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     panels = [(task, budget, results) for (task, _), budgets in grouped.items() for budget, results in budgets.items()]
-    panels = [panel for panel in panels if any(panel[2].random.values())]
+    panels = [panel for panel in panels if any(panel[2].random.values()) and panel[2].runs[ours]]
     if not panels:
         return
     columns = min(2, len(panels))
@@ -273,14 +273,18 @@ def plot(grouped: dict[tuple[str, str], dict[float, Results]], path: Path) -> No
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
     rng = random.Random(0)
+    # A method has one color in all panels.
+    names = sorted({name.partition(" (")[0] for *_, results in panels for name, _ in _losses(results)})
+    colors = {name: "0.6" if name == "random sets" else f"C{number % 10}" for number, name in enumerate(names)}
     for axis, (task, budget, results) in zip(axes.flat, panels, strict=False):
         entries = _losses(results)
         for number, (name, losses) in enumerate(entries):
             drawn = name.startswith("random")
             heights = [number + rng.uniform(-0.25, 0.25) if drawn else number for _ in losses]
-            axis.scatter(losses, heights, s=22, color="0.6" if drawn else None, zorder=2)
+            axis.scatter(losses, heights, s=22, color=colors[name.partition(" (")[0]], zorder=2)
             axis.plot([statistics.fmean(losses)] * 2, [number - 0.35, number + 0.35], color="black", zorder=3)
         axis.set_title(f"{task}, {budget:.3g} of the LoRA parameters")
+        axis.locator_params(axis="x", nbins=6)
         axis.set_xlabel("held-out loss at the last step (line: mean)")
         axis.set_yticks(range(len(entries)), [name for name, _ in entries])
     figure.savefig(path, dpi=120)
@@ -322,7 +326,7 @@ def write_report(paths: Sequence[Path], folder: Path, ours: str | None = None) -
     folder.mkdir(parents=True, exist_ok=True)
     confidence.plot(found, folder / "confidence.png")
     (folder / "table.md").write_text(text + "\n", encoding="utf-8")
-    plot(grouped, folder / "losses.png")
+    plot(grouped, folder / "losses.png", ours)
     return text
 
 
