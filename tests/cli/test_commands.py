@@ -41,7 +41,7 @@ def test_show_a_run_and_compare_it_with_another(runs: tuple[Path, Path], capsys:
     first, second = map(Selection.load, runs)
     assert main(["show", str(runs[0]), "--ranking", "--diff", str(runs[1])]) == 0
     text = capsys.readouterr().out
-    assert first.table() in text and "by random, after step 8" in text
+    assert first.table() in text and "by random, after step 8" in text and text.count("x kept") == 1
     assert [line.split()[-1] for line in text.splitlines() if line[:4].strip().isdigit()] == list(first.ranking())
     shared = len(set(first.selected) & set(second.selected)) / len(first.selected)
     assert f"share {shared:.0%} of their ranks" in text
