@@ -5,6 +5,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_RELEASE ?= .venv-release
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -14,6 +15,8 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 BIN_OLDEST := $(VENV_OLDEST)/bin
 STAMP_OLDEST := $(VENV_OLDEST)/.installed
 PIP_OLDEST := $(BIN_OLDEST)/python -m pip install -qq --disable-pip-version-check -c constraints-oldest.txt
+BIN_RELEASE := $(VENV_RELEASE)/bin
+STAMP_RELEASE := $(VENV_RELEASE)/.installed
 # Waiting threads of PyTorch spin for a moment only. With the usual long spin, a step of the demo took 33 s instead of 3 on
 # two cores of which another program kept one busy.
 ENV := GOMP_SPINCOUNT=3000 TOKENIZERS_PARALLELISM=false
@@ -31,7 +34,7 @@ CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop th
 SOURCES := $(wildcard diffora_trainer recipes tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-all test-oldest style quality clean
+.PHONY: help venv demo test test-fast test-all test-oldest style quality dist check-wheel clean
 
 help:
 	@echo "make venv         the virtual environment, with every extra"
@@ -42,6 +45,8 @@ help:
 	@echo "make test-oldest  the core of the tests beside the oldest versions that are supported"
 	@echo "make style        format the code and mend what can be mended"
 	@echo "make quality      check the format, the lint rules and the types"
+	@echo "make dist         the distributions: an sdist and a wheel"
+	@echo "make check-wheel  the command and the demo from the wheel, in a new environment"
 	@echo "make clean        remove caches and outputs"
 
 venv: $(STAMP)
@@ -65,6 +70,11 @@ $(STAMP_OLDEST): pyproject.toml constraints-oldest.txt
 	test -x $(BIN_OLDEST)/python || $(PYTHON) -m venv $(VENV_OLDEST)
 	$(PIP_OLDEST) torch==2.13.0
 	$(PIP_OLDEST) -e '.[plots]' pytest pytest-timeout pytest-xdist
+	touch $@
+
+$(STAMP_RELEASE): constraints.txt
+	test -x $(BIN_RELEASE)/python || $(PYTHON) -m venv $(VENV_RELEASE)
+	$(BIN_RELEASE)/python -m pip install -qq --disable-pip-version-check -c constraints.txt build twine
 	touch $@
 
 demo: $(DEMO_STAMP)
@@ -91,6 +101,15 @@ quality: $(STAMP)
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
+
+# A list of files from an earlier build would be taken up into the sdist.
+dist: $(STAMP_RELEASE)
+	rm -rf build dist *.egg-info
+	$(BIN_RELEASE)/python -m build --outdir dist
+	$(BIN_RELEASE)/python -m twine check --strict dist/*
+
+check-wheel: dist
+	$(PYTHON) tests/project/check_wheel.py dist
 
 clean:
 	rm -rf build dist outputs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -17,6 +17,7 @@ COMMANDS = {
     "show": "show what a run has chosen, of a folder or of an adapter on the Hub",
     "report": "write what a run has chosen, and why, as one HTML page, of a folder or of an adapter on the Hub",
     "export": "write an adapter as a server takes it: vLLM, SGLang, LoRAX, TGI, llama.cpp, or merged",
+    "env": "print the versions and devices that a bug report should name",
 }
 TRAINING = ("sft", "dpo", "classify")
 """Commands whose arguments a parser of TRL's reads, and explains."""

@@ -40,7 +40,7 @@ def run(words: argparse.Namespace) -> None:
 def describe(selection: Selection) -> str:
     """What was chosen, as a text."""
     lines = [f"{selection.summary()}, by {selection.config.get('method')}, after step {selection.step}."]
-    lines += [selection.table(), "x kept   . removed" if not selection.in_ranks else "numbers are ranks"]
+    lines.append(selection.table())
     if selection.confidence is not None:
         meaning = "1: another search would rank the modules alike; 0: as chance would"
         lines.append(f"Confidence: {selection.confidence:.2f} ({meaning}).")

@@ -32,7 +32,7 @@ DIFFORA = Paper(
     """\
 @article{jiang2025diffora,
     title  = {{DiffoRA: Enabling Parameter-Efficient Fine-Tuning via Differential Module Selection}},
-    author = {Jiang and Wang and Yuan},
+    author = {Jiang, Tangyu and Wang, Haodi and Yuan, Chun},
     year   = 2025,
     eprint = {arXiv:2502.08905},
 }""",
@@ -43,7 +43,8 @@ HETEROLORA = Paper(
     """\
 @article{zhang2024heterolora,
     title  = {{Unlocking the Global Synergies in Low-Rank Adapters}},
-    author = {Zhang and others},
+    author = {Zhang, Zixi and Zhang, Cheng and Gao, Xitong and Mullins, Robert D. and Constantinides, George A. and
+              Zhao, Yiren},
     year   = 2024,
     eprint = {arXiv:2406.14956},
 }""",

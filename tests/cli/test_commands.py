@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import ClassLabel, Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
 
+import diffora_trainer
 from diffora_trainer import Selection
-from diffora_trainer.cli import main
+from diffora_trainer.cli import COMMANDS, main
+from helpers import ROOT
 from helpers.adapted import lora_layers
 from helpers.data import NAMES, preference_dataset, prompt_completion_dataset, tiny_tokenizer
 from helpers.models import encoder_for, llama_config
@@ -35,7 +41,7 @@ def test_show_a_run_and_compare_it_with_another(runs: tuple[Path, Path], capsys:
     first, second = map(Selection.load, runs)
     assert main(["show", str(runs[0]), "--ranking", "--diff", str(runs[1])]) == 0
     text = capsys.readouterr().out
-    assert first.table() in text and "by random, after step 8" in text
+    assert first.table() in text and "by random, after step 8" in text and text.count("x kept") == 1
     assert [line.split()[-1] for line in text.splitlines() if line[:4].strip().isdigit()] == list(first.ranking())
     shared = len(set(first.selected) & set(second.selected)) / len(first.selected)
     assert f"share {shared:.0%} of their ranks" in text
@@ -71,6 +77,39 @@ def test_as_a_module_and_with_words_that_it_does_not_know(runs: tuple[Path, Path
     out = str(tmp_path / "out")
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 0
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 1
+
+
+def test_every_command_explains_itself(capsys: pytest.CaptureFixture) -> None:
+    for command in COMMANDS:
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        text = capsys.readouterr().out
+        assert stop.value.code == 0 and text.startswith(f"usage: diffora {command}"), command
+
+
+def test_env_is_what_a_bug_report_may_say(tmp_path: Path) -> None:
+    """Versions as they are installed, also of a library that cannot be imported; no folder, no name and no token."""
+    for broken in ("trl", "torch"):
+        (tmp_path / broken).mkdir()
+        (tmp_path / broken / "__init__.py").write_text("raise ImportError('broken')")
+    secrets = {"HF_TOKEN": "hf_secret", "HF_HOME": str(tmp_path), "USER": "somebody"}
+
+    def said(path: list[Path]) -> str:
+        environment = {**os.environ, **secrets, "PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT]))}
+        command = [sys.executable, "-m", "diffora_trainer", "env"]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    text = said([])
+    found = dict(line.removeprefix("- ").split(": ", 1) for line in text.splitlines())
+    assert found["diffora-trainer"] == diffora_trainer.__version__ and found["Python"] == platform.python_version()
+    for name in ("torch", "transformers", "trl", "peft", "accelerate", "datasets"):
+        assert found[name] == metadata.version(name), name
+    assert torch.accelerator.is_available() or found["Devices"] == "CPU"
+    private = [*secrets.values(), str(Path.home()), str(ROOT), platform.node()]
+    assert not [word for word in private if len(word) > 3 and word in text]
+    assert said([tmp_path]) == text.replace(
+        f"Devices: {found['Devices']}", "Devices: unknown, torch cannot be imported (ImportError)"
+    )
 
 
 @pytest.mark.parametrize("command", ["sft", "dpo"])

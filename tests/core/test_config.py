@@ -264,9 +264,7 @@ def test_every_option_is_documented() -> None:
     types = get_type_hints(DiffoRAConfig)
     for option in present():
         assert len(option.metadata["help"]) > 20, option.name
-        entry = re.search(
-            rf"^    {option.name} \(`([\w\[\]]+)`, \*optional\*(?:, defaults to `(.+)`)?\):$", text, re.M
-        )
+        entry = re.search(rf"^ *{option.name} \(`([\w\[\]]+)`, \*optional\*(?:, defaults to `(.+)`)?\):$", text, re.M)
         assert entry is not None, option.name
         kind, default = entry.groups()
         plain = [t for t in get_args(types[option.name]) if t is not type(None)] or [types[option.name]]

@@ -242,7 +242,15 @@ def test_sdist_holds_what_the_tests_need(distributions: Path) -> None:
         held = {name.partition("/")[2] for name in archive.getnames()}
     files = [path.relative_to(distributions / "copy") for path in (distributions / "copy").rglob("*")]
     wanted = {str(path) for path in files if path.parts[0] in ("tests", "recipes") and path.suffix}
-    others = {"Makefile", "constraints.txt", "constraints-oldest.txt", "CHANGELOG.md", "LICENSE", "pyproject.toml"}
+    others = {
+        "Makefile",
+        "CITATION.cff",
+        "constraints.txt",
+        "constraints-oldest.txt",
+        "CHANGELOG.md",
+        "LICENSE",
+        "pyproject.toml",
+    }
     assert len(wanted) > 80 and wanted | others <= held
     assert not [name for name in held if name.endswith(".pyc") or "/outputs/" in name]
 
