@@ -14,7 +14,9 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from peft import get_peft_model
 
+from diffora_trainer import DiffoRAConfig
 from helpers import ROOT, models
 from helpers import data as tiny
 
@@ -121,6 +123,49 @@ def test_every_method_on_data_that_the_recipe_has_never_seen(folder: Path, tmp_p
     assert not run("sst2_minilm.yaml", **{**reviews, "rank": 8}, **{**options, "methods": ["full"]})[1] == again
 
 
+@pytest.mark.parametrize("order", ["random", "group_by_length"])
+def test_a_search_that_moves_no_rank_is_the_stock_run_on_the_same_batches(folder: Path, order: str) -> None:
+    """From the same first weights, until long after the choice: what the two differ in otherwise is drawn."""
+    tasks, methods, sets = recipe("tasks"), recipe("methods"), recipe("module_sets")
+    training = {"max_steps": 12, "use_cpu": True, "per_device_train_batch_size": 4, "train_sampling_strategy": order}
+    config = tasks.TaskConfig(
+        model=str(folder / "encoder"),
+        dataset_name=str(folder / "reviews.jsonl"),
+        dataset_test_split="train",
+        text_columns=["review"],
+        label_column="stars",
+        rank=4,
+        training={**training, "learning_rate": 1e-2, "max_grad_norm": 1e9},
+    )
+    task = tasks.Task(config)
+    grid = sets.Grid.of(task)
+    cap = grid.cap(0.5)
+    options = DiffoRAConfig(max_trainable_parameters=cap, arch_seed=5, discretize_at=0.5)
+    search = task.make_trainer(
+        task.make_model(5), 5, search=True, peft_config=sets.lora_config(task, None), diffora_config=options
+    )
+    first = {name: p.detach().clone() for name, p in search.model.named_parameters() if p.requires_grad}
+    stock_model = get_peft_model(task.make_model(5), sets.lora_config(task, sets.all_linear(grid, cap)))
+    with torch.no_grad():
+        for name, parameter in stock_model.named_parameters():
+            if parameter.requires_grad:
+                rows, *columns = parameter.shape
+                parameter.copy_(first[name][:rows, : columns[0]] if columns else first[name])
+    stock = task.make_trainer(stock_model, 5, held_out_order=True)
+    stock.diffora_config = options
+    assert methods.split_options("all_linear:held_out_order=true") == ("all_linear", {"held_out_order": True})
+
+    for trainer in (search, stock):
+        torch.manual_seed(7)
+        trainer.train()
+    assert max(search.selection.ranks) - min(search.selection.ranks) <= 1  # no rank was moved
+    trained = [dict(trainer.model.named_parameters()) for trainer in (search, stock)]
+    for name, parameter in trained[1].items():
+        if parameter.requires_grad:
+            torch.testing.assert_close(trained[0][name], parameter, atol=1e-5, rtol=1e-4)
+            assert not parameter.equal(first[name][tuple(map(slice, parameter.shape))])
+
+
 @needs_newer_peft
 def test_each_method_stands_at_its_best_learning_rate(folder: Path, tmp_path: Path) -> None:
     """A rate that is far too high for all but one method; the random sets and the choices have theirs too."""
@@ -185,7 +230,8 @@ def test_a_method_that_fails_does_not_end_the_others(folder: Path, tmp_path: Pat
     ("overrides", "message"),
     [
         ({"methods": ["best"]}, "no method 'best'.*grad_norm"),
-        ({"methods": ["random:r=1"]}, "has no options"),
+        ({"methods": ["random:r=1"]}, "has no such options"),
+        ({"methods": ["diffora:held_out_order=true"]}, "`held_out_order` is for methods that choose before"),
         ({"budgets": [0]}, r"in \(0, 1\]"),
         ({"metric": "bleu"}, "`metric` must be one of"),
         ({"text_columns": ["title"]}, r"no column \['title'\]; it has"),

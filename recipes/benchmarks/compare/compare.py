@@ -256,7 +256,7 @@ def _at(record: Job) -> str:
 
 def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> Iterator[Job]:
     """The jobs to make. Where the same set was trained from scratch under the same seed, its result is taken over."""
-    from methods import is_adaptive
+    from methods import is_adaptive, split_options
 
     def name_of(job: Job) -> tuple[Any, ...]:
         return job["seed"], job.get("learning_rate"), json.dumps(job["ranks"], sort_keys=True)
@@ -264,7 +264,7 @@ def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> It
     known = {
         name_of(record): record
         for record in records
-        if record["reading"] != "run" or not is_adaptive(record["method"])
+        if record["reading"] != "run" or not (is_adaptive(record["method"]) or split_options(record["method"])[1])
     }
     waiting = set()
     for job in jobs:

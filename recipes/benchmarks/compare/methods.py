@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
 
-def train_static(task: Task, ranks: Ranks, seed: int) -> dict[str, Any]:
+def train_static(task: Task, ranks: Ranks, seed: int, **arguments: Any) -> dict[str, Any]:
     """A LoRA of the given modules and ranks, trained from scratch by the stock trainer."""
-    return train_peft(task, lora_config(task, ranks), seed)
+    return train_peft(task, lora_config(task, ranks), seed, **arguments)
 
 
 def train_peft(
@@ -220,8 +220,10 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     name, options = split_options(text)
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}; known are {sorted(METHODS)}.")
-    if options and name not in ("diffora", "adalora"):
-        raise ValueError(f"The method {name!r} has no options, but you passed {text!r}.")
+    if set(options) - {"held_out_order"} and name not in ("diffora", "adalora"):
+        raise ValueError(f"The method {name!r} has no such options, but you passed {text!r}.")
+    if "held_out_order" in options and name not in FIXED:
+        raise ValueError(f"`held_out_order` is for methods that choose before training, but you passed {text!r}.")
     return name, options
 
 
@@ -267,4 +269,4 @@ def run_method(task: Task, grid: Grid, method: str, budget: float, seed: int, dr
         ranks = kappa_tune(task, grid, cap)
     else:
         ranks = {"all_linear": all_linear, "q_and_v": q_and_v, "last_layers": last_layers}[name](grid, cap)
-    return {**train_static(task, ranks, seed), "ranks": ranks, **extra}
+    return {**train_static(task, ranks, seed, **options), "ranks": ranks, **extra}

@@ -160,6 +160,7 @@ class Task:
         seed: int,
         search: bool = False,
         training: dict[str, Any] | None = None,
+        held_out_order: bool = False,
         **arguments: Any,
     ) -> Trainer:
         """
@@ -170,6 +171,8 @@ class Task:
             seed (`int`): of the training.
             search (`bool`, *optional*, defaults to `False`): whether to search for modules.
             training (`dict`, *optional*): training arguments that differ from the task's.
+            held_out_order (`bool`, *optional*, defaults to `False`): whether a stock trainer of a classifier reads
+                the rows in the order of the search.
             **arguments: for the trainer's constructor.
         """
         from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
@@ -178,6 +181,10 @@ class Task:
 
         from diffora_trainer import DiffoRASFTTrainer, DiffoRATrainer
 
+        if held_out_order and not self.is_classifier:
+            raise ValueError(
+                "The order of the search is there for classifiers alone. Please leave `held_out_order` out."
+            )
         logging.disable_progress_bar()
         settings: dict[str, Any] = {
             "output_dir": "compare-unused",
@@ -194,7 +201,10 @@ class Task:
         }
         arguments.update(train_dataset=self.train_data, eval_dataset=self.eval_data, processing_class=self.tokenizer)
         if self.is_classifier:
-            return (DiffoRATrainer if search else Trainer)(
+            stock = Trainer
+            if held_out_order:
+                from held_out_order import HeldOutOrderTrainer as stock
+            return (DiffoRATrainer if search else stock)(
                 model=model,
                 args=TrainingArguments(**settings),
                 data_collator=DataCollatorWithPadding(self.tokenizer),
