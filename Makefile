@@ -31,10 +31,10 @@ CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop th
 	prefix_cache early_choice images progress) \
 	$(addprefix adapters/test_,gates architectures pruning backward sites) $(addprefix core/test_,selection config state units) \
 	search/test_search search/test_rank_runs serving/test_export hub/test_saving hub/test_report project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
-SOURCES := $(wildcard diffora_trainer recipes tests)
+SOURCES := $(wildcard diffora_trainer recipes tests docs)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-all test-oldest style quality dist check-wheel clean
+.PHONY: help venv demo test test-fast test-all test-oldest docs style quality dist check-wheel clean
 
 help:
 	@echo "make venv         the virtual environment, with every extra"
@@ -43,6 +43,7 @@ help:
 	@echo "make test         the tests, without the long ones"
 	@echo "make test-all     all the tests"
 	@echo "make test-oldest  the core of the tests beside the oldest versions that are supported"
+	@echo "make docs         the documentation, in docs/_build/html"
 	@echo "make style        format the code and mend what can be mended"
 	@echo "make quality      check the format, the lint rules and the types"
 	@echo "make dist         the distributions: an sdist and a wheel"
@@ -93,6 +94,11 @@ test-all: $(STAMP)
 test-oldest: $(STAMP_OLDEST)
 	$(TEST_ENV) $(BIN_OLDEST)/python -m pytest $(CORE) -q --durations=5 $(WORKERS)
 
+# Warnings are errors. Nothing is looked up in a network.
+docs: $(STAMP)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
 style: $(STAMP)
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
@@ -112,5 +118,5 @@ check-wheel: dist
 	$(PYTHON) tests/project/check_wheel.py dist
 
 clean:
-	rm -rf build dist outputs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist docs/_build outputs *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

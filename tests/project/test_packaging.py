@@ -181,10 +181,12 @@ OF_LIBRARIES = {
 }
 
 
+OWN = {name for tree in TREES.values() for name in defined(tree)} - OF_LIBRARIES
+
+
 def foreign(name: str) -> set[str]:
     """The private names that a module touches and this package does not define."""
-    own = {other for tree in TREES.values() for other in defined(tree)} - OF_LIBRARIES
-    return touched(TREES[name]) - own - defined(TREES[name]) - set(compat.TRAINER_METHODS)
+    return touched(TREES[name]) - OWN - defined(TREES[name]) - set(compat.TRAINER_METHODS)
 
 
 def test_private_names_of_libraries_stand_in_one_folder() -> None:
@@ -241,7 +243,7 @@ def test_sdist_holds_what_the_tests_need(distributions: Path) -> None:
     with tarfile.open(path) as archive:
         held = {name.partition("/")[2] for name in archive.getnames()}
     files = [path.relative_to(distributions / "copy") for path in (distributions / "copy").rglob("*")]
-    wanted = {str(path) for path in files if path.parts[0] in ("tests", "recipes") and path.suffix}
+    wanted = {str(path) for path in files if path.parts[0] in ("tests", "recipes", "docs") and path.suffix}
     others = {
         "Makefile",
         "CITATION.cff",
