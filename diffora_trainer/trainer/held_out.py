@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 
 from ..compat import (
@@ -104,8 +104,9 @@ class HeldOutData:
     def train_sampler(self, sampler: Any) -> Any:
         """The order of the training rows, of which the parent trainer gives the one of a stock run."""
         args = self._trainer.args
-        self._samples = True
-        if self.split is None or sampler is None:
+        # One that draws whole batches, as a trainer that packs rows has, leaves the held-out ones to the data set.
+        self._samples = not isinstance(sampler, BatchSampler) or args.train_sampling_strategy == "batch_rebalance"
+        if self.split is None or sampler is None or not self._samples:
             return sampler
         if args.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
