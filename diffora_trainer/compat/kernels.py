@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,6 @@ def _own_functions(module: nn.Module) -> Iterator[Any]:
     """The function by which a module is called, and those that were put into it alone."""
     yield type(module).forward
     for value in vars(module).values():
-        while isinstance(value, partial):
-            value = value.func
-        yield getattr(value, "__func__", value)
+        while isinstance(value, (partial, MethodType)):
+            value = value.func if isinstance(value, partial) else value.__func__
+        yield value

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model
 from torch.utils.data import BatchSampler, RandomSampler
 from transformers import Trainer
 
-from diffora_trainer import DiffoRACallback, Selection
+from diffora_trainer import ArchitectureSearch, DiffoRACallback, DiffoRAConfig, Selection
 from helpers import ROOT
 from helpers.adapted import lora_layers
 from helpers.axolotl import Cfg, plugin_module
@@ -114,6 +114,16 @@ def test_refused_before_anything_is_loaded(options: dict[str, Any], essential: s
         module.DiffoRAPlugin().register(cfg)
         validated(module, cfg)
     assert_helpful(str(caught.value), essential)
+
+
+@pytest.mark.parametrize("kernel", ["lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel"])
+def test_kernels_of_axolotl_are_recognised(kernel: str) -> None:
+    """What axolotl itself puts into a model; nothing of it has to be run."""
+    kernels = pytest.importorskip("axolotl.monkeypatch.lora_kernels")
+    model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
+    kernels.apply_lora_kernel_patches(model=model, cfg=Cfg({kernel: True}))
+    with pytest.raises(ValueError, match=f"fused kernels of axolotl.*`{kernel}`"):
+        ArchitectureSearch(model, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss)
 
 
 def test_example(module: Any) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import runpy
+import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial, wraps
@@ -18,14 +20,14 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.utils import checkpoint
+from torch.utils import checkpoint as torch_checkpoint
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer
 
 from diffora_trainer import DiffoRACallback, Selection
 from helpers import ROOT
 from helpers.adapted import lora_layers
-from helpers.checks import assert_helpful, assert_was_searched
+from helpers.checks import adapter, assert_helpful, assert_same, assert_was_searched
 from helpers.data import chat_dataset, lm_dataset, tiny_tokenizer
 from helpers.trainers import arguments, causal_model, lora, make_trainer, search_config
 
@@ -44,6 +46,16 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **contents: Any) -> Non
     for end in range(1, len(parts) + 1):
         monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
     vars(sys.modules[name]).update(contents)
+
+
+def run_tool(*command: str | Path) -> str:
+    """A tool in a process of its own: some of them change transformers for all that follows."""
+    changed = {"CUDA_VISIBLE_DEVICES": "", "DISABLE_VERSION_CHECK": "1", "HF_HUB_OFFLINE": "1"}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, **changed, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, *map(str, command)], env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
 
 
 def wrapped() -> Any:
@@ -118,13 +130,15 @@ def test_llama_factory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         trainer.train()
         trainer.save_model()
 
-    if not installed("llamafactory"):
-        stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=run_exp)
-    monkeypatch.setenv("DISABLE_VERSION_CHECK", "1")
     script = RECIPES / "llama_factory" / "train.py"
-    monkeypatch.setattr(sys, "argv", [str(script), str(folder / "config.yaml")])
-    runpy.run_path(str(script), run_name="__main__")
-    assert "x kept   . removed" in capsys.readouterr().out
+    if installed("llamafactory"):
+        printed = run_tool(script, folder / "config.yaml")
+    else:
+        stand_in(monkeypatch, "llamafactory.train.tuner", run_exp=run_exp)
+        monkeypatch.setattr(sys, "argv", [str(script), str(folder / "config.yaml")])
+        runpy.run_path(str(script), run_name="__main__")
+        printed = capsys.readouterr().out
+    assert "x kept   . removed" in printed
     check_saved(folder / "out")
 
 
@@ -141,8 +155,6 @@ def test_ms_swift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert config["callbacks"] == ["diffora"] and config["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
     assert [ROOT / name for name in config["external_plugins"]] == [RECIPES / "ms_swift" / "diffora_plugin.py"]
     if installed("swift"):
-        from swift import sft_main
-
         small = {
             "model": str(folder / "model"),
             "model_type": "llama",
@@ -158,7 +170,8 @@ def test_ms_swift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             "output_dir": str(folder / "out"),
             "gradient_checkpointing_kwargs": json.dumps(config["gradient_checkpointing_kwargs"]),
         }
-        sft_main([word for name, value in {**config, **small}.items() for word in (f"--{name}", str(value))])
+        words = [word for name, value in {**config, **small}.items() for word in (f"--{name}", str(value))]
+        run_tool("-m", "swift.cli.sft", *words)
         check_saved(folder / "out" / "checkpoint-12")
         return
     callbacks_map: dict[str, Callable[..., Any]] = {}
@@ -175,18 +188,20 @@ def test_ms_swift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             rows = self.train_dataset
             return self.accelerator.prepare(DataLoader(rows, 4, shuffle=True, collate_fn=self.data_collator))
 
-    def build() -> Any:
+    def build(model: Any) -> Any:
         args = arguments(folder / "out", Seq2SeqTrainingArguments, save_strategy="steps", save_steps=2)
         rows = tokenized(40)
-        return SwiftTrainer(args, ["diffora"], model=wrapped(), train_dataset=rows, data_collator=collate)
+        return SwiftTrainer(args, ["diffora"], model=model, train_dataset=rows, data_collator=collate)
 
-    trainer = build()
+    trainer = build(wrapped())
     trainer.train()
     check_saved(folder / "out" / "checkpoint-12")
-    for step in (2, 8):  # before the choice and after it
-        resumed = build()
-        resumed.train(resume_from_checkpoint=str(folder / "out" / f"checkpoint-{step}"))
+    for step in (2, 8):  # before the choice and after it, with the model of the checkpoint
+        checkpoint = str(folder / "out" / f"checkpoint-{step}")
+        resumed = build(PeftModel.from_pretrained(causal_model(), checkpoint, is_trainable=True))
+        resumed.train(resume_from_checkpoint=checkpoint)
         assert resumed.selection == trainer.selection
+        assert_same(adapter(resumed.model), adapter(trainer.model), f"adapter from step {step}")
 
 
 # unsloth
@@ -236,7 +251,7 @@ def by_llama_factory(model: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatc
     """A function around that of transformers (0.9.5, `model/model_utils/checkpointing.py`)."""
 
     def enable(gradient_checkpointing_kwargs: dict[str, Any]) -> None:
-        inner = partial(checkpoint.checkpoint, **gradient_checkpointing_kwargs)
+        inner = partial(torch_checkpoint.checkpoint, **gradient_checkpointing_kwargs)
 
         @wraps(inner, assigned=())
         def around(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -249,13 +264,13 @@ def by_llama_factory(model: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatc
 
 def by_ms_swift(model: Any, reentrant: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A function in the place of PyTorch's (4.6.0, `trainers/mixin.py`, `_fix_gradient_checkpointing`)."""
-    original = checkpoint.checkpoint
+    original = torch_checkpoint.checkpoint
 
     @wraps(original)
     def replaced(*args: Any, use_reentrant: bool | None = None, **kwargs: Any) -> Any:
         return original(*args, use_reentrant=reentrant, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "checkpoint", replaced)
+    monkeypatch.setattr(torch_checkpoint, "checkpoint", replaced)
     monkeypatch.setattr("transformers.modeling_utils.checkpoint", replaced)
     model.gradient_checkpointing_enable({"use_reentrant": False})
 
@@ -268,7 +283,7 @@ def test_checkpointing_of_a_tool(switch_on: Any, tmp_path: Path, monkeypatch: py
             switch_on(model.get_base_model(), reentrant, patch)
             assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
             trainer = make_trainer(
-                tmp_path, cls=Seq2SeqTrainer, model=model, train_dataset=tokenized(), data_collator=collate
+                tmp_path, cls=Trainer, model=model, train_dataset=tokenized(), data_collator=collate
             )
             DiffoRACallback(search_config()).attach(trainer)
             if not reentrant:
