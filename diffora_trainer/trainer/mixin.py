@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -206,7 +207,7 @@ class DiffoRAMixin(_Base):
             if checkpoint is not None and not self.is_fsdp_enabled:  # with FSDP the parent reads them in the loop
                 self._load_from_checkpoint(checkpoint)
         self._loop_began = True
-        self._session.leave_run()
+        self._session.leave_loop()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -257,11 +258,11 @@ class DiffoRAMixin(_Base):
     def _set_prune_step(self, step: int) -> None:
         self._held_out.set_prune_step(step, given_back=self._session.is_pruned(self.model))
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """The parent's data loader; until the pruning it leaves the held-out rows out."""
-        trained_on = self._session.is_pruned(self.model) and not self._session.resumed_after_prune
+        parent, session = partial(super().get_train_dataloader, *args, **kwargs), self._session
         with self._prefix_cache.keyed():
-            return self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
+            return self._held_out.train_dataloader(parent, session.holds_out(self.model), again=session.in_loop)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._held_out.train_sampler(super()._get_train_sampler(train_dataset))

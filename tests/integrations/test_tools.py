@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial, wraps
 from pathlib import Path
 from types import ModuleType
@@ -145,11 +146,31 @@ def test_llama_factory(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 # ms-swift
 
 
+class ShuffledBatches:
+    """Batches of four indices, in an order that is a function of the epoch."""
+
+    def __init__(self, total: int, skip: int) -> None:
+        self.total, self.skip, self.epoch = total, skip, 0
+
+    def __len__(self) -> int:
+        return math.ceil(self.total / 4) - self.skip
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.total, generator=torch.Generator().manual_seed(self.epoch)).tolist()
+        yield from [order[start : start + 4] for start in range(0, self.total, 4)][self.skip :]
+
+
+class ShuffledLoader(DataLoader):
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.epoch = epoch
+
+
 def test_ms_swift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """
     The plugin of the recipe. In ms-swift 4.6.0 `--external_plugins` imports the file, and a trainer makes its
     callbacks before its parent's constructor, by `callbacks_map[name](args, self)` (`trainers/mixin.py`,
-    `_get_callbacks`). It has a data loader of its own, without a sampler (`DataLoaderMixin`).
+    `_get_callbacks`). It has a data loader of its own, without a sampler (`DataLoaderMixin`), and makes another one
+    where a resumed run leaves out the batches that were read (`_patch_skip_first_batches`).
     """
     config = yaml.safe_load((RECIPES / "ms_swift" / "config.yaml").read_text())
     assert config["callbacks"] == ["diffora"] and config["gradient_checkpointing_kwargs"] == {"use_reentrant": False}
@@ -184,9 +205,19 @@ def test_ms_swift(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             super().__init__(args=args, callbacks=made, **kwargs)
             self.label_names = ["labels"]
 
-        def get_train_dataloader(self) -> DataLoader:
-            rows = self.train_dataset
-            return self.accelerator.prepare(DataLoader(rows, 4, shuffle=True, collate_fn=self.data_collator))
+        def train(self, *args: Any, **kwargs: Any) -> Any:
+            def another(loader: ShuffledLoader, num_batches: int = 0) -> ShuffledLoader:
+                found = self.get_train_dataloader(skip_batches=num_batches)
+                found.set_epoch(loader.batch_sampler.epoch)
+                return found
+
+            with monkeypatch.context() as patch:
+                patch.setattr("transformers.trainer.skip_first_batches", another)
+                return super().train(*args, **kwargs)
+
+        def get_train_dataloader(self, skip_batches: int = 0) -> DataLoader:
+            batches = ShuffledBatches(len(self.train_dataset), skip_batches)
+            return ShuffledLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
     def build(model: Any) -> Any:
         args = arguments(folder / "out", Seq2SeqTrainingArguments, save_strategy="steps", save_steps=2)
