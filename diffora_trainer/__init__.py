@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # Names are imported when they are asked for: a search without a Trainer need not wait for transformers' and TRL's.
 _HOMES = {
     "ArchitectureSearch": "search.search",
+    "DiffoRACallback": "integrations.callback",
     "DiffoRAConfig": "config",
     "DiffoRAMixin": "trainer.mixin",
     "DiffoRASFTTrainer": "trainer.sft",
@@ -32,6 +33,7 @@ _HOMES = {
 }
 __all__ = [
     "ArchitectureSearch",
+    "DiffoRACallback",
     "DiffoRAConfig",
     "DiffoRAMixin",
     "DiffoRASFTTrainer",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .experimental.shortcuts.model import ShortcutModel, load_shortcuts, save_shortcuts
     from .experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
     from .hub.pull import selected_lora_config
+    from .integrations.callback import DiffoRACallback
     from .methods.base import GradientMethod, ScoreMethod
     from .methods.deprecated import DifferentialAdaptationMatrix
     from .methods.registry import register_method

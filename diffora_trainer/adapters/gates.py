@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -155,14 +156,27 @@ def checkpoints_activations(model: nn.Module) -> bool:
     gates, and none is not told from zero as long as a module outside the checkpointed blocks has one.
     """
     blocks = [module for module in model.modules() if checkpoints(module)]
-    for block in blocks:
-        function = checkpoint_function(block)
+    # A tool may have put a function of its own around what transformers checkpoints with, as LLaMA-Factory does.
+    for function in {id(found): found for found in map(inspect.unwrap, map(checkpoint_function, blocks))}.values():
+        if not isinstance(function, partial):
+            continue
         # Reentrant is also what PyTorch takes when nothing is said, as in `prepare_model_for_kbit_training(model)`.
-        if isinstance(function, partial) and function.keywords.get("use_reentrant") is not False:
+        if function.keywords.get("use_reentrant") is not False or _is_reentrant(function):
             raise ValueError(
-                f"The model checkpoints activations with {function.keywords or 'no arguments'}, which is the "
+                f"The model checkpoints activations with {function.keywords or 'no arguments'}, which here is the "
                 "reentrant way: its backward pass cannot give the gradient of the gates alone. Please pass "
                 "`gradient_checkpointing_kwargs={'use_reentrant': False}` to `gradient_checkpointing_enable`, to "
-                "`prepare_model_for_kbit_training` or in the training arguments, wherever it was switched on."
+                "`prepare_model_for_kbit_training` or in the training arguments, wherever it was switched on; in "
+                "LLaMA-Factory `use_reentrant_gc: false`."
             )
     return bool(blocks)
+
+
+def _is_reentrant(function: Callable[..., Any]) -> bool:
+    """
+    Whether a checkpointing function takes the reentrant way, found by trying it: ms-swift puts a function in the place
+    of `torch.utils.checkpoint.checkpoint` that does so whatever it is told.
+    """
+    with torch.enable_grad():
+        tried = function(nn.Tanh().forward, torch.zeros(1, requires_grad=True))
+    return "Tanh" not in type(tried.grad_fn).__name__  # but the name of a function around it

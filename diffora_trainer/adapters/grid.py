@@ -12,6 +12,7 @@ from torch import nn
 from ..core.grid import Grid
 from .base import AdapterSite, find_sites, site_kind, site_kinds
 from .compiled import check_not_compiled
+from .fused import check_not_fused
 from .lora import check_lora_config
 
 
@@ -103,4 +104,5 @@ def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
             "searched. Please pass a `peft.LoraConfig`."
         )
     check_lora_config(config)
+    check_not_fused(model)
     return config

@@ -91,6 +91,18 @@ def apply_selection(
             sort_parameters(optimizer, model)
 
 
+def is_applied(model: Any, selection: Selection) -> bool:
+    """
+    Whether a model has lost modules or ranks, and has those left that a selection keeps, as one that was loaded from
+    the saved adapter. Modules that share a pair are not told from others by that.
+    """
+    if selection.shared:
+        return False
+    present = {name: site.rank for name, site in find_sites(model, model.active_adapters[0]).items()}
+    kept = {name: rank for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank}
+    return present == kept != dict(zip(selection.modules, selection.grid.ranks, strict=True))
+
+
 def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None:
     """Raise a `ValueError` if a selection cannot be carried out on these sites."""
     if set(sites) != set(selection.modules):

@@ -8,6 +8,7 @@ name of these libraries. What holds from one version to another is tested with t
 `constraints-oldest.txt` and the newest one of `constraints.txt`.
 """
 
+from .kernels import fused_lora
 from .peft import (
     adapters_disabled,
     all_linear_modules,
@@ -50,6 +51,7 @@ from .transformers import (
     prepare_inputs,
     set_checkpoint_function,
     train_batch_size,
+    trainer_of_callback,
     without_unused_columns,
 )
 from .trl import (
@@ -87,6 +89,7 @@ __all__ = [
     "converted_to_parameters",
     "disable_layer",
     "forward_hooks",
+    "fused_lora",
     "image_writers",
     "inner_schedulers",
     "is_compiled",
@@ -111,6 +114,7 @@ __all__ = [
     "set_checkpoint_function",
     "shortened_targets",
     "train_batch_size",
+    "trainer_of_callback",
     "training_bar",
     "uncompiled",
     "uses_vllm",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -49,6 +50,25 @@ def check_trainer_methods(trainer: type) -> None:
         )
 
 
+def trainer_of_callback(callback: Any) -> Any:
+    """
+    The trainer that is calling a callback now, or `None`.
+
+    A callback is told of the model, the optimizer and the data, but not of its trainer: `CallbackHandler.call_event`
+    (transformers 5.2 to 5.23) passes none, and `Trainer.__init__` calls `on_init_end` itself, so the trainer is `self`
+    in one of the frames above. It can go when a callback is passed the trainer.
+    """
+    from transformers import Trainer
+
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, Trainer) and callback in owner.callback_handler.callbacks:
+            return owner
+        frame = frame.f_back
+    return None
+
+
 def activation_checkpointing(args: Any) -> bool:
     """
     Whether training arguments ask for activation checkpointing.
@@ -90,10 +110,11 @@ def checkpoints_without_reentry(block: nn.Module) -> bool:
     """
     Whether a module that [`checkpoints`] is known to do so in the non-reentrant way: transformers keeps
     `partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)` as its [`checkpoint_function`] (5.2 to 5.23,
-    where `offload` puts another function into the partial). A module of someone else's may have none, or one of its
-    own. Goes with a public record of the arguments on the model.
+    where `offload` puts another function into the partial). A tool may have put a function around it that says what
+    it wraps (LLaMA-Factory); a module of someone else's may have none, or one of its own. Goes with a public record of
+    the arguments on the model.
     """
-    function = checkpoint_function(block)
+    function = inspect.unwrap(checkpoint_function(block))
     return isinstance(function, partial) and function.keywords.get("use_reentrant") is False
 
 

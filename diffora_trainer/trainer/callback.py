@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .session import TrainerSession
 
 
-class DiffoRACallback(TrainerCallback):
+class SessionCallback(TrainerCallback):
     """
     Forwards the moments of a Trainer's loop to its session.
 

@@ -265,7 +265,7 @@ def check_can_train(trainer: Any) -> None:
     """Raise a `ValueError` if a trainer has lost what a run needs since it was built, or never had it."""
     if trainer._callback not in trainer.callback_handler.callbacks:
         raise ValueError(
-            "The `DiffoRACallback` was removed from this trainer, so no module would ever be chosen. Please leave "
+            "The `SessionCallback` was removed from this trainer, so no module would ever be chosen. Please leave "
             "it in, or use the parent trainer."
         )
     if trainer.train_dataset is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
 from transformers.trainer_utils import has_length
 
 from ..compat import (
@@ -58,7 +58,7 @@ class HeldOutData:
         self._rows: Any = None
         self._samples = False
 
-    def train_dataloader(self, parent: Callable[[], DataLoader], hold_out: bool) -> DataLoader:
+    def train_dataloader(self, parent: Callable[[], DataLoader], hold_out: bool, again: bool = False) -> DataLoader:
         """
         The data loader of the training rows; until the pruning it leaves the held-out ones out.
 
@@ -66,6 +66,8 @@ class HeldOutData:
             parent (`Callable[[], DataLoader]`): the parent trainer's `get_train_dataloader`.
             hold_out (`bool`): whether the run has still to be pruned, or to come to the end of the epoch of its
             pruning.
+            again (`bool`, *optional*, defaults to `False`): whether another one is in use in the present loop, whose
+                plan holds for this one too.
         """
         trainer, config = self._trainer, self._trainer.diffora_config
         self._samples = self.removes_columns = False
@@ -74,10 +76,13 @@ class HeldOutData:
             return parent()
         stock = trainer.train_dataset
         if has_length(stock):
-            self.split = SplitPlan(split_indices(len(stock), config.arch_split, config.arch_seed), config.arch_seed)
+            if self.split is None or not again:
+                rows = split_indices(len(stock), config.arch_split, config.arch_seed)
+                self.split = SplitPlan(rows, config.arch_seed)
             loader = parent()
             return loader if self._samples else self._without_held_out(parent)
-        self.split = SplitPlan((), config.arch_seed)
+        if self.split is None or not again:
+            self.split = SplitPlan((), config.arch_seed)
         self._rows = read_head(trainer, stock)
         with replaced(trainer, "train_dataset", HeldOutStream(stock, self._rows, self.split)):
             return parent()
@@ -104,8 +109,9 @@ class HeldOutData:
     def train_sampler(self, sampler: Any) -> Any:
         """The order of the training rows, of which the parent trainer gives the one of a stock run."""
         args = self._trainer.args
-        self._samples = True
-        if self.split is None or sampler is None:
+        # One that draws whole batches, as a trainer that packs rows has, leaves the held-out ones to the data set.
+        self._samples = not isinstance(sampler, BatchSampler) or args.train_sampling_strategy == "batch_rebalance"
+        if self.split is None or sampler is None or not self._samples:
             return sampler
         if args.train_sampling_strategy == "batch_rebalance":
             raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from ..methods.context import ScoreFunction
 from ..search.run import SelectionRun
 from . import saving
 from .building import check_model, install_sites, make_run, parent_arguments
-from .callback import DiffoRACallback
+from .callback import SessionCallback
 from .checkpoint import atomic_checkpoint
 from .checks import check_can_train, check_class, check_options, check_trainer
 from .compilation import model_changed, recompile
@@ -99,6 +100,7 @@ class DiffoRAMixin(_Base):
             do instead.
     """
 
+    _callback: SessionCallback | None = None
     _loop_began = False
     _in_architecture_step = False
 
@@ -121,9 +123,18 @@ class DiffoRAMixin(_Base):
         score_function: ScoreFunction | None = None,
         **kwargs: Any,
     ) -> None:
-        check_options(diffora_config)
+        self._set_options(diffora_config, arch_dataset, score_function)
+        named = parent_arguments(self, DiffoRAMixin, args, kwargs, peft_config)
+        super().__init__(**named)
+        self._prepare_search(named.get("train_dataset"), named.get("formatting_func"))
+
+    def _set_options(
+        self, config: DiffoRAConfig | None, arch_dataset: Any, score_function: ScoreFunction | None
+    ) -> None:
+        """What can be said before there is a model: the first half of a trainer's construction."""
+        check_options(config)
         check_class(type(self))
-        self.diffora_config = diffora_config or DiffoRAConfig()
+        self.diffora_config = config or DiffoRAConfig()
         check_score_function(self.diffora_config, score_function)
         self.score_function = score_function
         check_dataset("arch_dataset", arch_dataset)
@@ -131,16 +142,23 @@ class DiffoRAMixin(_Base):
         self._held_out = HeldOutData(self)
         self._public_copies = PublicCopies(self)
         self._prefix_cache = TrainingPrefix(self)
-        named = parent_arguments(self, DiffoRAMixin, args, kwargs, peft_config)
-        super().__init__(**named)
+        self._session = TrainerSession(self.diffora_config, Hooks(self._make_run, self._set_prune_step))
+
+    def _prepare_search(self, given: Any = None, formatting_func: Any = None) -> None:
+        """
+        What needs the parent's work: the second half of a trainer's construction.
+
+        Args:
+            given (`Dataset`, *optional*): the training set as it was passed to the parent.
+            formatting_func (`Callable`, *optional*): what was passed to the parent to prepare it with.
+        """
         follow_log_level(self.args.log_level)
         check_trainer(self)
         check_own_loss(self)
         check_prefix_cache(self)
         install_sites(self.model, self.diffora_config)
-        self.arch_dataset = prepare_arch_dataset(self, named.get("train_dataset"), named.get("formatting_func"))
-        self._session = TrainerSession(self.diffora_config, Hooks(self._make_run, self._set_prune_step))
-        self._callback = DiffoRACallback(self._session)
+        self.arch_dataset = prepare_arch_dataset(self, given, formatting_func)
+        self._callback = SessionCallback(self._session)
         self.add_callback(self._callback)
         self.add_callback(SearchProgressCallback(self._session, self.callback_handler))
         self.add_callback(MatrixImageCallback(self._session, self.callback_handler))
@@ -168,6 +186,8 @@ class DiffoRAMixin(_Base):
         Train, search and prune. See [`~transformers.Trainer.train`]. `resume_from_checkpoint=True` takes the newest
         checkpoint that is whole; one whose saving was interrupted is passed over.
         """
+        if self._callback is None:  # searching since its constructor ran (`integrations.callback`)
+            self._prepare_search()
         check_can_train(self)
         self._session.forget_checkpoint()
         self._loop_began = False
@@ -187,7 +207,7 @@ class DiffoRAMixin(_Base):
             if checkpoint is not None and not self.is_fsdp_enabled:  # with FSDP the parent reads them in the loop
                 self._load_from_checkpoint(checkpoint)
         self._loop_began = True
-        self._session.leave_run()
+        self._session.leave_loop()
         return super()._inner_training_loop(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -238,11 +258,11 @@ class DiffoRAMixin(_Base):
     def _set_prune_step(self, step: int) -> None:
         self._held_out.set_prune_step(step, given_back=self._session.is_pruned(self.model))
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> DataLoader:
         """The parent's data loader; until the pruning it leaves the held-out rows out."""
-        trained_on = self._session.is_pruned(self.model) and not self._session.resumed_after_prune
+        parent, session = partial(super().get_train_dataloader, *args, **kwargs), self._session
         with self._prefix_cache.keyed():
-            return self._held_out.train_dataloader(super().get_train_dataloader, hold_out=not trained_on)
+            return self._held_out.train_dataloader(parent, session.holds_out(self.model), again=session.in_loop)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._held_out.train_sampler(super()._get_train_sampler(train_dataset))

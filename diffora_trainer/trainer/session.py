@@ -16,7 +16,7 @@ from ..adapters.backward import keep_suspended, restore_input_gradients
 from ..adapters.base import extra_kinds
 from ..adapters.grid import describe_base
 from ..adapters.lora import peft_model
-from ..adapters.pruning import apply_selection
+from ..adapters.pruning import apply_selection, is_applied
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
@@ -57,13 +57,14 @@ class TrainerSession:
         run ([`~diffora_trainer.search.run.SelectionRun`] or `None`): the run, until its modules are pruned.
         selection ([`Selection`] or `None`): what was chosen.
         resumed_after_prune (`bool`): whether training goes on from a checkpoint from after the pruning.
+        in_loop (`bool`): whether a training loop has begun and not ended.
     """
 
     def __init__(self, config: DiffoRAConfig, hooks: Hooks) -> None:
         self.config = config
         self.run: SelectionRun | None = None
         self.selection: Selection | None = None
-        self.resumed_after_prune = False
+        self.resumed_after_prune = self.in_loop = False
         self._hooks = hooks
         self._report: dict[str, float] = {}
         self._resumed: tuple[str, RunState, dict[str, Tensor]] | None = None
@@ -111,6 +112,7 @@ class TrainerSession:
     def begin(self, model: nn.Module, optimizer: Any, scheduler: Any, state: TrainerState) -> bool:
         """Make the run of a training loop and begin it; tells whether modules were pruned before the first step."""
         self._first_step = state.global_step
+        self.in_loop = True
         self._suspend(model)
         if self.is_pruned(model):  # resumed after the pruning, or trained again
             if self.resumed_after_prune and self.selection is not None:
@@ -145,11 +147,23 @@ class TrainerSession:
 
     def end(self, state: TrainerState) -> bool:
         """At the end of a training loop; tells whether modules were pruned."""
+        self.in_loop = False
         if state.global_step == self._first_step < state.max_steps:
             self._refuse_no_step(state)
         if self.run is not None:
             self.run.finish()
         return self._take_over()
+
+    def holds_out(self, model: nn.Module) -> bool:
+        """Whether a data loader of the training rows has to leave some out, or to give them back."""
+        if self.in_loop:  # ms-swift makes another one in a loop that resumes
+            return not self._began_pruned
+        return not self.is_pruned(model) or self.resumed_after_prune
+
+    def leave_loop(self) -> None:
+        """Forget the training loop before, which may have failed."""
+        self.in_loop = False
+        self.leave_run()
 
     def leave_run(self) -> None:
         """Take the gates off, and switch all modules on, if a run that was interrupted has left them so."""
@@ -229,7 +243,8 @@ class TrainerSession:
             # The order of the rows depends on them until the end of the epoch of the pruning.
             split = {f"`{name}`": (state.config.get(name), getattr(self.config, name)) for name in _SPLIT_OPTIONS}
             check_same(folder, split)
-            if not self.is_pruned(model):
+            # ms-swift resumes with the model of the checkpoint, which has what is left alone.
+            if not self.is_pruned(model) and not is_applied(model, selection):
                 apply_selection(model, selection, optimizer, scheduler)
             self.selection, self._pruned_model = selection, weakref.ref(model)
             self.resumed_after_prune = not state.began_pruned

@@ -29,13 +29,17 @@ MAY_IMPORT = {
     "cli": {"serving", "trainer", "search", "hub", "methods", "adapters", *LEAVES},
     "__main__": {"cli"},
     "trainer": {"search", "prefix", "hub", "methods", "adapters", *LEAVES},
+    "integrations": {"trainer", "methods", "adapters", *LEAVES},
     "experimental": {"hub", "methods", "adapters", *LEAVES},
 }
 # The public names, which are loaded when they are asked for.
 LAZY = PACKAGE / "__init__.py"
 MAX_LINES, MAX_PARAMETERS = 360, 6
 # Whose arguments are the user's options: classes that users build, and the budget, which is made of options.
-OF_USERS = {"DiffoRATrainer", "DiffoRASFTTrainer", "DiffoRAMixin", "SelectionRun", "ArchitectureSearch", "Budget"}
+OF_USERS = {
+    *("DiffoRATrainer", "DiffoRASFTTrainer", "DiffoRAMixin", "DiffoRACallback"),
+    *("SelectionRun", "ArchitectureSearch", "Budget"),
+}
 
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != LAZY)
 

@@ -30,6 +30,8 @@ from helpers import data as tiny
 
 
 RECIPES = ROOT / "recipes"
+# The files of other programs, or with tests of their own.
+OTHERS = ("accelerate_configs", "benchmarks", "integrations")
 
 # Together with `--max_steps 6` and the recipes' own `discretize_at` the cut falls on an early step.
 SMALL_RUN = {"max_steps": 6, "use_cpu": True, "report_to": "none", "seed": 0}
@@ -72,9 +74,9 @@ CASES = {
 
 
 def found_yamls() -> list[str]:
-    """Every recipe's YAML, named from the folder of recipes, but for those with tests of their own."""
+    """Every recipe's YAML for a script of ours, named from the folder of recipes."""
     found = [path.relative_to(RECIPES) for path in RECIPES.rglob("*.y*ml")]
-    return sorted(str(path) for path in found if path.parts[0] not in ("accelerate_configs", "benchmarks"))
+    return sorted(str(path) for path in found if path.parts[0] not in OTHERS)
 
 
 def script_of(config: str) -> Path:

@@ -16,7 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
 from diffora_trainer.search.run import SelectionRun
-from diffora_trainer.trainer.callback import DiffoRACallback
+from diffora_trainer.trainer.callback import SessionCallback
 from helpers.adapted import base_weights, lora_layers
 from helpers.checks import adapter, assert_same, assert_was_searched, optimizer_state, search_keys, snapshot, step_logs
 from helpers.data import classification_dataset, lm_dataset, tiny_tokenizer
@@ -322,8 +322,8 @@ def test_interrupted_run_is_cut_when_it_ends(tmp_path: Path) -> None:
 
 def test_removed_callback_is_noticed(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
-    trainer.remove_callback(DiffoRACallback)
-    with pytest.raises(ValueError, match="DiffoRACallback"):
+    trainer.remove_callback(SessionCallback)
+    with pytest.raises(ValueError, match="SessionCallback"):
         trainer.train()
 
 
