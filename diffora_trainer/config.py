@@ -86,8 +86,9 @@ class DiffoRAConfig(Derived, OldMoments):
         `"softmax"` are other relaxations of it with their own architecture optimizers. The others score all modules
         once, right before the pruning, after HeteroLoRA (https://huggingface.co/papers/2406.14956): `"grad_norm"`,
         `"snip"`, `"synflow"`, `"alpha_test"`, `"random"` (the control) and `"custom"` (the function passed as
-        `score_function`). Each is explained in its file in [`~diffora_trainer.methods`]; one of your own is registered
-        with [`~diffora_trainer.register_method`].
+        `score_function`). `"adalora"`, `"alora"`, `"sora"`, `"beamlora"`, `"prilora"`, `"gelora"` and `"eva"` give
+        ranks, `"cka"` and `"aletheia"` keep whole layers. Each is explained in its file in
+        [`~diffora_trainer.methods`]; one of your own is registered with [`~diffora_trainer.register_method`].
     method_options (`dict`, *optional*):
         Options of the method alone, as a dictionary or as JSON, such as `{"arch_every": 2}`: see
         [`~diffora_trainer.methods.options.GradientOptions`] for methods that search and
