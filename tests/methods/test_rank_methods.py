@@ -19,6 +19,8 @@ from diffora_trainer.core.ranks import RankBudget
 from diffora_trainer.methods.gelora import intrinsic_dimension
 from diffora_trainer.methods.ranks import RankMethod
 from diffora_trainer.methods.registry import get_method
+from diffora_trainer.search.runtime import Runtime
+from helpers.checks import assert_same
 from helpers.models import bert, gpt2, llama
 from helpers.options import make_config
 from helpers.searches import make_search, model_loss, pairs, warm
@@ -353,7 +355,8 @@ def test_a_selection_of_components_keeps_the_function(tmp_path: Path) -> None:
         assert optimizer.state[b]["exp_avg"][:, :count].equal(old[2][:, own])
 
 
-def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates() -> None:
+@pytest.mark.parametrize("scale", [1.0, 64.0])
+def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates(scale: float) -> None:
     """Against gates that are parameters of the layers, in a loop with `torch.optim.Adam`."""
     rate, threshold, steps = 0.05, 0.01, 6
     tiny = llama()
@@ -362,11 +365,15 @@ def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     options = {"gate_learning_rate": rate, "threshold": threshold}
     config = make_config(method="sora", discretize_at=steps, selection_ratio=0.5, method_options=options)
-    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=steps + 1)
+    runtime = Runtime(loss_scale=lambda: scale)
+    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=steps + 1, runtime=runtime)
     for step in range(steps - 1):
         for part in (0, 1):  # gradients are accumulated
             run.before_step()
-            (model_loss(model, batches[(step + part) % 3]) / 2).backward()
+            (scale * model_loss(model, batches[(step + part) % 3]) / 2).backward()
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= scale
         optimizer.step()
         optimizer.zero_grad()
         run.after_step()
@@ -396,8 +403,16 @@ def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates() -> None:
     with torch.no_grad():
         torch.testing.assert_close(model(**tiny.batch).logits, twin(**tiny.batch).logits, atol=1e-5, rtol=1e-4)
 
-    # What is cut are the smallest gates; the others are in the weights.
+    # A step whose loss was not finite moves no gate.
     run.before_step()
+    (model_loss(model, batches[0]) * float("inf")).backward()
+    optimizer.zero_grad()
+    state = method.state_dict()
+    run._trained.step(optimizer)  # type: ignore[union-attr]
+    assert_same(method.state_dict(), state)
+    assert run.search.skipped_steps == 1 and not any(leaf.grad is not None for leaf in run.search.gates._masks)
+
+    # What they have come to is put into the weights.
     before = [gate.abs().clone() for gate in method.component_gates()]
     assert len({round(float(value), 6) for gate in before for value in gate}) > 20
     model.eval()
@@ -405,6 +420,15 @@ def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates() -> None:
     run.search.method.before_pruning(run.search.adapters.sites)
     run.search.gates.detach()
     torch.testing.assert_close(model(**tiny.batch).logits, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_trained_gates_are_not_seen_by_a_compiled_model() -> None:
+    model, batches = warm()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for method in ("sora", "beamlora"):
+        config = make_config(method=method, discretize_at=4, selection_ratio=0.5)
+        with pytest.raises(ValueError, match=f"'{method}'`, which trains gates.*torch_compile"):
+            SelectionRun(model, optimizer, config, model_loss, batches, total_steps=8, runtime=Runtime(compiled=True))
 
 
 def test_sora_prunes_what_its_threshold_has_closed() -> None:
