@@ -58,7 +58,8 @@ class DiffoRAConfig(Derived, OldMoments):
         (`max_trainable_parameters`) in ranks, and `selection_ratio`, a share of the modules, in modules. Ranks need a
         new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
         (`"diffora"`), and no limit of a step, `selection_unit`, `weight_sharing`, `extra_sites` or FSDP; elsewhere
-        `"auto"` takes modules.
+        `"auto"` takes modules. Methods that give ranks themselves, such as `"adalora"`, spend a ratio in ranks too,
+        and need neither of the first two.
     max_step_time (`float`, *optional*):
         Cap on the time of a training step after the pruning, in (0, 1], as a part of that of a step with all modules.
         The backward pass ends at the lowest layer that has a LoRA, and each LoRA adds matrices of its own, so a limit
@@ -86,8 +87,9 @@ class DiffoRAConfig(Derived, OldMoments):
         `"softmax"` are other relaxations of it with their own architecture optimizers. The others score all modules
         once, right before the pruning, after HeteroLoRA (https://huggingface.co/papers/2406.14956): `"grad_norm"`,
         `"snip"`, `"synflow"`, `"alpha_test"`, `"random"` (the control) and `"custom"` (the function passed as
-        `score_function`). Each is explained in its file in [`~diffora_trainer.methods`]; one of your own is registered
-        with [`~diffora_trainer.register_method`].
+        `score_function`). `"adalora"`, `"alora"`, `"sora"`, `"beamlora"`, `"prilora"`, `"gelora"` and `"eva"` give
+        ranks, `"cka"` and `"aletheia"` keep whole layers. Each is explained in its file in
+        [`~diffora_trainer.methods`]; one of your own is registered with [`~diffora_trainer.register_method`].
     method_options (`dict`, *optional*):
         Options of the method alone, as a dictionary or as JSON, such as `{"arch_every": 2}`: see
         [`~diffora_trainer.methods.options.GradientOptions`] for methods that search and

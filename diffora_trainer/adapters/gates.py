@@ -106,6 +106,16 @@ class Gates:
         finally:
             self._training, self._evaluation = before
 
+    @contextmanager
+    def masked(self, masks: Sequence[Tensor | None]) -> Iterator[None]:
+        """Multiply the components of each adapter for a while, as [`set_masks`] does."""
+        before = self._masks
+        self.set_masks(masks)
+        try:
+            yield
+        finally:
+            self.set_masks(before)
+
     def _changed(self) -> None:
         if self._compiled:
             drop_graphs()
@@ -124,7 +134,11 @@ class Gates:
         if mask is not None:
             if mask.device != output.device:
                 mask = self._masks[index] = mask.to(output.device)
-            output = output * mask.to(output.dtype)
+            if mask.requires_grad:  # its gradient is a sum over all tokens
+                wide = torch.promote_types(output.dtype, torch.float32)
+                output = (output.to(wide) * mask).to(output.dtype)
+            else:
+                output = output * mask.to(output.dtype)
         if values is None:
             return None if mask is None else output
         gate = values[index]

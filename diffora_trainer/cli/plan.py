@@ -51,7 +51,11 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
     search = ArchitectureSearch(model, config, loss_fn=lambda model, batch: model(**batch).loss)
     grid, method, schedule = search.grid, search.method, make_schedule(config, words.steps)
     lines = [("Modules", f"{grid.describe()}")]
-    if search.rank_budget is not None:
+    if search.told_budget is not None:
+        limit = sum(search.told_budget.limits)
+        text = f"{min(grid.ranks)} to {max(grid.ranks)} at first, then {method.name} gives ranks in all modules"
+        lines += [("Ranks", text), ("Kept", f"at most {limit:,} LoRA parameters")]
+    elif search.rank_budget is not None:
         ranks = search.ranks
         text = f"{min(ranks)} to {max(ranks)} from the start, {_parameters(grid, ranks):,} LoRA parameters to the end"
         lines.append(("Ranks", text))
@@ -86,7 +90,9 @@ def _phases(schedule: Schedule, searches: bool, config: DiffoRAConfig) -> list[t
 
 def _extra(rows: int, schedule: Schedule, method: SelectionMethod, config: DiffoRAConfig) -> list[tuple[str, str]]:
     count = len(schedule.updates)
-    if method.searches:
+    if method.trains_gates:
+        lines = [("Extra", "a gate for each component in the training steps until then")]
+    elif method.searches:
         lines = [("Extra", f"{count} architecture steps of {rows} rows, a forward and a backward pass each")]
     else:
         lines = [("Extra", f"{count * getattr(method.options, 'score_batches', 1)} scoring passes of {rows} rows")]

@@ -16,6 +16,7 @@ from ..config import DiffoRAConfig
 from ..core.files import write_file
 from ..core.selection import Selection
 from ..core.text import row_labels, sanitize, short_names
+from ..methods.build import scope_of, unit_of
 from ..methods.facts import MethodFacts, method_facts
 from . import charts
 from .redact import Private
@@ -293,7 +294,7 @@ def _reasons(selection: Selection, method: MethodFacts) -> list[str]:
     """Of each module, its place among those it competes with, and how many of these are kept."""
     try:
         config = DiffoRAConfig.from_dict({"method": "diffora", **selection.config})
-        in_layer, unit = config.scope == "layer", config.selection_unit
+        in_layer, unit = scope_of(config) == "layer", unit_of(config)
         limits = [f"`{name}`" for name in _LIMITS if getattr(config, name) is not None]
     except (TypeError, ValueError):  # of another version
         in_layer, unit, limits = False, "module", []

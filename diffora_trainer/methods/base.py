@@ -10,13 +10,16 @@ or scores ([`ScoreMethod`]), under which gates the weights train, and what it ca
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..core.budget import Budget
-from .context import ScoreContext
+from ..core.grid import Grid
+from ..core.ranks import RankBudget
+from .context import ScoreContext, Site
 from .options import GradientOptions, ScoreOptions
 from .papers import DIFFORA, Paper
 
@@ -55,6 +58,14 @@ class SelectionMethod(ABC):
     modules that go. Then the gates of these fade out before they are pruned."""
     spends_ranks: ClassVar[bool] = False
     """Whether its matrix can say where ranks are worth most, and not only which modules are kept."""
+    tells_ranks: ClassVar[bool] = False
+    """Whether it says itself how many components each module keeps, and which (see `RankMethod`)."""
+    trains_gates: ClassVar[bool] = False
+    """Whether it has a gate for each component that the training loss moves, at each step (see [`gate_step`])."""
+    compares_layers: ClassVar[bool] = False
+    """Whether it says of layers which is worth more, so that all of the model compete, whatever `selection_scope`."""
+    unit: ClassVar[str] = "module"
+    """What it keeps or prunes together, where `selection_unit` asks for nothing else."""
     shardable: ClassVar[bool] = True
     """Whether it works where FSDP holds each parameter in shards."""
     takes_function: ClassVar[bool] = False
@@ -76,6 +87,16 @@ class SelectionMethod(ABC):
         method.options = options
         return method
 
+    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:  # noqa: B027 (most need nothing of it)
+        """
+        Take note of what is chosen from, before anything else is called.
+
+        Args:
+            grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
+            ranks ([`~diffora_trainer.core.ranks.RankBudget`] or `None`): the budget, if the method [`tells_ranks`] and
+                it can be spent in ranks.
+        """
+
     @abstractmethod
     def values(self) -> Tensor:
         """The relaxed matrix, `(n,)` in [0, 1]."""
@@ -94,6 +115,48 @@ class SelectionMethod(ABC):
         and memory leave room for many modules in few layers or for few in many); `None`: its score above the lowest.
         """
         return None
+
+    def kept_ranks(self) -> tuple[int, ...]:
+        """How many components each module keeps, if the method [`tells_ranks`]. Changes nothing."""
+        raise NotImplementedError(f"{type(self).__name__} says that it tells ranks, but not which.")
+
+    def take_order(self) -> list[Tensor]:
+        """
+        An order of the components of each module in which those that are kept come first, `(r,)` indices each. They
+        are put into this order, and the method speaks of them by it from then on.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says that it tells ranks, but not of which components.")
+
+    def component_gates(self) -> list[Tensor]:
+        """The gates of the next training step, if the method [`trains_gates`]: `(r,)` for each module, in float32."""
+        raise NotImplementedError(f"{type(self).__name__} says that it trains gates, but not which.")
+
+    def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
+        """
+        Move the gates of a method that [`trains_gates`].
+
+        Args:
+            gradient (`Tensor` of shape `(m,)`): that of the training loss, finite float32.
+            learning_rate (`float`): the present one of the weights.
+        """
+        raise NotImplementedError(f"{type(self).__name__} says that it trains gates, but not how.")
+
+    def after_gate_step(self, sites: Sequence[Site], progress: float) -> None:  # noqa: B027 (most change no weight)
+        """
+        Change the weights after a step of the gates.
+
+        Args:
+            sites (`Sequence[Site]`): the modules, in the order of the grid.
+            progress (`float`): part of the steps until the choice that were made, in (0, 1].
+        """
+
+    def before_pruning(self, sites: Sequence[Site]) -> None:  # noqa: B027 (most put nothing there)
+        """
+        Put into the weights what belongs there when the choice is carried out, such as a start for what is kept.
+
+        Args:
+            sites (`Sequence[Site]`): the modules, in the order of the grid.
+        """
 
     def training_gates(self) -> Tensor | None:
         """The gates of the next training step, `(n,)`; `None`, where the class [`trains_open`], leaves all open."""
@@ -218,7 +281,7 @@ class ScoreMethod(SelectionMethod):
     scores of any range. A new one is a subclass with a [`score`].
     """
 
-    Options = ScoreOptions
+    Options: ClassVar[type] = ScoreOptions
     searches = False
     normalizable: ClassVar[bool] = True
     """Whether the score grows with the size of a module, so that it can be divided by it."""
@@ -245,6 +308,11 @@ class ScoreMethod(SelectionMethod):
         Returns:
             `Tensor` of shape `(n,)`, higher is kept; or two of them, of which the second decides between equal ones.
         """
+
+    @property
+    def num_scores(self) -> int:
+        """How many numbers [`score`] returns."""
+        return len(self.budget)
 
     def values(self) -> Tensor:
         return torch.ones(len(self.budget))

@@ -46,6 +46,8 @@ def moments_of(config: DiffoRAConfig) -> Moments:
     method = get_method(config.method)
     assert not isinstance(config.method_options, str)
     options = parse_options(method, config.method_options)
+    if method.trains_gates:  # from the first step on, at each
+        return Moments(config.discretize_at, 0.0, every=1.0)
     if not method.searches:
         return Moments(config.discretize_at, config.arch_warmup, every=options.reallocate_every, decides=False)
     # What fades out would come back as a shared pair.
@@ -76,6 +78,17 @@ def make_method(config: DiffoRAConfig, budget: Budget) -> SelectionMethod:
     return method.create(budget, options, seed=config.arch_seed)
 
 
+def unit_of(config: DiffoRAConfig) -> str:
+    """What is kept or pruned together."""
+    return get_method(config.method).unit if config.selection_unit == "module" else config.selection_unit
+
+
+def scope_of(config: DiffoRAConfig) -> str:
+    """In what modules compete: `"layer"` or `"model"`."""
+    compares = get_method(config.method).compares_layers or unit_of(config) == "layer"
+    return "model" if compares else config.scope
+
+
 def module_budget(
     config: DiffoRAConfig,
     grid: Grid,
@@ -98,11 +111,11 @@ def module_budget(
         grid.row_of,
         grid.parameters,
         ratio=config.ratio,
-        scope=config.scope,
+        scope=scope_of(config),
         cap=config.max_trainable_parameters,
         kinds=[kind in separate for kind in grid.kinds] if separate else None,
         required=list(in_adapter),
-        units=find_units(grid, config.selection_unit, groups),
+        units=find_units(grid, unit_of(config), groups),
     )
 
 

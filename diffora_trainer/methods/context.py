@@ -25,6 +25,10 @@ class Site(Protocol):
     def parameters(self) -> list[nn.Parameter]:
         """The parameters of its adapter."""
 
+    @property
+    def gated(self) -> nn.Module:
+        """The module whose output a gate multiplies: `lora_A`."""
+
 
 @dataclass(frozen=True)
 class ScoreContext:
@@ -40,6 +44,8 @@ class ScoreContext:
         batches (`list`): the scoring batches, as `loss` takes them.
         loss (`Callable`): gives the scalar loss of a batch.
         gated (`Callable`): `with gated(values):` lets gates, `(n,)`, act for a while; gradients flow into them.
+        masked (`Callable`): `with masked(values):` multiplies the components of adapters for a while: by `(r,)`
+            numbers for each site.
         reduce (`Callable`): averages a float32 CPU tensor over all processes. Those of a sharded model have to make
             equally many passes.
         loss_scale (`float`): factor of the loss while its gradient is taken, in float16.
@@ -54,6 +60,7 @@ class ScoreContext:
     batches: list[Any]
     loss: Callable[[Any], Tensor]
     gated: Callable[[Tensor], AbstractContextManager[None]]
+    masked: Callable[[Sequence[Tensor]], AbstractContextManager[None]]
     reduce: Callable[[Tensor], Tensor]
     loss_scale: float = 1.0
     draw: int = 0

@@ -12,12 +12,14 @@ from ..core.costs import Ceiling, StepCosts, ceilings
 from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
+from ..methods.registry import get_method
 from .confidence import Confidence, SplitHalf
 from .diagnosis import out_of_limits
 from .measured import GatedModel, LossFunction
 from .micro_batches import wanted_micro_batches
 from .ranks import final_ranks, find_rank_budget, halved, masks, refuse
 from .runtime import Runtime
+from .told_ranks import told_rank_budget
 
 
 class SearchBase(GatedModel):
@@ -42,7 +44,9 @@ class SearchBase(GatedModel):
         self.micro_batches = wanted_micro_batches(config, runtime.splits_batches)
         # Training losses add up in another way: the Trainer divides them by the labels of all accumulated batches.
         self.training_micro_batches = wanted_micro_batches(config, runtime.splits_batches)
-        self.rank_budget: RankBudget | None = find_rank_budget(config, adapters)
+        self.told_budget: RankBudget | None = told_rank_budget(config, adapters)
+        told = get_method(config.method).tells_ranks
+        self.rank_budget: RankBudget | None = None if told else find_rank_budget(config, adapters)
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_budget is not None:
             self.set_ranks(self.rank_budget.start())
@@ -71,11 +75,15 @@ class SearchBase(GatedModel):
     def make_method(self) -> SelectionMethod:
         """The method, under the budget and what the limits of a step leave of it."""
         if self.rank_budget is not None:
-            return make_method(self.config, halved(self.config, self.rank_budget, self.grid.row_of))
+            method = make_method(self.config, halved(self.config, self.rank_budget, self.grid.row_of))
+            method.prepare(self.grid, None)
+            return method
         budget = module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds)
         if self.ceilings:
             budget.limit(self.ceilings)
-        return make_method(self.config, budget)
+        method = make_method(self.config, budget)
+        method.prepare(self.grid, self.told_budget)
+        return method
 
     def limit(self, costs: StepCosts) -> None:
         """
@@ -132,6 +140,9 @@ class SearchBase(GatedModel):
         """What a pruning would leave now: which modules, `(n,)` bools, and their ranks, 0 for one that goes."""
         if self.kept is not None:
             kept, ranks = self.kept, self.ranks
+        elif self.told_budget is not None:
+            ranks = self.method.kept_ranks()
+            kept = torch.tensor(ranks) > 0
         elif self.rank_budget is not None:
             method = self.method
             ranks = final_ranks(

@@ -50,6 +50,11 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ran
             f"{schedule.updates.step} steps, {len(schedule.updates)} times, the best ones are on in between, and "
             f"those that are on at step {prune} are kept."
         )
+    if method.trains_gates:
+        return (
+            f"All modules train until step {prune} of {total}, with a gate for each component ({method.name}); then "
+            "the best components go on alone."
+        )
     if not method.searches:
         begin = f"All modules train until step {prune} of {total}, are then scored"
         return (
@@ -146,6 +151,7 @@ def ended_early(step: int, schedule: Schedule, anew: bool) -> str:
 def ended_before_anything(step: int, method: SelectionMethod) -> str:
     """A run that ends before anything was learned of the modules."""
     before = "the first architecture step" if method.searches else "the modules were scored"
+    before = "the gates had learned" if method.trains_gates else before
     return f"Training ended at step {step}, before {before}. No module was chosen; all of them stay."
 
 

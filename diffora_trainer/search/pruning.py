@@ -43,12 +43,14 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         before = search.held_out_loss(held_out.sample(gap_batches), relaxed=True)
         if search.kept is None and search.method.searches:  # a score need not rest on what was learned
             search.measure_effect(held_out.sample(gap_batches))
-    finish = search.finish if run.reallocation is None else run.reallocation.finish
     if run.reallocation is not None:  # what follows compares with all modules
         run.reallocation.release()
     costs = StepCosts() if search.costs is None else search.costs
     metrics = search.metrics()
-    selection = finish(run.step)
+    if run.reallocation is None:
+        selection = search.finish(run.step, run.optimizer)
+    else:
+        selection = run.reallocation.finish(run.step)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
     search.runtime.after_prune()
     after = search.held_out_loss(held_out.sample(gap_batches)) if held_out.comparable else None

@@ -28,6 +28,7 @@ from .reallocation import Reallocation
 from .run_state import restore_run, state_of
 from .runtime import Runtime
 from .search import ArchitectureSearch
+from .trained_gates import TrainedGates
 
 
 logger = get_logger(__name__)
@@ -112,6 +113,7 @@ class SelectionRun(RunParts):
         anew = getattr(options, "reallocate_every", None) is not None
         reallocation = Reallocation(search) if anew else None
         super().__init__(model, optimizer, scheduler, search, schedule, held_out, reallocation)
+        self._trained = TrainedGates(search, schedule.prune) if search.method.trains_gates else None
         self._report: dict[str, float] = {}
         self._train_batch: Any = None
         self._begun = False
@@ -149,6 +151,8 @@ class SelectionRun(RunParts):
             if without_labels(batch) and (world_size() > 1 or math.isnan(self.search.held_out_loss([batch]))):
                 raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
         self.search.begin()
+        if self._trained is not None:
+            self._trained.renew()
         self._fade()
         self._say(f"Grid: {self.search.grid.describe()}.")
         ranks = None if self.search.rank_budget is None else self.search.ranks
@@ -171,6 +175,8 @@ class SelectionRun(RunParts):
         self.begin()
         if self.gates_active:
             self.search.draw_gates()
+            if self._trained is not None:
+                self._trained.before_step()
             if getattr(self.search.method.options, "arch_order", 1) == 2:
                 self._train_batch = batch
 
@@ -238,12 +244,16 @@ class SelectionRun(RunParts):
         if self.config.limits_step:
             costs = self.search.measure_costs(next(self.held_out.sample(1)))
             self._say(messages.costs(costs, self.search.ceilings, self.search.grid))
+        if self._trained is not None:
+            self._trained.step(innermost(self.optimizer))  # its updates begin one step later
         if self.search.method.searches:
             self._say(f"Step {self.step}: warm-up done, the search begins.")
 
     def _update(self) -> None:
         if self.reallocation is not None:
             self._reallocate(self.reallocation)
+        elif self._trained is not None:
+            self._trained.step(innermost(self.optimizer))
         elif self.search.method.searches:
             self._architecture_step()
         else:

@@ -35,6 +35,7 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
         batches=batches,
         loss=search.loss,
         gated=search.gates.override,
+        masked=search.gates.masked,
         reduce=search.runtime.reduce,
         loss_scale=search.runtime.loss_scale(),
         draw=method.steps,
@@ -46,17 +47,17 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
                 module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
         found = method.score(context)
     scores, ties = found if isinstance(found, tuple) else (found, torch.zeros_like(found))
-    _check_shape(method, grid, scores, ties)
+    _check_shape(method, scores, ties)
     scores, ties = search.runtime.reduce(torch.stack([scores, ties]))
-    if method.options.normalize_scores:
+    if getattr(method.options, "normalize_scores", False):  # of a method with a score for each module
         sizes = torch.tensor(grid.parameters, dtype=torch.float64)
         scores, ties = scores / sizes, ties / sizes
     _check_finite(method, grid, scores)
     if len(set(grid.kinds)) > 1 and not method.comparable and not search.ranks_kinds_apart:
         scores = scale_free(grid, scores)
     # Of a score that is a gradient, exactly 0 means that none has arrived.
-    search.reached |= (scores != 0) | torch.tensor(not method.gradient_score)
     method.set_scores(scores, ties)
+    search.reached |= (method.scores() != 0) | torch.tensor(not method.gradient_score)
     return method.scores()
 
 
@@ -91,18 +92,23 @@ def _by_plain_name(function: ScoreFunction) -> ScoreFunction:
     return score
 
 
-def _check_shape(method: ScoreMethod, grid: Grid, *scores: Tensor) -> None:
+def _check_shape(method: ScoreMethod, *scores: Tensor) -> None:
     for one in scores:
-        if not isinstance(one, Tensor) or one.shape != (len(grid),):
+        if not isinstance(one, Tensor) or one.shape != (method.num_scores,):
             found = tuple(one.shape) if isinstance(one, Tensor) else type(one).__name__
             raise ValueError(
-                f"`score` of {type(method).__name__} returned {found}, but a tensor of {len(grid)} numbers is needed, "
-                "one a module in the order of `context.grid`."
+                f"`score` of {type(method).__name__} returned {found}, but a tensor of {method.num_scores} numbers is "
+                f"needed, one a {'component' if method.tells_ranks else 'module'} in the order of `context.grid`."
             )
 
 
 def _check_finite(method: ScoreMethod, grid: Grid, scores: Tensor) -> None:
-    bad = [name for name, finite in zip(grid.names, torch.isfinite(scores).tolist(), strict=True) if not finite]
+    if len(scores) != len(grid):  # one a component
+        grid_names = [site.name for site in grid.sites for _ in range(site.rank)]
+    else:
+        grid_names = list(grid.names)
+    bad = [name for name, finite in zip(grid_names, torch.isfinite(scores).tolist(), strict=True) if not finite]
+    bad = list(dict.fromkeys(bad))
     if bad:
         raise ValueError(
             f"The scores of {len(bad)} of {len(grid)} modules by `method={method.name!r}` are not finite, that of "

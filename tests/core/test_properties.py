@@ -78,6 +78,13 @@ OF_METHODS: dict[str, st.SearchStrategy[Any]] = {
     "score_batches": st.integers(1, 99),
     "normalize_scores": st.booleans(),
     "reallocate_every": st.none() | MOMENTS,
+    "beta1": st.floats(0, 1),
+    "beta2": st.floats(0, 1),
+    "first_to_last": st.floats(0, 2),
+    "position": st.sampled_from(["auto", "mean", "middle"]),
+    "layers_at_once": st.integers(0, 9),
+    "gate_learning_rate": st.none() | st.floats(0, 1),
+    "threshold": st.floats(-1, 1),
 }
 METHOD_OPTIONS = st.fixed_dictionaries({}, optional=OF_METHODS) | st.dictionaries(
     st.sampled_from([*OF_METHODS, "arch_evry"]), HOSTILE, max_size=2
@@ -116,6 +123,8 @@ def test_options_are_refused_by_name_or_hold_together(
         if method.searches:
             assert 1 <= warmup < decision <= prune <= total and schedule.updates[0] == warmup + 1
             assert schedule.updates[-1] <= decision and schedule.updates.step == of_method.arch_every
+        elif method.trains_gates:
+            assert 1 == warmup < decision == prune <= total and list(schedule.updates) == list(range(2, prune + 1))
         elif of_method.reallocate_every is not None:
             assert 1 <= warmup < decision == prune <= total
             assert schedule.updates[0] == warmup and schedule.updates[-1] < prune

@@ -112,7 +112,10 @@ def test_shards_are_not_given_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "method"), [("ddp", "snip"), ("ddp", "synflow"), ("fsdp2", "alpha_test")])
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [*(("ddp", method) for method in ("snip", "synflow", "adalora", "eva", "sora")), ("fsdp2", "alpha_test")],
+)
 def test_two_processes_score_as_one(kind: str, method: str, tmp_path: Path) -> None:
     """Each scores on rows of its own, with gradient accumulation; what is not sharded can be scored by gradients."""
     search = {"method": method, "selection_scope": "model"}

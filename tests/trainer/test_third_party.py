@@ -49,6 +49,21 @@ class Fisher(ScoreMethod):
         return context.mean_over_batches(lambda gradient: gradient.square().sum()) ** self.options.power
 '''
 
+NORMS = '''
+"""Ranks by the size of what each component adds."""
+
+import torch
+
+from diffora_trainer.methods.ranks import RankMethod, magnitudes
+
+
+class Norms(RankMethod):
+    """Magnitude pruning."""
+
+    def score(self, context):
+        return torch.cat([magnitudes(site) for site in context.sites])
+'''
+
 RELATIVE = '''
 """A matrix that counts the gradient in units of its largest entry."""
 
@@ -86,16 +101,18 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
     about.mkdir(parents=True)
     (site / "other_methods.py").write_text(FISHER)
     (site / "more_methods.py").write_text(RELATIVE)
+    (site / "rank_methods.py").write_text(NORMS)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-methods\nVersion: 1.0\n")
     (about / "entry_points.txt").write_text(
         "[diffora_trainer.methods]\nfisher = other_methods:Fisher\nrelative = more_methods:Relative\n"
+        "norms = rank_methods:Norms\n"
     )
     monkeypatch.syspath_prepend(str(site))
     importlib.invalidate_caches()
     yield
-    for name in ("fisher", "relative"):
+    for name in ("fisher", "relative", "norms"):
         unregister_method(name)
-    for module in ("other_methods", "more_methods"):
+    for module in ("other_methods", "more_methods", "rank_methods"):
         sys.modules.pop(module, None)
 
 
@@ -106,13 +123,14 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         {"method": "fisher", "selection_scope": "model", "score_batches": 2},
         {"method": "fisher", "reallocate_every": 2, "score_batches": 2},
         {"method": "relative", "fade_out": 2},
+        {"method": "norms", "selection_ratio": 0.05},
     ],
-    ids=["scores", "scores anew", "searches"],
+    ids=["scores", "scores anew", "searches", "gives ranks"],
 )
 def test_installed_method_runs_resumes_and_is_told_of(
     search: dict[str, object], task: str, installed: None, tmp_path: Path
 ) -> None:
-    assert {"fisher", "relative"} < set(method_names())
+    assert {"fisher", "relative", "norms"} < set(method_names())
     whole = saving_trainer(tmp_path / "whole", task, 2, search=search)
     whole.train()
     whole.save_model()

@@ -1,0 +1,88 @@
+"""AdaLoRA's sensitivity of single components (https://huggingface.co/papers/2303.10512, section 3.2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.values import check_number
+from .context import ScoreContext, wide
+from .options import ScoreOptions
+from .papers import ADALORA
+from .ranks import RankMethod, rows_and_columns
+from .registry import register_method
+
+
+@dataclass(frozen=True)
+class AdaLoraOptions(ScoreOptions):
+    """
+    Options of `method="adalora"`.
+
+    Args:
+        beta1 (`float`, *optional*, defaults to `0.85`): weight of the past in the mean sensitivity, in [0, 1).
+        beta2 (`float`, *optional*, defaults to `0.85`): weight of the past in its mean deviation, in [0, 1).
+    """
+
+    beta1: float = 0.85
+    beta2: float = 0.85
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("beta1", "beta2"):
+            value = check_number(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if not 0 <= value < 1:
+                raise ValueError(f"You passed `{name}={value}`; it must be in [0, 1).")
+
+
+@register_method("adalora")
+class AdaLora(RankMethod):
+    """
+    For each weight `w` with the gradient `g` of a batch, the sensitivity `I = |w g|` is averaged over batches, and so
+    is how far it deviates from its average (equations 8 to 10 of the paper); the score is the product of both:
+
+    ```
+    I_mean <- beta1 I_mean + (1 - beta1) I        U <- beta2 U + (1 - beta2) |I - I_mean|        s = I_mean U
+    ```
+
+    A component is worth the score of its singular value plus the mean score of its entries in `lora_A` plus that in
+    `lora_B` (equation 7).
+
+    Chosen here: of the paper's `P`, `Lambda` and `Q` a plain LoRA has no `Lambda`. In its place stands the gate of the
+    component, whose value is 1 and whose gradient is the inner product of a row of `lora_A` with its gradient. The
+    averages run over the scoring batches at the weights of one moment, and not over the steps of a training; the cut
+    is one, and not a cubic schedule of small ones; and there is no regularisation towards orthogonal factors. What is
+    cut leaves the adapter, where AdaLoRA in PEFT masks it.
+    """
+
+    paper = ADALORA
+    described = f"`adalora`, the sensitivity of {ADALORA.link} in an independent implementation"
+    Options = AdaLoraOptions
+    gradient_score = True
+
+    def score(self, context: ScoreContext) -> Tensor:
+        beta1, beta2 = self.options.beta1, self.options.beta2
+        means: list[Tensor] = []
+        deviations: list[Tensor] = []
+        for batch in context.batches:
+            found = [
+                part
+                for site, gradients in zip(context.sites, context.gradients([batch]), strict=True)
+                for part in _sensitivities(site.parameters, gradients)
+            ]
+            if not means:
+                means, deviations = [torch.zeros_like(x) for x in found], [torch.zeros_like(x) for x in found]
+            for now, mean, deviation in zip(found, means, deviations, strict=True):
+                mean.lerp_(now, 1 - beta1)
+                deviation.lerp_((now - mean).abs(), 1 - beta2)
+        scores = [(mean * deviation).mean(dim=1).cpu() for mean, deviation in zip(means, deviations, strict=True)]
+        return torch.cat([sum(scores[i : i + 3], torch.zeros(())) for i in range(0, len(scores), 3)]).double()
+
+
+def _sensitivities(pair: list[torch.nn.Parameter], gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gate, `lora_A` and `lora_B`, a row for each component."""
+    a, b = map(wide, rows_and_columns(pair))
+    grad_a, grad_b = map(wide, rows_and_columns(gradients))
+    return (a * grad_a).sum(dim=1, keepdim=True).abs(), (a * grad_a).abs(), (b * grad_b).abs()

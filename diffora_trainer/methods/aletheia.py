@@ -1,0 +1,98 @@
+"""Aletheia's gradient probe of layers (https://huggingface.co/papers/2604.15351)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..core.values import check_integer
+from .base import ScoreMethod
+from .context import ScoreContext, wide
+from .hidden import numbered_rows, of_modules
+from .options import ScoreOptions
+from .papers import ALETHEIA
+from .registry import register_method
+
+
+@dataclass(frozen=True)
+class AletheiaOptions(ScoreOptions):
+    """
+    Options of `method="aletheia"`.
+
+    Args:
+        score_batches (`int`, *optional*, defaults to `5`): batches of the probe.
+        layers_at_once (`int`, *optional*, defaults to `8`): of how many layers gradients are held at a time. Fewer
+            take less memory and more passes.
+    """
+
+    score_batches: int = 5
+    layers_at_once: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_integer("layers_at_once", self.layers_at_once, minimum=1)
+
+
+@register_method("aletheia")
+class Aletheia(ScoreMethod):
+    """
+    Whole layers by the gradient of the loss with respect to their pre-trained weights: the norm of each frozen
+    parameter's gradient, summed over the parameters of a layer and over a few batches. The layers with the largest sum
+    are kept.
+
+    This is the probe of the authors' published code. Chosen here: the batches have the size of those of the run, not
+    one row; dropout is off; modules outside the numbered layers have the score 0; and all modules of a layer keep the
+    rank of the configuration (the paper also gives MLPs another rank than attention: that is `rank_pattern`). A layer
+    that is trained itself, or whose weights are quantized, has no gradient to be probed.
+    """
+
+    paper = ALETHEIA
+    described = f"`aletheia`, the gradient probe of {ALETHEIA.link} in an independent implementation"
+    Options = AletheiaOptions
+    normalizable = False
+    comparable = True
+    compares_layers = True
+    shardable = False
+    unit = "layer"
+
+    def score(self, context: ScoreContext) -> Tensor:
+        names = [context.grid.rows[row] for row in numbered_rows(context.grid)]
+        layers = [self._frozen(context, name) for name in names]
+        step = self.options.layers_at_once
+        sums = [
+            number
+            for start in range(0, len(layers), step)
+            for number in self._probe(context, layers[start : start + step])
+        ]
+        return of_modules(context.grid, torch.tensor(sums, dtype=torch.float64), outside=0.0)
+
+    def _probe(self, context: ScoreContext, layers: Sequence[list[nn.Parameter]]) -> list[float]:
+        weights = [weight for layer in layers for weight in layer]
+        sums = [0.0] * len(weights)
+        try:
+            for weight in weights:
+                weight.requires_grad_(True)
+            for batch in context.batches:
+                loss = context.loss(batch) * context.loss_scale
+                found = torch.autograd.grad(loss, weights, allow_unused=True)
+                for index, gradient in enumerate(found):
+                    if gradient is not None:
+                        sums[index] += float(wide(gradient).norm()) / context.loss_scale
+        finally:
+            for weight in weights:
+                weight.requires_grad_(False)
+        rest = iter(sums)
+        return [sum(next(rest) for _ in layer) for layer in layers]
+
+    def _frozen(self, context: ScoreContext, name: str) -> list[nn.Parameter]:
+        found = [p for p in context.base_model.get_submodule(name).parameters() if not p.requires_grad]
+        found = [parameter for parameter in found if parameter.is_floating_point()]
+        if not found:
+            raise ValueError(
+                f"The layer {name!r} has no frozen weight in floating point, so its gradient cannot be probed. Please "
+                "use another method, such as 'grad_norm', whose gradients are those of the LoRA."
+            )
+        return found

@@ -1,0 +1,176 @@
+"""BeamLoRA: strong components take the place of weak ones (https://huggingface.co/papers/2502.13604)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget
+from ..core.grid import Grid
+from ..core.ranks import RankBudget
+from ..core.values import check_integer, check_number
+from .base import bounded
+from .context import ScoreContext, Site
+from .gate_steps import Adam, multiply_into
+from .papers import BEAMLORA
+from .ranks import RankMethod, rows_and_columns
+from .registry import register_method
+
+
+@dataclass(frozen=True)
+class BeamLoraOptions:
+    """
+    Options of `method="beamlora"`.
+
+    Args:
+        beam_every (`int`, *optional*, defaults to `20`): after how many steps weak components are replaced again.
+        top_p (`float`, *optional*, defaults to `0.95`): at first those components are weak that the strongest ones
+            with this part of all importance leave over, in (0, 1]; it rises to 1 until `discretize_at`.
+        temperature (`float`, *optional*, defaults to `0.05`): of the softmax.
+        gate_learning_rate (`float`, *optional*): step size of the scores. Defaults to that of the weights, whose
+            schedule it then follows.
+    """
+
+    beam_every: int = 20
+    top_p: float = 0.95
+    temperature: float = 0.05
+    gate_learning_rate: float | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("beam_every", self.beam_every, minimum=2)
+        for name in ("top_p", "temperature", "gate_learning_rate"):
+            if getattr(self, name) is None:
+                continue
+            value = check_number(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+            if value <= 0 or (name == "top_p" and value > 1):
+                raise ValueError(
+                    f"You passed `{name}={value}`; it must be {'in (0, 1]' if value > 1 else 'positive'}."
+                )
+
+
+@register_method("beamlora")
+class BeamLora(RankMethod):
+    """
+    All modules have the rank that the budget has room for, from the first step to the last, and within a module
+    components compete. Each has a score `s`, trained with the weights, and is multiplied by its importance
+    `r softmax(s / temperature)`. After every so many steps the components of all modules are sorted by importance;
+    those beyond the first ones that have `top_p` of all importance together are weak (`top_p` rises to 1 along a
+    cosine). A weak one becomes what a strong one of its module was half a period before, and both go on from the mean
+    of their scores. At `discretize_at` what the scores have come to is multiplied into `lora_B`, and plain LoRA goes
+    on: nothing is pruned, so it needs a budget with room for rank 1 in every module.
+
+    This follows the authors' published code. Chosen here: scores start at 0, so that a run begins as one of plain LoRA
+    of that rank; the weakest is paired with the strongest, the next with the next, where they are shuffled there; no
+    more than half of a module's components are replaced at once; and the scores are Adam's, with its moments set to 0
+    in a module that has changed. To let it act to the end, set `discretize_at=0.999`.
+    """
+
+    paper = BEAMLORA
+    described = f"`beamlora`, the beams of {BEAMLORA.link} in an independent implementation"
+    Options = BeamLoraOptions
+    trains_gates = True
+    reads_data = False
+
+    def __init__(self, budget: Budget, seed: int = 0) -> None:
+        super().__init__(budget, seed)
+        self._on = torch.ones(len(budget), dtype=torch.bool)
+        self._logits = torch.zeros(len(budget))
+        self._past = torch.zeros(0)
+        self._adam = Adam(len(budget))
+
+    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
+        super().prepare(grid, ranks)
+        even = grid.ranks if ranks is None else ranks.start()
+        whole = ranks is None and not bool(self.budget.discretize(torch.zeros(len(grid))).all())
+        if whole or (ranks is not None and not ranks.fits(even)):
+            raise ValueError(
+                f"You passed `method={self.name!r}`, which keeps every module, with a budget that "
+                f"{'keeps whole modules' if whole else 'has no room for rank 1 in each'}. Please raise it, leave "
+                "`selection_granularity` and limits of a step at their defaults, or use another method."
+            )
+        self._on = torch.cat([torch.arange(site.rank) < rank for site, rank in zip(grid.sites, even, strict=True)])
+        self._logits = torch.zeros(len(self._on))
+        self._adam = Adam(len(self._on))
+        self._past = torch.zeros(sum(grid.parameters))
+
+    def _importance(self) -> Tensor:
+        open_ = self._logits.masked_fill(~self._on, -math.inf) / self.options.temperature
+        return torch.cat([own.softmax(0) * int(own.isfinite().sum()) for own in self.split(open_)])
+
+    def component_gates(self) -> list[Tensor]:
+        return [own.clone() for own in self.split(self._importance())]
+
+    def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
+        self.steps += 1
+        gates = self._importance()
+        products = self.split(gates * bounded(gradient))
+        # The derivative of a softmax that is multiplied by its length.
+        found = [
+            (own - gate * own.sum() / gate.sum()) / self.options.temperature
+            for own, gate in zip(products, self.split(gates), strict=True)
+        ]
+        rate = self.options.gate_learning_rate
+        self._logits.add_(self._adam.step(torch.cat(found), learning_rate if rate is None else rate))
+        self._scores.copy_(self._importance())
+
+    def after_gate_step(self, sites: Sequence[Site], progress: float) -> None:
+        every = self.options.beam_every
+        if self.steps % every == every // 2:
+            self._past = torch.cat([torch.cat(rows_and_columns(site.parameters), dim=1).flatten().float().cpu()
+                                    for site in sites])  # fmt: skip
+        elif self.steps % every == 0 and progress < 1:
+            self._replace(sites, progress)
+
+    def _replace(self, sites: Sequence[Site], progress: float) -> None:
+        importance = self._importance()
+        order = torch.sort(importance, descending=True, stable=True).indices
+        top_p = 1 - (1 - self.options.top_p) * (1 + math.cos(math.pi * progress)) / 2
+        beyond = importance[order].cumsum(0) > top_p * importance.sum() * (1 + 1e-6)
+        weak = torch.zeros(len(importance), dtype=torch.bool)
+        weak[order[beyond]] = True
+        weak &= self._on
+        sizes = [site.parameters[0].numel() + site.parameters[1].numel() for site in sites]
+        parts = zip(sites, self._past.split(sizes), self.split(weak), self.split(importance), strict=True)
+        start = 0
+        for site, past, own, gates in parts:
+            self._replace_in(site, past, own, gates, slice(start, start + len(own)))
+            start += len(own)
+        self._scores.copy_(self._importance())
+
+    def _replace_in(self, site: Site, past: Tensor, weak: Tensor, gates: Tensor, place: slice) -> None:
+        falling = torch.sort(gates, descending=True, stable=True).indices
+        falling = falling[gates[falling] > 0]
+        count = min(int(weak.sum()), len(falling) // 2)
+        if not count:
+            return
+        worst, best = falling.flip(0)[:count], falling[:count]
+        a, b = site.parameters
+        rows = past.reshape(len(gates), -1)[best]
+        width = a[0].numel()
+        with torch.no_grad():
+            a[worst.to(a.device)] = rows[:, :width].reshape(count, *a.shape[1:]).to(a)
+            b[:, worst.to(b.device)] = rows[:, width:].T.reshape(-1, count, *b.shape[2:]).to(b)
+        logits = self._logits[place]
+        logits[worst] = logits[best] = (logits[worst] + logits[best]) / 2
+        self._adam.forget(place)
+
+    def score(self, context: ScoreContext) -> Tensor:
+        return self._importance().double()
+
+    def components(self) -> Tensor:
+        return self._on.clone()
+
+    def before_pruning(self, sites: Sequence[Site]) -> None:
+        multiply_into(sites, self.split(self._importance()))
+        self._logits.zero_()  # what they were is in the weights
+
+    def scores(self) -> Tensor:
+        return torch.stack([own.max() for own in self.split(self._scores)])
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**super()._tensors(), "logits": self._logits, "past": self._past, **self._adam.tensors()}

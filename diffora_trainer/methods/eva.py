@@ -1,0 +1,119 @@
+"""EVA: ranks, and a start, by the variance of what a module reads (https://huggingface.co/papers/2410.07170)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget
+from .context import ScoreContext, Site
+from .hidden import inputs_of_adapters
+from .papers import EVA
+from .ranks import RankMethod, magnitudes
+from .registry import register_method
+
+
+_OVERSAMPLED = 32
+"""How many directions the sketch has beside four times the rank."""
+
+
+@register_method("eva")
+class Eva(RankMethod):
+    """
+    The inputs of a module, centered over all tokens of the scoring batches, have principal directions, and each of
+    these explains a part of their variance. A module's `j`-th component is worth the part of its `j`-th direction, so
+    the rank goes where few directions explain most.
+
+    Before the first step (`discretize_at=0`, with `lora_B` still 0) `lora_A` also starts as these directions, which is
+    EVA's initialisation; later, only the ranks are EVA's, and of the components of a module the largest stay.
+
+    Chosen here: the variance is centered, as in PEFT's implementation. The directions are found by a Nyström
+    approximation of the covariance from a random sketch, a pass over each batch, which takes `4 r + 32` numbers for
+    each input and adds up over batches and processes (PEFT has an incremental PCA); a module with no more inputs than
+    that is exact. A module keeps at most the rank of its configuration: to let some have more than others, give all of
+    them a larger one (EVA's `rho`) and limit the parameters. Padding is left out.
+    """
+
+    paper = EVA
+    described = f"`eva`, the ranks of {EVA.link} in an independent implementation"
+
+    def __init__(self, budget: Budget, seed: int = 0) -> None:
+        super().__init__(budget, seed)
+        self._directions: list[Tensor] = []
+
+    def score(self, context: ScoreContext) -> Tensor:
+        sketches = [
+            _Sketch(site.parameters[0].flatten(1).shape[1], site.parameters[0].shape[0]) for site in context.sites
+        ]
+        with inputs_of_adapters(context, lambda index, inputs: sketches[index].add(inputs)) as run:
+            for batch in context.batches:
+                run(batch)
+        parts = []
+        self._directions.clear()
+        for sketch, site in zip(sketches, context.sites, strict=True):
+            values, directions = sketch.principal(context)
+            rank = site.parameters[0].shape[0]
+            missing = max(0, rank - len(values))
+            parts.append(torch.cat([values[:rank], values.new_zeros(missing)]))
+            self._directions.append(directions[:rank])
+        return self.spread(parts, [magnitudes(site) for site in context.sites])
+
+    def before_pruning(self, sites: Sequence[Site]) -> None:
+        pairs = [site.parameters for site in sites]
+        if not self._directions or any(bool(b.detach().any()) for _, b in pairs):
+            return  # they have learned something
+        with torch.no_grad():
+            for (a, _), directions in zip(pairs, self._directions, strict=True):
+                a[: len(directions)].copy_(directions.reshape(len(directions), *a.shape[1:]))
+
+
+class _Sketch:
+    """
+    The covariance of vectors times a random matrix (Tropp et al., 2017, https://huggingface.co/papers/1706.05736).
+
+    Args:
+        size (`int`): numbers of a vector.
+        rank (`int`): how many directions are wanted.
+    """
+
+    def __init__(self, size: int, rank: int) -> None:
+        count = min(size, 4 * rank + _OVERSAMPLED)
+        generator = torch.Generator().manual_seed(size)
+        # Orthonormal columns.
+        self.test = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64)).Q
+        self._sums: list[Tensor] = []
+
+    def add(self, vectors: Tensor) -> None:
+        """Add vectors, `(k, size)`."""
+        vectors = vectors.float()
+        own = [vectors.T @ (vectors @ self.test.to(vectors)), vectors.sum(dim=0), vectors.square().sum(dim=0)]
+        own.append(torch.full((1,), float(len(vectors)), device=vectors.device))
+        self._sums = own if not self._sums else [a + b for a, b in zip(self._sums, own, strict=True)]
+
+    def principal(self, context: ScoreContext) -> tuple[Tensor, Tensor]:
+        """The parts of the variance that principal directions explain, falling, and these directions as rows."""
+        size, count = self.test.shape
+        shapes = ((size, count), (size,), (size,), (1,))
+        sums = self._sums or [torch.zeros(shape) for shape in shapes]  # of a module that was never called
+        flat = context.reduce(torch.cat([part.cpu().float().flatten() for part in sums])).double()
+        image, total, squares, number = (
+            part.reshape(shape) for part, shape in zip(flat.split([size * count, size, size, 1]), shapes, strict=True)
+        )
+        if number <= 0:
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, size, dtype=torch.float64)
+        mean = total / number
+        image = image / number - torch.outer(mean, mean @ self.test)
+        variance = float((squares / number - mean.square()).clamp(min=0.0).sum())
+        shift = torch.finfo(torch.float32).eps * float(image.norm())
+        if variance <= 0 or shift <= 0:
+            return torch.zeros(0, dtype=torch.float64), torch.zeros(0, size, dtype=torch.float64)
+        shifted = image + shift * self.test
+        core = self.test.T @ shifted
+        values, vectors = torch.linalg.eigh((core + core.T) / 2)
+        good = values > shift * 1e-3
+        half = shifted @ (vectors[:, good] / values[good].sqrt())
+        directions, singular, _ = torch.linalg.svd(half, full_matrices=False)
+        found = (singular.square() - shift).clamp(min=0.0) / variance
+        return found, directions.T

@@ -1,0 +1,157 @@
+"""Methods that say how much: what each component of an adapter is worth, and so which rank its module keeps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ..core.budget import Budget
+from ..core.grid import LORA, Grid
+from ..core.ranks import RankBudget
+from .base import ScoreMethod
+from .context import ScoreContext, Site, wide
+
+
+class RankMethod(ScoreMethod):
+    """
+    A method that gives ranks. It says what each *component* is worth, a row of `lora_A` with its column of `lora_B`,
+    and the best ones of the whole model are kept as long as the budget has room for them. A module ends with any rank
+    up to that of its configuration, also with none, and its adapter really becomes smaller. All modules begin at full
+    rank and are cut once, at `discretize_at`.
+
+    A new one is a subclass with a [`score`] that returns a number for each component: those of the first module in the
+    order of the grid, then those of the second, and so on (see [`split`]). [`spread`] makes them of ranks that were
+    found for modules or layers.
+
+    Where whole modules are kept or pruned (`selection_granularity="module"`, or a limit that knows no ranks), a module
+    is worth what its components are together.
+    """
+
+    tells_ranks = True
+    compares_layers = True
+    normalizable = False
+    comparable = True
+    shardable = False
+    keeps_worthless: ClassVar[bool] = True
+    """Whether components that are worth 0 or less are kept as well where the budget has room for them."""
+
+    def __init__(self, budget: Budget, seed: int = 0) -> None:
+        super().__init__(budget, seed)
+        self._owner = torch.arange(len(budget))
+        self._ranks: RankBudget | None = None
+
+    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
+        others = [site.name for site in grid.sites if site.kind != LORA]
+        if others:
+            raise ValueError(
+                f"You passed `method={self.name!r}`, which looks at single components of a LoRA, for a model with "
+                f"other sites, such as {others[0]!r}. Please take them out, or use another method, such as 'snip'."
+            )
+        owner = [index for index, rank in enumerate(grid.ranks) for _ in range(rank)]
+        self._owner, self._ranks = torch.tensor(owner), ranks
+        self._scores = torch.zeros(len(owner), dtype=torch.float64)
+        self._tie_breaker = torch.zeros(len(owner), dtype=torch.float64)
+
+    @abstractmethod
+    def score(self, context: ScoreContext) -> Tensor | tuple[Tensor, Tensor]:
+        """
+        What each component is worth: as [`ScoreMethod.score`], but of shape `(m,)`, with a number for each component.
+        """
+
+    @property
+    def num_scores(self) -> int:
+        return len(self._owner)
+
+    def scores(self) -> Tensor:
+        return self._sum(self._scores)
+
+    def tie_breaker(self) -> Tensor:
+        return self._sum(self._tie_breaker)
+
+    def split(self, values: Tensor) -> list[Tensor]:
+        """Numbers of all components, `(m,)`, as those of each module."""
+        return list(values.split(torch.bincount(self._owner, minlength=len(self.budget)).tolist()))
+
+    def spread(self, found: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
+        """
+        What components are worth of which it is known what the first, the second, ... of each module adds, but not
+        which one is the first: that is the most important one.
+
+        Args:
+            found (`Sequence[Tensor]` of length `n`): for each module as many falling numbers as it has components.
+            importance (`Sequence[Tensor]` of length `n`): how important each of them is, such as [`magnitudes`].
+        """
+        worth = []
+        for values, sizes in zip(found, importance, strict=True):
+            own = torch.empty(len(sizes), dtype=torch.float64)
+            own[torch.sort(sizes, descending=True, stable=True).indices] = values.double()
+            worth.append(own)
+        return torch.cat(worth)
+
+    def in_proportion(self, weights: Tensor, importance: Sequence[Tensor]) -> Tensor:
+        """
+        What components are worth of modules whose ranks should be in proportion to some weights, `(n,)`: a module of
+        weight `w` has the right to its `j`-th component before others of a smaller `w / j`. Under any budget this
+        makes ranks as near to proportional as whole numbers can be (the rule of D'Hondt).
+        """
+        shares = zip(weights.double(), importance, strict=True)
+        return self.spread([w / torch.arange(1, len(sizes) + 1) for w, sizes in shares], importance)
+
+    def components(self) -> Tensor:
+        """
+        Which components are kept under the budget, `(m,)` bools. Changes nothing.
+
+        Raises:
+            ValueError: if nothing was scored yet, or not one component is worth to be kept.
+        """
+        if not self.steps or self._ranks is None:
+            raise ValueError("The components have no scores yet. Please call `score` before the choice is made.")
+        worth, ties, owner = self._scores.tolist(), self._tie_breaker.tolist(), self._owner.tolist()
+        left = list(self._ranks.limits)
+        kept = torch.zeros(len(owner), dtype=torch.bool)
+        for index in sorted(range(len(owner)), key=lambda index: (-worth[index], -ties[index], index)):
+            group, cost = self._ranks.groups[owner[index]], self._ranks.costs[owner[index]]
+            if cost <= left[group] and (self.keeps_worthless or worth[index] > 0):
+                kept[index] = True
+                left[group] -= cost
+        if not kept.any():
+            raise ValueError(
+                f"Not one component is worth to be kept by `method={self.name!r}`: the largest score of "
+                f"{len(owner)} is {max(worth):g}. Please score later (`discretize_at`), or use another method."
+            )
+        return kept
+
+    def kept_ranks(self) -> tuple[int, ...]:
+        return tuple(int(own.sum()) for own in self.split(self.components()))
+
+    def take_order(self) -> list[Tensor]:
+        kept = self.components()
+        orders = [torch.sort(own, descending=True, stable=True).indices for own in self.split(kept.int())]
+        for numbers in (self._scores, self._tie_breaker):
+            numbers.copy_(torch.cat([own[order] for own, order in zip(self.split(numbers), orders, strict=True)]))
+        return orders
+
+    def discretize(self) -> Tensor:
+        return super().discretize() if self._ranks is None else torch.tensor(self.kept_ranks()) > 0
+
+    def num_boundary_ties(self) -> int:
+        return super().num_boundary_ties() if self._ranks is None else 0  # of components, which are many and small
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        return torch.zeros(len(self.budget), dtype=torch.float64).index_add_(0, self._owner, numbers)
+
+
+def magnitudes(site: Site) -> Tensor:
+    """`||b_k|| ||a_k||` for each component: the Frobenius norm of what it adds to the weight."""
+    a, b = rows_and_columns(site.parameters)
+    return (wide(a).norm(dim=1) * wide(b).norm(dim=1)).cpu().double()
+
+
+def rows_and_columns(pair: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """`lora_A` and `lora_B`, or their gradients, with a row for each component: `(r, in)` and `(r, out)`."""
+    a, b = (matrix.detach() for matrix in pair)
+    return a.flatten(1), b.flatten(1).T
