@@ -10,13 +10,17 @@ __version__ = "0.1.0.dev0"
 
 # Names are imported when they are asked for: a search without a Trainer need not wait for transformers' and TRL's.
 _HOMES = {
+    "AlternateFactors": "schedules.alternate",
     "ArchitectureSearch": "search.search",
+    "ChainedLoRA": "schedules.chained",
     "DiffoRAConfig": "config",
     "DiffoRAMixin": "trainer.mixin",
     "DiffoRASFTTrainer": "trainer.sft",
     "DiffoRATrainer": "trainer.trainers",
     "DifferentialAdaptationMatrix": "methods.deprecated",
     "GradientMethod": "methods.base",
+    "LoraXS": "experimental.lora_xs",
+    "PRoLoRA": "experimental.prolora",
     "ScoreMethod": "methods.base",
     "Selection": "core.selection",
     "SelectionRun": "search.run",
@@ -31,13 +35,17 @@ _HOMES = {
     "selected_lora_config": "hub.pull",
 }
 __all__ = [
+    "AlternateFactors",
     "ArchitectureSearch",
+    "ChainedLoRA",
     "DiffoRAConfig",
     "DiffoRAMixin",
     "DiffoRASFTTrainer",
     "DiffoRATrainer",
     "DifferentialAdaptationMatrix",
     "GradientMethod",
+    "LoraXS",
+    "PRoLoRA",
     "ScoreMethod",
     "Selection",
     "SelectionRun",
@@ -56,12 +64,16 @@ if TYPE_CHECKING:
     from .adapters.pruning import apply_selection
     from .config import DiffoRAConfig
     from .core.selection import Selection
+    from .experimental.lora_xs import LoraXS
+    from .experimental.prolora import PRoLoRA
     from .experimental.shortcuts.model import ShortcutModel, load_shortcuts, save_shortcuts
     from .experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
     from .hub.pull import selected_lora_config
     from .methods.base import GradientMethod, ScoreMethod
     from .methods.deprecated import DifferentialAdaptationMatrix
     from .methods.registry import register_method
+    from .schedules.alternate import AlternateFactors
+    from .schedules.chained import ChainedLoRA
     from .search.run import SelectionRun
     from .search.search import ArchitectureSearch
     from .trainer.mixin import DiffoRAMixin

@@ -13,6 +13,7 @@ from .peft import (
     all_linear_modules,
     converted_to_parameters,
     disable_layer,
+    hook_lookup,
     rewrites_all_linear,
     shortened_targets,
 )
@@ -86,6 +87,7 @@ __all__ = [
     "columns_of_model",
     "converted_to_parameters",
     "disable_layer",
+    "hook_lookup",
     "forward_hooks",
     "image_writers",
     "inner_schedulers",
