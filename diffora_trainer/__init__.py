@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 
 # Names are imported when they are asked for: a search without a Trainer need not wait for transformers' and TRL's.
 _HOMES = {
+    "AlternateFactors": "schedules.alternate",
     "ArchitectureSearch": "search.search",
+    "ChainedLoRA": "schedules.chained",
     "DiffoRACallback": "integrations.callback",
     "DiffoRAConfig": "config",
     "DiffoRAMixin": "trainer.mixin",
@@ -18,6 +20,8 @@ _HOMES = {
     "DiffoRATrainer": "trainer.trainers",
     "DifferentialAdaptationMatrix": "methods.deprecated",
     "GradientMethod": "methods.base",
+    "LoraXS": "experimental.lora_xs",
+    "PRoLoRA": "experimental.prolora",
     "ScoreMethod": "methods.base",
     "Selection": "core.selection",
     "SelectionRun": "search.run",
@@ -32,7 +36,9 @@ _HOMES = {
     "selected_lora_config": "hub.pull",
 }
 __all__ = [
+    "AlternateFactors",
     "ArchitectureSearch",
+    "ChainedLoRA",
     "DiffoRACallback",
     "DiffoRAConfig",
     "DiffoRAMixin",
@@ -40,6 +46,8 @@ __all__ = [
     "DiffoRATrainer",
     "DifferentialAdaptationMatrix",
     "GradientMethod",
+    "LoraXS",
+    "PRoLoRA",
     "ScoreMethod",
     "Selection",
     "SelectionRun",
@@ -58,6 +66,8 @@ if TYPE_CHECKING:
     from .adapters.pruning import apply_selection
     from .config import DiffoRAConfig
     from .core.selection import Selection
+    from .experimental.lora_xs import LoraXS
+    from .experimental.prolora import PRoLoRA
     from .experimental.shortcuts.model import ShortcutModel, load_shortcuts, save_shortcuts
     from .experimental.shortcuts.shortcuts import ShortcutConfig, add_shortcuts, remove_shortcuts
     from .hub.pull import selected_lora_config
@@ -65,6 +75,8 @@ if TYPE_CHECKING:
     from .methods.base import GradientMethod, ScoreMethod
     from .methods.deprecated import DifferentialAdaptationMatrix
     from .methods.registry import register_method
+    from .schedules.alternate import AlternateFactors
+    from .schedules.chained import ChainedLoRA
     from .search.run import SelectionRun
     from .search.search import ArchitectureSearch
     from .trainer.mixin import DiffoRAMixin

@@ -14,14 +14,14 @@ import importlib
 import os
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 PREFIX = "base_model.model."
@@ -41,13 +41,24 @@ def peft_name(name: str) -> str:
     return PREFIX + name
 
 
+Scale = Callable[[nn.Module, Any, Tensor], Tensor | None]
+"""Multiplies what a module of a site has computed, as a forward hook does; `None` leaves it as it is."""
+
+
+class Handle(Protocol):
+    """What takes a gate off again."""
+
+    def remove(self) -> None:
+        """Take it off."""
+
+
 class AdapterSite(ABC):
     """
     One place of a live model that has an adapter.
 
     Args:
         name (`str`): its name in the base model.
-        rank (`int`): rank of its adapter.
+        rank (`int`): rank of its adapter; 1 if its parameters do not belong to units of rank alone (see [`cost`]).
     """
 
     kind: ClassVar[str]
@@ -88,10 +99,26 @@ class AdapterSite(ABC):
     def check(self) -> None:
         """Raise a `ValueError` if a gate cannot scale the adapter exactly, or it cannot be trained."""
 
+    def check_prunable(self) -> None:
+        """Raise a `ValueError` if pruning it would not give the model that it had before the adapter."""
+
     @property
     def cost(self) -> int:
         """Trainable parameters of each unit of rank."""
         return sum(parameter.numel() for parameter in self.parameters) // self.rank
+
+    def attach(self, scale: Scale) -> Handle:
+        """
+        Let a gate act, for as long as its handle is not removed. An adapter whose effect is not proportional to the
+        output of any module calls `scale` elsewhere: with [`gated`], whose mode says which gates apply, and the part
+        of what it computes that is the adapter's whole contribution, or follows from it linearly.
+        """
+        return self.gated.register_forward_hook(scale)
+
+    @property
+    def foldable(self) -> bool:
+        """Whether a gate can be multiplied into the weights, so that the adapter alone does what it did under it."""
+        return True
 
     def fold(self, factor: float) -> None:
         """Multiply a gate into the weights for good."""
@@ -116,6 +143,11 @@ class AdapterSite(ABC):
             optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the weights.
         """
         raise ValueError(f"{self.name!r} is of the kind {self.kind!r}, which has no rank that could be changed.")
+
+    @property
+    def shareable(self) -> bool:
+        """Whether it can be trained together with another site of equal shape: by [`share`]."""
+        return False
 
     def share(self, other: Any) -> None:
         """Take over the parameters of another site of equal shape, to be trained together."""
@@ -142,6 +174,14 @@ class SiteKind(ABC):
     """The library by which a model with such sites is loaded, as the Hub calls it."""
     loader: ClassVar[tuple[str, str]] = ("peft", "PeftModel")
     """Module and name of the class whose `from_pretrained(model, folder)` loads it."""
+
+    @property
+    def parameter_marks(self) -> tuple[str, ...]:
+        """[`parameter_mark`], or several where there is none that all of them contain."""
+        return (self.parameter_mark,)
+
+    def prepare(self, model: nn.Module, adapter_name: str) -> None:
+        """Note what a site has to know of the start of its adapter. Called whenever the sites of a model are read."""
 
     @abstractmethod
     def match(self, name: str, module: nn.Module, adapter_name: str) -> AdapterSite | None:
@@ -236,6 +276,13 @@ def kinds_of(model: nn.Module) -> tuple[SiteKind, ...]:
 
 
 @cache
+def load_installed() -> None:
+    """Import what other packages name in the entry-point group."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        entry.load()
+
+
+@cache
 def _register_installed() -> None:
     for entry in entry_points(group=ENTRY_POINTS):
         entry.load()
@@ -269,6 +316,9 @@ def site_kind(name: str) -> SiteKind:
 def find_sites(model: nn.Module, adapter_name: str) -> dict[str, AdapterSite]:
     """The sites of a model by their names in the base model, in the model's order."""
     found = {}
+    load_installed()
+    for kind in _KINDS.values():
+        kind.prepare(model, adapter_name)
     for name, module in model.named_modules():
         for kind in _KINDS.values():
             site = kind.match(plain_name(name), module, adapter_name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,18 +11,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ..compat import checkpoint_function, checkpoints
 from .backward import without_input_gradients
-from .base import AdapterSite, disabled
+from .base import AdapterSite, Handle, disabled
 from .compiled import drop_graphs
+
+
+_ATTACHED: weakref.WeakSet[Gates] = weakref.WeakSet()
+
+
+def gates_active(model: nn.Module) -> bool:
+    """Whether gates act on a model: from the beginning of a search until its modules are pruned."""
+    found = [gates._modules[0] for gates in _ATTACHED]
+    return bool(found) and any(module is other for module in model.modules() for other in found)
 
 
 class Gates:
     """
     Multiplies the output of a module of each site by a gate. That is exact, since nothing but the up-projection, which
-    has no bias, follows.
+    has no bias, follows; a site for which that does not hold says where a gate acts (see [`AdapterSite.attach`]).
 
     The gates are plain tensors held here, not on the tuner layer, because PEFT saves whatever is registered there.
     Which of two vectors applies is read from the module's own mode, training or evaluation.
@@ -36,9 +45,17 @@ class Gates:
     """
 
     def __init__(self, sites: Sequence[AdapterSite], compiled: bool = False) -> None:
+        other = [site for site in sites if type(site).attach is not AdapterSite.attach]
+        if compiled and other:
+            raise ValueError(
+                f"You asked for `torch_compile`, but the adapter of {other[0].name!r} ({type(other[0]).__name__}) is "
+                "gated in a way that compiled models were not tried with. Please train without compilation, or use "
+                "plain LoRA or DoRA."
+            )
+        self._sites = sites
         self._modules = [site.gated for site in sites]
         self._compiled = compiled
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._training: Sequence[Tensor] | None = None
         self._evaluation: Sequence[Tensor] | None = None
         self._masks: list[Tensor | None] = [None] * len(self._modules)
@@ -46,7 +63,7 @@ class Gates:
     @property
     def device(self) -> torch.device:
         """Where the gates are applied; the first module's device in a model spread over several."""
-        return next(self._modules[0].parameters()).device
+        return self._sites[0].parameters[0].device
 
     @property
     def attached(self) -> bool:
@@ -56,9 +73,8 @@ class Gates:
     def attach(self) -> None:
         """Let the gates act. Until values are set they change nothing."""
         if not self._handles:
-            self._handles = [
-                module.register_forward_hook(partial(self._scale, index)) for index, module in enumerate(self._modules)
-            ]
+            self._handles = [site.attach(partial(self._scale, index)) for index, site in enumerate(self._sites)]
+            _ATTACHED.add(self)
             if self._training is None:
                 self.set_training(None)
             if self._evaluation is None:
@@ -73,6 +89,7 @@ class Gates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        _ATTACHED.discard(self)
 
     def set_training(self, values: Tensor | None) -> None:
         """Set the gates of training, `(n,)`, or leave them open."""

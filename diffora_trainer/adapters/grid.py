@@ -13,7 +13,7 @@ from ..core.grid import Grid
 from .base import AdapterSite, find_sites, site_kind, site_kinds
 from .compiled import check_not_compiled
 from .fused import check_not_fused
-from .lora import check_lora_config
+from .lora import check_lora_config, searchable
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,13 @@ class AdapterGrid:
 
 def describe_base(model: Any) -> dict[str, Any]:
     """What a checkpoint tells base models apart by: it does not hold their weights."""
-    added = [kind.parameter_mark for kind in site_kinds()]
+    added = [mark for kind in site_kinds() for mark in kind.parameter_marks]
     parameters = sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in added))
     # FSDP2 makes a class of its own of a model's.
     return {"class": type(model.get_base_model()).__name__.removeprefix("FSDP"), "parameters": parameters}
 
 
-def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
+def _check_adapter(model: nn.Module, adapter_name: str | None) -> Any:
     check_not_compiled(model)
     if not isinstance(model, PeftModel):
         raise TypeError(
@@ -98,7 +98,7 @@ def _check_adapter(model: nn.Module, adapter_name: str | None) -> LoraConfig:
             "Please pass one of them, or none for the active one."
         )
     config = model.peft_config[adapter_name]
-    if not isinstance(config, LoraConfig) or config.is_prompt_learning:
+    if not isinstance(config, LoraConfig) and not searchable(config):
         raise TypeError(
             f"The adapter {adapter_name!r} is configured by {type(config).__name__}; only LoRA modules can be "
             "searched. Please pass a `peft.LoraConfig`."

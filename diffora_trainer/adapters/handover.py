@@ -35,6 +35,7 @@ def lora_config_of(config: LoraConfig, selection: Selection, where: str) -> Lora
     kept = set(selection.lora_modules)
     for name in selection.modules:
         found = finds(config.target_modules, name) and not finds(config.exclude_modules, name)
+        found = found or name in (config.target_parameters or ())
         if found != (name in kept):
             raise ValueError(
                 f"The LoRA configuration in {where} {'names' if found else 'does not name'} {name!r}, which was "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
-from peft import LoraConfig, PeftModel, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import Embedding, MultiheadAttention, ParamWrapper
 from torch import Tensor, nn
 
 from ..compat import is_sentence_transformer
@@ -18,22 +17,26 @@ from .base import AdapterSite, SiteKind, peft_name, register_site_kind
 from .optimizer import narrow_weight
 
 
-# A gate multiplies the output of `lora_A`. These layers never call it, so a gate there would have no effect.
-_UNGATEABLE: dict[type[nn.Module], str] = {
-    ParamWrapper: (
-        "PEFT adapts fused experts by adding to the parameter itself (`target_parameters`, which it also fills in for "
-        "'all-linear' on a mixture of experts). Please name the projections to choose from instead, for example "
-        "`LoraConfig(target_modules=['q_proj', 'k_proj', 'v_proj', 'o_proj'])`."
+# These initialisations subtract the LoRA from the base weight. Given back to a module that is pruned it has to be what
+# it was, and again the same when the adapter is loaded; `starts.py` has those of which both hold.
+_CHANGES_BASE_WEIGHT = {
+    "pissa_niter": (
+        "it takes a random approximation of each weight out of it, another one whenever the adapter is loaded. Please "
+        "use `init_lora_weights='pissa'`, which is exact."
     ),
-    MultiheadAttention: (
-        "PEFT merges the LoRA of `nn.MultiheadAttention` into its weight. Please target its other layers, or leave it "
-        "out with `exclude_modules`."
+    "corda": (
+        "it takes a part out of each base weight that is computed from data which a saved adapter does not have, so "
+        "the adapter would not load on its base model. Please use `init_lora_weights='pissa'` or `'olora'`."
     ),
-    Embedding: "PEFT holds the LoRA of embeddings as bare parameters. Please leave it out with `exclude_modules`.",
+    "lora_ga": (
+        "it takes a part out of each base weight that is computed from gradients which a saved adapter does not have, "
+        "so the adapter would load without it. Please use `init_lora_weights='pissa'` or `'olora'`."
+    ),
+    "loftq": (
+        "it quantizes each base weight, and a module that is pruned could not get its pre-trained weight back. Please "
+        "load the model quantized (`BitsAndBytesConfig`) and use `init_lora_weights=True`."
+    ),
 }
-
-# These initialisations subtract the LoRA from the base weight, so a module that loses its LoRA would be damaged.
-_CHANGES_BASE_WEIGHT = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoraSite(AdapterSite):
@@ -47,6 +50,21 @@ class LoraSite(AdapterSite):
     """
 
     kind = LORA
+    peft_type: ClassVar[PeftType] = PeftType.LORA
+    """The type of the configuration of such an adapter."""
+    marks: ClassVar[tuple[str, ...]] = (".lora_",)
+    """What the names of all its parameters contain, and no other's: one of these."""
+    of_parameter: ClassVar[bool] = False
+    """Whether it adapts a parameter (`target_parameters`), and not a module."""
+
+    @classmethod
+    def fits(cls, layer: Any, adapter_name: str) -> bool:
+        """Whether a layer with this adapter is one of this class, of those that are asked before the plain one."""
+        return False
+
+    @classmethod
+    def prepare(cls, model: nn.Module, adapter_name: str) -> None:
+        """See [`SiteKind.prepare`]."""
 
     def __init__(self, name: str, layer: Any, adapter_name: str) -> None:
         super().__init__(name, layer.r[adapter_name])
@@ -59,6 +77,11 @@ class LoraSite(AdapterSite):
         return [*pair[0].parameters(), *pair[1].parameters()]
 
     @property
+    def other_adapters(self) -> set[str]:
+        """Other adapters of its layer, such as DPO's frozen reference."""
+        return {*self.layer.lora_A, *self.layer.lora_embedding_A} - {self.adapter_name}
+
+    @property
     def gated(self) -> nn.Module:
         return self.layer.lora_A[self.adapter_name]
 
@@ -67,8 +90,11 @@ class LoraSite(AdapterSite):
         pair = self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]
         return tuple((type(module).__name__, *module.weight.shape) for module in pair)
 
-    def saved_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors that PEFT saves of it when it has some rank."""
+    def saved_shapes(self, rank: int, adapted: Collection[str] | None = None) -> dict[str, tuple[int, ...]]:
+        """
+        Names and shapes of the tensors that PEFT saves of it when it has some rank, and these sites (by default all)
+        are left.
+        """
         found = {}
         for dim, part in enumerate(("lora_A", "lora_B")):
             shape = list(getattr(self.layer, part)[self.adapter_name].weight.shape)
@@ -87,9 +113,9 @@ class LoraSite(AdapterSite):
         # which TRL's trainers take the base model for a reference, turns them on again.
         if self.enabled and not value:
             replaced = self.layer.__dict__.get("forward")  # of a hook of accelerate
-            self.layer.forward = partial(_passed_by, self.layer, self.adapter_name, replaced)
+            self.layer.forward = partial(_passed_by, self, replaced)
         elif value and not self.enabled:
-            replaced = self.layer.__dict__.pop("forward").args[2]
+            replaced = self.layer.__dict__.pop("forward").args[1]
             if replaced is not None:
                 self.layer.forward = replaced
         for parameter in self.parameters:
@@ -118,21 +144,38 @@ class LoraSite(AdapterSite):
             share = math.sqrt(share)
         return round(alpha * share) if math.isclose(alpha * share, round(alpha * share)) else alpha * share
 
+    def without_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer computes once the adapter is pruned."""
+        return self.layer.base_layer(*args, **kwargs)
+
+    def remove(self, model: nn.Module) -> None:
+        """Put the layer back as it was without an adapter."""
+        parent, _, child = peft_name(self.name).rpartition(".")
+        setattr(model.get_submodule(parent), child, self.layer.get_base_layer())
+
+    @property
+    def shareable(self) -> bool:
+        return True
+
     def share(self, other: LoraSite) -> None:
         for matrix in ("lora_A", "lora_B"):
             own, shared = (getattr(site.layer, matrix)[site.adapter_name] for site in (self, other))
             own.weight = shared.weight
 
+    def obstacle(self) -> str | None:
+        """Why a gate cannot scale the adapter exactly, and what to do; `None` if it can."""
+        if self.adapter_name in self.layer.lora_variant:
+            variant = type(self.layer.lora_variant[self.adapter_name]).__name__
+            return (
+                f"it is of the variant {variant}, whose effect a gate on `lora_A` does not scale exactly. Please use "
+                "plain LoRA."
+            )
+        return None
+
     def check(self) -> None:
         layer = self.layer
-        for kind, reason in _UNGATEABLE.items():
-            if isinstance(layer, kind):
-                raise ValueError(f"The LoRA of {self.name!r} cannot be gated: {reason}")
-        if self.adapter_name in layer.lora_variant:
-            raise ValueError(
-                f"The LoRA of {self.name!r} is of the variant {type(layer.lora_variant[self.adapter_name]).__name__}, "
-                "whose effect a gate on `lora_A` does not scale exactly. Please use plain LoRA."
-            )
+        if (reason := self.obstacle()) is not None:
+            raise ValueError(f"The LoRA of {self.name!r} cannot be gated: {reason}")
         if layer.merged:
             raise ValueError(
                 f"The adapter is merged into {self.name!r}, so its LoRA takes no part in the forward pass. Please "
@@ -149,11 +192,26 @@ class LoraSite(AdapterSite):
             )
 
 
-def _passed_by(layer: Any, adapter_name: str, replaced: Any, *args: Any, **kwargs: Any) -> Any:
+def _passed_by(site: LoraSite, replaced: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward pass of a layer whose LoRA is off. With another adapter active (DPO's reference) it is the usual."""
-    if list(layer.active_adapters) == [adapter_name]:
-        return layer.base_layer(*args, **kwargs)
+    layer: Any = site.layer
+    if list(layer.active_adapters) == [site.adapter_name]:
+        return site.without_adapter(*args, **kwargs)
     return replaced(*args, **kwargs) if replaced is not None else type(layer).forward(layer, *args, **kwargs)
+
+
+_OTHER_SITES: list[type[LoraSite]] = []
+_Site = TypeVar("_Site", bound=type[LoraSite])
+
+
+def register_lora_site(site: _Site) -> _Site:
+    """Let a class say for its layers how their LoRA is gated, folded and pruned. A decorator."""
+    _OTHER_SITES.append(site)
+    return site
+
+
+def _all_sites() -> list[type[LoraSite]]:
+    return [LoraSite, *_OTHER_SITES]
 
 
 @register_site_kind
@@ -164,23 +222,28 @@ class LoraKind(SiteKind):
     in_adapter = True
     parameter_mark = ".lora_"
 
+    @property
+    def parameter_marks(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(mark for site in _all_sites() for mark in site.marks))
+
+    def prepare(self, model: nn.Module, adapter_name: str) -> None:
+        for site in _OTHER_SITES:
+            site.prepare(model, adapter_name)
+
     def match(self, name: str, module: nn.Module, adapter_name: str) -> LoraSite | None:
-        if isinstance(module, LoraLayer) and (
-            adapter_name in module.lora_A or adapter_name in module.lora_embedding_A
-        ):
-            return LoraSite(name, module, adapter_name)
-        return None
+        site = next((other for other in _OTHER_SITES if other.fits(module, adapter_name)), None)
+        if site is None and isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+            site = LoraSite
+        return None if site is None else site(name, module, adapter_name)
 
     def prune(self, model: nn.Module, sites: Sequence[Any], adapter_name: str) -> None:
         for site in sites:
             layer = site.layer
-            if {*layer.lora_A, *layer.lora_embedding_A} - {adapter_name}:
-                # Another adapter lives here too, such as DPO's frozen reference.
+            if site.other_adapters:
                 layer.set_adapter([])  # or PEFT would activate and unfreeze it in place of the deleted one
                 layer.delete_adapter(adapter_name)
                 continue
-            parent, _, child = peft_name(site.name).rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+            site.remove(model)
 
 
 def peft_model(model: Any) -> Any:
@@ -194,20 +257,32 @@ def peft_model(model: Any) -> Any:
     return found[0] if len(found) == 1 else model
 
 
-def check_lora_config(config: LoraConfig) -> None:
+def searchable(config: Any) -> bool:
+    """Whether there are sites for adapters of a configuration."""
+    return isinstance(config, PeftConfig) and config.peft_type in {site.peft_type for site in _all_sites()}
+
+
+def check_lora_config(config: Any) -> None:
     """
-    Raise a `TypeError` if a configuration is of another method that is derived from LoRA, and a `ValueError` if it
+    Raise a `TypeError` if a configuration is of another method for which there are no sites, and a `ValueError` if it
     asks for something that a gate or the pruning cannot do exactly.
     """
-    if config.peft_type != PeftType.LORA:
+    if not searchable(config):
         raise TypeError(
             f"The LoRA is configured by {type(config).__name__}, a method with modules of its own "
-            f"({getattr(config.peft_type, 'value', config.peft_type)}): they have no `lora_A` whose output a gate "
-            "could multiply. Please pass a plain `peft.LoraConfig`, among whose modules the search chooses, or use "
+            f"({getattr(config.peft_type, 'value', config.peft_type)}), whose effect no gate multiplies. Please pass "
+            "a plain `peft.LoraConfig`, or one of LoHa, LoKr or VeRA, among whose modules the search chooses, or use "
             "the parent trainer."
         )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"You passed a `{type(config).__name__}` with `bias={config.bias!r}`. Biases trained in a module that is "
+            "dropped later would stay changed in the run but not be saved with it. Please set `bias='none'`."
+        )
+    if not isinstance(config, LoraConfig):
+        return
     switches = [
-        *("use_dora", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+        *("use_qalora", "use_bdlora", "alora_invocation_tokens"),
         *("velora_config", "monteclora_config", "arrow_config", "kasa_config"),
     ]
     variants = [name for name in switches if getattr(config, name, None)]
@@ -215,27 +290,14 @@ def check_lora_config(config: LoraConfig) -> None:
         raise ValueError(
             f"You passed a `LoraConfig` with `{variants[0]}`. A gate multiplies the output of `lora_A`, and this "
             "variant's effect is not proportional to it, so the search would score the wrong thing. Please use plain "
-            "LoRA."
+            "LoRA, or DoRA (`use_dora=True`)."
         )
     if config.lora_bias:
         raise ValueError(
             "You passed a `LoraConfig` with `lora_bias=True`. The bias of `lora_B` is not behind the gate, so the "
             "gate could not switch the module off. Please set `lora_bias=False`."
         )
-    if config.bias != "none":
-        raise ValueError(
-            f"You passed a `LoraConfig` with `bias={config.bias!r}`. Biases trained in a module that is dropped later "
-            "would stay changed in the run but not be saved with it. Please set `bias='none'`."
-        )
     init = config.init_lora_weights
-    if isinstance(init, str) and init.startswith(_CHANGES_BASE_WEIGHT):
-        raise ValueError(
-            f"You passed a `LoraConfig` with `init_lora_weights={init!r}`. It moves a part of each base weight into "
-            "the LoRA, so a module that loses its LoRA would lose that part of the pre-trained model. Please use "
-            "`init_lora_weights=True`."
-        )
-    if config.target_parameters:
-        raise ValueError(
-            f"You passed a `LoraConfig` with `target_parameters={config.target_parameters!r}`. "
-            + _UNGATEABLE[ParamWrapper]
-        )
+    for name, reason in _CHANGES_BASE_WEIGHT.items():
+        if isinstance(init, str) and init.startswith(name):
+            raise ValueError(f"You passed a `LoraConfig` with `init_lora_weights={init!r}`: {reason}")

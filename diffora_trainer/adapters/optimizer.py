@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -70,6 +71,27 @@ def narrow_weight(module: nn.Module, dim: int, length: int, optimizer: Any = Non
     if all(value.shape == old.shape for value in values.values()):
         narrowed = {name: value.narrow(dim, 0, length).clone() for name, value in values.items()}
         optimizer.state[new] = {**state, **narrowed}
+
+
+def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = None) -> None:
+    """
+    Append entries to a module's weight along a dimension. What an optimizer holds of the weight is forgotten: it
+    begins anew.
+
+    Args:
+        module (`nn.Module`): the module.
+        dim (`int`): the dimension.
+        added (`Tensor`): the entries.
+        optimizer (`torch.optim.Optimizer`, *optional*): the optimizer, or one that wraps it.
+    """
+    old: Any = module.weight
+    value = torch.cat([old.detach(), added.to(old.device, old.dtype)], dim)
+    module.weight = new = nn.Parameter(value, requires_grad=old.requires_grad)
+    if optimizer is not None:
+        optimizer = innermost(optimizer)
+        optimizer.state.pop(old, None)
+        for group in optimizer.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
 def innermost(optimizer: Any) -> Any:

@@ -80,8 +80,11 @@ def apply_selection(
         for name in group[1:]:
             sites[name].share(sites[group[0]])
     prune_sites(model, [sites[name] for name in selection.dropped], adapter_name)
-    _narrow(model, adapter_name, selection.lora_modules)
-    _write_ranks(model, adapter_name, sites, selection)
+    lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
+    _narrow(model, adapter_name, [name for name, site in lora.items() if not site.of_parameter])
+    _narrow_parameters(model, adapter_name, [name for name, site in lora.items() if site.of_parameter])
+    if selection.in_ranks:
+        write_ranks(model, adapter_name, lora.values())
     gone = before - {parameter for name in selection.adapted for parameter in sites[name].parameters}
     unregister_fsdp_parameters(model, gone)
     suspend_input_gradients(model)
@@ -118,6 +121,14 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
             f"The selection leaves {other[0].name!r} a part of the rank {other[0].rank}, but it has another one here: "
             f"{sites[other[0].name].rank}. Please pass the model that was searched, with the `r` of then."
         )
+    for name in selection.dropped:
+        sites[name].check_prunable()
+    factors = dict(zip(selection.modules, selection.factors, strict=True))
+    if fixed := [name for name in selection.selected if factors[name] != 1 and not sites[name].foldable]:
+        raise ValueError(
+            f"The selection multiplies gates into {some(fixed)}, whose adapter cannot hold one. Please make it with "
+            "`method_options={'fold_gates': False}`."
+        )
     if whole := [info.name for info in partly if not sites[info.name].resizable]:
         raise ValueError(
             f"The selection leaves {some(whole)} a lower rank, but only a LoRA of two linear layers can be given one, "
@@ -125,13 +136,13 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
         )
 
 
-def _write_ranks(model: Any, adapter_name: str, sites: Mapping[str, AdapterSite], selection: Selection) -> None:
-    """Make the adapter's configuration say the ranks that are left: the most frequent one, and the others."""
-    if not selection.in_ranks:
-        return
-    lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
+def write_ranks(model: Any, adapter_name: str, lora: Iterable[Any]) -> None:
+    """
+    Make an adapter's configuration, which may be written into, say the ranks of its LoRA sites: the most frequent one,
+    and the others.
+    """
     config = model.peft_config[adapter_name]
-    found = {name: (site.rank, site.layer.lora_alpha[adapter_name]) for name, site in lora.items()}
+    found = {site.name: (site.rank, site.layer.lora_alpha[adapter_name]) for site in lora}
     (config.r, config.lora_alpha), _ = Counter(found.values()).most_common(1)[0]
     base = [name for name, _ in model.get_base_model().named_modules()]
     config.rank_pattern, config.alpha_pattern = {}, {}
@@ -161,7 +172,7 @@ def own_config(model: Any, adapter_name: str) -> Any:
     return config
 
 
-def _narrow(model: Any, adapter_name: str, names: tuple[str, ...]) -> None:
+def _narrow(model: Any, adapter_name: str, names: Iterable[str]) -> None:
     """Make the adapter's configuration name exactly these modules, so that loading re-creates no other."""
     config = own_config(model, adapter_name)
     config.layers_to_transform = None  # what they restricted is spelled out in the names
@@ -183,9 +194,31 @@ def _narrow(model: Any, adapter_name: str, names: tuple[str, ...]) -> None:
         model.base_model.targeted_module_names = sorted(wanted)
 
 
+def _narrow_parameters(model: Any, adapter_name: str, names: list[str]) -> None:
+    """The same of the parameters that have a LoRA."""
+    config = model.peft_config[adapter_name]
+    if not getattr(config, "target_parameters", None) and not names:
+        return
+    # PEFT finds a parameter whose name ends with one of these, after a dot.
+    every = [
+        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".parametrizations", "")
+        for name, _ in model.named_parameters()
+    ]
+    if others := [name for name in every if name not in names and name.endswith(tuple(f".{own}" for own in names))]:
+        raise ValueError(
+            f"The parameter {others[0]!r} ends with the name of one that is kept, and PEFT would adapt it too when "
+            "the adapter is loaded. Please leave these parameters out of `target_parameters`."
+        )
+    config.target_parameters = sorted(names) or None
+    if hasattr(model.base_model, "targeted_parameter_names"):
+        model.base_model.targeted_parameter_names = sorted(names)
+
+
 def _matches(config: Any, every: set[str], wanted: set[str]) -> bool:
+    excluded = getattr(config, "exclude_modules", None)
+
     def found(targets: set[str]) -> set[str]:
-        return {name for name in every if finds(targets, name) and not finds(config.exclude_modules, name)}
+        return {name for name in every if finds(targets, name) and not finds(excluded, name)}
 
     if found(wanted) != wanted:
         return False

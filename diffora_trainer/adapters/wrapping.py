@@ -25,7 +25,7 @@ from ..compat import (
     rewrites_all_linear,
 )
 from ..logging import get_logger
-from .lora import check_lora_config, peft_model
+from .lora import check_lora_config, peft_model, searchable
 
 
 logger = get_logger(__name__)
@@ -54,11 +54,11 @@ _LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def complete_lora_config(
-    config: PeftConfig | None,
+    config: Any,
     model: nn.Module | str | Path | None,
     task_type: TaskType | None,
     model_options: Mapping[str, Any] | None = None,
-) -> LoraConfig:
+) -> Any:
     """
     A copy of the user's LoRA configuration with what a model needs filled in: all linear layers if there is none, the
     task type (by which PEFT trains and saves a new classification head), and the head itself where PEFT has no type.
@@ -70,15 +70,15 @@ def complete_lora_config(
         model_options (`dict`, *optional*): how a model that is not loaded yet will be.
 
     Raises:
-        TypeError: if the configuration is not a `LoraConfig`.
+        TypeError: if the configuration is not a `LoraConfig`, or another one for which there are sites.
         ValueError: if it asks for a variant of LoRA that cannot be searched.
     """
     if config is None:
         config = LoraConfig(target_modules="all-linear")
-    elif not isinstance(config, LoraConfig):
+    elif not isinstance(config, LoraConfig) and not searchable(config):
         raise TypeError(
             f"You passed a `peft_config` of type {type(config).__name__}. The search chooses among LoRA modules, so "
-            "it must be a `peft.LoraConfig`."
+            "it must be a `peft.LoraConfig`, or one of LoHa, LoKr or VeRA."
         )
     check_lora_config(config)
     name, model = (None, model) if isinstance(model, nn.Module) else (model, None)
@@ -205,7 +205,7 @@ def _spell_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
     """Put names in the place of "all-linear" where it stands for more than can be adapted."""
     linear = all_linear_modules(config, model)
     heads, experts = _inside(linear, model, saved), _experts(linear, model)
-    if heads:  # a shorter name that is adapted may be the end of one of these
+    if heads and hasattr(config, "exclude_modules"):  # a shorter name that is adapted may be the end of one of these
         excluded = config.exclude_modules
         if isinstance(excluded, str):
             config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(heads))])
@@ -227,7 +227,7 @@ def _inside(linear: set[str], model: nn.Module, saved: list[str]) -> set[str]:
 def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
     """
     The modules of a mixture of experts in whose place PEFT would adapt the parameters of the fused experts; `None` if
-    it would not adapt these. They have no `lora_A` to be called, so no gate.
+    it would not adapt these. A LoRA for each expert is many times that of all other layers, so it has to be asked for.
     """
     if not rewrites_all_linear(model):
         return None
@@ -236,7 +236,7 @@ def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
     experts = {leaf for leaf in leaves if converted_to_parameters([leaf], model) != set()}
     left_out = {name for name in linear if name.rpartition(".")[2] in experts}
     text = f"{type(model).__name__} is a mixture of experts. Its linear layers have a LoRA, but not the parameters "
-    text += f"{', '.join(sorted(parameters))}, which PEFT adapts in place, where no gate can be"
+    text += f"{', '.join(sorted(parameters))}, unless they are named in `LoraConfig(target_parameters=...)`"
     if left_out:
         kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in left_out})
         text += f"; nor {', '.join(kinds)}, which PEFT takes for parts of the experts by their names"

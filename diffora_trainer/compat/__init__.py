@@ -14,6 +14,7 @@ from .peft import (
     all_linear_modules,
     converted_to_parameters,
     disable_layer,
+    hook_lookup,
     rewrites_all_linear,
     shortened_targets,
 )
@@ -88,6 +89,7 @@ __all__ = [
     "columns_of_model",
     "converted_to_parameters",
     "disable_layer",
+    "hook_lookup",
     "forward_hooks",
     "fused_lora",
     "image_writers",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
-from torch import nn
+from torch import Tensor, nn
 
 
 convert_peft_config_for_transformers: Any
@@ -31,6 +31,26 @@ def disable_layer(layer: Any, disabled: bool) -> None:
     changes what is trainable in other adapters of the layer; goes when it leaves that alone.
     """
     layer._disable_adapters = disabled
+
+
+class _Replaced:
+    """A method of one object that something else stands in for, until `remove()`."""
+
+    def __init__(self, owner: Any, name: str, stand_in: Callable[..., Any]) -> None:
+        self._owner, self._name = owner, name
+        setattr(owner, name, stand_in)
+
+    def remove(self) -> None:
+        vars(self._owner).pop(self._name, None)
+
+
+def hook_lookup(layer: Any, hook: Callable[[Tensor], Tensor]) -> _Replaced:
+    """
+    Let a function change what the LoRA of an embedding looks up, before its second matrix: what `Embedding._embed`
+    returns, in all versions. Goes when PEFT holds the two matrices as modules.
+    """
+    embed = layer._embed
+    return _Replaced(layer, "_embed", lambda *args, **kwargs: hook(embed(*args, **kwargs)))
 
 
 def shortened_targets(targets: Collection[str], others: Collection[str]) -> set[str]:

@@ -68,5 +68,9 @@ def selected_lora_config(source: Any) -> LoraConfig:
             "pass the folder that a run has saved its adapter to."
         )
     config = PeftConfig.from_pretrained(str(folder))
-    assert isinstance(config, LoraConfig)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(
+            f"The adapter in {folder} is configured by {type(config).__name__}, so no `LoraConfig` says what was "
+            "chosen. Please load its configuration with `PeftConfig.from_pretrained`."
+        )
     return lora_config_of(config, selection, str(source))

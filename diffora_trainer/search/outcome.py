@@ -15,7 +15,7 @@ from ..config import DiffoRAConfig
 from ..core.costs import StepCost, StepCosts
 from ..core.selection import Selection
 from ..core.text import short_names
-from ..methods.base import GradientMethod
+from ..methods.base import GradientMethod, SelectionMethod
 from .base import SearchBase
 from .diagnosis import Evidence, doubts
 
@@ -92,6 +92,26 @@ def check_sharing(adapters: AdapterGrid, config: DiffoRAConfig) -> None:
         raise ValueError(
             f"You passed `weight_sharing={config.weight_sharing!r}` for a model with {' and '.join(extra)}. What is "
             "saved beside them shares no matrices. Please set `weight_sharing='none'`, or take them out of the model."
+        )
+
+
+def check_adapters(adapters: AdapterGrid, config: DiffoRAConfig, method: SelectionMethod) -> None:
+    """Raise a `ValueError` if an option asks of adapters what they cannot do."""
+    check_sharing(adapters, config)
+    alone = [site.name for site in adapters.sites if not site.shareable]
+    if alone and config.weight_sharing != "none":
+        raise ValueError(
+            f"You passed `weight_sharing={config.weight_sharing!r}`, but the adapter of {alone[0]!r} rests on the "
+            "weight of its own module (DoRA, PiSSA, OLoRA), so another one cannot share it. Please set "
+            "`weight_sharing='none'`, or use plain LoRA."
+        )
+    fixed = [site.name for site in adapters.sites if not site.foldable]
+    if fixed and method.evaluation_gates() is not None and getattr(method.options, "fold_gates", True):
+        raise ValueError(
+            f"You passed `method={method.name!r}`, which trains the weights under gates and multiplies them in at the "
+            f"pruning, but the adapter of {fixed[0]!r} starts as a part of the base weight, and what it does under a "
+            "gate needs twice its rank. Please set `method_options={'fold_gates': False}`, or use plain LoRA or the "
+            "default method."
         )
 
 

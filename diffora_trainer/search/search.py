@@ -27,7 +27,7 @@ from .confidence import paired
 from .deprecated import OldNames
 from .diagnosis import keeps_all
 from .measured import LossFunction
-from .outcome import check_sharing, make_selection, search_metrics
+from .outcome import check_adapters, make_selection, search_metrics
 from .runtime import Runtime
 from .scoring import score_sites
 
@@ -90,10 +90,10 @@ class ArchitectureSearch(OldNames, SearchBase):
         changed: dict[str, Any] = {"reduce": reduce, "loss_scale": loss_scale}
         runtime = replace(runtime or Runtime(), **{k: v for k, v in changed.items() if v is not None})
         adapters = AdapterGrid.from_model(model, adapter_name)
-        check_sharing(adapters, config)
         if config.limits_step:
             check_backward_ends_early(model, [p for site in adapters.sites for p in site.parameters])
         super().__init__(model, adapters, config, loss_fn, runtime)
+        check_adapters(adapters, config, self.method)
         self._score_function = score_function
         self._gradient = ArchitectureGradient(model, self.gates, self.loss, self.runtime.loss_scale, self.split)
         self._fading: Tensor | None = None

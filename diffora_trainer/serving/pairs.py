@@ -59,6 +59,16 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Pa
         raise ValueError(
             "The adapter is a DoRA, whose magnitudes no pair of matrices holds. Please export it with `--for merged`."
         )
+    if getattr(config, "target_parameters", None):
+        raise ValueError(
+            "The adapter holds a LoRA of parameters (`target_parameters`), such as fused experts, which is no pair "
+            "for a layer. Please export it with `--for merged`."
+        )
+    if getattr(config, "init_lora_weights", True) in ("pissa", "olora"):
+        raise ValueError(
+            f"The adapter starts as a part of the base weights (`init_lora_weights={config.init_lora_weights!r}`), so "
+            "its matrices alone are no update of the base model. Please export it with `--for merged`."
+        )
     halves: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

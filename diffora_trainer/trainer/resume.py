@@ -9,17 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.base import extra_kinds, find_sites, site_kind
+from ..adapters.chain import grow_to_checkpoint
 from ..adapters.grid import describe_base
-from ..adapters.lora import LoraKind
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, tensor_shapes
+from ..core.grid import LORA
 from ..core.state import RunState, check_same, short
 from .checkpoint import STATE_NAME
 
 
 # What a checkpoint's weights were trained under, and is not read from it again.
-_LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
-_OTHER_OPTIONS = ("lora_dropout", "use_rslora")
-"""Those of them that a pruning of ranks leaves as they are."""
+_OTHER_OPTIONS = ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
+"""Those that a pruning of ranks leaves as they are."""
+_LORA_OPTIONS = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", *_OTHER_OPTIONS)
 
 
 def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str], adapted: Sequence[str]) -> None:
@@ -39,13 +40,14 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
             f"{present}). Please resume with the model of the run."
         )
     adapter_name = model.active_adapters[0]
+    inner = "" if adapter_name == "default" else adapter_name
+    grow_to_checkpoint(Path(folder, inner), model)
     sites = find_sites(model, adapter_name)
     if set(sites) not in (set(modules), set(adapted)):
         raise ValueError(
             f"The checkpoint {folder!r} was made for other LoRA modules ({short(list(modules))}) than this model has "
             f"({short(list(sites))}). Please resume with the model, `target_modules` and `extra_sites` of the run."
         )
-    inner = "" if adapter_name == "default" else adapter_name
     for kind in extra_kinds():
         if own := [sites[name] for name in adapted if sites[name].kind == kind.name]:
             kind.check_fits(folder, model, own)
@@ -64,9 +66,11 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
             scaling = {round(site.layer.scaling[adapter_name], 9) for site in lora}
             check_same(folder, {"the scaling of the LoRA": (_scalings(options), scaling)})
             ranks, compared = after, _OTHER_OPTIONS
-    shapes = {name: shape for site in lora for name, shape in site.saved_shapes(ranks[site.name]).items()}
+    shapes = {name: shape for site in lora for name, shape in site.saved_shapes(ranks[site.name], adapted).items()}
     _check_tensors(path, shapes)
-    check_same(folder, {f"`{name}` of the LoRA": (options.get(name), getattr(config, name)) for name in compared})
+    check_same(
+        folder, {f"`{name}` of the LoRA": (options.get(name), getattr(config, name, None)) for name in compared}
+    )
 
 
 def _scalings(options: dict[str, Any]) -> set[float]:
@@ -78,7 +82,8 @@ def _scalings(options: dict[str, Any]) -> set[float]:
 
 def _check_tensors(path: Path, expected: dict[str, tuple[int, ...]]) -> None:
     """Raise a `ValueError` if the LoRA weights in a file have not these names and shapes."""
-    saved = {name: shape for name, shape in tensor_shapes(path).items() if LoraKind.parameter_mark in name}
+    marks = site_kind(LORA).parameter_marks
+    saved = {name: shape for name, shape in tensor_shapes(path).items() if any(mark in name for mark in marks)}
     if saved != expected:
         differing = sorted(n for n in {*saved, *expected} if saved.get(n) != expected.get(n))
         raise ValueError(

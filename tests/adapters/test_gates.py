@@ -118,12 +118,10 @@ def test_shapes_tell_who_can_share() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "`use_dora`.*plain LoRA"),
+        ({"alora_invocation_tokens": [3]}, "`alora_invocation_tokens`.*plain LoRA"),
         ({"lora_bias": True}, "`lora_bias=True`.*`lora_bias=False`"),
         ({"bias": "lora_only"}, "`bias='lora_only'`.*`bias='none'`"),
-        ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'`.*`init_lora_weights=True`"),
-        ({"init_lora_weights": "olora"}, "`init_lora_weights='olora'`"),
-        ({"target_modules": ["embed_tokens", "q_proj"]}, "model.embed_tokens.*exclude_modules"),
+        ({"init_lora_weights": "pissa_niter_2"}, "`init_lora_weights='pissa_niter_2'`.*`init_lora_weights='pissa'`"),
     ],
 )
 def test_variants_that_a_gate_cannot_scale_are_refused(options: dict[str, Any], message: str) -> None:

@@ -90,7 +90,7 @@ def base_weights(model: nn.Module) -> dict[str, torch.Tensor]:
         .replace(".base_layer", "")
         .replace(".original_module", ""): tensor.clone()
         for name, tensor in model.state_dict().items()
-        if "lora_" not in name and ".modules_to_save" not in name
+        if not any(part in name for part in ("lora_", "hada_", "lokr_", "vera_", ".modules_to_save"))
     }
 
 

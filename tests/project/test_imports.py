@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "prefix": {"core", "logging"},
     "search": {"methods", "adapters", *LEAVES},
     "hub": {"methods", "adapters", *LEAVES},
+    "schedules": {"adapters", *LEAVES},
     "serving": {"core", "logging", "compat"},
     "cli": {"serving", "trainer", "search", "hub", "methods", "adapters", *LEAVES},
     "__main__": {"cli"},

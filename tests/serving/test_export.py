@@ -139,6 +139,9 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path) -> 
     dora, torn = saved(tmp_path / "dora", llama(), ODD, use_dora=True)[1], tmp_path / "torn"
     with pytest.raises(ValueError, match="a DoRA, whose magnitudes.*--for merged"):
         export(dora, "vllm", tmp_path / "out")
+    started = saved(tmp_path / "pissa", llama(), ODD, init_lora_weights="pissa")[1]
+    with pytest.raises(ValueError, match="starts as a part of the base weights.*--for merged"):
+        export(started, "vllm", tmp_path / "out")
     other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
     other.save_pretrained(torn)
     with pytest.raises(ValueError, match="no linear layer of this name.*--base_model"):

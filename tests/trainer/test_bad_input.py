@@ -69,15 +69,18 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
         "PromptTuningConfig",
     ),
     "LoRA as a dictionary": (lambda: {"peft_config": {"r": 4}}, TypeError, "peft_config.*dict.*LoraConfig"),
-    "DoRA": (lambda: {"peft_config": lora(use_dora=True)}, ValueError, "use_dora.*plain LoRA"),
-    "DoRA model": (ready(lambda: ready_model(use_dora=True)), ValueError, "use_dora.*plain LoRA"),
+    "aLoRA": (
+        lambda: {"peft_config": lora(alora_invocation_tokens=[3])},
+        ValueError,
+        "alora_invocation_tokens.*plain LoRA",
+    ),
+    "MiCA model": (ready(lambda: ready_model(init_lora_weights="mica")), ValueError, "MiCA.*plain LoRA"),
     "lora_bias": (lambda: {"peft_config": lora(lora_bias=True)}, ValueError, "lora_bias=False"),
     "bias": (lambda: {"peft_config": lora(bias="all")}, ValueError, "bias='all'.*bias='none'"),
-    "pissa": (lambda: {"peft_config": lora(init_lora_weights="pissa")}, ValueError, "init_lora_weights='pissa'"),
-    "target_parameters": (
-        lambda: {"peft_config": lora(target_modules=["query"], target_parameters=["query.weight"])},
+    "pissa": (
+        lambda: {"peft_config": lora(init_lora_weights="pissa_niter_2")},
         ValueError,
-        "target_parameters.*name the projections",
+        "init_lora_weights='pissa_niter_2'",
     ),
     "merged": (ready(merged), ValueError, "merged.*unmerge_adapter"),
     "disabled": (ready(disabled), ValueError, "disabled.*enable_adapter_layers"),
@@ -177,7 +180,7 @@ SFT: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
         for name in (
             "AdaLoRA",
             "IA3",
-            "DoRA",
+            "aLoRA",
             "bias",
             "pissa",
             "tiny cap",

@@ -1,4 +1,4 @@
-"""A method of somebody else's: one file, by a decorator or an entry point, with no line of this package touched."""
+"""A method or a site of somebody else's: one file, by a decorator or an entry point, without a change in here."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import HfArgumentParser
 
 from diffora_trainer import DiffoRAConfig, Selection, SelectionRun, register_method
+from diffora_trainer.adapters import lora as adapters_lora
+from diffora_trainer.adapters.base import load_installed
 from diffora_trainer.hub.card import write_card
 from diffora_trainer.methods.base import ScoreMethod
 from diffora_trainer.methods.registry import method_names, unregister_method
 from helpers.adapted import lora_layers
 from helpers.checks import assert_continues
 from helpers.searches import warm
-from helpers.trainers import CUT, SAVES, lora, make_trainer, saving_trainer
+from helpers.trainers import CUT, SAVES, causal_model, lora, make_trainer, saving_trainer
 
 
 FISHER = '''
@@ -93,6 +98,36 @@ class Relative(GradientMethod):
 '''
 
 
+MICA = '''
+"""MiCA, whose second factor PEFT freezes."""
+
+from peft.tuners.lora import LoraLayer
+
+from diffora_trainer.adapters.lora import LoraSite, register_lora_site
+
+
+@register_lora_site
+class MiCASite(LoraSite):
+    """A LoRA of which `lora_A` alone is trained."""
+
+    @classmethod
+    def fits(cls, layer, adapter_name):
+        variant = layer.lora_variant.get(adapter_name) if isinstance(layer, LoraLayer) else None
+        return type(variant).__name__ == "MiCALinearVariant"
+
+    @property
+    def parameters(self):
+        return [self.layer.lora_A[self.adapter_name].weight]
+
+    @property
+    def resizable(self):
+        return False
+
+    def obstacle(self):
+        return None
+'''
+
+
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A package beside this one that names its methods in the entry-point group."""
@@ -147,6 +182,46 @@ def test_installed_method_runs_resumes_and_is_told_of(
     for step in SAVES[1:]:
         resumed = saving_trainer(tmp_path / str(step), task, 2, search=search)
         resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
+        assert_continues(resumed, whole, step)
+
+
+@pytest.fixture
+def installed_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package beside this one that names a site in the entry-point group."""
+    site = tmp_path / "site"
+    about = site / "other_sites-1.0.dist-info"
+    about.mkdir(parents=True)
+    (site / "other_sites.py").write_text(MICA)
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: other-sites\nVersion: 1.0\n")
+    (about / "entry_points.txt").write_text("[diffora_trainer.sites]\nmica = other_sites\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setattr(adapters_lora, "_OTHER_SITES", list(adapters_lora._OTHER_SITES))
+    importlib.invalidate_caches()
+    load_installed.cache_clear()
+    yield
+    load_installed.cache_clear()
+    sys.modules.pop("other_sites", None)
+
+
+@pytest.mark.skipif(not hasattr(LoraLayer, "mica_init"), reason="this PEFT has no MiCA")
+def test_installed_site_is_searched_saved_and_resumed(installed_site: None, tmp_path: Path) -> None:
+    def build(folder: str) -> Any:
+        return saving_trainer(tmp_path / folder, "sft", 2, peft_config=lora(init_lora_weights="mica"))
+
+    whole = build("whole")
+    trained = sum(p.numel() for p in whole.model.parameters() if p.requires_grad)
+    whole.train()
+    whole.save_model()
+    assert sum(whole.selection.parameters) == trained
+    assert set(lora_layers(whole.model, "default")) == set(whole.selection.selected)
+    assert {n.split(".")[-3] for n, p in whole.model.named_parameters() if p.requires_grad} == {"lora_A"}
+    loaded = PeftModel.from_pretrained(causal_model(), whole.args.output_dir).eval()
+    batch = {"input_ids": torch.arange(3, 15)[None]}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, whole.model.eval()(**batch).logits)
+    for step in SAVES[1:]:
+        resumed = build(str(step))
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
         assert_continues(resumed, whole, step)
 
 

@@ -22,15 +22,18 @@ from transformers import (
 )
 
 from diffora_trainer import DiffoRAMixin, DiffoRATrainer
+from diffora_trainer.adapters.base import find_sites
+from diffora_trainer.adapters.handover import lora_config_of_run
 from diffora_trainer.adapters.wrapping import wrap_model
 from diffora_trainer.compat.peft import convert_peft_config_for_transformers
-from helpers.adapted import lora_layers
+from helpers.adapted import base_weights, lora_layers
+from helpers.checks import assert_continues, assert_same
 from helpers.data import tiny_tokenizer
 from helpers.models import MOE_PARAMETERS, moe
 from helpers.speech_models import speech_to_text, whisper
 from helpers.tasks import Rows, model_for, rows_for
 from helpers.tiny_model import HIDDEN
-from helpers.trainers import arguments, lora, make_trainer, search_config
+from helpers.trainers import SAVES, VOCABULARY, arguments, lora, make_trainer, saving_trainer, search_config
 
 
 def whole_parts(model: nn.Module) -> set[str]:
@@ -150,9 +153,33 @@ def test_mixture_of_experts(kind: str, named: bool, tmp_path: Path, caplog: pyte
         assert torch.equal(loaded(**batch).logits, trainer.model(**batch).logits)
 
 
-def test_parameters_that_the_user_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"target_parameters=.*experts"):
-        make_trainer(tmp_path, "sft", model=moe().model, peft_config=lora(target_parameters=MOE_PARAMETERS))
+def test_fused_experts_that_the_user_names_are_chosen_among(tmp_path: Path) -> None:
+    """Of those that are nested in one module too; and a run is resumed after the choice."""
+    config = lora(r=2, target_modules=["q_proj", "v_proj"], target_parameters=MOE_PARAMETERS)
+
+    def build(folder: str) -> Any:
+        return saving_trainer(
+            tmp_path / folder, "sft", model=moe(VOCABULARY).model, peft_config=config, search={"selection_ratio": 0.5}
+        )
+
+    whole = build("whole")
+    start = base_weights(whole.model)
+    whole.train()
+    whole.save_model()
+    kept = whole.selection.selected
+    assert any("experts" in name for name in whole.selection.modules) and 0 < len(kept) < 8
+    assert set(find_sites(whole.model, "default")) == set(kept)
+    assert_same(base_weights(whole.model), start)
+    loaded = PeftModel.from_pretrained(moe(VOCABULARY).model, whole.args.output_dir).eval()
+    assert set(find_sites(loaded, "default")) == set(kept)
+    batch = {"input_ids": torch.arange(5, 17).reshape(2, 6)}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, whole.model.eval()(**batch).logits)
+    assert set(lora_config_of_run(whole).target_parameters or ()) == {name for name in kept if "experts" in name}
+    for step in SAVES[1:]:
+        resumed = build(str(step))
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+        assert_continues(resumed, whole, step)
 
 
 @pytest.mark.parametrize("make", [whisper, speech_to_text])

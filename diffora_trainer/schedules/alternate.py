@@ -1,0 +1,90 @@
+"""The two factors of a LoRA trained in turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.training_args import ParallelMode
+
+from ..adapters.gates import gates_active
+from ..adapters.optimizer import innermost
+from .base import FactorSchedule, check_every, lora_of
+
+
+class AlternateFactors(FactorSchedule):
+    """
+    Trains `lora_B` and `lora_A` in turn: while one learns the other is frozen (RoLoRA,
+    https://huggingface.co/papers/2409.02346). The rounds are counted from step 0, and the first is that of `lora_B`:
+    as long as it is 0, `lora_A` has no gradient.
+
+    The frozen factor has no gradient, so an optimizer leaves it alone, weight decay included, and keeps its moments
+    and, in AdamW, its count of steps until its next turn. After the training both are trainable again.
+
+    ```python
+    trainer = SFTTrainer(model, peft_config=LoraConfig(), callbacks=[AlternateFactors(every=50)], ...)
+    ```
+
+    Args:
+        every (`int`, *optional*, defaults to `100`): optimizer steps of each round.
+    """
+
+    def __init__(self, every: int = 100) -> None:
+        self.every = check_every(every)
+
+    def before_step(self, model: Any, optimizer: Any, step: int) -> None:
+        model = lora_of(model)
+        parts = _factors(model)
+        if not all(parts.values()):
+            raise ValueError(
+                f"The adapter of this model ({type(model.peft_config[model.active_adapters[0]]).__name__}) has no "
+                "factors `lora_A` and `lora_B` that could be trained in turn. Please use a `LoraConfig`."
+            )
+        trained = {p for group in innermost(optimizer).param_groups for p in group["params"]}
+        if left_out := [part for part, factors in parts.items() if not trained.issuperset(factors)]:
+            raise ValueError(
+                f"The optimizer does not hold all of the {left_out[0]} factors, which are to be trained in turn. "
+                "Please make it of all LoRA parameters."
+            )
+        if gates_active(model):
+            return
+        turn = "BA"[step // self.every % 2]
+        for part, factors in parts.items():
+            for parameter in factors:
+                parameter.requires_grad_(part == turn)
+                if part != turn:
+                    parameter.grad = None
+
+    def check(self, args: TrainingArguments) -> None:
+        if args.parallel_mode == ParallelMode.DISTRIBUTED and args.ddp_find_unused_parameters is not True:
+            raise ValueError(
+                "`AlternateFactors` freezes one factor at a time, and distributed data parallelism would wait for its "
+                "gradients. Please set `ddp_find_unused_parameters=True`. With FSDP please train without it."
+            )
+
+    def finish(self, model: Any) -> None:
+        """Make both factors trainable again."""
+        for factors in _factors(lora_of(model)).values():
+            for parameter in factors:
+                parameter.requires_grad_(True)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.finish(kwargs["model"])
+
+
+def _factors(model: Any) -> dict[str, list[nn.Parameter]]:
+    """The parameters of the first and of the second factor of all adapters that are active."""
+    found: dict[str, list[nn.Parameter]] = {"A": [], "B": []}
+    active = set(model.active_adapters)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            for part, factors in found.items():
+                for holder in (getattr(layer, f"lora_{part}"), getattr(layer, f"lora_embedding_{part}")):
+                    for name in active & set(holder.keys()):
+                        factor = holder[name]
+                        factors.extend([factor] if isinstance(factor, nn.Parameter) else factor.parameters())
+    return {part: list(dict.fromkeys(factors)) for part, factors in found.items()}

@@ -1,0 +1,198 @@
+"""Schedules of the two factors of a LoRA, in stock trainers, in ours and in a loop."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor
+from transformers import TrainerCallback
+from trl import SFTTrainer
+
+from diffora_trainer import AlternateFactors, ChainedLoRA
+from helpers.adapted import adapted_names, base_weights, logits
+from helpers.checks import adapter, assert_continues, assert_same, step_logs
+from helpers.models import llama
+from helpers.trainers import CUT, SAVES, SaveAt, causal_model, lora, make_trainer
+
+
+SAVING = {"save_strategy": "steps", "save_steps": 3}
+
+
+class Moves(TrainerCallback):
+    """Which factors each step has moved."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, set[str]] = {}
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        moved = {n for n, p in model.named_parameters() if n in self.before and not p.equal(self.before[n])}
+        self.found[state.global_step] = {part for part in "AB" if any(f"lora_{part}." in name for name in moved)}
+
+
+def test_factors_take_turns_in_a_stock_trainer(tmp_path: Path) -> None:
+    moves = Moves()
+    callbacks = [AlternateFactors(every=2), moves]
+    trainer = make_trainer(
+        tmp_path / "whole", "sft", SFTTrainer, callbacks=callbacks, args={**SAVING, "weight_decay": 0.1}
+    )
+    trainer.train()
+    assert moves.found == {step: {"BA"[(step - 1) // 2 % 2]} for step in range(1, 13)}
+    assert all(p.requires_grad for n, p in trainer.model.named_parameters() if "lora_" in n)
+    state = trainer.optimizer.optimizer.state
+    steps = {n: int(state[p]["step"]) for n, p in trainer.model.named_parameters() if p in state}
+    assert set(steps.values()) == {6} and len(steps) == 28
+    resumed = make_trainer(
+        tmp_path / "resumed", "sft", SFTTrainer, callbacks=[AlternateFactors(every=2)], args={"weight_decay": 0.1}
+    )
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same(adapter(resumed.model), adapter(trainer.model))
+
+
+@pytest.mark.parametrize("schedule", [lambda: AlternateFactors(every=1), lambda: ChainedLoRA(every=5)])
+def test_a_schedule_begins_after_the_choice(schedule: Any, tmp_path: Path) -> None:
+    whole, moves = with_schedule(tmp_path / "whole", schedule())
+    whole.train()
+    whole.save_model()
+    alternating = isinstance(schedule(), AlternateFactors)
+    for step, found in moves.found.items():
+        expected = {"BA"[(step - 1) % 2]} if alternating and step > CUT else {"A", "B"}
+        new = step in ((1,) if alternating else (1, 11))  # `lora_B` is 0, so `lora_A` has no gradient
+        assert found == ({"B"} if new else expected), step
+    rank = 4 if alternating else 8  # a second round from step 10 on
+    assert whole.model.peft_config["default"].r == rank
+    assert set(whole.selection.selected) == adapted_names(whole.model)
+    for step in SAVES[1:]:
+        resumed, _ = with_schedule(tmp_path / str(step), schedule())
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+        assert_continues(resumed, whole, step)
+
+
+def with_schedule(folder: Path, schedule: Any) -> tuple[Any, Moves]:
+    moves = Moves()
+    args = {"save_strategy": "steps", "save_steps": 1000}
+    trainer = make_trainer(folder, args=args, callbacks=[SaveAt(), schedule, moves], search={"fade_out": 2})
+    return trainer, moves
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["LoRA", "rsLoRA"])
+@pytest.mark.parametrize("train_a", [True, False])
+def test_a_chain_is_what_merging_each_round_would_give(train_a: bool, options: dict[str, Any], tmp_path: Path) -> None:
+    tiny = llama()
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM", **options)
+    model = get_peft_model(copy.deepcopy(tiny.model), config)
+    first = copy.deepcopy(adapter(model))
+    base = base_weights(model)
+    chain = ChainedLoRA(every=3, train_a=train_a)
+    chain.attach(model)
+    starts = train(model, tiny, 8, chain)
+
+    # By hand: a new LoRA on a model into which the last one was merged. It starts as the chain started it.
+    merged = copy.deepcopy(tiny.model)
+    for index in range(3):
+        one = get_peft_model(merged, copy.deepcopy(config))
+        with torch.no_grad():
+            for name, parameter in one.named_parameters():
+                if "lora_A" in name:
+                    key = name.replace(".default", "")
+                    parameter.copy_(starts[key, index] if index else first[key])
+                    parameter.requires_grad_(train_a)
+        train(one, tiny, min(3, 8 - 3 * index))
+        merged = one.merge_and_unload()
+    torch.testing.assert_close(logits(model.eval(), tiny), logits(merged.eval(), tiny), atol=1e-5, rtol=1e-4)
+
+    assert_same(base_weights(model), base)
+    saved = model.peft_config["default"]
+    assert (saved.r, chain._chain.rank) == (6, 6)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(tiny.model), tmp_path).eval()
+    assert_same(logits(loaded, tiny), logits(model, tiny))
+
+
+def train(model: Any, tiny: Any, steps: int, chain: ChainedLoRA | None = None) -> dict[tuple[str, int], Tensor]:
+    """Train in a loop; gives `lora_A` of each later round of rank 2 as it started, by name and number."""
+    starts = {}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        if chain is not None:
+            chain.before_step(model, optimizer, step)
+            chain.before_step(model, optimizer, step)  # a second call changes nothing
+            if step and step % chain.every == 0:
+                for name, tensor in adapter(model).items():
+                    if "lora_A" in name:
+                        starts[name, step // chain.every] = tensor[-2:].clone()
+        model(**tiny.batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return starts
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_chain_in_a_stock_trainer_is_saved_whole_and_resumed(rank: int, tmp_path: Path) -> None:
+    def build(folder: str) -> Any:
+        callbacks = [ChainedLoRA(every=4)]
+        config = lora(r=rank)
+        return make_trainer(tmp_path / folder, "sft", SFTTrainer, callbacks=callbacks, args=SAVING, peft_config=config)
+
+    whole = build("whole")
+    whole.train()
+    whole.save_model()
+    assert whole.model.peft_config["default"].r == 3 * rank
+    assert whole.state.log_history[-2]["loss"] < whole.state.log_history[0]["loss"]
+    for step, rounds in {3: 1, 6: 2, 9: 3}.items():
+        folder = str(tmp_path / "whole" / f"checkpoint-{step}")
+        assert PeftModel.from_pretrained(causal_model(), folder).peft_config["default"].r == rounds * rank
+        resumed = build(str(step))
+        resumed.train(resume_from_checkpoint=folder)
+        assert_same(adapter(resumed.model), adapter(whole.model))
+        assert_same(step_logs(resumed, ("num_tokens",))[12], step_logs(whole, ("num_tokens",))[12])
+    loaded = PeftModel.from_pretrained(causal_model(), str(tmp_path / "whole")).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        assert_same(loaded(ids).logits, whole.model.eval()(ids).logits)
+
+
+def test_both_schedules_at_once(tmp_path: Path) -> None:
+    moves = Moves()
+    callbacks = [ChainedLoRA(every=4), AlternateFactors(every=2), moves]
+    trainer = make_trainer(tmp_path, "sft", SFTTrainer, callbacks=callbacks)
+    trainer.train()
+    assert moves.found == {step: {"BA"[(step - 1) // 2 % 2]} for step in range(1, 13)}
+    assert trainer.model.peft_config["default"].r == 12
+
+
+@pytest.mark.parametrize(
+    ("schedule", "options", "message"),
+    [
+        (lambda: ChainedLoRA(every=2, max_rank=20), {}, "grow to rank 24, above `max_rank=20`.*longer rounds"),
+        (lambda: ChainedLoRA(every=4), {"args": {"weight_decay": 0.1}}, "weight decay of 0.1.*`weight_decay=0`"),
+        (lambda: ChainedLoRA(every=4), {"peft_config": lora(lora_dropout=0.1)}, "dropout.*`lora_dropout=0`"),
+        (lambda: ChainedLoRA(every=4), {"peft_config": lora(use_dora=True)}, "cannot grow: only a plain LoRA"),
+        (lambda: ChainedLoRA(every=0), {}, "`every=0`.*above 0"),
+        (lambda: AlternateFactors(every=True), {}, "`every=True`.*integer"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    schedule: Any, options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, "sft", SFTTrainer, callbacks=[schedule()], **options).train()
+
+
+def test_a_model_without_lora_and_an_optimizer_of_one_factor_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="needs a `PeftModel`, got LlamaForCausalLM"):
+        make_trainer(tmp_path, "sft", SFTTrainer, callbacks=[AlternateFactors()], peft_config=None).train()
+    tiny = llama()
+    model = get_peft_model(tiny.model, lora())
+    half = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_A" in n], lr=0.1)
+    with pytest.raises(ValueError, match="does not hold all of the B factors"):
+        AlternateFactors().before_step(model, half, 0)
