@@ -106,8 +106,9 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         {"method": "fisher", "selection_scope": "model", "score_batches": 2},
         {"method": "fisher", "reallocate_every": 2, "score_batches": 2},
         {"method": "relative", "fade_out": 2},
+        {"method": "relative", "fade_out": 2, "selection_granularity": "component", "selection_scope": "model"},
     ],
-    ids=["scores", "scores anew", "searches"],
+    ids=["scores", "scores anew", "searches", "searches among components"],
 )
 def test_installed_method_runs_resumes_and_is_told_of(
     search: dict[str, object], task: str, installed: None, tmp_path: Path
