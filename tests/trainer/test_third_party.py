@@ -106,7 +106,10 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         {"method": "fisher", "selection_scope": "model", "score_batches": 2},
         {"method": "fisher", "reallocate_every": 2, "score_batches": 2},
         {"method": "relative", "fade_out": 2},
-        {"method": "relative", "fade_out": 2, "selection_granularity": "component", "selection_scope": "model"},
+        {
+            **{"method": "relative", "fade_out": 2, "selection_scope": "model"},
+            **{"selection_granularity": "component", "selection_ratio": 0.15},  # less than rank 1 of 4 for each
+        },
     ],
     ids=["scores", "scores anew", "searches", "searches among components"],
 )
