@@ -59,8 +59,9 @@ class DiffoRAConfig(Derived, OldMoments):
         new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
         (`"diffora"`), and no limit of a step, `selection_unit`, `weight_sharing`, `extra_sites` or FSDP; elsewhere
         `"auto"` takes modules. `"component"` has a gate for each component of each module (a row of `lora_A` with its
-        column of `lora_B`): a run begins with 1.5 times as many as fit (`rank_margin` in `method_options`) and keeps
-        the best, so that a module may end with any rank, or none. It needs what ranks do, but not room for rank 1.
+        column of `lora_B`): at the choice the best stay, and a quarter of the budget goes to new ones in the modules
+        where they are worth most (`rank_growth` and `rank_margin` in `method_options`), so that a module may end with
+        any rank, or none. It needs what `"rank"` does, but not room for rank 1.
     max_step_time (`float`, *optional*):
         Cap on the time of a training step after the pruning, in (0, 1], as a part of that of a step with all modules.
         The backward pass ends at the lowest layer that has a LoRA, and each LoRA adds matrices of its own, so a limit

@@ -25,10 +25,11 @@ class GradientOptions:
             Multiply the gate that each selected module's weights were trained for into its `lora_B` when the others
             are pruned, so that the model's output does not jump. This matters for `"sigmoid"`, whose weights train
             under fractions; for the others that gate is 1. With `False` the selected gates are set to 1.
-        rank_margin (`float`, *optional*, defaults to `1.5`):
+        rank_margin (`float`, *optional*, defaults to `1.0`):
             With `selection_granularity="component"`: with how many times the parameters of the budget a run begins,
-            spread evenly over all modules.
-        rank_growth (`float`, *optional*, defaults to `0.0`):
+            spread evenly over all modules. AdaLoRA begins with 1.5 times its target. A margin is a warm-up at more
+            rank than is kept: where learning starts late, a run may stay on its plateau (`docs/benchmarks.md`).
+        rank_growth (`float`, *optional*, defaults to `0.25`):
             With `selection_granularity="component"`: the part of the budget, in [0, 1), that goes to new components at
             the choice. They grow in the modules whose components are worth most, with columns of zeros in `lora_B`,
             so that the function of the model stays the same.
@@ -42,8 +43,8 @@ class GradientOptions:
     arch_learning_rate: float | None = None
     arch_order: int = 1
     fold_gates: bool = True
-    rank_margin: float = 1.5
-    rank_growth: float = 0.0
+    rank_margin: float = 1.0
+    rank_growth: float = 0.25
 
     def __post_init__(self) -> None:
         check_integer("arch_every", self.arch_every, minimum=1)
@@ -81,8 +82,8 @@ class GradientOptions:
             )
         if margin == 1 and growth == 0:
             raise ValueError(
-                "You passed `rank_margin=1`, so that a run begins with what the budget has room for and nothing is "
-                "to be chosen. Please pass a larger one, or a `rank_growth`."
+                "You passed `rank_growth=0` with `rank_margin=1`, so that a run begins with what the budget has room "
+                "for, and nothing is to be chosen. Please pass a larger margin, or let components grow."
             )
 
 

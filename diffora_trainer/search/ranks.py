@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ class RankPlan(ABC):
             where that are single components.
     """
 
-    aim: ClassVar[str]
+    aim: str
     """What will be done at the choice, for the log."""
     start: tuple[int, ...]
     components: Components | None = None
@@ -116,13 +115,13 @@ class ModulePlan(RankPlan):
 
 class ComponentPlan(RankPlan):
     """
-    A gate for each component. A run begins with more of them than the budget has room for, spread evenly, and at the
-    choice the set is kept that the matrix favours, so that a module may end with any rank, also with none. Without
-    evidence each module is left its part of the even spread, of its best components.
+    A gate for each component. A run begins with as many of them as the budget has room for, spread evenly, or with
+    more, and at the choice the set is kept that the matrix favours, so that a module may end with any rank, also with
+    none. Without evidence each module is left its part of the even spread, of its best components.
 
-    The budget of the matrix may be smaller than that of the run. What this leaves free is then used up by growth: new
-    components for the modules whose components are worth most. They exist from the start, as initialised and behind a
-    mask, and have columns of zeros in `lora_B`, so that the function of the model is the same with and without them.
+    The budget of the matrix is smaller than that of the run by what is to grow: new components for the modules whose
+    components are worth most. They exist from the start, as initialised and behind a mask, and have columns of zeros
+    in `lora_B`, so that the function of the model is the same with and without them.
 
     Args:
         budget ([`~diffora_trainer.core.ranks.RankBudget`]): what may be kept.
@@ -130,7 +129,6 @@ class ComponentPlan(RankPlan):
         growth (`float`): part of the budget that is given to new components, in [0, 1).
     """
 
-    aim = "then the components that it favours are kept"
     components: Components
 
     def __init__(self, budget: RankBudget, margin: float, growth: float) -> None:
@@ -140,6 +138,7 @@ class ComponentPlan(RankPlan):
         self.start = tuple(map(max, more, budget.start()))
         self.components = Components(self.start, budget.ranks)
         self._growth = growth
+        self.aim = "then the components that it favours stay" + (", and new ones grow" if growth else "")
 
     def matrix_budget(self, rows: Sequence[int]) -> Budget:
         each = self.components.of_each

@@ -42,7 +42,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
-COMPONENTS = {"selection_granularity": "component", "selection_scope": "model", "rank_growth": 0.25}
+COMPONENTS = {"selection_granularity": "component", "selection_scope": "model", "rank_margin": 1.5}
 RUNS = {
     "classifier": ("cls", 1, {}),
     "classifier, accumulated": ("cls", 2, {}),
