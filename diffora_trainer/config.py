@@ -58,8 +58,11 @@ class DiffoRAConfig(Derived, OldMoments):
         (`max_trainable_parameters`) in ranks, and `selection_ratio`, a share of the modules, in modules. Ranks need a
         new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
         (`"diffora"`), and no limit of a step, `selection_unit`, `weight_sharing`, `extra_sites` or FSDP; elsewhere
-        `"auto"` takes modules. Methods that give ranks themselves, such as `"adalora"`, spend a ratio in ranks too,
-        and need neither of the first two.
+        `"auto"` takes modules. `"component"` has a gate for each component of each module (a row of `lora_A` with its
+        column of `lora_B`): at the choice the best stay, and a quarter of the budget goes to new ones in the modules
+        where they are worth most (`rank_growth` and `rank_margin` in `method_options`), so that a module may end with
+        any rank, or none. It needs what `"rank"` does, but not room for rank 1. Methods that
+        give ranks themselves, such as `"adalora"`, spend a ratio in ranks too, and need neither of the first two.
     max_step_time (`float`, *optional*):
         Cap on the time of a training step after the pruning, in (0, 1], as a part of that of a step with all modules.
         The backward pass ends at the lowest layer that has a LoRA, and each LoRA adds matrices of its own, so a limit
@@ -208,8 +211,8 @@ class DiffoRAConfig(Derived, OldMoments):
     selection_granularity: str = field(
         default="auto",
         metadata={
-            "help": "Keep whole modules ('module'), or give more rank where it is worth most ('rank'). 'auto': ranks "
-            "under a cap on the parameters, otherwise modules.",
+            "help": "Keep whole modules ('module') or single components of them ('component'), or give more rank "
+            "where it is worth most ('rank'). 'auto': ranks under a cap on the parameters, otherwise modules.",
             "choices": list(SELECTION_GRANULARITIES),
         },
     )

@@ -12,7 +12,7 @@ from .core.values import check_integer, check_number
 
 
 SELECTION_SCOPES = ("layer", "model")
-SELECTION_GRANULARITIES = ("auto", "rank", "module")
+SELECTION_GRANULARITIES = ("auto", "rank", "component", "module")
 SELECTION_UNITS = ("module", "group", "layer")
 PREFIX_CACHES = ("none", "memory", "disk")
 WEIGHT_SHARING = ("none", "layer", "model")

@@ -134,12 +134,12 @@ class AdapterSite(ABC):
         """Whether more than its first components change what the model computes: of a new adapter, none does."""
         return bool(self.parameters[-1].detach()[:, rank:].any())
 
-    def resize(self, rank: int, optimizer: Any = None) -> None:
+    def resize(self, components: Sequence[int], optimizer: Any = None) -> None:
         """
-        Keep the first components alone. They keep their weights, and these their moments in the optimizer.
+        Keep some components alone. They keep their weights, and these their moments in the optimizer.
 
         Args:
-            rank (`int`): how many.
+            components (`Sequence[int]`): their indices, in the order in which they stay.
             optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the weights.
         """
         raise ValueError(f"{self.name!r} is of the kind {self.kind!r}, which has no rank that could be changed.")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compat import checkpoint_function, checkpoints
+from ..core.components import Components
 from .backward import without_input_gradients
 from .base import AdapterSite, Handle, disabled
 from .compiled import drop_graphs
@@ -33,7 +34,8 @@ class Gates:
     has no bias, follows; a site for which that does not hold says where a gate acts (see [`AdapterSite.attach`]).
 
     The gates are plain tensors held here, not on the tuner layer, because PEFT saves whatever is registered there.
-    Which of two vectors applies is read from the module's own mode, training or evaluation.
+    Which of two vectors applies is read from the module's own mode, training or evaluation. A gate is a number for all
+    outputs of a module, or, where single components are chosen, a vector with a number for each.
 
     Of a compiled model they are inputs of its graphs, which PyTorch does not trace anew when an open gate gets a
     value: it guards nothing that it finds through a hook. So there an open gate is one of value 1, which changes no
@@ -59,6 +61,14 @@ class Gates:
         self._training: Sequence[Tensor] | None = None
         self._evaluation: Sequence[Tensor] | None = None
         self._masks: list[Tensor | None] = [None] * len(self._modules)
+        self._components: Components | None = None
+
+    def __len__(self) -> int:
+        return len(self._modules if self._components is None else self._components)
+
+    def give_each_component_one(self, components: Components) -> None:
+        """Have a gate for each of some components, `(m,)`, instead of one for each site, `(n,)`."""
+        self._components = components
 
     @property
     def device(self) -> torch.device:
@@ -138,13 +148,16 @@ class Gates:
             drop_graphs()
 
     def _ones(self) -> Tensor:
-        return torch.ones(len(self._modules))
+        return torch.ones(len(self))
 
     def _split(self, values: Tensor | None) -> Sequence[Tensor] | None:
         if values is None:
             return None
+        values = values.to(self.device, torch.float32)
+        if self._components is not None:
+            return self._components.expand(values)
         # One `unbind`, not n indexings: the backward of each indexing would fill a vector of n zeros.
-        return values.to(self.device, torch.float32).unbind()
+        return values.unbind()
 
     def _scale(self, index: int, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         values, mask = self._training if module.training else self._evaluation, self._masks[index]

@@ -128,11 +128,12 @@ class LoraSite(AdapterSite):
         plain = all(type(module) is nn.Linear and type(module.weight.data) is Tensor for module in pair)
         return plain and pair[1].bias is None
 
-    def resize(self, rank: int, optimizer: Any = None) -> None:
+    def resize(self, components: Sequence[int], optimizer: Any = None) -> None:
         layer, name = self.layer, self.adapter_name
         a, b = layer.lora_A[name], layer.lora_B[name]
-        narrow_weight(a, 0, rank, optimizer)
-        narrow_weight(b, 1, rank, optimizer)
+        narrow_weight(a, 0, components, optimizer)
+        narrow_weight(b, 1, components, optimizer)
+        rank = len(components)
         a.out_features = b.in_features = rank
         layer.lora_alpha[name] = self._alpha(rank)
         layer.r[name] = self.rank = rank

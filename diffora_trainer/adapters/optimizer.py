@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,9 +42,9 @@ def remove_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
     return not all(keep)
 
 
-def narrow_weight(module: nn.Module, dim: int, length: int, optimizer: Any = None) -> None:
+def narrow_weight(module: nn.Module, dim: int, kept: Sequence[int], optimizer: Any = None) -> None:
     """
-    Keep the first entries of a module's weight along a dimension, and of what an optimizer holds of it entry by entry.
+    Keep some entries of a module's weight along a dimension, and of what an optimizer holds of it entry by entry.
     A state of another form (factored, quantized) cannot be narrowed; it is forgotten, and begins anew for this weight.
 
     The weight becomes another parameter: one that changes its shape would fail in a backward pass as long as anything
@@ -53,11 +53,12 @@ def narrow_weight(module: nn.Module, dim: int, length: int, optimizer: Any = Non
     Args:
         module (`nn.Module`): the module.
         dim (`int`): the dimension.
-        length (`int`): how many entries stay.
+        kept (`Sequence[int]`): the indices of those that stay, in the order in which they do.
         optimizer (`torch.optim.Optimizer`, *optional*): the optimizer, or one that wraps it.
     """
     old: Any = module.weight
-    new = nn.Parameter(old.detach().narrow(dim, 0, length).clone(), requires_grad=old.requires_grad)
+    indices = torch.tensor(list(kept), device=old.device)
+    new = nn.Parameter(old.detach().index_select(dim, indices), requires_grad=old.requires_grad)
     module.weight = new
     if optimizer is None:
         return
@@ -69,7 +70,7 @@ def narrow_weight(module: nn.Module, dim: int, length: int, optimizer: Any = Non
         return
     values = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
     if all(value.shape == old.shape for value in values.values()):
-        narrowed = {name: value.narrow(dim, 0, length).clone() for name, value in values.items()}
+        narrowed = {name: value.index_select(dim, indices.to(value.device)) for name, value in values.items()}
         optimizer.state[new] = {**state, **narrowed}
 
 

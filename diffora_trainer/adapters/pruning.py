@@ -36,7 +36,7 @@ def apply_selection(
     Carry out a selection on a live PEFT model, which from then on is an ordinary LoRA model of the chosen modules.
 
     The selected modules keep their parameters, and these their moments in the optimizer; of those that keep a part of
-    their rank this holds for its first components, and their scaling stays as it was. The others leave the model,
+    their rank this holds for the components that stay, and their scaling stays as it was. The others leave the model,
     the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
     What is not selected of other kinds of site leaves them in the same way. A backward pass ends at the
     lowest module that is left, also with (non-reentrant) activation checkpointing.
@@ -71,9 +71,9 @@ def apply_selection(
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     for name in [*selection.selected, *leaders]:
         sites[name].fold(factors[name])
-    for info, rank in zip(selection.grid.sites, selection.ranks, strict=True):
-        if 0 < rank < info.rank:
-            sites[info.name].resize(rank, optimizer)
+    for info, kept in zip(selection.grid.sites, selection.kept_components, strict=True):
+        if 0 < len(kept) < info.rank:
+            sites[info.name].resize(kept, optimizer)
 
     before = {parameter for site in sites.values() for parameter in site.parameters}
     for group in selection.shared:

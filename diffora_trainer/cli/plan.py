@@ -55,10 +55,13 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
         limit = sum(search.told_budget.limits)
         text = f"{min(grid.ranks)} to {max(grid.ranks)} at first, then {method.name} gives ranks in all modules"
         lines += [("Ranks", text), ("Kept", f"at most {limit:,} LoRA parameters")]
-    elif search.rank_budget is not None:
+    elif search.rank_plan is not None:
         ranks = search.ranks
-        text = f"{min(ranks)} to {max(ranks)} from the start, {_parameters(grid, ranks):,} LoRA parameters to the end"
-        lines.append(("Ranks", text))
+        before, after = _parameters(grid, ranks), _parameters(grid, search.choice()[1])
+        sizes = f"{after:,} LoRA parameters to the end" if before == after else f"{before:,} LoRA parameters"
+        lines.append(("Ranks", f"{min(ranks)} to {max(ranks)} from the start, {sizes}"))
+        if before != after:
+            lines.append(("Kept", f"the best components, about {after:,} LoRA parameters"))
     elif config.limits_step:
         lines.append(("Kept", "as many modules as the limits of a step have room for, measured after the warm-up"))
     else:

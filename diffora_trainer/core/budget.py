@@ -30,6 +30,8 @@ class Budget:
             place of the last that would be.
         units (`Sequence[int]` of length `n`, *optional*): the unit of each module; those of one unit are kept or
             pruned together, by the mean of their scores. A unit stands in one row and has one kind.
+        limits (`Sequence[int]`, *optional*): what each kind may keep of the parameters, in the order of the kinds,
+            instead of its part of the cap.
 
     Attributes:
         allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`limit`] said
@@ -49,6 +51,7 @@ class Budget:
         kinds: Sequence[int] | None = None,
         required: Sequence[bool] | None = None,
         units: Sequence[int] | None = None,
+        limits: Sequence[int] | None = None,
     ) -> None:
         _check(rows, parameters, ratio, scope)
         ratio = 1.0 if ratio is None else min(ratio, 1.0)
@@ -71,6 +74,7 @@ class Budget:
         else:
             totals = torch.zeros(len(index), dtype=torch.float64).index_add_(0, self.group, self.parameters)
             share = [self.cap * int(total) // sum(parameters) for total in totals.tolist()]
+            share = share if limits is None else list(limits)
             self.targets = torch.tensor(share, dtype=torch.float64)
             self.weights = self.parameters
         # Without a cap the targets are counts themselves.

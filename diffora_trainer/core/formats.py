@@ -1,4 +1,4 @@
-"""Values out of JSON that may come from anywhere, checked; and what earlier versions wrote, in today's form."""
+"""Values for JSON, and out of JSON that may come from anywhere; and what earlier versions wrote, in today's form."""
 
 from __future__ import annotations
 
@@ -36,6 +36,21 @@ def as_whole(value: Any) -> int:
     return value
 
 
+def site_record(site: SiteInfo, numbers: dict[str, float], rank: int) -> dict[str, Any]:
+    """The record of a module in a selection: where it stands, what was found out of it, and the rank that it keeps."""
+    return {
+        "name": site.name,
+        "kind": site.kind,
+        "row": site.row,
+        "column": site.column,
+        "rank": site.rank,
+        "parameters": site.parameters,
+        **numbers,
+        "kept": rank > 0,
+        "kept_rank": rank,
+    }
+
+
 def read_site(record: dict[str, Any]) -> SiteInfo:
     """A module out of its record in a selection."""
     rank, parameters = as_whole(record["rank"]), as_whole(record["parameters"])
@@ -59,6 +74,11 @@ def read_rank(record: dict[str, Any]) -> int:
     return rank
 
 
+def read_components(record: dict[str, Any]) -> tuple[int, ...]:
+    """Which components a module keeps, out of its record in a selection."""
+    return tuple(map(as_whole, as_list(record["components"])))
+
+
 def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
     """
     A selection as format 1 had it, in the form of format 2. It knew neither ranks, so an adapter has the rank 1 and
@@ -78,16 +98,19 @@ def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
 
 def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     """
-    The state of a run as formats 2 to 4 had it, in the form of format 5. Format 2 knew one other kind of site, and not
+    The state of a run as formats 2 to 5 had it, in the form of format 6. Format 2 knew one other kind of site, and not
     always which gates a gradient had reached; format 3 no ranks, no halves of a search and no error of its effect. In
-    format 4 `max_step_time` was a part of another time, and `selection_ratio` not read beside a cap.
+    format 4 `max_step_time` was a part of another time, and `selection_ratio` not read beside a cap. Format 5 had an
+    entry of the matrix for each module alone.
 
     Raises:
         ValueError: of a run that is not pruned yet, whose choice was limited by what `max_step_time` meant then.
     """
+    if data["format"] == 5:
+        return {**data, "components": [], "format": 6}
     if data["format"] == 4:
         if data.get("selection") is not None:
-            return {**data, "format": 5}
+            return upgrade_state({**data, "format": 5})
         config = dict(as_object(data.get("config")))
         if config.get("max_step_time") is not None:
             raise ValueError(
@@ -98,7 +121,7 @@ def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
         if config.get("max_trainable_parameters") is not None:
             config["selection_ratio"] = None
         found = {name: value for name, value in data.items() if name != "times"}
-        return {**found, "config": config, "costs": None, "format": 5}
+        return upgrade_state({**found, "config": config, "costs": None, "format": 5})
     if data["format"] == 3:
         if data.get("selection") is not None:
             return upgrade_state({**data, "format": 4})

@@ -11,14 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from .allocation import Allocation
+from .components import check_components
 from .drawn import draw_ranks, in_ranks, summarize
 from .files import write_file
-from .formats import as_list, as_object, as_text, as_whole, read_rank, read_site, upgrade_selection
+from .formats import (
+    as_list,
+    as_object,
+    as_text,
+    as_whole,
+    read_components,
+    read_rank,
+    read_site,
+    site_record,
+    upgrade_selection,
+)
 from .grid import LORA, Grid
 
 
 SELECTION_NAME = "diffora_selection.json"
-_FORMAT = 2
+_FORMAT = 3
+_WITHOUT_COMPONENTS = 2
+"""The format before single components could be kept. What needs nothing more is written in it."""
 
 _NOT_OURS = "This is not a selection saved by diffora-trainer"
 _PLEASE = f"Please pass the text of a `{SELECTION_NAME}` as a run saved it."
@@ -56,6 +69,8 @@ class Selection:
         history (`tuple[Allocation, ...]`, *optional*): what was on before, one entry a reallocation.
         notes (`tuple[str, ...]`, *optional*): what makes the choice doubtful, in sentences: that nothing was learned
             of some modules, or that there was nothing to choose.
+        components (`tuple[tuple[int, ...], ...]`, *optional*): for each module the indices of the components that it
+            keeps, rising, where some keep others than their first ones (see [`kept_components`]).
 
     Raises:
         ValueError: if the lengths disagree, a number is not finite, a rank is larger than it was, or no LoRA module is
@@ -77,6 +92,7 @@ class Selection:
     versions: dict[str, str] = field(default_factory=dict)
     history: tuple[Allocation, ...] = ()
     notes: tuple[str, ...] = ()
+    components: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.grid)
@@ -97,6 +113,7 @@ class Selection:
         for site, rank in zip(self.grid.sites, self.ranks, strict=True):
             if type(rank) is not int or not 0 <= rank <= site.rank:
                 raise ValueError(f"A selection leaves {site.name!r} the rank {rank!r} of {site.rank}.")
+        check_components(self.components, self.grid, self.ranks)
         if self.confidence is not None and not 0 <= self.confidence <= 1:
             raise ValueError(f"A selection has the confidence {self.confidence}, which is not in [0, 1].")
         if not any(self.ranks):
@@ -114,6 +131,11 @@ class Selection:
     def kept(self) -> tuple[bool, ...]:
         """Whether each module keeps an adapter of its own."""
         return tuple(rank > 0 for rank in self.ranks)
+
+    @property
+    def kept_components(self) -> tuple[tuple[int, ...], ...]:
+        """For each module the indices of the components that it keeps."""
+        return self.components or tuple(tuple(range(rank)) for rank in self.ranks)
 
     @property
     def in_ranks(self) -> bool:
@@ -231,27 +253,16 @@ class Selection:
 
     def to_json(self) -> str:
         """The selection as JSON text, a record for each module."""
-        columns = zip(self.grid.sites, self.scores, self.gains, self.gates, self.factors, self.ranks, strict=True)
+        numbers = {"score": self.scores, "gain": self.gains, "gate": self.gates, "factor": self.factors}
         records = [
-            {
-                "name": site.name,
-                "kind": site.kind,
-                "row": site.row,
-                "column": site.column,
-                "rank": site.rank,
-                "parameters": site.parameters,
-                "score": score,
-                "gain": gain,
-                "gate": gate,
-                "factor": factor,
-                "kept": rank > 0,
-                "kept_rank": rank,
-            }
-            for site, score, gain, gate, factor, rank in columns
+            site_record(site, {name: values[index] for name, values in numbers.items()}, rank)
+            for index, (site, rank) in enumerate(zip(self.grid.sites, self.ranks, strict=True))
         ]
+        for record, kept in zip(records, self.components, strict=False):
+            record["components"] = list(kept)
         return json.dumps(
             {
-                "format": _FORMAT,
+                "format": _FORMAT if self.components else _WITHOUT_COMPONENTS,
                 "rows": self.grid.rows,
                 "columns": self.grid.columns,
                 "modules": records,
@@ -283,8 +294,8 @@ class Selection:
             data = json.loads(text)
             if isinstance(data, dict) and data.get("format") == 1:
                 data = upgrade_selection(data)
-            if not isinstance(data, dict) or data.get("format") != _FORMAT:
-                raise ValueError(f"its `format` is not {_FORMAT}")
+            if not isinstance(data, dict) or data.get("format") not in (_WITHOUT_COMPONENTS, _FORMAT):
+                raise ValueError(f"its `format` is not {_WITHOUT_COMPONENTS} or {_FORMAT}")
             records = as_list(data["modules"])
             selection = cls(
                 grid=Grid(
@@ -306,6 +317,7 @@ class Selection:
                 config=as_object(data["config"]),
                 versions=as_object(data["versions"]),
                 notes=tuple(map(as_text, as_list(data["notes"]))),
+                components=tuple(map(read_components, records)) if data["format"] == _FORMAT else (),
             )
             selection.to_json()  # what could not be saved again is refused now
             return selection

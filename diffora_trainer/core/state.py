@@ -17,7 +17,7 @@ from .selection import Selection
 WARMUP, SEARCH, FADE_OUT, SELECTED = "warm-up", "search", "fade-out", "selected"
 """The phases of a run."""
 
-_FORMAT = 5
+_FORMAT = 6
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,8 @@ class RunState:
             error of the difference.
         costs ([`~diffora_trainer.core.costs.StepCosts`], *optional*): what steps cost, where that is limited.
         history (`tuple[Allocation, ...]`, *optional*): what was on before.
+        components (`tuple[int, ...]`, *optional*): how many components of each module the matrix has an entry for, of
+            which `kept`, `reached` and `halves` have one too; nothing where it has one for each module.
 
     Raises:
         ValueError: if this cannot be the state of a run.
@@ -86,6 +88,7 @@ class RunState:
     progress: tuple[float, float, float] | None = None
     costs: StepCosts | None = None
     history: tuple[Allocation, ...] = field(default=())
+    components: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.selection is not None:
@@ -100,10 +103,13 @@ class RunState:
         if len(self.halves) not in (0, 2):
             raise ValueError(f"its `halves` are two, and not {len(self.halves)}")
         vectors: list[tuple[str, Sequence[Any] | None]] = [("kept", self.kept), ("reached", self.reached)]
-        vectors += [("ranks", self.ranks or None), *(("halves", half) for half in self.halves)]
-        for name, value in vectors:
-            if value is not None and len(value) != count:
-                raise ValueError(f"its `{name}` has {len(value)} entries for {count} modules")
+        vectors += [("halves", half) for half in self.halves]
+        entries = (sum(self.components), "components") if self.components else (count, "modules")
+        of_modules = [("ranks", self.ranks or None), ("components", self.components or None)]
+        for found, (needed, what) in ((vectors, entries), (of_modules, (count, "modules"))):
+            for name, value in found:
+                if value is not None and len(value) != needed:
+                    raise ValueError(f"its `{name}` has {len(value)} entries for {needed} {what}")
         if any(len(entry.on) != count or len(entry.scores) != count for entry in self.history):
             raise ValueError(f"its `history` is not one of {count} modules")
         if any(not self.warmup <= entry.step <= self.step for entry in self.history):
@@ -140,7 +146,7 @@ class RunState:
         Raises:
             ValueError: if this is not the state of a run.
         """
-        if data.get("format") in (2, 3, 4):
+        if data.get("format") in (2, 3, 4, 5):
             data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
@@ -259,4 +265,5 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "half_steps": _whole,
     "costs": _maybe(_costs),
     "history": _all(_allocation),
+    "components": _all(_whole),
 }

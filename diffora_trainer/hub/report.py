@@ -300,6 +300,8 @@ def _reasons(selection: Selection, method: MethodFacts) -> list[str]:
         in_layer, unit, limits = False, "module", []
     if unit != "module":
         limits.append(f"`selection_unit={unit}`")
+    if selection.components:
+        limits.append("the choice of single components")
     mixed = len(set(selection.grid.kinds)) > 1
     places = {name: place for place, name in enumerate(selection.ranking())}
     groups: dict[tuple[int, str], list[int]] = {}

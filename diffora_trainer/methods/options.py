@@ -25,6 +25,14 @@ class GradientOptions:
             Multiply the gate that each selected module's weights were trained for into its `lora_B` when the others
             are pruned, so that the model's output does not jump. This matters for `"sigmoid"`, whose weights train
             under fractions; for the others that gate is 1. With `False` the selected gates are set to 1.
+        rank_margin (`float`, *optional*, defaults to `1.0`):
+            With `selection_granularity="component"`: with how many times the parameters of the budget a run begins,
+            spread evenly over all modules. AdaLoRA begins with 1.5 times its target. A margin is a warm-up at more
+            rank than is kept: where learning starts late, a run may stay on its plateau (`docs/benchmarks.md`).
+        rank_growth (`float`, *optional*, defaults to `0.25`):
+            With `selection_granularity="component"`: the part of the budget, in [0, 1), that goes to new components at
+            the choice. They grow in the modules whose components are worth most, with columns of zeros in `lora_B`,
+            so that the function of the model stays the same.
 
     Raises:
         TypeError: if a value is of the wrong type.
@@ -35,6 +43,8 @@ class GradientOptions:
     arch_learning_rate: float | None = None
     arch_order: int = 1
     fold_gates: bool = True
+    rank_margin: float = 1.0
+    rank_growth: float = 0.25
 
     def __post_init__(self) -> None:
         check_integer("arch_every", self.arch_every, minimum=1)
@@ -43,6 +53,7 @@ class GradientOptions:
             raise ValueError(f"You passed `arch_order={self.arch_order}`; it must be 1 (first order) or 2 (unrolled).")
         if not isinstance(self.fold_gates, bool):
             raise TypeError(f"`fold_gates` must be a bool, got {self.fold_gates!r}.")
+        self._check_ranks()
         if self.arch_learning_rate is None:
             return
         rate = check_number("arch_learning_rate", self.arch_learning_rate)
@@ -55,6 +66,24 @@ class GradientOptions:
             raise ValueError(
                 f"You passed `arch_learning_rate={rate}`, after one step of which every gate would stand at 0 or 1 "
                 "for good. Use a value such as 0.05, or None for the method's default."
+            )
+
+    def _check_ranks(self) -> None:
+        margin, growth = (check_number(name, getattr(self, name)) for name in ("rank_margin", "rank_growth"))
+        if margin < 1:
+            raise ValueError(
+                f"You passed `rank_margin={margin}`, but it is with how many times the parameters of the budget a run "
+                "begins, so it must be 1 or more."
+            )
+        if not 0 <= growth < 1:
+            raise ValueError(
+                f"You passed `rank_growth={growth}`, but it is the part of the budget that new components get, and "
+                "must be in [0, 1): something has to be left to choose."
+            )
+        if margin == 1 and growth == 0:
+            raise ValueError(
+                "You passed `rank_growth=0` with `rank_margin=1`, so that a run begins with what the budget has room "
+                "for, and nothing is to be chosen. Please pass a larger margin, or let components grow."
             )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..adapters.base import site_kind
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
+from ..core.components import Components
 from ..core.costs import Ceiling, StepCosts, ceilings
 from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
@@ -17,7 +18,8 @@ from .confidence import Confidence, SplitHalf
 from .diagnosis import out_of_limits
 from .measured import GatedModel, LossFunction
 from .micro_batches import wanted_micro_batches
-from .ranks import final_ranks, find_rank_budget, halved, masks, refuse
+from .rank_rules import find_rank_plan, refuse
+from .ranks import RankPlan
 from .runtime import Runtime
 from .told_ranks import told_rank_budget
 
@@ -46,20 +48,38 @@ class SearchBase(GatedModel):
         self.training_micro_batches = wanted_micro_batches(config, runtime.splits_batches)
         self.told_budget: RankBudget | None = told_rank_budget(config, adapters)
         told = get_method(config.method).tells_ranks
-        self.rank_budget: RankBudget | None = None if told else find_rank_budget(config, adapters)
-        self.ranks: tuple[int, ...] = self.grid.ranks
-        if self.rank_budget is not None:
-            self.set_ranks(self.rank_budget.start())
-        self.method: SelectionMethod = self.make_method()
+        self.rank_plan: RankPlan | None = None if told else find_rank_plan(config, adapters)
         self.kept: Tensor | None = None
-        self.reached = torch.zeros(len(self.grid), dtype=torch.bool)
+        self.ranks: tuple[int, ...] = self.grid.ranks
+        if self.rank_plan is not None:
+            self.set_ranks(self.rank_plan.start)
+        if self.components is not None:
+            self.gates.give_each_component_one(self.components)
+        self.method: SelectionMethod = self.make_method()
+        self.reached = torch.zeros(len(self.gates), dtype=torch.bool)
         self.effect: tuple[float, float, float] | None = None
         self.early_losses: tuple[float, ...] = ()
         self.progress: tuple[float, float, float] | None = None
-        self.halves = SplitHalf.empty(len(self.grid))
+        self.halves = SplitHalf.empty(len(self.gates))
         self.skipped_steps = 0
         self.pending_losses: list[float] = []
         self.last_loss: float | None = None
+
+    @property
+    def rank_budget(self) -> RankBudget | None:
+        """The budget in ranks, or `None` where whole modules are kept or pruned."""
+        return None if self.rank_plan is None else self.rank_plan.budget
+
+    @property
+    def components(self) -> Components | None:
+        """What the method has an entry for, where that are single components and not whole modules."""
+        return None if self.rank_plan is None else self.rank_plan.components
+
+    def of_modules(self, values: Tensor, mean: bool = True) -> Tensor:
+        """Numbers of the entries of the method as one for each module, `(..., n)`: their mean, or their sum."""
+        if self.components is None:
+            return values
+        return self.components.mean(values) if mean else self.components.sum(values)
 
     @property
     def _separate_kinds(self) -> list[str]:
@@ -74,8 +94,8 @@ class SearchBase(GatedModel):
 
     def make_method(self) -> SelectionMethod:
         """The method, under the budget and what the limits of a step leave of it."""
-        if self.rank_budget is not None:
-            method = make_method(self.config, halved(self.config, self.rank_budget, self.grid.row_of))
+        if self.rank_plan is not None:
+            method = make_method(self.config, self.rank_plan.matrix_budget(self.grid.row_of))
             method.prepare(self.grid, None)
             return method
         budget = module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds)
@@ -105,21 +125,22 @@ class SearchBase(GatedModel):
         Before the first step: an adapter that was trained before cannot begin with a smaller rank. Whole modules are
         chosen of it, or, if ranks were asked for, a `ValueError` is raised.
         """
-        if self.rank_budget is None:
+        if self.rank_plan is None:
             return
         sites = zip(self.adapters.sites, self.ranks, strict=True)
         trained = [site.name for site, rank in sites if site.has_effect_beyond(rank)]
         if not trained:
             return
-        if self.config.selection_granularity == "rank":
-            refuse(f"the adapter of {trained[0]!r} was trained before, so it cannot begin with a smaller rank")
+        if self.config.selection_granularity != "auto":
+            reason = f"the adapter of {trained[0]!r} was trained before, so it cannot begin with a smaller rank"
+            refuse(self.config.selection_granularity, reason)
         self.forgo_ranks()
 
     def forgo_ranks(self) -> None:
         """Keep or prune whole modules."""
-        if self.rank_budget is not None:
-            self.rank_budget = None
-            self.set_ranks(self.grid.ranks)
+        if self.rank_plan is not None:
+            self.rank_plan, self.ranks = None, self.grid.ranks
+            self.gates.set_masks([None] * len(self.grid))
             self.method = self.make_method()
 
     def set_ranks(self, ranks: tuple[int, ...], faded: float = 0.0) -> None:
@@ -127,30 +148,36 @@ class SearchBase(GatedModel):
         Let only so many components of each adapter take part, and those that took part before the choice as far as
         they have not faded out.
         """
+        assert self.rank_plan is not None
         self.ranks = ranks
-        before = ranks if self.rank_budget is None else self.rank_budget.start()
-        self.gates.set_masks(masks(before, ranks, self.grid.ranks, faded))
+        self.gates.set_masks(self.rank_plan.masks(self.kept, ranks, faded))
 
     @property
     def confidence(self) -> Confidence:
         """How sure a choice would be now."""
-        return Confidence(self.halves.correlation(), len(self.grid), self.effect, self.progress)
+        # Of modules, also where single components are chosen: those of one module are no independent evidence.
+        halves = SplitHalf(self.of_modules(self.halves.sums, mean=False), self.halves.steps)
+        return Confidence(halves.correlation(), len(self.grid), self.effect, self.progress)
 
     def choice(self) -> tuple[Tensor, tuple[int, ...]]:
-        """What a pruning would leave now: which modules, `(n,)` bools, and their ranks, 0 for one that goes."""
+        """
+        What a pruning would leave now: which entries of the method, bools, and the ranks of the modules, 0 for one
+        that goes.
+        """
+        if self.rank_plan is not None:
+            if self.kept is not None:
+                return self.kept, self.ranks
+            return self.rank_plan.choose(self.method, evident=self.confidence.beyond_chance)
         if self.kept is not None:
             kept, ranks = self.kept, self.ranks
         elif self.told_budget is not None:
             ranks = self.method.kept_ranks()
             kept = torch.tensor(ranks) > 0
-        elif self.rank_budget is not None:
-            method = self.method
-            ranks = final_ranks(
-                self.rank_budget,
-                (method.discretize(), method.scores(), method.tie_breaker()),
-                evident=self.confidence.beyond_chance,
-            )
-            kept = torch.ones(len(ranks), dtype=torch.bool)  # each keeps rank 1 at least
         else:
             kept, ranks = self.method.discretize(), self.grid.ranks
         return kept, tuple(rank if keep else 0 for rank, keep in zip(ranks, kept.tolist(), strict=True))
+
+    def kept_components(self, kept: Tensor, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+        """Which components a choice leaves of each module; nothing if they are the first ones of all."""
+        found = () if self.components is None else self.components.indices(kept, ranks)
+        return () if all(own == tuple(range(len(own))) for own in found) else found

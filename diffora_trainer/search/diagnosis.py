@@ -24,13 +24,15 @@ class Evidence:
         reached (`Tensor` of shape `(n,)` and dtype `torch.bool`): which gates ever had a gradient.
         skipped_steps (`int`): architecture steps whose loss was not finite.
         confidence ([`~diffora_trainer.search.confidence.Confidence`]): how sure the choice is.
-        in_ranks (`bool`): whether the budget was spent in ranks.
+        in_ranks (`bool`): whether the budget is spent in ranks, evenly where there is no evidence.
+        what (`str`, *optional*, defaults to `"modules"`): what the method has an entry for.
     """
 
     reached: Tensor
     skipped_steps: int
     confidence: Confidence
     in_ranks: bool
+    what: str = "modules"
 
 
 def keeps_all(method: SelectionMethod) -> bool:
@@ -75,10 +77,10 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
     count, missed = len(names), (~evidence.reached).nonzero().flatten().tolist()
     if keeps_all(method):
         why = "." if wants_all else ", since at least one of each layer is kept."
-        return (f"There was nothing to choose: the budget keeps all {count} modules{why}",)
+        return (f"There was nothing to choose: the budget keeps all {len(method.budget)} {evidence.what}{why}",)
     in_ranks = evidence.in_ranks
     evenly = "so no module was favoured: the budget stays spread evenly over all of them."
-    arbitrary = evenly if in_ranks else "so the modules are kept by their order in the model alone."
+    arbitrary = evenly if in_ranks else f"so the {evidence.what} are kept by their order in the model alone."
     if not method.steps and evidence.skipped_steps:
         return (
             f"The choice is arbitrary: not one of the {evidence.skipped_steps} architecture steps had a finite loss, "
@@ -116,7 +118,7 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
         )
     if ties := method.num_boundary_ties():
         notes.append(
-            f"{ties} modules at the edge of the choice have equal scores. Those that stand first in the "
+            f"{ties} {evidence.what} at the edge of the choice have equal scores. Those that stand first in the "
             "model are kept of them."
         )
     return tuple(notes)

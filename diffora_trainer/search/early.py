@@ -36,12 +36,12 @@ def decide_early(run: RunParts, batches: int) -> str | None:
     search, latest = run.search, run.schedule.discretize
     if run.step >= latest or not run.held_out.comparable or not is_due(search.halves.steps):
         return None
-    agreement = search.halves.correlation()
+    agreement = search.confidence.agreement
     if agreement is None or 2 * agreement < RELIABILITY * (1 + agreement):
         return None
     search.measure_effect(run.held_out.sample(batches))
     value, effect = search.confidence.value, search.effect
-    if search.rank_budget is not None and search.progress is None:
+    if search.rank_plan is not None and search.progress is None:
         search.measure_early(run.held_out.sample(batches))  # to compare the next look with
         return None
     if value is None or value < RELIABILITY or effect is None or effect[0] - effect[1] < EFFECT * abs(effect[0]):

@@ -91,8 +91,8 @@ class GatedModel:
         remedy = "Please start all of them with the same script, arguments and data."
         check_agreement(fingerprint(record), self.runtime.reduce, what, remedy)
 
-    def check_choice(self, kept: Tensor, ranks: Sequence[int] = ()) -> None:
-        """Raise a `ValueError` on every process if they would not keep the same modules, `(n,)` bools, and ranks."""
+    def check_choice(self, kept: Tensor, ranks: Sequence[Any] = ()) -> None:
+        """Raise a `ValueError` on every process if they would not keep the same, bools, and the same ranks."""
         remedy = "Please make sure that all of them read the same data and files."
         bits = torch.cat([kept, fingerprint(repr(tuple(ranks)))])
         check_agreement(bits, self.runtime.reduce, "which modules to keep", remedy)

@@ -15,6 +15,7 @@ from ..methods.base import SelectionMethod
 
 
 if TYPE_CHECKING:
+    from .ranks import RankPlan
     from .reallocation import Reallocation
 
 
@@ -32,7 +33,7 @@ SEARCH_ENDS = (
 )
 
 
-def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ranks: Sequence[int] | None) -> str:
+def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ranks: RankPlan | None) -> str:
     """
     What will happen when.
 
@@ -41,7 +42,7 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ran
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): its method.
         data (`str`): what the gradient of the gates is taken on.
         anew (`bool`): whether modules are chosen anew and again.
-        ranks (`Sequence[int]`, *optional*): the ranks that the modules begin with, where the budget is spent in ranks.
+        ranks ([`~diffora_trainer.search.ranks.RankPlan`], *optional*): how the budget is spent in ranks.
     """
     total, prune = schedule.total_steps, schedule.prune
     if anew:
@@ -61,10 +62,10 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ran
             f"{begin if prune else 'All modules are scored now'} ({method.name}), and the selected ones go on alone."
         )
     if ranks is not None:
-        begin = " to ".join(map(str, dict.fromkeys((min(ranks), max(ranks)))))
+        begin = " to ".join(map(str, dict.fromkeys((min(ranks.start), max(ranks.start)))))
         return (
             f"All modules begin with rank {begin}. Warm-up until step {schedule.warmup}, search ({method.name}, "
-            f"{data}) until step {schedule.discretize} of {total}, then ranks go to the modules that it favours."
+            f"{data}) until step {schedule.discretize} of {total}, {ranks.aim}."
         )
     return (
         f"Warm-up until step {schedule.warmup}, search ({method.name}, {data}) until step {schedule.discretize}"
@@ -73,10 +74,10 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ran
     )
 
 
-def nothing_to_choose(count: int) -> str:
-    """A budget that keeps all modules though only a part of them was asked for."""
+def nothing_to_choose(count: int, what: str) -> str:
+    """A budget that keeps all modules, or components, though only a part of them was asked for."""
     return (
-        f"There is nothing to choose: the budget keeps all {count} modules. Please set `selection_scope='model'` "
+        f"There is nothing to choose: the budget keeps all {count} {what}. Please set `selection_scope='model'` "
         "where each layer has one module, or a smaller budget."
     )
 

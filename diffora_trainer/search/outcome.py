@@ -27,16 +27,22 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     """See [`ArchitectureSearch.select`]."""
     method, grid, config = search.method, search.grid, search.config
     chosen, ranks = search.choice()
-    kept, confidence = chosen.tolist(), search.confidence
+    kept, confidence = [rank > 0 for rank in ranks], search.confidence
     # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
     # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
-    relaxed, trained, scores = method.values(), method.evaluation_gates(), method.scores()
+    relaxed, scores = search.of_modules(method.values()), search.of_modules(method.scores())
+    trained = method.evaluation_gates()
     selected = torch.ones(len(kept))
     if trained is not None and getattr(method.options, "fold_gates", True):
         selected = trained
     factors = torch.where(torch.tensor(kept), selected, relaxed)
-    gains = method.tie_breaker()
-    evidence = Evidence(search.reached, search.skipped_steps, confidence, search.rank_budget is not None)
+    ties = method.tie_breaker()
+    # The gradient of a gate of the module is the sum of those of its components.
+    gains = None if ties is None else search.of_modules(ties, mean=False)
+    reached = search.of_modules(search.reached.float()) > 0
+    evenly = search.rank_plan is not None and search.rank_plan.even is not None
+    what = "modules" if search.components is None else "components"
+    evidence = Evidence(reached, search.skipped_steps, confidence, evenly, what)
     rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
     costs = StepCosts() if search.costs is None else search.costs
     return Selection(
@@ -54,6 +60,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
         config={**config.to_dict(), "method_options": asdict(method.options)},
         versions=library_versions(),
         notes=doubts(method, grid.names, evidence, wants_all=config.ratio >= 1),
+        components=search.kept_components(chosen, ranks),
     )
 
 
@@ -72,7 +79,7 @@ def search_metrics(search: SearchBase) -> dict[str, float]:
     report[f"diffora/{what}_mean"] = float(values.mean())
     report[f"diffora/{what}_max"] = float(values.max())
     if search.config.log_gates_by_kind and len(grid.columns) <= _MAX_LOGGED_KINDS:
-        table = torch.tensor(grid.table(values.float().tolist(), empty=float("nan")))
+        table = torch.tensor(grid.table(search.of_modules(values.float()).tolist(), empty=float("nan")))
         for column, value in zip(short_names(grid.columns), table.nanmean(dim=0).tolist(), strict=True):
             report[f"diffora/{what}/{column}"] = value
     if search.pending_losses:

@@ -2,136 +2,168 @@
 
 from __future__ import annotations
 
-import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from ..adapters.grid import AdapterGrid
-from ..config import DiffoRAConfig
 from ..core.budget import Budget
+from ..core.components import Components
 from ..core.ranks import RankBudget
-from ..methods.registry import get_method
+from ..methods.base import SelectionMethod
 
 
-def find_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
+class RankPlan(ABC):
     """
-    The budget in ranks, or `None` where whole modules are kept or pruned.
+    How a run spends a budget in ranks: what it begins with, what its matrix has an entry for, and what becomes of it.
 
     Args:
-        config ([`DiffoRAConfig`]): the options.
-        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
+        budget ([`~diffora_trainer.core.ranks.RankBudget`]): what may be kept.
 
-    Raises:
-        ValueError: if `selection_granularity="rank"` is asked for where it cannot be had.
+    Attributes:
+        start (`tuple[int, ...]` of length `n`): how many components of each adapter a run begins with: its first ones.
+        components ([`~diffora_trainer.core.components.Components`] or `None`): what the matrix has an entry for,
+            where that are single components.
     """
-    if config.selection_granularity == "module":
-        return None
-    asked = config.selection_granularity == "rank"
-    if not asked and config.max_trainable_parameters is None:
-        return None  # a share of the modules was asked for
-    reason = _obstacle(config, adapters)
-    if reason is not None and asked:
-        refuse(reason)
-    return _make(config, adapters) if reason is None else None
+
+    aim: str
+    """What will be done at the choice, for the log."""
+    start: tuple[int, ...]
+    components: Components | None = None
+
+    def __init__(self, budget: RankBudget) -> None:
+        self.budget = budget
+
+    @property
+    def even(self) -> tuple[int, ...] | None:
+        """The even spread, which is kept without evidence; `None` if the budget is too small for it."""
+        even = self.budget.start()
+        return even if self.budget.fits(even) else None
+
+    @abstractmethod
+    def matrix_budget(self, rows: Sequence[int]) -> Budget:
+        """The budget under which the matrix is learned; `rows` are those of the modules."""
+
+    @abstractmethod
+    def choose(self, method: SelectionMethod, evident: bool) -> tuple[Tensor, tuple[int, ...]]:
+        """
+        The choice.
+
+        Args:
+            method ([`~diffora_trainer.methods.base.SelectionMethod`]): the matrix.
+            evident (`bool`): whether it is to be told from chance.
+
+        Returns:
+            `tuple`: which entries stay, bools, and the rank that each module ends with.
+        """
+
+    @abstractmethod
+    def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
+        """
+        What each component of an adapter is multiplied with; `None` where all take part.
+
+        Args:
+            kept (`Tensor` or `None`): the entries that stay, bools, once that is decided.
+            ranks (`Sequence[int]` of length `n`): the ranks from then on.
+            faded (`float`): how far what goes has faded out, in [0, 1].
+        """
 
 
-def refuse(reason: str) -> NoReturn:
-    """Raise a `ValueError` for `selection_granularity="rank"` where ranks cannot be given."""
-    raise ValueError(
-        f"You passed `selection_granularity='rank'`, but {reason}. Please leave it out, or set it to 'module', to "
-        "keep and prune whole modules."
-    )
+class ModulePlan(RankPlan):
+    """
+    A gate for each module. A run begins with the even spread of ranks that fits, and at the choice the modules that
+    the matrix favours get up to half of the ranks of the others.
+    """
 
+    aim = "then ranks go to the modules that it favours"
 
-def _make(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
-    grid = adapters.grid
-    by_layer = config.scope == "layer"
-    rows = sorted(set(grid.row_of)) if by_layer else [0]
-    groups = tuple(rows.index(row) if by_layer else 0 for row in grid.row_of)
-    totals = [sum(p for p, own in zip(grid.parameters, groups, strict=True) if own == g) for g in range(len(rows))]
-    cap = config.max_trainable_parameters
-    limits = [math.floor(config.ratio * total) for total in totals]
-    if cap is not None:
-        limits = [min(cap, limits[0])]
-    budget = RankBudget(groups, tuple(site.cost for site in grid.sites), grid.ranks, tuple(limits))
-    if all(limit >= total for limit, total in zip(limits, totals, strict=True)):
-        return None  # there is nothing to choose
-    if budget.fits(budget.start()):
-        return budget
-    if config.selection_granularity == "rank":
-        refuse("the budget has no room for rank 1 in every module")
-    return None
+    def __init__(self, budget: RankBudget) -> None:
+        super().__init__(budget)
+        self.start = budget.start()
 
+    def matrix_budget(self, rows: Sequence[int]) -> Budget:
+        # Half of what all modules have at the ranks that a run begins with: a module belongs to it that earns its
+        # place when half of the others are missing.
+        start = [rank * cost for rank, cost in zip(self.start, self.budget.costs, strict=True)]
+        if len(self.budget.limits) > 1:
+            return Budget(rows, start, ratio=0.5, scope="layer")
+        return Budget(rows, start, cap=max(sum(start) // 2, min(start)))
 
-def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
-    """Why a budget cannot be spent in ranks; `None` if it can."""
-    if not get_method(config.method).spends_ranks:
-        return f"`method={config.method!r}` keeps or prunes whole modules"
-    plain: tuple[tuple[str, Any], ...] = (
-        ("weight_sharing", "none"),
-        ("selection_unit", "module"),
-        ("extra_sites", {}),
-    )
-    for name, without in (*plain, ("max_step_time", None), ("max_step_memory", None)):
-        value = getattr(config, name)
-        if value and value != without:
-            return f"that does not combine with `{name}={value!r}`"
-    fixed = [site.name for site in adapters.sites if not site.resizable]
-    if fixed:
-        return (
-            f"the adapter of {fixed[0]!r} is not one of two linear layers, or it is sharded, so it cannot be given "
-            "another rank"
+    def choose(self, method: SelectionMethod, evident: bool) -> tuple[Tensor, tuple[int, ...]]:
+        kept = torch.ones(len(self.start), dtype=torch.bool)  # each keeps rank 1 at least
+        if not evident:
+            return kept, self.start
+        favoured, scores, gains = method.discretize(), method.scores(), method.tie_breaker()
+        keys = list(
+            zip(favoured.tolist(), scores.tolist(), (scores if gains is None else gains).tolist(), strict=True)
         )
-    return None
+        order = sorted(range(len(keys)), key=lambda index: (*(-float(part) for part in keys[index]), index))
+        count = int(favoured.sum())
+        return kept, self.budget.shift(order[:count], order[count:])
+
+    def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
+        found: list[Tensor | None] = []
+        for old, new, size in zip(self.start, ranks, self.budget.ranks, strict=True):
+            mask = torch.zeros(size)
+            mask[:old] = 1.0 - faded
+            mask[:new] = 1.0
+            found.append(None if bool((mask == 1).all()) else mask)
+        return found
 
 
-def halved(config: DiffoRAConfig, ranks: RankBudget, rows: Sequence[int]) -> Budget:
+class ComponentPlan(RankPlan):
     """
-    The budget under which the matrix is learned: half of what all modules have at the ranks that a run begins with. A
-    module belongs to it that earns its place when half of the others are missing.
-    """
-    start = [rank * cost for rank, cost in zip(ranks.start(), ranks.costs, strict=True)]
-    if len(ranks.limits) > 1:
-        return Budget(rows, start, ratio=0.5, scope="layer")
-    return Budget(rows, start, cap=max(sum(start) // 2, min(start)))
+    A gate for each component. A run begins with as many of them as the budget has room for, spread evenly, or with
+    more, and at the choice the set is kept that the matrix favours, so that a module may end with any rank, also with
+    none. Without evidence each module is left its part of the even spread, of its best components.
 
-
-def final_ranks(budget: RankBudget, matrix: tuple[Tensor, Tensor, Tensor | None], evident: bool) -> tuple[int, ...]:
-    """
-    The ranks that a run ends with.
+    The budget of the matrix is smaller than that of the run by what is to grow: new components for the modules whose
+    components are worth most. They exist from the start, as initialised and behind a mask, and have columns of zeros
+    in `lora_B`, so that the function of the model is the same with and without them.
 
     Args:
-        budget ([`~diffora_trainer.core.ranks.RankBudget`]): the budget.
-        matrix (`tuple`): the modules that it favours, `(n,)` bools, its entries, `(n,)`, and what decides between
-            equal ones, `(n,)` or `None`.
-        evident (`bool`): whether the choice is to be told from chance. If not, the spread stays even.
+        budget ([`~diffora_trainer.core.ranks.RankBudget`]): what may be kept.
+        margin (`float`): with how many times the parameters of the budget a run begins.
+        growth (`float`): part of the budget that is given to new components, in [0, 1).
     """
-    favoured, scores, gains = matrix
-    if not evident:
-        return budget.start()
-    keys = list(zip(favoured.tolist(), scores.tolist(), (scores if gains is None else gains).tolist(), strict=True))
-    order = sorted(range(len(keys)), key=lambda index: (*(-float(part) for part in keys[index]), index))
-    count = int(favoured.sum())
-    return budget.shift(order[:count], order[count:])
 
+    components: Components
 
-def masks(before: Sequence[int], after: Sequence[int], largest: Sequence[int], faded: float) -> list[Tensor | None]:
-    """
-    What each component of an adapter is multiplied with; `None` where all take part.
+    def __init__(self, budget: RankBudget, margin: float, growth: float) -> None:
+        super().__init__(budget)
+        more = replace(budget, limits=tuple(int(margin * limit) for limit in budget.limits)).start()
+        # No module begins with less than it is left where nothing was learned.
+        self.start = tuple(map(max, more, budget.start()))
+        self.components = Components(self.start, budget.ranks)
+        self._growth = growth
+        self.aim = "then the components that it favours stay" + (", and new ones grow" if growth else "")
 
-    Args:
-        before (`Sequence[int]` of length `n`): how many components took part before the choice.
-        after (`Sequence[int]` of length `n`): how many do from now on.
-        largest (`Sequence[int]` of length `n`): how many there are.
-        faded (`float`): how far those that go have faded out, in [0, 1].
-    """
-    found: list[Tensor | None] = []
-    for old, new, size in zip(before, after, largest, strict=True):
-        mask = torch.zeros(size)
-        mask[:old] = 1.0 - faded
-        mask[:new] = 1.0
-        found.append(None if bool((mask == 1).all()) else mask)
-    return found
+    def matrix_budget(self, rows: Sequence[int]) -> Budget:
+        each = self.components.of_each
+        costs = list(zip(self.budget.groups, self.budget.costs, strict=True))
+        # At least one component of each group is chosen, if the budget has room for it.
+        least = [min(cost for own, cost in costs if own == group) for group in range(len(self.budget.limits))]
+        limits = [
+            max(int((1 - self._growth) * limit), min(one, limit))
+            for limit, one in zip(self.budget.limits, least, strict=True)
+        ]
+        return Budget(
+            each(rows), each(self.budget.costs), cap=sum(limits), kinds=each(self.budget.groups), limits=limits
+        )
+
+    def choose(self, method: SelectionMethod, evident: bool) -> tuple[Tensor, tuple[int, ...]]:
+        scores, gains, even = method.scores(), method.tie_breaker(), self.even
+        if not evident and even is not None:
+            return self.components.best(even, scores, gains), even
+        kept = method.discretize()
+        ranks = self.components.count(kept)
+        # What is new is no entry of the matrix, so that it has room beside those that stay.
+        room = map(lambda rank, old, every: rank + every - old, ranks, self.start, self.budget.ranks)
+        worth = self.components.mean(scores if gains is None else gains) / torch.tensor(self.budget.costs)
+        order = torch.sort(worth, descending=True, stable=True).indices.tolist()
+        return kept, replace(self.budget, ranks=tuple(room)).grow(ranks, order)
+
+    def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
+        return self.components.masks(kept, ranks, faded)

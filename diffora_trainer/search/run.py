@@ -127,6 +127,7 @@ class SelectionRun(RunParts):
             self.config.to_dict(),
             self.search.grid.names,
             self.search.grid.parameters,
+            self.search.ranks,
             asdict(self.schedule),
             len(self.held_out.dataset),
         ]
@@ -155,11 +156,11 @@ class SelectionRun(RunParts):
             self._trained.renew()
         self._fade()
         self._say(f"Grid: {self.search.grid.describe()}.")
-        ranks = None if self.search.rank_budget is None else self.search.ranks
         data, anew = self.held_out.describe(), self.reallocation is not None
-        self._say(messages.plan(self.schedule, self.search.method, data, anew, ranks))
+        self._say(messages.plan(self.schedule, self.search.method, data, anew, self.search.rank_plan))
         if self.search.has_no_choice:
-            self._warn(messages.nothing_to_choose(len(self.search.grid)))
+            what = "modules" if self.search.components is None else "components"
+            self._warn(messages.nothing_to_choose(len(self.search.gates), what))
         if (parts := self.search.micro_batches.parts) > 1:
             self._say(f"Batches are split into {parts} micro-batches until the pruning.")
         if self.schedule.prune == 0:
@@ -269,7 +270,7 @@ class SelectionRun(RunParts):
         if self.search.step(batch, train_batch, learning_rate) is None:
             self._warn(messages.skipped(self.step, without_labels(batch), self.search.skipped_steps))
         updates = self.schedule.updates
-        compares = self.held_out.comparable and self.search.rank_budget is not None and not self.search.early_losses
+        compares = self.held_out.comparable and self.search.rank_plan is not None and not self.search.early_losses
         if self.step == updates[len(updates) // 3] and compares:
             self.search.measure_early(self.held_out.sample(_GAP_BATCHES))
         if self.config.decide_early and (line := decide_early(self, _GAP_BATCHES)) is not None:
@@ -291,7 +292,7 @@ class SelectionRun(RunParts):
         if self.search.effect is not None:
             self._report = {"diffora/held_out_loss_before_closing": self.search.effect[1]}
         self.search.discretize()
-        in_ranks = self.search.rank_budget is not None
+        in_ranks = self.search.rank_plan is not None
         self._say(messages.discretized(self.step, self.search.choice()[1], self.schedule, in_ranks))
 
     def _prune(self) -> None:

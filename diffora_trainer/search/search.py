@@ -58,8 +58,8 @@ class ArchitectureSearch(OldNames, SearchBase):
     Attributes:
         grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by; of a search, the DAM.
-        kept (`Tensor` of shape `(n,)` and dtype `torch.bool`, or `None`): what stays, once that is decided.
-        reached (`Tensor` of shape `(n,)` and dtype `torch.bool`): which gates ever had a gradient.
+        kept (`Tensor` of dtype `torch.bool`, or `None`): what stays, once that is decided: an entry for each gate.
+        reached (`Tensor` of dtype `torch.bool`): which gates ever had a gradient.
         effect (`tuple[float, float, float]` or `None`): held-out loss without the modules and with all of them, and
             the standard error of the difference, when the choice was made (see [`measure_effect`]).
         ranks (`tuple[int, ...]`): how many components of each adapter take part now (see `selection_granularity`).
@@ -163,7 +163,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         """
         if self.kept is None:
             raise ValueError("Nothing can fade out before the choice is made: call `discretize` first.")
-        if self.rank_budget is not None:
+        if self.rank_plan is not None:
             self.set_ranks(self.ranks, progress)
             return
         self._fading = torch.where(self.kept, 1.0, 1.0 - progress)
@@ -253,7 +253,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         """
         batches = list(batches)
         with_all = self.held_out_losses(batches)
-        with self.gates.override(torch.zeros(len(self.grid))):
+        with self.gates.override(torch.zeros(len(self.gates))):
             without = self.held_out_losses(batches)
         self.effect = paired(without, with_all) or self.effect
         if len(self.early_losses) == len(with_all):
@@ -293,11 +293,10 @@ class ArchitectureSearch(OldNames, SearchBase):
         [`fade_out`] then closes the gates of the others.
 
         Args:
-            kept (`Tensor` of shape `(n,)` and dtype `torch.bool`, *optional*): a choice that was made before, when a
-                run is resumed.
+            kept (`Tensor` of dtype `torch.bool`, *optional*): a choice that was made before, when a run is resumed.
 
         Returns:
-            `Tensor` of shape `(n,)` and dtype `torch.bool`: what stays.
+            `Tensor` of dtype `torch.bool`: which modules stay, or which components (see `selection_granularity`).
 
         Raises:
             ValueError: on every process, if they would not all keep the same modules.
@@ -309,7 +308,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         else:
             self.check_choice(kept)
         self.kept = kept
-        if self.rank_budget is not None:
+        if self.rank_plan is not None:
             self.set_ranks(ranks)
         return kept
 
@@ -331,7 +330,7 @@ class ArchitectureSearch(OldNames, SearchBase):
             ValueError: on every process, if they would not all keep the same modules.
         """
         selection = self.select(step)
-        self.check_choice(torch.tensor(selection.kept), selection.ranks)
+        self.check_choice(torch.tensor(selection.kept), (*selection.ranks, *selection.components))
         self.gates.detach()
         if self.kept is None:
             self.method.before_pruning(self.adapters.sites)

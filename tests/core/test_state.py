@@ -38,7 +38,7 @@ def test_a_state_survives_json(phase: str) -> None:
     assert state.phase == phase
     record = state.to_dict()
     assert RunState.from_dict(json.loads(json.dumps(record, allow_nan=False))) == state
-    assert record["phase"] == phase and record["format"] == 5
+    assert record["phase"] == phase and record["format"] == 6
     if phase == "selected":
         assert "modules" not in record
 
@@ -125,7 +125,7 @@ def test_states_of_format_2_are_read() -> None:
     assert RunState.from_dict(old) == replace(state, history=(), reached=None, effect=None)
     with pytest.raises(ValueError, match="discretize"):
         RunState.from_dict({name: value for name, value in old.items() if name != "decision"})
-    with pytest.raises(ValueError, match="`format` is not 5"):
+    with pytest.raises(ValueError, match="`format` is not 6"):
         RunState.from_dict({**old, "format": 1})
 
 

@@ -8,7 +8,7 @@ from diffora_trainer import DiffoRAConfig
 
 
 OF_METHOD = (
-    *("arch_every", "arch_learning_rate", "arch_order", "fold_gates"),
+    *("arch_every", "arch_learning_rate", "arch_order", "fold_gates", "rank_margin", "rank_growth"),
     *("score_batches", "normalize_scores", "reallocate_every"),
 )
 

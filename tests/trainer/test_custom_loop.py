@@ -28,6 +28,7 @@ HELD_OUT = classification_dataset(10, seed=9)
 RUNS: dict[str, dict[str, Any]] = {
     "diffora": {"fade_out": 2, "selection_scope": "model"},
     "ranks": {"fade_out": 2, "selection_granularity": "rank"},
+    "components": {"fade_out": 2, "selection_granularity": "component", "rank_margin": 2.0},
     "sampled": {"method": "sampled", "arch_every": 2},
     "sigmoid, second order": {"method": "sigmoid", "arch_order": 2},
     "softmax": {"method": "softmax", "max_trainable_parameters": 2000},

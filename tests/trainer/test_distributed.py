@@ -88,10 +88,17 @@ def test_two_processes_train_a_compiled_model(alone: dict[str, Any], tmp_path: P
         assert reports[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
 
 
-@pytest.mark.parametrize("phase", ["closing", pytest.param("selected", marks=pytest.mark.slow)])
-def test_two_processes_give_ranks_as_one(phase: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("granularity", "phase"),
+    [
+        ("rank", "closing"),
+        pytest.param("rank", "selected", marks=pytest.mark.slow),
+        pytest.param("component", "closing", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_give_ranks_as_one(granularity: str, phase: str, tmp_path: Path) -> None:
     """What is left of each matrix is optimized on both, and its gradients are exchanged; a resumed run goes on so."""
-    run = {"search": {"selection_granularity": "rank"}, "save_at": [SAVES[phase]]}
+    run = {"search": {"selection_granularity": granularity}, "save_at": [SAVES[phase]]}
     whole = train("ddp", tmp_path / "whole", **run)
     assert whole[0] == whole[1] and whole[0]["moved"] and all(whole[0]["moved"])
     assert whole[0]["optimized"] == whole[0]["trainable"]

@@ -42,6 +42,7 @@ class StopAt(TrainerCallback):
             raise KeyboardInterrupt
 
 
+COMPONENTS = {"selection_granularity": "component", "selection_scope": "model", "rank_margin": 1.5}
 RUNS = {
     "classifier": ("cls", 1, {}),
     "classifier, accumulated": ("cls", 2, {}),
@@ -49,6 +50,7 @@ RUNS = {
     "sft, accumulated": ("sft", 2, {}),
     "closing": ("cls", 1, {"search": {"fade_out": 4}}),  # chosen at step 4, so step 5 lies among the closing ones
     "ranks": ("cls", 1, {"search": {"fade_out": 4, "selection_granularity": "rank"}}),
+    "components": ("cls", 1, {"search": {"fade_out": 4, **COMPONENTS}}),
     "sampled": ("cls", 1, {"search": {"method": "sampled", "selection_scope": "model"}}),
     "sigmoid, second order": ("sft", 1, {"search": {"method": "sigmoid", "arch_order": 2, "arch_every": 2}}),
     # All of equal shapes, so that moments that land on another pair are a wrong result and not a crash.
@@ -88,6 +90,8 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
         *((name, moment) for name in ("classifier, accumulated", "sft") for moment in ("search", "cut")),
         ("closing", "search"),
         ("closing", "cut"),
+        ("components", "search"),
+        ("components", "cut"),
         ("sampled", "search"),
         ("sigmoid, second order", "search"),
         ("shared pairs", "cut"),

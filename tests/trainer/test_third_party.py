@@ -159,8 +159,12 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         {"method": "fisher", "reallocate_every": 2, "score_batches": 2},
         {"method": "relative", "fade_out": 2},
         {"method": "norms", "selection_ratio": 0.05},
+        {
+            **{"method": "relative", "fade_out": 2, "selection_scope": "model"},
+            **{"selection_granularity": "component", "selection_ratio": 0.15},  # less than rank 1 of 4 for each
+        },
     ],
-    ids=["scores", "scores anew", "searches", "gives ranks"],
+    ids=["scores", "scores anew", "searches", "gives ranks", "searches among components"],
 )
 def test_installed_method_runs_resumes_and_is_told_of(
     search: dict[str, object], task: str, installed: None, tmp_path: Path

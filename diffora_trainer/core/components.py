@@ -1,0 +1,142 @@
+"""Single components of adapters as the entries of a matrix. No model in here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .grid import Grid
+
+
+@dataclass(frozen=True)
+class Components:
+    """
+    The components of adapters among which a search chooses, where a matrix has an entry for each of them and not one
+    for a whole module. A component is a row of `lora_A` with its column of `lora_B`. The `m` entries stand module by
+    module, and are the first components of each: those that a run begins with.
+
+    Args:
+        counts (`tuple[int, ...]` of length `n`): how many components of each module are entries.
+        ranks (`tuple[int, ...]` of length `n`): how many each adapter has.
+    """
+
+    counts: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    @cached_property
+    def module(self) -> Tensor:
+        """Index of the module of each entry, `(m,)`."""
+        return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Place of each entry among all components of all adapters, `(m,)`."""
+        found: list[int] = []
+        first = 0
+        for count, rank in zip(self.counts, self.ranks, strict=True):
+            found += range(first, first + count)
+            first += rank
+        return torch.tensor(found)
+
+    def expand(self, values: Tensor) -> tuple[Tensor, ...]:
+        """
+        One vector a module, `(r,)`, of numbers of the entries, `(m,)`; 1 for a component that is none. Gradients flow
+        back through it.
+        """
+        every = torch.ones(sum(self.ranks), dtype=values.dtype, device=values.device)
+        return every.index_copy(0, self._places.to(values.device), values).split(list(self.ranks))
+
+    def of_each(self, values: Sequence[int]) -> list[int]:
+        """A number of each module as one of each of its entries."""
+        return [value for value, count in zip(values, self.counts, strict=True) for _ in range(count)]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Numbers of the entries, `(..., m)`, summed for each module, `(..., n)`."""
+        return values.new_zeros(*values.shape[:-1], len(self.counts)).index_add(-1, self.module, values)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Numbers of the entries, `(..., m)`, averaged for each module, `(..., n)`."""
+        return self.sum(values) / torch.tensor(self.counts)
+
+    def count(self, kept: Tensor) -> tuple[int, ...]:
+        """How many entries of each module are among those kept, `(m,)` bools."""
+        return tuple(self.sum(kept.long()).tolist())
+
+    def best(self, ranks: Sequence[int], scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
+        """
+        The best entries of each module.
+
+        Args:
+            ranks (`Sequence[int]` of length `n`): how many of each.
+            scores (`Tensor` of shape `(m,)`): higher is better.
+            tie_breaker (`Tensor` of shape `(m,)`, *optional*): decides between equal ones.
+
+        Returns:
+            `Tensor` of shape `(m,)` and dtype `torch.bool`.
+        """
+        order = torch.arange(len(self))
+        for key in (tie_breaker, scores):
+            if key is not None:
+                order = order[torch.sort(key[order], descending=True, stable=True).indices]
+        left, kept = list(ranks), torch.zeros(len(self), dtype=torch.bool)
+        for entry, module in zip(order.tolist(), self.module[order].tolist(), strict=True):
+            if left[module]:
+                kept[entry] = True
+                left[module] -= 1
+        return kept
+
+    def indices(self, kept: Tensor, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """
+        Which components each adapter ends with: the entries that are kept, and as many of those that are no entries as
+        it takes to reach a rank.
+
+        Args:
+            kept (`Tensor` of shape `(m,)` and dtype `torch.bool`): the entries that stay.
+            ranks (`Sequence[int]` of length `n`): the rank of each module.
+        """
+        found = []
+        for own, rank in zip(kept.split(list(self.counts)), ranks, strict=True):
+            stay = own.nonzero().flatten().tolist()
+            found.append((*stay, *range(len(own), len(own) + rank - len(stay))))
+        return tuple(found)
+
+    def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
+        """
+        What each component of an adapter is multiplied with; `None` where all take part.
+
+        Args:
+            kept (`Tensor` of shape `(m,)` and dtype `torch.bool`, or `None`): the entries that stay, once that is
+                decided; before, all entries take part and nothing else.
+            ranks (`Sequence[int]` of length `n`): the rank that each module ends with.
+            faded (`float`): how far the entries that go have faded out, in [0, 1].
+        """
+        stay = torch.ones(len(self), dtype=torch.bool) if kept is None else kept
+        ends = self.indices(stay, self.counts if kept is None else ranks)
+        found: list[Tensor | None] = []
+        for own, size, count in zip(ends, self.ranks, self.counts, strict=True):
+            mask = torch.zeros(size)
+            mask[:count] = 1.0 - faded
+            mask[list(own)] = 1.0
+            found.append(None if bool((mask == 1).all()) else mask)
+        return found
+
+
+def check_components(components: Sequence[Sequence[int]], grid: Grid, ranks: Sequence[int]) -> None:
+    """Raise a `ValueError` if components, given for each module or for none, cannot be those that it keeps."""
+    if not components:
+        return
+    if len(components) != len(grid):
+        raise ValueError(f"A selection of {len(grid)} modules has {len(components)} entries in `components`.")
+    for site, own, rank in zip(grid.sites, components, ranks, strict=True):
+        possible = all(type(index) is int and 0 <= index < site.rank for index in own)
+        if not possible or len(own) != rank or list(own) != sorted(set(own)):
+            raise ValueError(
+                f"A selection leaves {site.name!r} the components {list(own)!r}, which are not {rank} of {site.rank}."
+            )

@@ -1,0 +1,96 @@
+"""Whether the budget of a run is spent in ranks, and where that cannot be done and why."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NoReturn
+
+from ..adapters.grid import AdapterGrid
+from ..config import DiffoRAConfig
+from ..core.ranks import RankBudget
+from ..methods.build import method_of
+from ..methods.registry import get_method
+from .ranks import ComponentPlan, ModulePlan, RankPlan
+
+
+def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | None:
+    """
+    How the budget is spent in ranks, or `None` where whole modules are kept or pruned.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
+
+    Raises:
+        ValueError: if `selection_granularity="rank"` or `"component"` is asked for where it cannot be had.
+    """
+    granularity = config.selection_granularity
+    if granularity == "module":
+        return None
+    if granularity == "auto" and config.max_trainable_parameters is None:
+        return None  # a share of the modules was asked for
+    reason = _obstacle(config, adapters)
+    if reason is not None and granularity != "auto":
+        refuse(granularity, reason)
+    budget = _budget(config, adapters) if reason is None else None
+    if budget is None:
+        return None
+    if granularity == "component":
+        _, options = method_of(config)
+        return ComponentPlan(budget, options.rank_margin, options.rank_growth)
+    if budget.fits(budget.start()):
+        return ModulePlan(budget)
+    if granularity == "rank":
+        refuse(granularity, "the budget has no room for rank 1 in every module")
+    return None
+
+
+def refuse(granularity: str, reason: str) -> NoReturn:
+    """Raise a `ValueError` for a `selection_granularity` in ranks where these cannot be given."""
+    raise ValueError(
+        f"You passed `selection_granularity={granularity!r}`, but {reason}. Please leave it out, or set it to "
+        "'module', to keep and prune whole modules."
+    )
+
+
+def _budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
+    grid = adapters.grid
+    by_layer = config.scope == "layer"
+    rows = sorted(set(grid.row_of)) if by_layer else [0]
+    groups = tuple(rows.index(row) if by_layer else 0 for row in grid.row_of)
+    totals = [sum(p for p, own in zip(grid.parameters, groups, strict=True) if own == g) for g in range(len(rows))]
+    cap = config.max_trainable_parameters
+    limits = [math.floor(config.ratio * total) for total in totals]
+    if cap is not None:
+        limits = [min(cap, limits[0])]
+    if all(limit >= total for limit, total in zip(limits, totals, strict=True)):
+        return None  # there is nothing to choose
+    return RankBudget(groups, tuple(site.cost for site in grid.sites), grid.ranks, tuple(limits))
+
+
+def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
+    """Why a budget cannot be spent in ranks; `None` if it can."""
+    method = get_method(config.method)
+    if config.selection_granularity == "component":
+        if not method.searches:
+            return f"`method={config.method!r}` scores whole modules"
+        if not method.trains_open:
+            return f"`method={config.method!r}` trains the weights under its gates, which are those of whole modules"
+    elif not method.spends_ranks:
+        return f"`method={config.method!r}` keeps or prunes whole modules"
+    plain: tuple[tuple[str, Any], ...] = (
+        ("weight_sharing", "none"),
+        ("selection_unit", "module"),
+        ("extra_sites", {}),
+    )
+    for name, without in (*plain, ("max_step_time", None), ("max_step_memory", None)):
+        value = getattr(config, name)
+        if value and value != without:
+            return f"that does not combine with `{name}={value!r}`"
+    fixed = [site.name for site in adapters.sites if not site.resizable]
+    if fixed:
+        return (
+            f"the adapter of {fixed[0]!r} is not one of two linear layers, or it is sharded, so it cannot be given "
+            "another rank"
+        )
+    return None
