@@ -71,7 +71,8 @@ def test_every_option_and_every_public_name_is_documented() -> None:
     for name, default in options.items():
         if default is not None:
             assert shown_defaults[name] == (str(default) if isinstance(default, (str, bool)) else f"{default:g}"), name
-    methods = {cell for row in rows("docs/methods.md") for cell in re.findall(r'`"(\w+)"`', row[0])}
+    tables = [*rows("docs/methods.md"), *rows("docs/ranks_and_methods.md")]
+    methods = {cell for row in tables for cell in re.findall(r'`"(\w+)"`', row[0])}
     own = {name for name in method_names() if get_method(name).__module__.startswith("diffora_trainer.methods.")}
     assert methods == own
     assert {cell for row in rows("docs/serving.md") for cell in re.findall(r"`([\w.]+)`", row[1])} == set(SERVERS)
