@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from accelerate.utils import parse_flag_from_env
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -58,10 +59,15 @@ class AlternateFactors(FactorSchedule):
                     parameter.grad = None
 
     def check(self, args: TrainingArguments) -> None:
+        if args.fsdp or parse_flag_from_env("ACCELERATE_USE_FSDP"):
+            raise ValueError(
+                "`AlternateFactors` freezes one factor at a time, which FSDP does not notice once it has sharded the "
+                "model. Please train without FSDP, or without the schedule."
+            )
         if args.parallel_mode == ParallelMode.DISTRIBUTED and args.ddp_find_unused_parameters is not True:
             raise ValueError(
                 "`AlternateFactors` freezes one factor at a time, and distributed data parallelism would wait for its "
-                "gradients. Please set `ddp_find_unused_parameters=True`. With FSDP please train without it."
+                "gradients. Please set `ddp_find_unused_parameters=True`."
             )
 
     def finish(self, model: Any) -> None:
