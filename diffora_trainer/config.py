@@ -58,8 +58,8 @@ class DiffoRAConfig(Derived, OldMoments):
         (`max_trainable_parameters`) in ranks, and `selection_ratio`, a share of the modules, in modules. Ranks need a
         new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
         (`"diffora"`), and no limit of a step, `selection_unit`, `weight_sharing`, `extra_sites` or FSDP; elsewhere
-        `"auto"` takes modules. Methods that give ranks themselves, such as `"adalora"`, spend a ratio in ranks too,
-        and need neither of the first two.
+        `"auto"` takes modules. Methods that give ranks themselves, such as `"adalora"`, spend a ratio in ranks too:
+        the LoRA need not be new then, and a module may end with none.
     max_step_time (`float`, *optional*):
         Cap on the time of a training step after the pruning, in (0, 1], as a part of that of a step with all modules.
         The backward pass ends at the lowest layer that has a LoRA, and each LoRA adds matrices of its own, so a limit
