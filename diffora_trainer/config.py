@@ -62,7 +62,8 @@ class DiffoRAConfig(Derived, OldMoments):
         column of `lora_B`): at the choice the best stay, and a quarter of the budget goes to new ones in the modules
         where they are worth most (`rank_growth` and `rank_margin` in `method_options`), so that a module may end with
         any rank, or none. It needs what `"rank"` does, but not room for rank 1. Methods that
-        give ranks themselves, such as `"adalora"`, spend a ratio in ranks too, and need neither of the first two.
+        give ranks themselves, such as `"adalora"`, spend a ratio in ranks too: the LoRA need not be new then, and a
+        module may end with none.
     max_step_time (`float`, *optional*):
         Cap on the time of a training step after the pruning, in (0, 1], as a part of that of a step with all modules.
         The backward pass ends at the lowest layer that has a LoRA, and each LoRA adds matrices of its own, so a limit

@@ -20,11 +20,11 @@ class ALoraOptions(ScoreOptions):
     Options of `method="alora"`.
 
     Args:
-        score_batches (`int`, *optional*, defaults to `2`): held-out batches that each component is tried on. There
+        score_batches (`int`, *optional*, defaults to `1`): held-out batches that each component is tried on. There
             are two forward passes for each batch and each component.
     """
 
-    score_batches: int = 2
+    score_batches: int = 1
 
 
 @register_method("alora")

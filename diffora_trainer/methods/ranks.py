@@ -94,12 +94,17 @@ class RankMethod(ScoreMethod):
 
     def in_proportion(self, weights: Tensor, importance: Sequence[Tensor]) -> Tensor:
         """
-        What components are worth of modules whose ranks should be in proportion to some weights, `(n,)`: a module of
-        weight `w` has the right to its `j`-th component before others of a smaller `w / j`. Under any budget this
-        makes ranks as near to proportional as whole numbers can be (the rule of D'Hondt).
+        What components are worth of modules whose ranks should be in proportion to some positive weights, `(n,)`: a
+        module of weight `w` has the right to its `j`-th component before others of a smaller `w / j`. Under any budget
+        this makes ranks as near to proportional as whole numbers can be (the rule of D'Hondt), but each module has its
+        first component before any has its second.
         """
-        shares = zip(weights.double(), importance, strict=True)
-        return self.spread([w / torch.arange(1, len(sizes) + 1) for w, sizes in shares], importance)
+        found = []
+        for weight, sizes in zip(weights.double(), importance, strict=True):
+            shares = weight / torch.arange(1, len(sizes) + 1)
+            shares[0] += weights.max()
+            found.append(shares)
+        return self.spread(found, importance)
 
     def components(self) -> Tensor:
         """
