@@ -24,9 +24,13 @@ def test_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
         exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
     assert names["after"] < names["before"] / 4
     assert set(names["model"].peft_config["default"].target_modules) == set(names["selection"].selected)
-    answers = [line.split(" ? ") for line in capsys.readouterr().out.splitlines() if " ? " in line]
-    known = {animal: answers for animal, *answers in names["facts"]}
-    assert len(answers) == 6 and all(right in known[q.split()[3]] for q, right in answers)
+    said = [line.split(" ? ") for line in capsys.readouterr().out.splitlines() if " ? " in line]
+    right = {
+        question.format(animal): answer
+        for animal, *answers in names["facts"]
+        for question, answer in zip(names["questions"], answers, strict=True)
+    }
+    assert len(said) == 6 and all(right[f"{question} ?"] == answer for question, answer in said)
 
 
 def test_its_outputs_are_of_no_machine() -> None:
