@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ class Gates:
     @property
     def device(self) -> torch.device:
         """Where the gates are applied; the first module's device in a model spread over several."""
-        return self._sites[0].parameters[0].device
+        first = self._modules[0]  # also when it was pruned
+        return next(chain(first.parameters(), first.buffers())).device
 
     @property
     def attached(self) -> bool:
