@@ -113,7 +113,6 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     "early cut": (lambda: {"search": {"discretize_at": 2}}, ValueError, "discretize_at=2.*larger"),
     "one step": (lambda: {"args": {"max_steps": 1}}, ValueError, "1 optimizer step.*raise `max_steps`"),
     "reentrant": (lambda: {"args": CHECKPOINTING}, ValueError, "use_reentrant.*gradient_checkpointing_kwargs"),
-    "compiled": (lambda: {"args": {"torch_compile": True}}, ValueError, "torch_compile=True.*model.compile"),
     "whole batches": (
         lambda: {"args": {"train_sampling_strategy": "batch_rebalance"}},
         ValueError,
