@@ -49,7 +49,7 @@ class Sora(RankMethod):
     """
     Each component has a gate, `B diag(g) A`, that is trained with the weights, on the same batches and the same loss.
     After each step it is moved towards 0 by a threshold, and stays at 0 where it would change its sign: the proximal
-    step of an L1 penalty (section 3.2 of the paper),
+    step of an L1 penalty,
 
     ```
     g <- T(g - step),        T(x) = sign(x) max(|x| - threshold, 0)
