@@ -17,7 +17,7 @@ import pytest
 # What Chromium asks of its maker, whatever page is open.
 _OWN_SERVICES = {f"{name}.googleapis.com" for name in ("update", "clientservices", "content-autofill", "safebrowsing")}
 _OWN_SERVICES |= {"optimizationguide-pa.googleapis.com", "accounts.google.com", "clients2.google.com"}
-_OWN_SERVICES |= {"redirector.gvt1.com", "edgedl.me.gvt1.com"}
+_OWN_SERVICES |= {"redirector.gvt1.com", "edgedl.me.gvt1.com", "www.google.com"}
 VOID = {"meta", "input", "img", "br", "link", "hr"}
 
 
