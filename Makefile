@@ -25,12 +25,12 @@ PYTEST_WORKERS ?= 2
 WORKERS := -n $(PYTEST_WORKERS) --dist loadfile
 TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV)
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
-# The tests of what most depends on the versions of the libraries: some three minutes on two slow cores.
+# The tests of what most depends on the versions of the libraries: some five minutes on two slow cores.
 CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop third_party preference trainers_table \
 	trainer_parents rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume checkpoint time_budget micro_batches \
-	prefix_cache early_choice images progress) \
-	$(addprefix adapters/test_,gates architectures pruning backward sites) $(addprefix core/test_,selection config state units) \
-	search/test_search search/test_rank_runs serving/test_export hub/test_saving hub/test_report project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
+	prefix_cache early_choice images progress adapter_runs rank_method_runs) \
+	$(addprefix adapters/test_,gates architectures pruning backward sites lora_sites) $(addprefix core/test_,selection config state units) \
+	search/test_search search/test_rank_runs methods/test_rank_methods schedules/test_factors integrations/test_callback serving/test_export hub/test_saving hub/test_report project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
 SOURCES := $(wildcard diffora_trainer recipes tests docs)
 
 .DEFAULT_GOAL := help
