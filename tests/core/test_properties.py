@@ -124,7 +124,7 @@ def test_options_are_refused_by_name_or_hold_together(
             assert 1 <= warmup < decision <= prune <= total and schedule.updates[0] == warmup + 1
             assert schedule.updates[-1] <= decision and schedule.updates.step == of_method.arch_every
         elif method.trains_gates:
-            assert 1 == warmup < decision == prune <= total and list(schedule.updates) == list(range(2, prune + 1))
+            assert 1 == warmup < decision == prune <= total and schedule.updates == range(2, prune + 1)
         elif of_method.reallocate_every is not None:
             assert 1 <= warmup < decision == prune <= total
             assert schedule.updates[0] == warmup and schedule.updates[-1] < prune
