@@ -284,8 +284,7 @@ def load_installed() -> None:
 
 @cache
 def _register_installed() -> None:
-    for entry in entry_points(group=ENTRY_POINTS):
-        entry.load()
+    load_installed()
     for module in pkgutil.iter_modules(importlib.import_module(_OWN).__path__, f"{_OWN}."):
         importlib.import_module(module.name)
 

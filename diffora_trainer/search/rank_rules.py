@@ -32,7 +32,7 @@ def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | N
     reason = _obstacle(config, adapters)
     if reason is not None and granularity != "auto":
         refuse(granularity, reason)
-    budget = _budget(config, adapters) if reason is None else None
+    budget = make_rank_budget(config, adapters, config.scope) if reason is None else None
     if budget is None:
         return None
     if granularity == "component":
@@ -53,9 +53,16 @@ def refuse(granularity: str, reason: str) -> NoReturn:
     )
 
 
-def _budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
-    grid = adapters.grid
-    by_layer = config.scope == "layer"
+def make_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid, scope: str) -> RankBudget | None:
+    """
+    The limits of a configuration in ranks, or `None` if they have room for all modules.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
+        scope (`str`): in what modules compete, `"layer"` or `"model"`.
+    """
+    grid, by_layer = adapters.grid, scope == "layer"
     rows = sorted(set(grid.row_of)) if by_layer else [0]
     groups = tuple(rows.index(row) if by_layer else 0 for row in grid.row_of)
     totals = [sum(p for p, own in zip(grid.parameters, groups, strict=True) if own == g) for g in range(len(rows))]
@@ -68,6 +75,29 @@ def _budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
     return RankBudget(groups, tuple(site.cost for site in grid.sites), grid.ranks, tuple(limits))
 
 
+def uncombinable(config: DiffoRAConfig, adapters: AdapterGrid, **others: Any) -> str | None:
+    """
+    Which option, or adapter, ranks do not combine with, whatever the method; `None` if they do with all.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
+        **others: options of the method that do not combine with ranks either, `None` where they are not set.
+    """
+    plain = {"weight_sharing": "none", "selection_unit": "module"}
+    names = ("weight_sharing", "selection_unit", "extra_sites", "max_step_time", "max_step_memory")
+    for name, value in {**{name: getattr(config, name) for name in names}, **others}.items():
+        if value and value != plain.get(name):
+            return f"that does not combine with `{name}={value!r}`"
+    fixed = [site.name for site in adapters.sites if not site.resizable]
+    if fixed:
+        return (
+            f"the adapter of {fixed[0]!r} is not one of two linear layers, or it is sharded, so it cannot be given "
+            "another rank"
+        )
+    return None
+
+
 def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
     """Why a budget cannot be spent in ranks; `None` if it can."""
     method = get_method(config.method)
@@ -78,19 +108,4 @@ def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
             return f"`method={config.method!r}` trains the weights under its gates, which are those of whole modules"
     elif not method.spends_ranks:
         return f"`method={config.method!r}` keeps or prunes whole modules"
-    plain: tuple[tuple[str, Any], ...] = (
-        ("weight_sharing", "none"),
-        ("selection_unit", "module"),
-        ("extra_sites", {}),
-    )
-    for name, without in (*plain, ("max_step_time", None), ("max_step_memory", None)):
-        value = getattr(config, name)
-        if value and value != without:
-            return f"that does not combine with `{name}={value!r}`"
-    fixed = [site.name for site in adapters.sites if not site.resizable]
-    if fixed:
-        return (
-            f"the adapter of {fixed[0]!r} is not one of two linear layers, or it is sharded, so it cannot be given "
-            "another rank"
-        )
-    return None
+    return uncombinable(config, adapters)
