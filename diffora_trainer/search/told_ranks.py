@@ -19,7 +19,8 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget
         adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
 
     Raises:
-        ValueError: if `selection_granularity="rank"` is asked for where it cannot be had, or not one module fits.
+        ValueError: if `selection_granularity="rank"` or `"component"` is asked for where it cannot be had,
+            or not one module fits.
     """
     method = get_method(config.method)
     if not method.tells_ranks or config.selection_granularity == "module":
@@ -27,8 +28,8 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget
     assert not isinstance(config.method_options, str)
     options = parse_options(method, config.method_options)
     reason = uncombinable(config, adapters, reallocate_every=getattr(options, "reallocate_every", None))
-    if reason is not None and config.selection_granularity == "rank":
-        refuse("rank", reason)
+    if reason is not None and config.selection_granularity != "auto":
+        refuse(config.selection_granularity, reason)
     budget = None if reason is not None else make_rank_budget(config, adapters, scope_of(config))
     if budget is None:
         return None
