@@ -12,6 +12,7 @@ from .config_checks import (
     SELECTION_GRANULARITIES,
     SELECTION_SCOPES,
     SELECTION_UNITS,
+    UNSELECTED,
     WEIGHT_SHARING,
     Derived,
     check_config,
@@ -43,27 +44,25 @@ class DiffoRAConfig(Derived, OldMoments):
         Share of the LoRA modules to keep, in (0, 1]. Defaults to 0.5 if nothing else limits what is kept.
     selection_scope (`str`, *optional*, defaults to `"layer"`):
         `"layer"` keeps the best `round(selection_ratio * n)` of the `n` modules of each layer, and at least one;
-        `"model"` keeps the best `round(selection_ratio * n)` of the `n` modules of the whole model, as all limits of
-        the whole model do: `max_trainable_parameters`, `max_step_time`, `max_step_memory`, `selection_unit="layer"`.
+        `"model"` does so in the whole model, as do all limits of it (`max_trainable_parameters`, `max_step_time`,
+        `max_step_memory`, `selection_unit="layer"`).
     max_trainable_parameters (`int`, *optional*):
         Exact cap on the number of trainable LoRA parameters: the best modules of the whole model are kept as long as
         they fit, or the ranks of all (see `selection_granularity`). Parameters that are not LoRA (a new classification
         head, say) do not count.
     selection_granularity (`str`, *optional*, defaults to `"auto"`):
         In what the budget is spent. With `"module"` whole modules are kept or pruned. With `"rank"` a run begins as
-        one of LoRA on all modules at the rank that the budget has room for, and at the choice half of the modules,
-        those that the matrix favours, get up to half of the ranks of the others (a `rank_pattern` of the saved adapter
-        says which has how much). Where nothing was learned yet, or two halves of the search do not agree, none is
-        favoured, and the run stays one of LoRA on all modules at the rank that fits. `"auto"` spends a cap
-        (`max_trainable_parameters`) in ranks, and `selection_ratio`, a share of the modules, in modules. Ranks need a
-        new LoRA of linear layers, room for rank 1 in every module, a method that can tell where they are worth most
-        (`"diffora"`), and no limit of a step, `selection_unit`, `weight_sharing`, `extra_sites` or FSDP; elsewhere
-        `"auto"` takes modules. `"component"` has a gate for each component of each module (a row of `lora_A` with its
-        column of `lora_B`): at the choice the best stay, and a quarter of the budget goes to new ones in the modules
-        where they are worth most (`rank_growth` and `rank_margin` in `method_options`), so that a module may end with
-        any rank, or none. It needs what `"rank"` does, but not room for rank 1. Methods that
-        give ranks themselves, such as `"adalora"`, spend a ratio in ranks too: the LoRA need not be new then, and a
-        module may end with none.
+        one of LoRA on all modules at the rank that fits, and at the choice half of the modules, those that the matrix
+        favours, get up to half of the ranks of the others (the `rank_pattern` of the saved adapter says who has how
+        much). Where nothing was learned yet, or two halves of the search do not agree, none is favoured. `"component"`
+        has a gate for each component of each module (a row of `lora_A` with its column of `lora_B`): the best stay,
+        and a quarter of the budget goes to new ones where they are worth most (`rank_growth` and `rank_margin` in
+        `method_options`), so that a module may end with any rank, or none. `"auto"` spends a cap
+        (`max_trainable_parameters`) in ranks, and `selection_ratio` in modules. Ranks need a new LoRA of linear
+        layers, room for rank 1 in every module (but `"component"`), a method that can tell where they are worth most
+        (`"diffora"`), and none of `max_step_time`, `max_step_memory`, `selection_unit`, `unselected`,
+        `weight_sharing`, `extra_sites` and FSDP; elsewhere `"auto"` takes modules. Methods that give ranks themselves,
+        such as `"adalora"`, spend a ratio in ranks too: the LoRA need not be new then, and a module may end with none.
     max_step_time (`float`, *optional*):
         Cap on the time of a training step after the pruning, in (0, 1], as a part of that of a step with all modules.
         The backward pass ends at the lowest layer that has a LoRA, and each LoRA adds matrices of its own, so a limit
@@ -72,10 +71,8 @@ class DiffoRAConfig(Derived, OldMoments):
         the limits, one for each lowest layer, the one with the largest gain. Without another limit as many modules are
         kept as this one has room for. If not even one is fast enough, the run ends there with an error.
     max_step_memory (`float`, *optional*):
-        Cap on the memory of a training step after the pruning, in (0, 1], as a part of that of a step with LoRA on all
-        of these modules: what the step holds on top of the model (activations, gradients, and LoRA weights with two
-        moments each). It is counted, tensor by tensor, at the end of the warm-up, and limits the choice as
-        `max_step_time` does.
+        The same for the memory of a training step: what it holds on top of the model (activations, gradients, and LoRA
+        weights with two moments each). It is counted, tensor by tensor, at the end of the warm-up.
     selection_unit (`str`, *optional*, defaults to `"module"`):
         What is kept or pruned together: each `"module"` for itself, a `"group"` of modules that fused kernels and
         servers compute as one (query, key and value; gate and up), or a whole `"layer"` (of the whole model then). A
@@ -87,13 +84,12 @@ class DiffoRAConfig(Derived, OldMoments):
     > Parameters that control by what the modules are chosen
 
     method (`str`, *optional*, defaults to `"diffora"`):
-        `"diffora"` learns the matrix by Frank-Wolfe steps inside of the budget; `"sampled"`, `"sigmoid"` and
-        `"softmax"` are other relaxations of it with their own architecture optimizers. The others score all modules
-        once, right before the pruning, after HeteroLoRA (https://huggingface.co/papers/2406.14956): `"grad_norm"`,
-        `"snip"`, `"synflow"`, `"alpha_test"`, `"random"` (the control) and `"custom"` (the function passed as
-        `score_function`). `"adalora"`, `"alora"`, `"sora"`, `"beamlora"`, `"prilora"`, `"gelora"` and `"eva"` give
-        ranks, `"cka"` and `"aletheia"` keep whole layers. Each is explained in its file in
-        [`~diffora_trainer.methods`]; one of your own is registered with [`~diffora_trainer.register_method`].
+        `"diffora"` learns the matrix by Frank-Wolfe steps in the budget; `"sampled"`, `"sigmoid"` and `"softmax"` are
+        other relaxations. Others score all modules once, after HeteroLoRA (https://huggingface.co/papers/2406.14956):
+        `"grad_norm"`, `"snip"`, `"synflow"`, `"alpha_test"`, `"random"` (the control) and `"custom"` (the function
+        passed as `score_function`). `"adalora"`, `"alora"`, `"sora"`, `"beamlora"`, `"prilora"`, `"gelora"` and
+        `"eva"` give ranks, `"cka"` and `"aletheia"` keep layers. Each is explained in its file in
+        [`~diffora_trainer.methods`]; add your own with [`~diffora_trainer.register_method`].
     method_options (`dict`, *optional*):
         Options of the method alone, as a dictionary or as JSON, such as `{"arch_every": 2}`: see
         [`~diffora_trainer.methods.options.GradientOptions`] for methods that search and
@@ -103,9 +99,8 @@ class DiffoRAConfig(Derived, OldMoments):
 
     discretize_at (`float`, *optional*, defaults to `0.25`):
         When the matrix is discretized and the unselected modules leave the model: a whole number of 1 or more is an
-        optimizer step, a number in (0, 1) a fraction of all steps. A method that scores can do so at `1`, as near to
-        the start as there is something to score in a new adapter, whose `lora_B` is 0 before; and at `0`, before the
-        first step: for an adapter that was trained before, or for `"grad_norm"`, which sees the gradient of `lora_B`.
+        optimizer step, a number in (0, 1) a fraction of all steps. A method that scores can do so at `1`, or at `0`,
+        before the first step, where `lora_B`, which is 0 in a new adapter, leaves it something to score.
     decide_early (`bool`, *optional*, defaults to `False`):
         Make the choice as soon as there is evidence: two halves of the search agree, and the LoRA has lowered the
         held-out loss, beyond its noise and by a hundredth. `discretize_at` is the latest moment then. Not read by a
@@ -114,16 +109,14 @@ class DiffoRAConfig(Derived, OldMoments):
         For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
         at the start every gate has a gradient of exactly zero, so at least one step of warm-up is always made. Not
         read by a method that scores once.
-        Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up and steps 16 to 60 the search,
-        which decides; from step 61 on the gates of the modules that go fade out, they are pruned at the end of step
-        75, and steps 76 to 300 train the selected modules alone.
+        Example: of 300 steps with the defaults, 1 to 15 are the warm-up and 16 to 60 the search, which decides; from
+        61 on the gates of the modules that go fade out, and 76 to 300 train the selected modules alone.
     fade_out (`float`, *optional*, defaults to `0.05`):
         For how long, in the same two forms, the gates of the modules that go fade out before they are pruned. The
-        choice is made so much earlier, and then these gates fall linearly to 0 while all weights train on, so that the
-        selected modules take over and nothing is lost at the pruning itself. `0` searches until then and drops the
-        others at once. It applies where the weights train with open gates (of the methods here, `"diffora"` and
-        `"softmax"`) and the modules that go do not come back as shared pairs.
-
+        choice is made so much earlier, and these gates fall linearly to 0 while all weights train on, so that the
+        selected modules take over and nothing is lost at the pruning. `0` searches until then and drops the others at
+        once, as where weights train under gates, shared pairs come back (`weight_sharing`) or modules stay
+        (`unselected`).
     search_only (`bool`, *optional*, defaults to `False`):
         End the run once the modules are chosen and the others pruned. A second run, of any trainer, launcher or tool,
         then begins anew with the `LoraConfig` of [`~diffora_trainer.selected_lora_config`]. The moments above are
@@ -143,7 +136,7 @@ class DiffoRAConfig(Derived, OldMoments):
         Seed of the split, of the order of the held-out batches and of what a method draws. The search has random
         streams of its own and does not touch those of training.
 
-    > Parameters that control what the search itself costs
+    > Parameters that control what the search costs
 
     search_micro_batches (`int`, *optional*):
         Into how many micro-batches each training batch and each held-out batch of an architecture step are split until
@@ -164,8 +157,12 @@ class DiffoRAConfig(Derived, OldMoments):
 
     > Parameters that control the model that is left
 
+    unselected (`str`, *optional*, defaults to `"prune"`):
+        What becomes of the unselected modules: `"prune"` removes them; with `"freeze"` they stay as they are and are
+        trained no further, as in AutoFreeze (https://huggingface.co/papers/2102.01386). What they have learned is
+        kept, and a step gets cheaper all the same (see `max_step_time`), but the adapter no smaller. For LoRA alone.
     weight_sharing (`str`, *optional*, defaults to `"none"`):
-        What becomes of the unselected modules: `"none"` removes them; with `"layer"` (or `"model"`) those of a layer
+        What becomes of modules that are pruned: `"none"` removes them; with `"layer"` (or `"model"`) those of a layer
         (or of the model) that have equal shapes share one trainable pair of LoRA matrices. A module with nobody to
         share with is removed. Shared pairs are saved as ordinary LoRA weights.
     extra_sites (`dict`, *optional*):
@@ -176,8 +173,7 @@ class DiffoRAConfig(Derived, OldMoments):
     > Parameters that control what is said
 
     base_model_id (`str`, *optional*):
-        Hub id of the base model, for the adapter's configuration and model card when the base model was loaded from a
-        local folder.
+        Hub id of the base model, for the adapter's configuration and card when it was loaded from a local folder.
     log_gates_by_kind (`bool`, *optional*, defaults to `False`):
         Log the mean gate (or score) of each kind of module as well, as `diffora/gate/q_proj` and so on: one more
         number a kind in each log, if there are at most 16 kinds.
@@ -298,6 +294,13 @@ class DiffoRAConfig(Derived, OldMoments):
         },
     )
     prefix_cache_gib: float = field(default=4.0, metadata={"help": "GiB that the prefix cache may take up."})
+    unselected: str = field(
+        default="prune",
+        metadata={
+            "help": "Remove unselected modules ('prune'), or keep them untrained ('freeze').",
+            "choices": list(UNSELECTED),
+        },
+    )
     weight_sharing: str = field(
         default="none",
         metadata={

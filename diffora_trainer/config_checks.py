@@ -15,6 +15,7 @@ SELECTION_SCOPES = ("layer", "model")
 SELECTION_GRANULARITIES = ("auto", "rank", "component", "module")
 SELECTION_UNITS = ("module", "group", "layer")
 PREFIX_CACHES = ("none", "memory", "disk")
+UNSELECTED = ("prune", "freeze")
 WEIGHT_SHARING = ("none", "layer", "model")
 
 _CHOICES = {
@@ -22,6 +23,7 @@ _CHOICES = {
     "selection_granularity": SELECTION_GRANULARITIES,
     "selection_unit": SELECTION_UNITS,
     "prefix_cache": PREFIX_CACHES,
+    "unselected": UNSELECTED,
     "weight_sharing": WEIGHT_SHARING,
 }
 _NUMBERS = ("discretize_at", "arch_warmup", "fade_out", "arch_split", "prefix_cache_gib")
@@ -70,6 +72,7 @@ def check_config(config: Any) -> None:
     _check_budget(config)
     _check_units(config)
     _check_search_only(config)
+    _check_freezing(config)
     _check_base_model_id(config.base_model_id)
     if not 0 < config.arch_split < 1:
         raise ValueError(
@@ -174,6 +177,22 @@ def _check_search_only(config: Any) -> None:
         if config.search_only and value != without:
             raise ValueError(
                 f"You passed `search_only=True` together with `{name}={value!r}`: {why}. Please leave one of them out."
+            )
+
+
+def _check_freezing(config: Any) -> None:
+    """What cannot be had of modules that stay."""
+    refused = {
+        "weight_sharing": ("none", "modules that share a pair are trained"),
+        "extra_sites": ({}, "only LoRA modules are frozen"),
+        "search_only": (False, "a second run begins without what the first one has trained"),
+    }
+    for name, (without, why) in refused.items():
+        value = getattr(config, name)
+        if config.unselected == "freeze" and value != without:
+            raise ValueError(
+                f"You passed `unselected='freeze'` together with `{name}={value!r}`: {why}. Please leave one of them "
+                "out."
             )
 
 

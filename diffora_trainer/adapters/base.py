@@ -115,6 +115,11 @@ class AdapterSite(ABC):
         """
         return self.gated.register_forward_hook(scale)
 
+    def freeze(self) -> None:
+        """Train it no further: from now on it takes part in the model as it is."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(False)
+
     @property
     def foldable(self) -> bool:
         """Whether a gate can be multiplied into the weights, so that the adapter alone does what it did under it."""

@@ -27,10 +27,11 @@ def lora_config_of(config: LoraConfig, selection: Selection, where: str) -> Lora
         ValueError: if the adapter is not that of the selection, or what was chosen is more than a configuration can
             say: modules that share a pair, or other kinds of site.
     """
-    if selection.shared or len(selection.lora_modules) != len(selection.adapted):
+    if selection.shared or selection.frozen or len(selection.lora_modules) != len(selection.adapted):
         raise ValueError(
-            f"What was chosen in {where} holds modules that share a pair of LoRA matrices, or others than LoRA "
-            "modules, which no `LoraConfig` says. Please choose without `weight_sharing` and `extra_sites`."
+            f"What was chosen in {where} holds modules that share a pair of LoRA matrices, that are frozen, or that "
+            "are others than LoRA modules, which no `LoraConfig` says. Please choose without `weight_sharing`, "
+            "`unselected='freeze'` and `extra_sites`."
         )
     kept = set(selection.lora_modules)
     for name in selection.modules:

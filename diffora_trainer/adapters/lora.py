@@ -121,6 +121,11 @@ class LoraSite(AdapterSite):
         for parameter in self.parameters:
             parameter.requires_grad_(value)
 
+    def freeze(self) -> None:
+        super().freeze()
+        if self.adapter_name in self.layer.lora_dropout:  # what is not trained needs no noise
+            self.layer.lora_dropout[self.adapter_name] = nn.Identity()
+
     @property
     def resizable(self) -> bool:
         pair = self.layer.lora_A[self.adapter_name], self.layer.lora_B[self.adapter_name]

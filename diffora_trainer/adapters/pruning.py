@@ -18,6 +18,7 @@ from ..core.text import some
 from .backward import suspend_input_gradients
 from .base import AdapterSite, find_sites, prune_sites
 from .distributed import reshard, unregister_fsdp_parameters
+from .freezing import check_freezable
 from .optimizer import remove_from_optimizer, sort_parameters
 
 
@@ -38,8 +39,9 @@ def apply_selection(
     The selected modules keep their parameters, and these their moments in the optimizer; of those that keep a part of
     their rank this holds for the components that stay, and their scaling stays as it was. The others leave the model,
     the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
-    What is not selected of other kinds of site leaves them in the same way. A backward pass ends at the
-    lowest module that is left, also with (non-reentrant) activation checkpointing.
+    What is not selected of other kinds of site leaves them in the same way. Modules that are frozen leave nothing but
+    the optimizer. A backward pass ends at the lowest module that is trained, also with (non-reentrant) activation
+    checkpointing.
 
     Args:
         model (`PeftModel`): the model that was searched. Its gates must be off (see [`ArchitectureSearch.finish`]).
@@ -80,6 +82,8 @@ def apply_selection(
         for name in group[1:]:
             sites[name].share(sites[group[0]])
     prune_sites(model, [sites[name] for name in selection.dropped], adapter_name)
+    for name in selection.frozen:
+        sites[name].freeze()
     lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
     _narrow(model, adapter_name, [name for name, site in lora.items() if not site.of_parameter])
     _narrow_parameters(model, adapter_name, [name for name, site in lora.items() if site.of_parameter])
@@ -97,9 +101,9 @@ def apply_selection(
 def is_applied(model: Any, selection: Selection) -> bool:
     """
     Whether a model has lost modules or ranks, and has those left that a selection keeps, as one that was loaded from
-    the saved adapter. Modules that share a pair are not told from others by that.
+    the saved adapter. Modules that share a pair, or are frozen, are not told from others by that.
     """
-    if selection.shared:
+    if selection.shared or selection.frozen:
         return False
     present = {name: site.rank for name, site in find_sites(model, model.active_adapters[0]).items()}
     kept = {name: rank for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank}
@@ -123,6 +127,8 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
         )
     for name in selection.dropped:
         sites[name].check_prunable()
+    if selection.frozen:
+        check_freezable(list(sites.values()))
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     if fixed := [name for name in selection.selected if factors[name] != 1 and not sites[name].foldable]:
         raise ValueError(

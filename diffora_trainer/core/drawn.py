@@ -8,7 +8,9 @@ from .grid import LORA, Grid
 from .text import draw_table, sanitize, short_names
 
 
-def summarize(grid: Grid, ranks: Sequence[int], shared: Sequence[Sequence[str]], parameters: int) -> str:
+def summarize(
+    grid: Grid, ranks: Sequence[int], shared: Sequence[Sequence[str]], frozen: Sequence[str], parameters: int
+) -> str:
     """
     One line: how much is kept, and what it saves in parameters.
 
@@ -16,6 +18,7 @@ def summarize(grid: Grid, ranks: Sequence[int], shared: Sequence[Sequence[str]],
         grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
         ranks (`Sequence[int]` of length `n`): the rank that each keeps.
         shared (`Sequence[Sequence[str]]`): names of modules that share a pair.
+        frozen (`Sequence[str]`): names of modules that stay without being trained.
         parameters (`int`): what is left to train.
     """
     before = sum(grid.parameters)
@@ -29,10 +32,18 @@ def summarize(grid: Grid, ranks: Sequence[int], shared: Sequence[Sequence[str]],
     left = sorted({rank for rank in ranks if rank})
     of_rank = f", of rank {' to '.join(map(str, dict.fromkeys((left[0], left[-1]))))}" if in_ranks(grid, ranks) else ""
     size = f"{parameters:,} of {before:,} {all_lora}parameters"
-    return f"kept {' and '.join(what)}{of_rank}{pairs}: {size} ({parameters / before:.1%})"
+    stay = f", {len(frozen)} others stay frozen" if frozen else ""
+    trained = "trained" if frozen else "kept"
+    return f"{trained} {' and '.join(what)}{of_rank}{pairs}{stay}: {size} ({parameters / before:.1%})"
 
 
-def draw_ranks(grid: Grid, ranks: Sequence[int], shared: Sequence[Sequence[str]], markdown: bool = False) -> str:
+def draw_ranks(
+    grid: Grid,
+    ranks: Sequence[int],
+    shared: Sequence[Sequence[str]],
+    frozen: Sequence[str],
+    markdown: bool = False,
+) -> str:
     """
     The matrix as a readable table, a line for each layer and a column for each kind of module.
 
@@ -40,13 +51,14 @@ def draw_ranks(grid: Grid, ranks: Sequence[int], shared: Sequence[Sequence[str]]
         grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
         ranks (`Sequence[int]` of length `n`): the rank that each keeps.
         shared (`Sequence[Sequence[str]]`): names of modules that share a pair.
+        frozen (`Sequence[str]`): names of modules that stay without being trained.
         markdown (`bool`, *optional*, defaults to `False`): as a Markdown table instead of plain text.
     """
-    sharing = {name for group in shared for name in group}
-    keep, share, drop, absent = ("✅", "🔗", "·", "") if markdown else ("x", "s", ".", " ")
+    keep, share, freeze, drop, absent = ("✅", "🔗", "❄️", "·", "") if markdown else ("x", "s", "f", ".", " ")
+    of_others = dict.fromkeys((name for group in shared for name in group), share) | dict.fromkeys(frozen, freeze)
     partly = in_ranks(grid, ranks)
     marks = [
-        (str(rank) if partly else keep) if rank else share if name in sharing else drop
+        (str(rank) if partly else keep) if rank else of_others.get(name, drop)
         for name, rank in zip(grid.names, ranks, strict=True)
     ]
     heads = ["layer", *(sanitize(name, markdown) for name in short_names(grid.columns))]
@@ -55,8 +67,10 @@ def draw_ranks(grid: Grid, ranks: Sequence[int], shared: Sequence[Sequence[str]]
     text = draw_table(heads, lines, markdown)
     if markdown:
         return text
-    legend = "number: rank that is kept" if partly else f"{keep} kept"
-    return f"{text}\n{legend}   {drop} removed" + (f"   {share} shares a pair" if sharing else "")
+    legend = ["number: rank that is kept" if partly else f"{keep} kept", f"{drop} removed"]
+    legend += [f"{share} shares a pair"] if shared else []
+    legend += [f"{freeze} frozen"] if frozen else []
+    return f"{text}\n{'   '.join(legend)}"
 
 
 def in_ranks(grid: Grid, ranks: Sequence[int]) -> bool:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,11 @@ from .allocation import Allocation
 from .components import check_components
 from .drawn import draw_ranks, in_ranks, summarize
 from .files import write_file
-from .formats import (
-    as_list,
-    as_object,
-    as_text,
-    as_whole,
-    read_components,
-    read_rank,
-    read_site,
-    site_record,
-    upgrade_selection,
-)
 from .grid import LORA, Grid
+from .selection_json import read_selection, selection_to_dict
 
 
 SELECTION_NAME = "diffora_selection.json"
-_FORMAT = 3
-_WITHOUT_COMPONENTS = 2
-"""The format before single components could be kept. What needs nothing more is written in it."""
-
 _NOT_OURS = "This is not a selection saved by diffora-trainer"
 _PLEASE = f"Please pass the text of a `{SELECTION_NAME}` as a run saved it."
 
@@ -69,6 +55,8 @@ class Selection:
         history (`tuple[Allocation, ...]`, *optional*): what was on before, one entry a reallocation.
         notes (`tuple[str, ...]`, *optional*): what makes the choice doubtful, in sentences: that nothing was learned
             of some modules, or that there was nothing to choose.
+        frozen (`tuple[str, ...]`, *optional*): names of unselected modules that stay as they are and are trained no
+            further (see `unselected`).
         components (`tuple[tuple[int, ...], ...]`, *optional*): for each module the indices of the components that it
             keeps, rising, where some keep others than their first ones (see [`kept_components`]).
 
@@ -93,6 +81,7 @@ class Selection:
     history: tuple[Allocation, ...] = ()
     notes: tuple[str, ...] = ()
     components: tuple[tuple[int, ...], ...] = ()
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         count = len(self.grid)
@@ -126,6 +115,9 @@ class Selection:
         for member in members:
             if member not in self.grid.names or self.kept[self.grid.names.index(member)]:
                 raise ValueError(f"A selection shares {member!r}, which is not one of its unselected modules.")
+        for name in self.frozen:
+            if name not in self.grid.names or name in self.adapted:
+                raise ValueError(f"A selection freezes {name!r}, which is not one of its unselected modules.")
 
     @property
     def kept(self) -> tuple[bool, ...]:
@@ -179,9 +171,9 @@ class Selection:
 
     @property
     def lora_modules(self) -> tuple[str, ...]:
-        """Names of all modules with a LoRA after the others are pruned: [`adapted`] without other kinds of site."""
+        """Names of all modules with a LoRA after the others are pruned: [`present`] without other kinds of site."""
         lora = set(self.grid.of_kind(LORA))
-        return tuple(name for name in self.adapted if name in lora)
+        return tuple(name for name in self.present if name in lora)
 
     @property
     def adapted(self) -> tuple[str, ...]:
@@ -190,10 +182,21 @@ class Selection:
         return tuple(n for n, kept in zip(self.modules, self.kept, strict=True) if kept or n in sharing)
 
     @property
+    def present(self) -> tuple[str, ...]:
+        """Names of all modules with an adapter after the pruning: those of [`adapted`], and those that are frozen."""
+        left = {*self.adapted, *self.frozen}
+        return tuple(name for name in self.modules if name in left)
+
+    @property
+    def fate(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the modules that are trained on, and of those that are frozen; all others are gone."""
+        return self.adapted, self.frozen
+
+    @property
     def dropped(self) -> tuple[str, ...]:
         """Names of the modules whose LoRA is removed."""
-        adapted = set(self.adapted)
-        return tuple(name for name in self.modules if name not in adapted)
+        present = set(self.present)
+        return tuple(name for name in self.modules if name not in present)
 
     @property
     def trainable_parameters(self) -> int:
@@ -220,14 +223,14 @@ class Selection:
 
     @property
     def lowest_row(self) -> str:
-        """Name of the first row with a LoRA after the pruning. The backward pass need not go below it."""
+        """Name of the first row that is trained after the pruning. The backward pass need not go below it."""
         adapted = set(self.adapted)
         return self.grid.rows[min(site.row for site in self.grid.sites if site.name in adapted)]
 
     def unadapted(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Names of the rows, and of the columns, in which not one module has a LoRA after the pruning."""
-        adapted = set(self.adapted)
-        sites = [site for site in self.grid.sites if site.name in adapted]
+        present = set(self.present)
+        sites = [site for site in self.grid.sites if site.name in present]
         rows, columns = {site.row for site in sites}, {site.column for site in sites}
         return (
             tuple(name for index, name in enumerate(self.grid.rows) if index not in rows),
@@ -240,7 +243,7 @@ class Selection:
 
     def summary(self) -> str:
         """One line: how much was kept, and what it saves in parameters."""
-        return summarize(self.grid, self.ranks, self.shared, self.trainable_parameters)
+        return summarize(self.grid, self.ranks, self.shared, self.frozen, self.trainable_parameters)
 
     def table(self, markdown: bool = False) -> str:
         """
@@ -249,38 +252,11 @@ class Selection:
         Args:
             markdown (`bool`, *optional*, defaults to `False`): as a Markdown table instead of plain text.
         """
-        return draw_ranks(self.grid, self.ranks, self.shared, markdown)
+        return draw_ranks(self.grid, self.ranks, self.shared, self.frozen, markdown)
 
     def to_json(self) -> str:
         """The selection as JSON text, a record for each module."""
-        numbers = {"score": self.scores, "gain": self.gains, "gate": self.gates, "factor": self.factors}
-        records = [
-            site_record(site, {name: values[index] for name, values in numbers.items()}, rank)
-            for index, (site, rank) in enumerate(zip(self.grid.sites, self.ranks, strict=True))
-        ]
-        for record, kept in zip(records, self.components, strict=False):
-            record["components"] = list(kept)
-        return json.dumps(
-            {
-                "format": _FORMAT if self.components else _WITHOUT_COMPONENTS,
-                "rows": self.grid.rows,
-                "columns": self.grid.columns,
-                "modules": records,
-                "selected": self.selected,
-                "shared": self.shared,
-                "step": self.step,
-                "confidence": self.confidence,
-                "times": self.times,
-                "memory": self.memory,
-                "config": self.config,
-                "versions": self.versions,
-                "history": [asdict(entry) for entry in self.history],
-                "frequency": self.frequency,
-                "notes": self.notes,
-            },
-            indent=2,
-            allow_nan=False,
-        )
+        return json.dumps(selection_to_dict(self), indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Selection:
@@ -291,34 +267,7 @@ class Selection:
             ValueError: if the text is not JSON, or not a selection of a known format.
         """
         try:
-            data = json.loads(text)
-            if isinstance(data, dict) and data.get("format") == 1:
-                data = upgrade_selection(data)
-            if not isinstance(data, dict) or data.get("format") not in (_WITHOUT_COMPONENTS, _FORMAT):
-                raise ValueError(f"its `format` is not {_WITHOUT_COMPONENTS} or {_FORMAT}")
-            records = as_list(data["modules"])
-            selection = cls(
-                grid=Grid(
-                    rows=tuple(map(as_text, as_list(data["rows"]))),
-                    columns=tuple(map(as_text, as_list(data["columns"]))),
-                    sites=tuple(map(read_site, records)),
-                ),
-                ranks=tuple(map(read_rank, records)),
-                scores=tuple(float(record["score"]) for record in records),
-                gates=tuple(float(record["gate"]) for record in records),
-                gains=tuple(float(record["gain"]) for record in records),
-                factors=tuple(float(record["factor"]) for record in records),
-                history=tuple(map(Allocation.from_dict, as_list(data["history"]))),
-                shared=tuple(tuple(map(as_text, as_list(group))) for group in as_list(data["shared"])),
-                step=None if data["step"] is None else as_whole(data["step"]),
-                confidence=None if data.get("confidence") is None else float(data["confidence"]),
-                times={name: float(seconds) for name, seconds in data["times"].items()},
-                memory={name: float(count) for name, count in data.get("memory", {}).items()},
-                config=as_object(data["config"]),
-                versions=as_object(data["versions"]),
-                notes=tuple(map(as_text, as_list(data["notes"]))),
-                components=tuple(map(read_components, records)) if data["format"] == _FORMAT else (),
-            )
+            selection = cls(**read_selection(json.loads(text)))
             selection.to_json()  # what could not be saved again is refused now
             return selection
         except KeyError as error:

@@ -37,8 +37,23 @@ def method_of(config: DiffoRAConfig) -> tuple[type[SelectionMethod], Any]:
             f"You passed `reallocate_every={every}` with `weight_sharing={config.weight_sharing!r}`, which would "
             "switch the modules that are off on again when the others are pruned. Please set `weight_sharing='none'`."
         )
+    if config.unselected == "freeze":
+        _check_freezing(config, method, every)
     moments_of(config)
     return method, options
+
+
+def _check_freezing(config: DiffoRAConfig, method: type[SelectionMethod], every: float | None) -> None:
+    """Raise a `ValueError` if a method leaves modules that could not stay as they were trained."""
+    reason = None
+    if method.tells_ranks or method.trains_gates:
+        reason = f"`method={config.method!r}` gives ranks, and what a module has above its rank cannot stay"
+    elif not method.trains_open:
+        reason = f"`method={config.method!r}` trains the weights under gates, which a module that stays would lose"
+    elif every is not None:
+        reason = f"`reallocate_every={every}` switches modules off before the choice"
+    if reason is not None:
+        raise ValueError(f"You passed `unselected='freeze'`, but {reason}. Please leave one of them out.")
 
 
 def moments_of(config: DiffoRAConfig) -> Moments:
@@ -50,8 +65,8 @@ def moments_of(config: DiffoRAConfig) -> Moments:
         return Moments(config.discretize_at, 0.0, every=1.0)
     if not method.searches:
         return Moments(config.discretize_at, config.arch_warmup, every=options.reallocate_every, decides=False)
-    # What fades out would come back as a shared pair.
-    fades = method.trains_open and config.weight_sharing == "none"
+    # What fades out would come back as a shared pair, or stays.
+    fades = method.trains_open and config.weight_sharing == "none" and config.unselected == "prune"
     return Moments(
         config.discretize_at, config.arch_warmup, config.fade_out if fades else 0.0, every=float(options.arch_every)
     )

@@ -39,7 +39,7 @@ class SearchBase(GatedModel):
     def __init__(
         self, model: nn.Module, adapters: AdapterGrid, config: DiffoRAConfig, loss_fn: LossFunction, runtime: Runtime
     ) -> None:
-        super().__init__(model, adapters, loss_fn, runtime)
+        super().__init__(model, adapters, loss_fn, runtime, freezes=config.unselected == "freeze")
         self.config = config
         self.costs: StepCosts | None = None
         self.ceilings: tuple[Ceiling, ...] = ()

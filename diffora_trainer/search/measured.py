@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapters.compiled import not_compiled
+from ..adapters.freezing import frozen_view
 from ..adapters.gates import Gates, pruned_view
 from ..adapters.grid import AdapterGrid
 from ..core.agreement import check_agreement, fingerprint
@@ -35,14 +36,23 @@ class GatedModel:
         adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): its sites.
         loss_fn (`Callable`): `loss_fn(model, batch)` gives the scalar loss of a batch.
         runtime ([`~diffora_trainer.search.runtime.Runtime`]): several processes and a loss scaler.
+        freezes (`bool`, *optional*, defaults to `False`): whether unselected sites stay, frozen.
     """
 
-    def __init__(self, model: nn.Module, adapters: AdapterGrid, loss_fn: LossFunction, runtime: Runtime) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: AdapterGrid,
+        loss_fn: LossFunction,
+        runtime: Runtime,
+        freezes: bool = False,
+    ) -> None:
         self.model = model
         self.adapters = adapters
         self.grid = adapters.grid
         self.gates = Gates(adapters.sites, compiled=runtime.compiled)
         self.runtime = runtime
+        self.freezes = freezes
         self.micro_batches = MicroBatches(1)
         self._loss_fn = loss_fn
         self._checkpointing = False
@@ -142,7 +152,7 @@ class GatedModel:
         part, share = self._first_part(batch)
 
         def bytes_of(kept: Sequence[int]) -> float:
-            with pruned_view(self.model, self.adapters.sites, kept):
+            with self._view(kept):
                 return self._bytes(part) / share + self._lora_states(kept)
 
         return self._measure(bytes_of, 1)
@@ -173,8 +183,13 @@ class GatedModel:
         return 3 * sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
     def _seconds(self, batch: Any, kept: Sequence[int]) -> float:
-        with pruned_view(self.model, self.adapters.sites, kept):
+        with self._view(kept):
             return self._time(batch)
+
+    def _view(self, kept: Sequence[int]) -> AbstractContextManager[None]:
+        """For a while, the model as it would be with only these modules selected."""
+        view = frozen_view if self.freezes else pruned_view
+        return view(self.model, self.adapters.sites, kept)
 
     def _time(self, batch: Any) -> float:
         with self.side_effect_free(training=True), self.gates.override(None):

@@ -15,7 +15,7 @@ from ..methods.base import SelectionMethod
 
 
 if TYPE_CHECKING:
-    from .ranks import RankPlan
+    from .base import SearchBase
     from .reallocation import Reallocation
 
 
@@ -33,17 +33,18 @@ SEARCH_ENDS = (
 )
 
 
-def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ranks: RankPlan | None) -> str:
+def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
     """
     What will happen when.
 
     Args:
         schedule ([`~diffora_trainer.core.schedule.Schedule`]): the schedule of the run.
-        method ([`~diffora_trainer.methods.base.SelectionMethod`]): its method.
+        search ([`~diffora_trainer.search.base.SearchBase`]): its method, and in what the budget is spent.
         data (`str`): what the gradient of the gates is taken on.
         anew (`bool`): whether modules are chosen anew and again.
-        ranks ([`~diffora_trainer.search.ranks.RankPlan`], *optional*): how the budget is spent in ranks.
     """
+    method, ranks = search.method, search.rank_plan
+    stay = " train on, and the others stay as they are" if search.freezes else None
     total, prune = schedule.total_steps, schedule.prune
     if anew:
         return (
@@ -59,7 +60,8 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ran
     if not method.searches:
         begin = f"All modules train until step {prune} of {total}, are then scored"
         return (
-            f"{begin if prune else 'All modules are scored now'} ({method.name}), and the selected ones go on alone."
+            f"{begin if prune else 'All modules are scored now'} ({method.name}), and "
+            f"the selected ones{stay or ' go on alone'}."
         )
     if ranks is not None:
         begin = " to ".join(map(str, dict.fromkeys((min(ranks.start), max(ranks.start)))))
@@ -70,7 +72,7 @@ def plan(schedule: Schedule, method: SelectionMethod, data: str, anew: bool, ran
     return (
         f"Warm-up until step {schedule.warmup}, search ({method.name}, {data}) until step {schedule.discretize}"
         + (f", the gates of the others fade out until step {prune}" if schedule.fades else "")
-        + f" of {total}, then the selected modules alone."
+        + f" of {total}, then the selected modules{stay or ' alone'}."
     )
 
 
@@ -176,7 +178,7 @@ def pruned(selection: Selection, losses: tuple[float, float] | None, before_fadi
         lines.append(f"Held-out loss {start:.4f} {when}, {after:.4f} after the pruning.")
     if seconds := selection.times:
         lines.append(
-            f"Lowest layer with a LoRA: {selection.lowest_row}. A training step is "
+            f"Lowest layer with a LoRA that is trained: {selection.lowest_row}. A training step is "
             f"{seconds['all_modules'] / seconds['predicted']:.2f} times as fast as with all modules by prediction, "
             f"{seconds['before_cut'] / seconds['after_cut']:.2f} times measured."
         )

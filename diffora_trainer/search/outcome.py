@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.freezing import check_freezable
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.costs import StepCost, StepCosts
@@ -53,6 +54,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
         gates=tuple(relaxed.tolist()),
         gains=tuple((scores if gains is None else gains).tolist()),
         factors=tuple(factors.tolist()),
+        frozen=tuple(name for name, keep in zip(grid.names, kept, strict=True) if search.freezes and not keep),
         shared=_shared_groups(search.adapters, config.weight_sharing, kept, scores),
         step=step,
         times=_predicted(costs.time, rows),
@@ -105,6 +107,8 @@ def check_sharing(adapters: AdapterGrid, config: DiffoRAConfig) -> None:
 def check_adapters(adapters: AdapterGrid, config: DiffoRAConfig, method: SelectionMethod) -> None:
     """Raise a `ValueError` if an option asks of adapters what they cannot do."""
     check_sharing(adapters, config)
+    if config.unselected == "freeze":
+        check_freezable(adapters.sites)
     alone = [site.name for site in adapters.sites if not site.shareable]
     if alone and config.weight_sharing != "none":
         raise ValueError(

@@ -39,10 +39,10 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     before = None
     # Where gates have faded out, all modules were measured right before that.
     before_fading = None if search.kept is None or search.effect is None else search.effect[1]
-    if held_out.comparable:
+    if held_out.comparable and not search.freezes:  # where nothing leaves the model its loss stays what it is
         before = search.held_out_loss(held_out.sample(gap_batches), relaxed=True)
-        if search.kept is None and search.method.searches:  # a score need not rest on what was learned
-            search.measure_effect(held_out.sample(gap_batches))
+    if held_out.comparable and search.kept is None and search.method.searches:  # a score need not rest on it
+        search.measure_effect(held_out.sample(gap_batches))
     if run.reallocation is not None:  # what follows compares with all modules
         run.reallocation.release()
     costs = StepCosts() if search.costs is None else search.costs
@@ -53,7 +53,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         selection = run.reallocation.finish(run.step)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
     search.runtime.after_prune()
-    after = search.held_out_loss(held_out.sample(gap_batches)) if held_out.comparable else None
+    after = None if before is None else search.held_out_loss(held_out.sample(gap_batches))
     if costs.time is not None:
         # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
         seconds_after = search.step_seconds(next(held_out.sample(1)))

@@ -84,8 +84,8 @@ def uncombinable(config: DiffoRAConfig, adapters: AdapterGrid, **others: Any) ->
         adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
         **others: options of the method that do not combine with ranks either, `None` where they are not set.
     """
-    plain = {"weight_sharing": "none", "selection_unit": "module"}
-    names = ("weight_sharing", "selection_unit", "extra_sites", "max_step_time", "max_step_memory")
+    plain = {"unselected": "prune", "weight_sharing": "none", "selection_unit": "module"}
+    names = ("unselected", "weight_sharing", "selection_unit", "extra_sites", "max_step_time", "max_step_memory")
     for name, value in {**{name: getattr(config, name) for name in names}, **others}.items():
         if value and value != plain.get(name):
             return f"that does not combine with `{name}={value!r}`"

@@ -157,7 +157,7 @@ class SelectionRun(RunParts):
         self._fade()
         self._say(f"Grid: {self.search.grid.describe()}.")
         data, anew = self.held_out.describe(), self.reallocation is not None
-        self._say(messages.plan(self.schedule, self.search.method, data, anew, self.search.rank_plan))
+        self._say(messages.plan(self.schedule, self.search, data, anew))
         if self.search.has_no_choice:
             what = "modules" if self.search.components is None else "components"
             self._warn(messages.nothing_to_choose(len(self.search.gates), what))

@@ -234,12 +234,12 @@ class TrainerSession:
         state, tensors = load_state(folder)
         selection = state.selection
         if selection is not None:
-            if self.is_pruned(model) and (self.selection is None or self.selection.adapted != selection.adapted):
+            if self.is_pruned(model) and (self.selection is None or self.selection.fate != selection.fate):
                 raise ValueError(
                     f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
                     "pruned. Please build a new trainer to resume from it."
                 )
-            check_model(folder, state, model, selection.modules, selection.adapted)
+            check_model(folder, state, model, selection.modules, selection.present)
             # The order of the rows depends on them until the end of the epoch of the pruning.
             split = {f"`{name}`": (state.config.get(name), getattr(self.config, name)) for name in _SPLIT_OPTIONS}
             check_same(folder, split)

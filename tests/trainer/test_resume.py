@@ -51,6 +51,7 @@ RUNS = {
     "closing": ("cls", 1, {"search": {"fade_out": 4}}),  # chosen at step 4, so step 5 lies among the closing ones
     "ranks": ("cls", 1, {"search": {"fade_out": 4, "selection_granularity": "rank"}}),
     "components": ("cls", 1, {"search": {"fade_out": 4, **COMPONENTS}}),
+    "frozen": ("sft", 1, {"search": {"unselected": "freeze"}, "peft_config": lora(lora_dropout=0.1)}),
     "sampled": ("cls", 1, {"search": {"method": "sampled", "selection_scope": "model"}}),
     "sigmoid, second order": ("sft", 1, {"search": {"method": "sigmoid", "arch_order": 2, "arch_every": 2}}),
     # All of equal shapes, so that moments that land on another pair are a wrong result and not a crash.
@@ -92,6 +93,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
         ("closing", "cut"),
         ("components", "search"),
         ("components", "cut"),
+        *(("frozen", moment) for moment in ("search", "cut", "selected")),
         ("sampled", "search"),
         ("sigmoid, second order", "search"),
         ("shared pairs", "cut"),
