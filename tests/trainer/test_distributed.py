@@ -110,6 +110,29 @@ def test_two_processes_give_ranks_as_one(granularity: str, phase: str, tmp_path:
 
 
 @pytest.mark.slow
+def test_two_processes_freeze_as_one(tmp_path: Path) -> None:
+    """What stays without being trained is neither exchanged nor waited for; a resumed run goes on so."""
+    run = {"search": {"unselected": "freeze"}, "args": {"ddp_find_unused_parameters": False}}
+    whole = train("ddp", tmp_path / "whole", save_at=[SAVES["selected"]], **run)
+    alone = train(None, tmp_path / "alone", **run)[0]
+    assert whole[0] == whole[1]
+    assert whole[0]["selected"] == alone["selected"]
+    assert whole[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert whole[0]["optimized"] == whole[0]["trainable"] == alone["trainable"]
+    assert whole[0]["moved"].count(False) == alone["moved"].count(False) > 0  # those that are frozen
+    checkpoint = f"{tmp_path}/whole/checkpoint-{SAVES['selected']}"
+    resumed = train("ddp", tmp_path / "resumed", resume=checkpoint, **run)
+    assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
+
+
+@pytest.mark.slow
+def test_shards_are_not_frozen(tmp_path: Path) -> None:
+    options = json.dumps({"search": {"unselected": "freeze"}})
+    output = launch("fsdp2", HELPERS / "distributed_run.py", tmp_path, options, ok=False)
+    assert "You passed `unselected='freeze'`" in output and "is sharded" in output
+
+
+@pytest.mark.slow
 def test_shards_are_not_given_ranks(tmp_path: Path) -> None:
     reports = train("fsdp2", tmp_path / "modules", search={"max_trainable_parameters": 1500})
     assert reports[0] == reports[1]  # whole modules, as FSDP2 can
