@@ -116,16 +116,9 @@ class SelectionMethod(ABC):
         """
         return None
 
-    def kept_ranks(self) -> tuple[int, ...]:
-        """How many components each module keeps, if the method [`tells_ranks`]. Changes nothing."""
+    def kept_components(self) -> tuple[tuple[int, ...], ...]:
+        """Which components each module keeps, rising indices, if the method [`tells_ranks`]. Changes nothing."""
         raise NotImplementedError(f"{type(self).__name__} says that it tells ranks, but not which.")
-
-    def take_order(self) -> list[Tensor]:
-        """
-        An order of the components of each module in which those that are kept come first, `(r,)` indices each. They
-        are put into this order, and the method speaks of them by it from then on.
-        """
-        raise NotImplementedError(f"{type(self).__name__} says that it tells ranks, but not of which components.")
 
     def component_gates(self) -> list[Tensor]:
         """The gates of the next training step, if the method [`trains_gates`]: `(r,)` for each module, in float32."""

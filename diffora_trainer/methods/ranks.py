@@ -130,18 +130,13 @@ class RankMethod(ScoreMethod):
             )
         return kept
 
-    def kept_ranks(self) -> tuple[int, ...]:
-        return tuple(int(own.sum()) for own in self.split(self.components()))
-
-    def take_order(self) -> list[Tensor]:
-        kept = self.components()
-        orders = [torch.sort(own, descending=True, stable=True).indices for own in self.split(kept.int())]
-        for numbers in (self._scores, self._tie_breaker):
-            numbers.copy_(torch.cat([own[order] for own, order in zip(self.split(numbers), orders, strict=True)]))
-        return orders
+    def kept_components(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(own.nonzero().flatten().tolist()) for own in self.split(self.components()))
 
     def discretize(self) -> Tensor:
-        return super().discretize() if self._ranks is None else torch.tensor(self.kept_ranks()) > 0
+        if self._ranks is None:
+            return super().discretize()
+        return torch.tensor([bool(own) for own in self.kept_components()])
 
     def num_boundary_ties(self) -> int:
         return super().num_boundary_ties() if self._ranks is None else 0  # of components, which are many and small

@@ -171,7 +171,7 @@ class SearchBase(GatedModel):
         if self.kept is not None:
             kept, ranks = self.kept, self.ranks
         elif self.told_budget is not None:
-            ranks = self.method.kept_ranks()
+            ranks = tuple(map(len, self.method.kept_components()))
             kept = torch.tensor(ranks) > 0
         else:
             kept, ranks = self.method.discretize(), self.grid.ranks
@@ -179,5 +179,8 @@ class SearchBase(GatedModel):
 
     def kept_components(self, kept: Tensor, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Which components a choice leaves of each module; nothing if they are the first ones of all."""
-        found = () if self.components is None else self.components.indices(kept, ranks)
+        if self.told_budget is not None:
+            found = self.method.kept_components()
+        else:
+            found = () if self.components is None else self.components.indices(kept, ranks)
         return () if all(own == tuple(range(len(own))) for own in found) else found

@@ -48,7 +48,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     costs = StepCosts() if search.costs is None else search.costs
     metrics = search.metrics()
     if run.reallocation is None:
-        selection = search.finish(run.step, run.optimizer)
+        selection = search.finish(run.step)
     else:
         selection = run.reallocation.finish(run.step)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)

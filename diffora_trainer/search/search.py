@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.backward import check_backward_ends_early, suspend_input_gradients
-from ..adapters.components import sort_components
 from ..adapters.gates import checkpoints_activations
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
@@ -316,15 +315,14 @@ class ArchitectureSearch(OldNames, SearchBase):
         """The selection that a pruning would carry out now. Changes nothing."""
         return make_selection(self, step)
 
-    def finish(self, step: int | None = None, optimizer: Any = None) -> Selection:
+    def finish(self, step: int | None = None) -> Selection:
         """
         Discretize the matrix and take the gates off the model. What is kept is decided here; to carry it out, pass the
         result to [`apply_selection`]. What makes the choice doubtful is logged as a warning, and stands in the
-        selection's `notes`. Of a method that gives ranks the components that stay are put first.
+        selection's `notes`.
 
         Args:
             step (`int`, *optional*): present optimizer step, for the record.
-            optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer: moments move with their components.
 
         Raises:
             ValueError: on every process, if they would not all keep the same modules.
@@ -334,8 +332,6 @@ class ArchitectureSearch(OldNames, SearchBase):
         self.gates.detach()
         if self.kept is None:
             self.method.before_pruning(self.adapters.sites)
-            if self.told_budget is not None:
-                sort_components(self.adapters.sites, self.method.take_order(), optimizer)
         if is_main_process():
             for note in selection.notes:
                 logger.warning(note)

@@ -40,6 +40,7 @@ OPTIONS: dict[str, Any] = {
     "arch_split": 0.2,
     "arch_batch_size": 4,
     "arch_seed": 7,
+    "unselected": "prune",  # "freeze" does not combine with `extra_sites`
     "weight_sharing": "none",
     "extra_sites": {"shortcuts": {"kinds": ["residual1"]}},
     "base_model_id": "org/name",
@@ -91,7 +92,7 @@ def present() -> list[Any]:
 
 
 def test_every_option_is_parsed_from_the_command_line() -> None:
-    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 25
+    assert set(OPTIONS) == {field.name for field in present()} and len(OPTIONS) <= 26
     (config,) = HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(words(OPTIONS))
     assert config.to_dict() == OPTIONS
     assert {name: type(value) for name, value in config.to_dict().items()} == {
