@@ -63,6 +63,10 @@ class AdapterSite(ABC):
 
     kind: ClassVar[str]
     """Name of its [`SiteKind`]."""
+    foldable: ClassVar[bool] = True
+    """Whether a gate can be multiplied into the weights, so that the adapter alone does what it did under it."""
+    shareable: ClassVar[bool] = False
+    """Whether it can be trained together with another site of equal shape: by [`share`]."""
 
     def __init__(self, name: str, rank: int) -> None:
         self.name = name
@@ -120,11 +124,6 @@ class AdapterSite(ABC):
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 
-    @property
-    def foldable(self) -> bool:
-        """Whether a gate can be multiplied into the weights, so that the adapter alone does what it did under it."""
-        return True
-
     def fold(self, factor: float) -> None:
         """Multiply a gate into the weights for good."""
         with torch.no_grad():
@@ -148,11 +147,6 @@ class AdapterSite(ABC):
             optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the weights.
         """
         raise ValueError(f"{self.name!r} is of the kind {self.kind!r}, which has no rank that could be changed.")
-
-    @property
-    def shareable(self) -> bool:
-        """Whether it can be trained together with another site of equal shape: by [`share`]."""
-        return False
 
     def share(self, other: Any) -> None:
         """Take over the parameters of another site of equal shape, to be trained together."""

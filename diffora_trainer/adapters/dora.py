@@ -27,6 +27,9 @@ class DoraSite(LoraSite):
     and counts as one unit.
     """
 
+    resizable = False
+    shareable = False  # the magnitudes are norms of its own weight
+
     def __init__(self, name: str, layer: Any, adapter_name: str) -> None:
         super().__init__(name, layer, adapter_name)
         self.rank = 1
@@ -56,10 +59,6 @@ class DoraSite(LoraSite):
         magnitudes: Any = self.gated.weight
         return {**shapes, f"{peft_name(self.name)}.lora_magnitude_vector": tuple(magnitudes.shape)}
 
-    @property
-    def resizable(self) -> bool:
-        return False
-
     def fold(self, factor: float) -> None:
         """
         What a layer computes under a gate `g` is `(1 - g) W + g c (W + s * B A)` with `c = m / ||W + s * B A||`. With
@@ -87,10 +86,6 @@ class DoraSite(LoraSite):
             update = update.reshape(base.shape)
         found: Tensor = self.gated.get_weight_norm(base.to(a.dtype), update, layer.scaling[name])  # type: ignore
         return found
-
-    @property
-    def shareable(self) -> bool:
-        return False  # the magnitudes are norms of its own weight
 
     def obstacle(self) -> str | None:
         return None

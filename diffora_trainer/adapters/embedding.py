@@ -20,6 +20,8 @@ class EmbeddingSite(LoraSite):
     PEFT starts at 0, and multiplied by `lora_embedding_B`. A gate multiplies what was looked up.
     """
 
+    resizable = False
+
     @classmethod
     def fits(cls, layer: Any, adapter_name: str) -> bool:
         return isinstance(layer, Embedding) and adapter_name in layer.lora_embedding_A
@@ -50,10 +52,6 @@ class EmbeddingSite(LoraSite):
         b, a = (tuple(parameter.shape) for parameter in self.parameters)
         name = peft_name(self.name)
         return {f"{name}.lora_embedding_A": (rank, a[1]), f"{name}.lora_embedding_B": (b[0], rank)}
-
-    @property
-    def resizable(self) -> bool:
-        return False
 
     def share(self, other: LoraSite) -> None:
         for matrix in ("lora_embedding_A", "lora_embedding_B"):

@@ -50,6 +50,7 @@ class LoraSite(AdapterSite):
     """
 
     kind = LORA
+    shareable = True
     peft_type: ClassVar[PeftType] = PeftType.LORA
     """The type of the configuration of such an adapter."""
     marks: ClassVar[tuple[str, ...]] = (".lora_",)
@@ -158,10 +159,6 @@ class LoraSite(AdapterSite):
         """Put the layer back as it was without an adapter."""
         parent, _, child = peft_name(self.name).rpartition(".")
         setattr(model.get_submodule(parent), child, self.layer.get_base_layer())
-
-    @property
-    def shareable(self) -> bool:
-        return True
 
     def share(self, other: LoraSite) -> None:
         for matrix in ("lora_A", "lora_B"):

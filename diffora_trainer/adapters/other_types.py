@@ -22,6 +22,8 @@ class OtherSite(LoraSite):
     pruned, and counts as one unit.
     """
 
+    resizable = False
+    shareable = False
     layer_type: ClassVar[Any]
     holders: ClassVar[tuple[str, ...]]
     """Attributes of the layer that may hold a parameter; that which starts at 0, or one beside it, comes last."""
@@ -59,14 +61,6 @@ class OtherSite(LoraSite):
 
     def saved_shapes(self, rank: int, adapted: Collection[str] | None = None) -> dict[str, tuple[int, ...]]:
         return {f"{peft_name(self.name)}.{name}": tuple(value.shape) for name, value in self._named().items()}
-
-    @property
-    def resizable(self) -> bool:
-        return False
-
-    @property
-    def shareable(self) -> bool:
-        return False
 
     def obstacle(self) -> str | None:
         return None

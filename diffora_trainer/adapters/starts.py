@@ -42,6 +42,10 @@ class _Handles:
 class StartedSite(LoraSite):
     """A LoRA that starts as a part of the weight of its layer. It is kept whole or pruned."""
 
+    resizable = False
+    shareable = False
+    foldable = False
+
     @classmethod
     def prepare(cls, model: nn.Module, adapter_name: str) -> None:
         """Keep the start of each adapter on its layer, as plain tensors, which PEFT does not save."""
@@ -58,18 +62,6 @@ class StartedSite(LoraSite):
     @classmethod
     def fits(cls, layer: Any, adapter_name: str) -> bool:
         return adapter_name in vars(layer).get("diffora_starts", ())
-
-    @property
-    def resizable(self) -> bool:
-        return False
-
-    @property
-    def shareable(self) -> bool:
-        return False
-
-    @property
-    def foldable(self) -> bool:
-        return False
 
     def fold(self, factor: float) -> None:
         if factor != 1.0:

@@ -44,19 +44,14 @@ def _gated_factors(layer: Any, own: str, scale: Scale, adapter_name: str) -> tup
 class WeightSite(LoraSite):
     """A LoRA whose product is added to a weight. A gate multiplies the product."""
 
+    resizable = False
+
     @property
     def gated(self) -> nn.Module:
         return self.layer
 
     def attach(self, scale: Scale) -> Handle:
         return GatedWeights([self.layer], self.adapter_name, scale)
-
-    @property
-    def resizable(self) -> bool:
-        return False
-
-    def obstacle(self) -> str | None:
-        return None
 
 
 @register_lora_site

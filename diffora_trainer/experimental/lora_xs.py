@@ -86,15 +86,13 @@ def _close(found: Tensor, wanted: Tensor) -> bool:
 class LoraXSSite(LoraSite):
     """The LoRA-XS of one layer. It is kept whole or pruned."""
 
+    shareable = False
+
     @classmethod
     def fits(cls, layer: Any, adapter_name: str) -> bool:
         if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_B:
             return False
         return isinstance(layer.lora_B[adapter_name], CoreUp)
-
-    @property
-    def shareable(self) -> bool:
-        return False
 
 
 class LoraXS(RebuiltLora, ExportableState):

@@ -91,6 +91,8 @@ def _load_parts(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> 
 class PRoLoRASite(LoraSite):
     """The PRoLoRA of one layer. It is kept whole or pruned, and counts as one unit."""
 
+    shareable = False
+
     def __init__(self, name: str, layer: Any, adapter_name: str) -> None:
         super().__init__(name, layer, adapter_name)
         self.rank = 1
@@ -103,10 +105,6 @@ class PRoLoRASite(LoraSite):
 
     def saved_shapes(self, rank: int, adapted: Collection[str] | None = None) -> dict[str, tuple[int, ...]]:
         return super().saved_shapes(self.layer.r[self.adapter_name], adapted)
-
-    @property
-    def shareable(self) -> bool:
-        return False
 
     def fold(self, factor: float) -> None:
         for parameter in self.layer.lora_B[self.adapter_name].parameters():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -45,7 +44,6 @@ class ChainedLoRA(FactorSchedule):
         self.every = check_every(every)
         self.train_a, self.max_rank, self.seed = train_a, max_rank, seed
         self._chain: Chain | None = None
-        self._model: weakref.ref[Any] | None = None
         self._last_step: int | None = None
 
     def attach(self, model: Any) -> None:
@@ -54,8 +52,8 @@ class ChainedLoRA(FactorSchedule):
         checkpoint, which may hold more rounds; a trainer that is built with the callback does so by itself.
         """
         model = lora_of(model)
-        if self._model is None or self._model() is not model:
-            self._chain, self._model, self._last_step = Chain(model, self.train_a), weakref.ref(model), None
+        if self._chain is None or self._chain.model is not model:
+            self._chain, self._last_step = Chain(model, self.train_a), None
 
     def before_step(self, model: Any, optimizer: Any, step: int) -> None:
         self.attach(model)
