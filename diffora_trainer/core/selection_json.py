@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .allocation import Allocation
 from .formats import (
@@ -20,17 +20,13 @@ from .formats import (
 from .grid import Grid
 
 
-if TYPE_CHECKING:
-    from .selection import Selection
-
-
 _PLAIN, _COMPONENTS, _FROZEN = 2, 3, 4
 """The formats: that of a selection of modules and ranks, and those that know of single components, and of modules that
 stay without being trained. What needs nothing more is written in an earlier one, which earlier versions read."""
 
 
-def selection_to_dict(selection: Selection) -> dict[str, Any]:
-    """A selection as JSON values, a record for each module."""
+def selection_to_dict(selection: Any) -> dict[str, Any]:
+    """A [`~diffora_trainer.core.selection.Selection`] as JSON values, a record for each module."""
     numbers = {
         "score": selection.scores,
         "gain": selection.gains,

@@ -236,13 +236,13 @@ def test_decision(options: dict[str, Any], steps: int, expected: int) -> None:
 def test_the_example_of_the_docstring() -> None:
     text = re.sub(r"\s+", " ", str(DiffoRAConfig.__doc__))
     example = re.search(
-        r"in a run of (\d+) steps with the defaults, steps 1 to (\d+) .* to (\d+) the search.* end of step (\d+), and",
+        r"Example: of (\d+) steps with the defaults, 1 to (\d+) are .* to (\d+) the search.*, and (\d+) to \1 train",
         text,
     )
     assert example is not None
-    steps, warmup, decision, prune = map(int, example.groups())
+    steps, warmup, decision, alone = map(int, example.groups())
     schedule = make_schedule(DiffoRAConfig(), steps)
-    assert (schedule.warmup, schedule.discretize, schedule.prune) == (warmup, decision, prune)
+    assert (schedule.warmup, schedule.discretize, schedule.prune) == (warmup, decision, alone - 1)
 
 
 @pytest.mark.parametrize(

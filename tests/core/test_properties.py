@@ -14,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from diffora_trainer import DiffoRAConfig, Selection
-from diffora_trainer.config import SELECTION_GRANULARITIES, SELECTION_SCOPES, SELECTION_UNITS, WEIGHT_SHARING
+from diffora_trainer.config import (
+    SELECTION_GRANULARITIES,
+    SELECTION_SCOPES,
+    SELECTION_UNITS,
+    UNSELECTED,
+    WEIGHT_SHARING,
+)
 from diffora_trainer.config_checks import PREFIX_CACHES
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid, SiteInfo
@@ -65,6 +71,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "search_only": st.booleans(),
     "prefix_cache": st.sampled_from(PREFIX_CACHES),
     "prefix_cache_gib": st.floats(0, 99),
+    "unselected": st.sampled_from(UNSELECTED),
     "search_micro_batches": st.none() | st.integers(0, 9),
     "method": st.sampled_from(method_names()),
     "method_options": st.none() | st.deferred(lambda: METHOD_OPTIONS),

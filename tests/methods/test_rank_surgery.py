@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from diffora_trainer import SelectionRun, apply_selection
+from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.search.runtime import Runtime
 from helpers.checks import assert_same
 from helpers.models import llama
@@ -33,7 +34,11 @@ def test_the_best_components_stay_with_their_weights_and_moments() -> None:
         w[k].min() for w, k in zip(worth, kept, strict=True) if k.any()
     )
     assert any(0 < int(own.sum()) < len(own) and not own[: int(own.sum())].all() for own in kept)  # not the first ones
-    before = [(a.detach().clone(), b.detach().clone(), optimizer.state[b]["exp_avg"].clone()) for a, b in pairs(model)]
+    names = search.grid.names
+    before = {
+        name: (a.detach().clone(), b.detach().clone(), optimizer.state[b]["exp_avg"].clone())
+        for name, (a, b) in zip(names, pairs(model), strict=True)
+    }
     without = copy.deepcopy(model)
     with torch.no_grad():
         for (_, b), own in zip(pairs(without), kept, strict=True):
@@ -43,8 +48,11 @@ def test_the_best_components_stay_with_their_weights_and_moments() -> None:
     apply_selection(model, selection, optimizer)
     expected, found = (m.eval()(**batches[0]).logits for m in (without, model))
     torch.testing.assert_close(found, expected)
-    stay = [(old, own) for old, own in zip(before, kept, strict=True) if own.any()]
-    for (a, b), (old, own) in zip(pairs(model), stay, strict=True):
+    stay = dict(zip(names, kept, strict=True))
+    left = AdapterGrid.from_model(model).grid.names
+    assert set(left) == {name for name in names if stay[name].any()}
+    for name, (a, b) in zip(left, pairs(model), strict=True):
+        old, own = before[name], stay[name]
         assert a.equal(old[0][own]) and b.equal(old[1][:, own])
         assert optimizer.state[b]["exp_avg"].equal(old[2][:, own])
 

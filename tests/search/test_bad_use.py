@@ -117,7 +117,11 @@ OTHER: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a folder as a file": (lambda f: Selection.load(written(f, None)), OSError, SELECTION_NAME),
     "empty file": (lambda f: Selection.load(written(f, b"")), ValueError, f"{SELECTION_NAME}.*Please pass"),
     "a list": (lambda f: Selection.load(written(f, b"[]")), ValueError, "`format` is not 2.*Please pass"),
-    "another format": (lambda f: Selection.load(written(f, b'{"format": 4}')), ValueError, "`format` is not 2 or 3"),
+    "another format": (
+        lambda f: Selection.load(written(f, b'{"format": 5}')),
+        ValueError,
+        "`format` is not 2, 3 or 4",
+    ),
     "no modules": (lambda f: Selection.load(written(f, b'{"format": 1}')), ValueError, "has no 'modules'"),
     "binary": (lambda f: Selection.load(written(f, b"\x80\x04\xff\x00")), ValueError, "it is no text.*Please pass"),
     "no state": (lambda f: load_state(f), ValueError, f"holds no {STATE_NAME}.*start a new run"),
