@@ -40,7 +40,7 @@ def check_prefix_cache(trainer: Any) -> None:
 
 class TrainingPrefix:
     """
-    What a trainer keeps of the layers below the lowest LoRA.
+    What a trainer keeps of the layers below the lowest LoRA that is trained.
 
     Args:
         trainer (`Trainer`): the trainer.
