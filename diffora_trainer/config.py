@@ -148,7 +148,7 @@ class DiffoRAConfig(Derived, OldMoments):
     > Parameters that control what the steps after the pruning cost
 
     prefix_cache (`str`, *optional*, defaults to `"none"`):
-        Keep what the layers below the lowest trained LoRA compute for each row, in `"memory"` or on `"disk"` (in
+        Keep what the layers below the lowest trained LoRA compute for a row, in `"memory"` or on `"disk"` (in
         `output_dir`), so that a row which comes again begins at that layer: the same update up to rounding. Rows are
         known by their content. It is tried out on the first batch after the pruning, and off, with a warning, where
         these layers draw random numbers (dropout) or the loss would differ. For one process.
@@ -289,7 +289,7 @@ class DiffoRAConfig(Derived, OldMoments):
     prefix_cache: str = field(
         default="none",
         metadata={
-            "help": "Keep what the layers below the lowest trained LoRA compute for each row, in 'memory' or on 'disk'.",
+            "help": "Keep what the layers below the lowest trained LoRA compute for a row, in 'memory' or on 'disk'.",
             "choices": list(PREFIX_CACHES),
         },
     )
