@@ -15,6 +15,7 @@ from diffora_trainer import ArchitectureSearch
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.methods.base import GradientMethod
+from diffora_trainer.methods.ranks import RankMethod
 from diffora_trainer.methods.registry import register_method, unregister_method
 from helpers.models import llama
 from helpers.options import make_config
@@ -112,3 +113,9 @@ def gradients_of(search: ArchitectureSearch) -> list[Tensor]:
     step = search.method.step
     search.method.step = lambda gradient: seen.append(gradient) or step(gradient)  # type: ignore[method-assign]
     return seen
+
+
+def components(search: ArchitectureSearch) -> list[Tensor]:
+    """What each component was found to be worth, module by module."""
+    assert isinstance(search.method, RankMethod)
+    return search.method.split(search.method._scores)

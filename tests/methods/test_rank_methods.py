@@ -1,10 +1,9 @@
-"""Methods that give ranks or choose layers: their formulas, computed once more in another way."""
+"""Methods that give ranks or choose layers: their scores, computed once more in another way."""
 
 from __future__ import annotations
 
 import copy
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,24 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffora_trainer import SelectionRun
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid
 from diffora_trainer.core.ranks import RankBudget
 from diffora_trainer.methods.gelora import intrinsic_dimension
 from diffora_trainer.methods.ranks import RankMethod
 from diffora_trainer.methods.registry import get_method
-from diffora_trainer.search.runtime import Runtime
-from helpers.checks import assert_same
 from helpers.models import bert, gpt2, llama
-from helpers.options import make_config
-from helpers.searches import make_search, model_loss, pairs, warm
-
-
-def components(search: Any) -> list[Tensor]:
-    """What each component was found to be worth, module by module."""
-    assert isinstance(search.method, RankMethod)
-    return search.method.split(search.method._scores)
+from helpers.searches import components, make_search, model_loss, pairs, warm
 
 
 def close(found: list[Tensor], expected: list[Any], rtol: float = 1e-4) -> None:
@@ -234,16 +223,6 @@ def test_eva_is_the_variance_that_directions_explain(kind: Any) -> None:
         assert overlap[0] > 0.99 and np.allclose(np.linalg.norm(a.detach().numpy(), axis=1), 1.0, atol=1e-3)
 
 
-def test_eva_starts_nothing_anew_that_has_learned() -> None:
-    model, batches = warm()
-    before = [a.detach().clone() for a, _ in pairs(model)]
-    search = make_search(model, "eva")
-    search.score(batches)
-    search.finish()
-    for (a, _), old in zip(pairs(model), before, strict=True):
-        assert sorted(a.sum(dim=1).tolist()) == pytest.approx(sorted(old.sum(dim=1).tolist()))
-
-
 @pytest.mark.parametrize("kind", [llama, bert])
 @pytest.mark.parametrize("at_once", [1, 8])
 def test_aletheia_is_the_gradient_of_frozen_layers(kind: Any, at_once: int) -> None:
@@ -299,21 +278,6 @@ def test_alora_is_the_loss_without_a_component_and_with_it_alone() -> None:
     assert bool((search.method._scores[kept] > 0).all()) and bool((search.method._scores < 0).any())
 
 
-def test_what_cannot_be_spent_in_ranks_keeps_whole_modules() -> None:
-    model, batches = warm()
-    search = make_search(model, "adalora", selection_granularity="module", selection_ratio=0.5)
-    totals = search.score(batches)
-    selection = search.select()
-    assert not selection.in_ranks and sum(selection.kept) == 7
-    assert [bool(keep) for keep in selection.kept] == [bool(score >= totals.sort().values[7]) for score in totals]
-    torch.testing.assert_close(totals, torch.stack([own.sum() for own in components(search)]))
-    for asked in ("rank", "component"):
-        with pytest.raises(ValueError, match=f"'{asked}'`, but that does not combine with `selection_unit='layer'`"):
-            make_search(model, "adalora", selection_granularity=asked, selection_unit="layer")
-    with pytest.raises(ValueError, match="room for 10 parameters"):
-        make_search(model, "adalora", max_trainable_parameters=10)
-
-
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
@@ -329,197 +293,6 @@ def test_what_cannot_be_spent_in_ranks_keeps_whole_modules() -> None:
 def test_options_out_of_range_are_refused(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_search(warm()[0], method, method_options=options)
-
-
-def test_a_selection_of_components_keeps_the_function(tmp_path: Path) -> None:
-    """Sorting changes no output, moves moments along, and the components that stay are those with the best scores."""
-    model, batches = warm(spread=1.0)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for batch in batches:
-        model_loss(model, batch).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    search = make_search(model, "adalora", selection_ratio=0.5)
-    search.score(batches)
-    worth, kept = components(search), search.method.split(search.method.components())
-    assert max(w[~k].max() for w, k in zip(worth, kept, strict=True) if not k.all()) <= min(
-        w[k].min() for w, k in zip(worth, kept, strict=True) if k.any()
-    )
-    before = [(a.detach().clone(), b.detach().clone(), optimizer.state[b]["exp_avg"].clone()) for a, b in pairs(model)]
-    logits = model.eval()(**batches[0]).logits
-    selection = search.finish(0, optimizer)
-    torch.testing.assert_close(model.eval()(**batches[0]).logits, logits)
-    assert selection.ranks == tuple(int(own.sum()) for own in kept)
-    for (a, b), old, own in zip(pairs(model), before, kept, strict=True):
-        count = int(own.sum())
-        assert a[:count].equal(old[0][own]) and b[:, :count].equal(old[1][:, own])
-        assert optimizer.state[b]["exp_avg"][:, :count].equal(old[2][:, own])
-
-
-@pytest.mark.parametrize("scale", [1.0, 64.0])
-def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates(scale: float) -> None:
-    """Against gates that are parameters of the layers, in a loop with `torch.optim.Adam`."""
-    rate, threshold, steps = 0.05, 0.01, 6
-    tiny = llama()
-    model, batches = warm(tiny)
-    twin = copy.deepcopy(model)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    options = {"gate_learning_rate": rate, "threshold": threshold}
-    config = make_config(method="sora", discretize_at=steps, selection_ratio=0.5, method_options=options)
-    runtime = Runtime(loss_scale=lambda: scale)
-    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=steps + 1, runtime=runtime)
-    for step in range(steps - 1):
-        for part in (0, 1):  # gradients are accumulated
-            run.before_step()
-            (scale * model_loss(model, batches[(step + part) % 3]) / 2).backward()
-        for parameter in model.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= scale
-        optimizer.step()
-        optimizer.zero_grad()
-        run.after_step()
-    method = run.search.method
-
-    weights = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
-    names = run.search.grid.names
-    layers = [twin.base_model.model.get_submodule(name).lora_A["default"] for name in names]
-    gates = [nn.Parameter(torch.ones(layer.out_features)) for layer in layers]
-    for layer, gate in zip(layers, gates, strict=True):
-        layer.register_forward_hook(lambda module, args, output, gate=gate: output * gate)
-    adam = torch.optim.Adam(gates, lr=rate)
-    for step in range(steps - 1):
-        for part in (0, 1):
-            (model_loss(twin, batches[(step + part) % 3]) / 2).backward()
-        weights.step()
-        adam.step()
-        weights.zero_grad()
-        adam.zero_grad()
-        with torch.no_grad():
-            for gate in gates:
-                gate.copy_(torch.where(gate.abs() < threshold, 0.0, gate - threshold * gate.sign()))
-    for found, gate in zip(method.component_gates(), gates, strict=True):
-        torch.testing.assert_close(found, gate.detach(), atol=2e-5, rtol=1e-4)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, twin.get_parameter(name), atol=1e-5, rtol=1e-4)
-    with torch.no_grad():
-        torch.testing.assert_close(model(**tiny.batch).logits, twin(**tiny.batch).logits, atol=1e-5, rtol=1e-4)
-
-    # A step whose loss was not finite moves no gate.
-    run.before_step()
-    (model_loss(model, batches[0]) * float("inf")).backward()
-    optimizer.zero_grad()
-    state = method.state_dict()
-    run._trained.step(optimizer)  # type: ignore[union-attr]
-    assert_same(method.state_dict(), state)
-    assert run.search.skipped_steps == 1 and not any(leaf.grad is not None for leaf in run.search.gates._masks)
-
-    # What they have come to is put into the weights.
-    before = [gate.abs().clone() for gate in method.component_gates()]
-    assert len({round(float(value), 6) for gate in before for value in gate}) > 20
-    model.eval()
-    expected = model(**tiny.batch).logits
-    run.search.method.before_pruning(run.search.adapters.sites)
-    run.search.gates.detach()
-    torch.testing.assert_close(model(**tiny.batch).logits, expected, atol=1e-5, rtol=1e-4)
-
-
-def test_trained_gates_are_not_seen_by_a_compiled_model() -> None:
-    model, batches = warm()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for method in ("sora", "beamlora"):
-        config = make_config(method=method, discretize_at=4, selection_ratio=0.5)
-        with pytest.raises(ValueError, match=f"'{method}'`, which trains gates.*torch_compile"):
-            SelectionRun(model, optimizer, config, model_loss, batches, total_steps=8, runtime=Runtime(compiled=True))
-
-
-def test_sora_prunes_what_its_threshold_has_closed() -> None:
-    model, batches = warm()
-    options = {"gate_learning_rate": 0.1, "threshold": 0.15, "selection_ratio": 0.9}
-    run = train_gated(model, batches, 9, 9, method="sora", **options)
-    assert run.selection is not None
-    closed = int((run.search.method._scores == 0).sum())
-    total = sum(site.rank for site in run.search.grid.sites)
-    assert 0 < closed and sum(run.selection.ranks) == total - closed < 0.85 * total
-    for site in run.search.adapters.named(run.selection.selected):
-        assert site.parameters[1].detach().norm(dim=0).min() > 0
-
-
-def train_gated(model: Any, batches: list[Any], steps: int, until: int, **options: Any) -> SelectionRun:
-    """Some steps of SGD under a method that trains gates."""
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    ratio = options.pop("selection_ratio", 0.5)
-    config = make_config(method=options.pop("method"), discretize_at=until, selection_ratio=ratio,
-                         method_options=options)  # fmt: skip
-    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=until + 1)
-    for step in range(steps):
-        run.before_step()
-        model_loss(model, batches[step % 3]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        run.after_step()
-    return run
-
-
-def test_beamlora_trains_a_softmax_and_puts_strong_components_in_the_place_of_weak_ones() -> None:
-    """Against scores that are parameters of the layers, with `torch.optim.Adam`, and a replacement by hand."""
-    rate, temperature, every, until = 0.02, 0.05, 4, 20
-    tiny = llama()
-    model, batches = warm(tiny)
-    twin = copy.deepcopy(model)
-    options = {"method": "beamlora", "beam_every": every, "temperature": temperature, "gate_learning_rate": rate,
-               "top_p": 0.9}  # fmt: skip
-    run = train_gated(model, batches, every, until, **options)
-
-    grid = run.search.grid
-    weights = torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.1)
-    layers = [twin.base_model.model.get_submodule(name).lora_A["default"] for name in grid.names]
-    half = [2] * len(layers)  # of rank 4
-    scores = [nn.Parameter(torch.zeros(rank)) for rank in half]
-
-    def gate(own: Tensor) -> Tensor:
-        return torch.cat([torch.softmax(own / temperature, 0) * len(own), torch.zeros(4 - len(own))])
-
-    for layer, own in zip(layers, scores, strict=True):
-        layer.register_forward_hook(lambda module, args, output, own=own: output * gate(own))
-    adam = torch.optim.Adam(scores, lr=rate)
-    past: list[list[Tensor]] = []
-    for step in range(every):
-        model_loss(twin, batches[step % 3]).backward()
-        weights.step()
-        adam.step()
-        weights.zero_grad()
-        adam.zero_grad()
-        if step + 1 == every // 2:
-            past = [[x.detach().clone() for x in pair] for pair in pairs(twin)]
-    importance = torch.cat([gate(own).detach() for own in scores])
-    share = 1 - 0.1 * (1 + np.cos(np.pi * every / until)) / 2
-    falling = importance.sort(descending=True)
-    weak = set(falling.indices[falling.values.cumsum(0) > share * importance.sum()].tolist())
-    replaced = 0
-    with torch.no_grad():
-        for index, ((a, b), own) in enumerate(zip(pairs(twin), scores, strict=True)):
-            worst, best = int(own.argmin()), int(own.argmax())
-            if not {4 * index, 4 * index + 1} & weak:
-                continue
-            replaced += 1
-            a[worst], b[:, worst] = past[index][0][best], past[index][1][:, best]
-            own.fill_(float(own.mean()))
-    assert 0 < replaced < len(layers)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter, twin.get_parameter(name), atol=1e-5, rtol=1e-4)
-    for found, own in zip(run.search.method.component_gates(), scores, strict=True):
-        torch.testing.assert_close(found, gate(own).detach(), atol=1e-4, rtol=1e-3)
-
-    run = train_gated(warm()[0], batches, 6, 6, **options)
-    assert run.selection is not None and set(run.selection.ranks) == {2}
-    assert run.selection.trainable_parameters * 2 == sum(run.search.grid.parameters)
-
-
-def test_beamlora_keeps_every_module() -> None:
-    model, _ = warm()
-    for options in ({"selection_granularity": "module"}, {"selection_ratio": 0.1}, {"selection_unit": "layer"}):
-        with pytest.raises(ValueError, match="'beamlora'`, which keeps every module"):
-            make_search(model, "beamlora", **options)
 
 
 def test_two_rows_do_not_tell_layers_apart() -> None:
