@@ -68,12 +68,15 @@ def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not list(tmp_path.glob("*.safetensors"))
 
 
-def test_as_a_module_and_with_words_that_it_does_not_know(runs: tuple[Path, Path], tmp_path: Path) -> None:
+def test_as_a_module_and_with_words_that_it_does_not_know(
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     command = [sys.executable, "-m", "diffora_trainer"]
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("diffora-trainer 0.")
-    done = subprocess.run([*command, "show", str(runs[0]), "--colour"], capture_output=True, text=True)
-    assert done.returncode == 2 and "unrecognized arguments: --colour" in done.stderr
+    with pytest.raises(SystemExit) as stop:
+        main(["show", str(runs[0]), "--colour"])
+    assert stop.value.code == 2 and "unrecognized arguments: --colour" in capsys.readouterr().err
     out = str(tmp_path / "out")
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 0
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 1

@@ -1,4 +1,4 @@
-"""One process of a distributed run, started by `test_distributed.py`. It writes what it found into its folder."""
+"""Runs of one process of several, one after the other. Each writes what it found into its folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
@@ -58,7 +59,7 @@ def gathered_parameters(model) -> int:
     )
 
 
-def main(folder: Path, options: dict) -> None:
+def run(folder: Path, options: dict) -> Accelerator:
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     search = options.get("search", {})
     if rank in options.get("other_search", {}).get("ranks", []):
@@ -114,9 +115,11 @@ def main(folder: Path, options: dict) -> None:
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     }
     (folder / f"report.{rank}.json").write_text(json.dumps(report))
-    trainer.accelerator.end_training()
+    return trainer.accelerator
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
+    for folder, options in json.loads(sys.argv[1]).items():
+        accelerator = run(Path(folder), options)
+    accelerator.end_training()

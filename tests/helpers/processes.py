@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from helpers import IMPORT_PATH, ROOT
+from helpers import IMPORT_PATH, ROOT, distributed_run
 
 
 def elsewhere(program: str, jobs: object, folder: Path, missing: tuple[str, ...] = ("diffora_trainer", "trl")) -> Any:
@@ -56,8 +57,24 @@ def launch(kind: str | None, script: Path, *arguments: object, ok: bool = True) 
     return output
 
 
+def distribute(kind: str, runs: Mapping[Path, dict[str, Any]], ok: bool = True) -> str:
+    """Runs of `distributed_run.py` in two processes, one after the other, since these take long to start."""
+    for folder in runs:
+        folder.mkdir(exist_ok=True)
+    jobs = json.dumps({str(folder): options for folder, options in runs.items()})
+    return launch(kind, HELPERS / "distributed_run.py", jobs, ok=ok)
+
+
+def read_reports(folder: Path) -> list[dict[str, Any]]:
+    """What each process has found in a run."""
+    return [json.loads(path.read_text()) for path in sorted(folder.glob("report.*.json"))]
+
+
 def train(kind: str | None, folder: Path, **options: Any) -> list[dict[str, Any]]:
-    """A run of `distributed_run.py`, and the reports of its processes."""
-    folder.mkdir(exist_ok=True)
-    launch(kind, HELPERS / "distributed_run.py", folder, json.dumps(options))
-    return [json.loads((folder / f"report.{rank}.json").read_text()) for rank in range(1 if kind is None else 2)]
+    """A run in two processes, or in this one, and the reports of its processes."""
+    if kind is None:
+        folder.mkdir(exist_ok=True)
+        distributed_run.run(folder, options)
+    else:
+        distribute(kind, {folder: options})
+    return read_reports(folder)

@@ -65,25 +65,26 @@ def as_callback(folder: Path, task: str, given: Any = None) -> Any:
     return make_trainer(folder, task, callbacks=[SaveAt(), given], **settings)
 
 
-@pytest.mark.parametrize("build", [attached, as_callback])
 @pytest.mark.parametrize("task", ["cls", "sft"])
-def test_run_is_that_of_the_mixin(task: str, build: Any, tmp_path: Path) -> None:
+def test_run_is_that_of_the_mixin(task: str, tmp_path: Path) -> None:
     """Losses, selection, adapter and files are equal, and so is what is resumed in every phase."""
-    runs = []
-    for way, folder in ((directly, "direct"), (build, "built")):
-        runs.append(way(tmp_path / folder, task))  # which sets the seed
-        runs[-1].train()
-        runs[-1].save_model()
-    direct, trainer = runs
-    assert_was_searched(trainer)
-    assert_same(step_logs(trainer), step_logs(direct), "logs")
-    assert trainer.selection == direct.selection == Selection.load(tmp_path / "built")
-    assert_same(adapter(trainer.model), adapter(direct.model), "adapter")
-    assert {p.name for p in (tmp_path / "built").iterdir()} == {p.name for p in (tmp_path / "direct").iterdir()}
-    for step in SAVES:
-        resumed = build(tmp_path / str(step), task)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "built" / f"checkpoint-{step}"))
-        assert_continues(resumed, direct, step)
+    direct = directly(tmp_path / "direct", task)
+    direct.train()
+    direct.save_model()
+    for build in (attached, as_callback):
+        folder = tmp_path / build.__name__
+        trainer = build(folder, task)  # which sets the seed
+        trainer.train()
+        trainer.save_model()
+        assert_was_searched(trainer)
+        assert_same(step_logs(trainer), step_logs(direct), "logs")
+        assert trainer.selection == direct.selection == Selection.load(folder)
+        assert_same(adapter(trainer.model), adapter(direct.model), "adapter")
+        assert {p.name for p in folder.iterdir()} == {p.name for p in (tmp_path / "direct").iterdir()}
+        for step in SAVES:
+            resumed = build(tmp_path / f"{build.__name__}-{step}", task)
+            resumed.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
+            assert_continues(resumed, direct, step)
 
 
 def test_trainer_of_a_tool(tmp_path: Path) -> None:

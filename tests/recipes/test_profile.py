@@ -38,7 +38,7 @@ def test_every_yaml_is_a_profile(measure, config: str) -> None:
 
 
 def test_trainers_take_turns_and_every_step_is_counted(measure, tmp_path: Path) -> None:
-    steps, cut = 80, 20
+    steps, cut = 64, 16
     out = tmp_path / "figures" / "times.json"
     config = measure.ProfileConfig(
         shape=SHAPE, sequence_length=8, batch_size=2, steps=steps, rank=2, memory=False, output_file=str(out)

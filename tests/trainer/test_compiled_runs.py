@@ -117,7 +117,8 @@ def test_compiled_run_resumes(moment: int, tmp_path: Path) -> None:
     args = {"torch_compile_backend": "aot_eager"}
 
     def make(folder: str) -> Any:
-        return saving_trainer(tmp_path / folder, "cls", args=args, train_dataset=rows_of(24))
+        few = lora(target_modules=["query", "value"])  # which are compiled in less time
+        return saving_trainer(tmp_path / folder, "cls", args=args, train_dataset=rows_of(24), peft_config=few)
 
     whole = make("whole")
     whole.train()
@@ -127,7 +128,7 @@ def test_compiled_run_resumes(moment: int, tmp_path: Path) -> None:
     assert_continues(resumed, whole, moment)
 
 
-@pytest.mark.parametrize("make", [llama, bert])
+@pytest.mark.parametrize("make", [pytest.param(llama, marks=pytest.mark.slow), bert])
 def test_a_loop_of_one_s_own_and_how_deep_its_backward_pass_goes(make: Any) -> None:
     """
     The model is compiled anew when the gates come and when they go. After the choice its backward pass has the matrix

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from diffora_trainer.core.agreement import check_agreement, fingerprint
 from helpers.data import chat_dataset, tiny_tokenizer
-from helpers.processes import HELPERS, RECIPES, launch, train
+from helpers.processes import RECIPES, distribute, launch, read_reports, train
 from helpers.trainers import causal_model, lora, make_trainer
 
 
@@ -33,15 +34,38 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return train(None, tmp_path_factory.mktemp("alone"), **SIGMOID)[0]
 
 
+def rank_runs(root: Path, granularity: str, phase: str) -> dict[str, dict[str, Any]]:
+    """A run that gives ranks, and one that goes on from its checkpoint of a phase."""
+    run = {"search": {"selection_granularity": granularity}, "save_at": [SAVES[phase]]}
+    return {"ranks": run, "resumed": {**run, "resume": f"{root}/ranks/checkpoint-{SAVES[phase]}"}}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Path]]:
+    """The folders of the runs that two processes of a kind make, started once for all of them."""
+    checked = {"ddp_find_unused_parameters": False}  # so that a parameter that gets no gradient any more is an error
+    checkpointing = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    made: dict[str, dict[str, Path]] = {}
+
+    def run(kind: str) -> dict[str, Path]:
+        if kind not in made:
+            root = tmp_path_factory.mktemp(kind)
+            runs: dict[str, dict[str, Any]] = {"checkpointing": {"args": {**checked, **checkpointing}, **SIGMOID}}
+            if kind == "ddp":
+                runs["micro-batches"] = {"args": checked, "search": {**SIGMOID["search"], "search_micro_batches": 2}}
+                runs |= rank_runs(root, "rank", "closing")
+            distribute(kind, {root / name: options for name, options in runs.items()})
+            made[kind] = {name: root / name for name in runs}
+        return made[kind]
+
+    return run
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], together: Any) -> None:
     """With gradient accumulation and gradient checkpointing."""
-    args = {
-        "gradient_checkpointing": True,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
-        "ddp_find_unused_parameters": False,  # so that one that gets no gradient any more is an error
-    }
-    reports = train(kind, tmp_path, args=args, **SIGMOID)
+    folder = together(kind)["checkpointing"]
+    reports = read_reports(folder)
     wrapper = {"ddp": "DistributedDataParallel", "fsdp2": "FSDPPeftModelForCausalLM"}[kind]
     assert [report["wrapper"] for report in reports] == [wrapper] * 2
     assert reports[0] == reports[1]  # one decision, and the same weights
@@ -59,15 +83,14 @@ def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], tmp_path:
     assert report["gathered"] == report["parameters"]
     assert report["optimized"] == report["trainable"]
 
-    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    adapter = load_file(folder / "adapter_model.safetensors")
     assert {name.replace(".weight", ".default.weight") for name in adapter} == set(report["weights"])
     assert any(weight.any() for name, weight in adapter.items() if "lora_B" in name)
 
 
-def test_two_processes_split_their_batches(alone: dict[str, Any], tmp_path: Path) -> None:
+def test_two_processes_split_their_batches(alone: dict[str, Any], together: Any) -> None:
     """With gradient accumulation: gradients are exchanged once for all micro-batches of all batches of a step."""
-    search = {**SIGMOID["search"], "search_micro_batches": 2}
-    reports = train("ddp", tmp_path, args={"ddp_find_unused_parameters": False}, search=search)
+    reports = read_reports(together("ddp")["micro-batches"])
     assert reports[0] == reports[1]
     assert reports[0]["selected"] == alone["selected"]
     assert reports[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
@@ -96,17 +119,20 @@ def test_two_processes_train_a_compiled_model(alone: dict[str, Any], tmp_path: P
         pytest.param("component", "closing", marks=pytest.mark.slow),
     ],
 )
-def test_two_processes_give_ranks_as_one(granularity: str, phase: str, tmp_path: Path) -> None:
+def test_two_processes_give_ranks_as_one(granularity: str, phase: str, together: Any, tmp_path: Path) -> None:
     """What is left of each matrix is optimized on both, and its gradients are exchanged; a resumed run goes on so."""
-    run = {"search": {"selection_granularity": granularity}, "save_at": [SAVES[phase]]}
-    whole = train("ddp", tmp_path / "whole", **run)
+    if (granularity, phase) == ("rank", "closing"):
+        folders = together("ddp")
+    else:
+        runs = rank_runs(tmp_path, granularity, phase)
+        folders = {name: tmp_path / name for name in runs}
+        distribute("ddp", {folders[name]: options for name, options in runs.items()})
+    whole, resumed = (read_reports(folders[name]) for name in ("ranks", "resumed"))
     assert whole[0] == whole[1] and whole[0]["moved"] and all(whole[0]["moved"])
     assert whole[0]["optimized"] == whole[0]["trainable"]
     whole_size = causal_model().config.hidden_size * lora().r
     assert all(len(w) < whole_size for name, w in whole[0]["weights"].items() if "q_proj.lora_B" in name)
-    for step in run["save_at"]:
-        resumed = train("ddp", tmp_path / str(step), resume=f"{tmp_path}/whole/checkpoint-{step}", **run)
-        assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
+    assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
 
 
 @pytest.mark.slow
@@ -136,8 +162,7 @@ def test_shards_are_not_frozen(tmp_path: Path) -> None:
 def test_shards_are_not_given_ranks(tmp_path: Path) -> None:
     reports = train("fsdp2", tmp_path / "modules", search={"max_trainable_parameters": 1500})
     assert reports[0] == reports[1]  # whole modules, as FSDP2 can
-    options = json.dumps({"search": {"selection_granularity": "rank"}})
-    output = launch("fsdp2", HELPERS / "distributed_run.py", tmp_path / "ranks", options, ok=False)
+    output = distribute("fsdp2", {tmp_path / "ranks": {"search": {"selection_granularity": "rank"}}}, ok=False)
     assert "it is sharded, so it cannot be given another rank" in output
 
 
@@ -183,7 +208,7 @@ def test_resumed_run_is_the_uninterrupted_run(kind: str, tmp_path: Path) -> None
 )
 def test_a_fault_stops_all(kind: str, fault: dict[str, Any], message: str, tmp_path: Path) -> None:
     """The launcher comes back with an error, which a hanging process would prevent, and no adapter is written."""
-    output = launch(kind, HELPERS / "distributed_run.py", tmp_path, json.dumps(fault), ok=False)
+    output = distribute(kind, {tmp_path: fault}, ok=False)
     assert message in output
     if "disagree" in message:
         raising = {line.split("]")[0] for line in output.splitlines() if "disagree on" in line}
