@@ -107,7 +107,7 @@ def test_a_chain_is_what_merging_each_round_would_give(train_a: bool, options: d
                     parameter.requires_grad_(train_a)
         train(one, tiny, min(3, 8 - 3 * index))
         merged = one.merge_and_unload()
-    torch.testing.assert_close(logits(model.eval(), tiny), logits(merged.eval(), tiny), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(logits(model.eval(), tiny), logits(merged.eval(), tiny), atol=5e-5, rtol=1e-4)
 
     assert_same(base_weights(model), base)
     saved = model.peft_config["default"]
