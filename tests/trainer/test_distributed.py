@@ -153,8 +153,7 @@ def test_two_processes_freeze_as_one(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_shards_are_not_frozen(tmp_path: Path) -> None:
-    options = json.dumps({"search": {"unselected": "freeze"}})
-    output = launch("fsdp2", HELPERS / "distributed_run.py", tmp_path, options, ok=False)
+    output = distribute("fsdp2", {tmp_path / "run": {"search": {"unselected": "freeze"}}}, ok=False)
     assert "You passed `unselected='freeze'`" in output and "is sharded" in output
 
 
