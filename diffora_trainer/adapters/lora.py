@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..compat import is_sentence_transformer
+from ..compat import is_sentence_transformer, keep_frozen
 from ..core.grid import LORA
 from .base import AdapterSite, SiteKind, peft_name, register_site_kind
 from .optimizer import narrow_weight
@@ -126,6 +126,7 @@ class LoraSite(AdapterSite):
         super().freeze()
         if self.adapter_name in self.layer.lora_dropout:  # what is not trained needs no noise
             self.layer.lora_dropout[self.adapter_name] = nn.Identity()
+        keep_frozen(self.layer, self.adapter_name)
 
     @property
     def resizable(self) -> bool:

@@ -15,6 +15,7 @@ from .peft import (
     converted_to_parameters,
     disable_layer,
     hook_lookup,
+    keep_frozen,
     rewrites_all_linear,
     shortened_targets,
 )
@@ -97,6 +98,7 @@ __all__ = [
     "is_compiled",
     "is_input_gradient_hook",
     "is_replica",
+    "keep_frozen",
     "is_reward_trainer",
     "is_sentence_transformer",
     "knows_fsdp2",

@@ -33,6 +33,27 @@ def disable_layer(layer: Any, disabled: bool) -> None:
     layer._disable_adapters = disabled
 
 
+def keep_frozen(layer: Any, adapter_name: str) -> None:
+    """
+    Leave an adapter of one layer frozen where PEFT makes adapters trainable, as it does at the end of each
+    `disable_adapter()`: by `frozen_peft_weight_names`, or before PEFT 0.21, which has no such names, by its
+    `set_adapter`. Goes when PEFT leaves alone what was frozen.
+    """
+    if hasattr(layer, "frozen_peft_weight_names"):
+        names = {**layer.frozen_peft_weight_names, adapter_name: tuple(layer.adapter_layer_names)}
+        layer.frozen_peft_weight_names = names
+        return
+    set_adapter = layer.set_adapter
+
+    def stay_frozen(*args: Any, **kwargs: Any) -> None:
+        set_adapter(*args, **kwargs)
+        for name in layer.adapter_layer_names:
+            if adapter_name in (held := getattr(layer, name)):
+                held[adapter_name].requires_grad_(False)
+
+    layer.set_adapter = stay_frozen
+
+
 class _Replaced:
     """A method of one object that something else stands in for, until `remove()`."""
 

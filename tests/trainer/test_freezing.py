@@ -31,9 +31,12 @@ def names_of(trainer: Any, modules: tuple[str, ...]) -> list[str]:
     return [name for name in adapter(trainer.model) if any(f".{module}." in name for module in modules)]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_what_is_not_selected_stays_as_it_was_and_is_not_computed_backwards(tmp_path: Path, checkpointing: bool):
-    trainer = run(tmp_path, search=FREEZE, args=NOT_REENTRANT if checkpointing else {})
+# DPO takes the model without its adapter for a reference, and PEFT makes all of it trainable afterwards.
+@pytest.mark.parametrize(("task", "checkpointing"), [("sft", False), ("sft", True), ("dpo", False)])
+def test_what_is_not_selected_stays_as_it_was_and_is_not_computed_backwards(
+    tmp_path: Path, task: str, checkpointing: bool
+):
+    trainer = run(tmp_path, task, search=FREEZE, args=NOT_REENTRANT if checkpointing else {})
     reach = Reach().watch(trainer.model)
     probe = Probe(lambda model, **_: adapter(model), CUT)
     for callback in (reach, probe):
@@ -56,6 +59,10 @@ def test_what_is_not_selected_stays_as_it_was_and_is_not_computed_backwards(tmp_
     held = {parameter for group in raw_optimizer(trainer.optimizer).param_groups for parameter in group["params"]}
     assert held == {parameter for parameter in trainer.model.parameters() if parameter.requires_grad}
     assert len(held) == len(trained)
+    with trainer.model.disable_adapter():
+        pass
+    live = {name for name, p in trainer.model.named_parameters() if p.requires_grad and "lora_" in name}
+    assert len(live) == len(trained) and not any(f".{name}." in other for name in selection.frozen for other in live)
 
 
 def test_it_is_a_run_of_all_modules_of_which_some_are_frozen_by_hand(tmp_path: Path):
@@ -140,6 +147,22 @@ def test_frozen_modules_draw_nothing(tmp_path: Path):
     for _ in range(2):
         trainer.model(input_ids=torch.tensor([[5, 6, 7, 8]]))
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [lora(use_dora=True), lora(init_lora_weights="pissa"), lora(target_modules=["embed_tokens", "q_proj", "up_proj"])],
+    ids=["DoRA", "PiSSA", "embeddings"],
+)
+def test_other_forms_of_lora_are_frozen_whole(tmp_path: Path, config: Any):
+    trainer = run(tmp_path, search={**FREEZE, "selection_ratio": 0.5}, peft_config=config)
+    probe = Probe(lambda model, **_: adapter(model), CUT)
+    trainer.add_callback(probe)
+    trainer.train()
+    frozen = names_of(trainer, trainer.selection.frozen)
+    now, then = adapter(trainer.model), probe.found[CUT]
+    changed = {name for name in now if not torch.equal(now[name], then[name])}
+    assert frozen and changed == set(now) - set(frozen)
 
 
 def test_the_cache_of_the_prefix_works_below_what_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture):
