@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import DataCollatorForLanguageModeling
 
 from diffora_trainer import Selection, selected_lora_config
 from helpers.adapted import base_weights
 from helpers.checks import adapter, assert_helpful, assert_same, raw_optimizer, step_logs
-from helpers.data import classification_dataset
+from helpers.data import classification_dataset, tiny_tokenizer, token_rows
 from helpers.depth import LAYERS, NOT_REENTRANT, Reach, deep, layer_of, trainer_of
 from helpers.processes import elsewhere
-from helpers.trainers import CUT, Probe, lora, make_trainer
+from helpers.trainers import CUT, Probe, deep_model, lora, make_trainer
 
 
 FREEZE = {"unselected": "freeze"}
@@ -203,6 +204,21 @@ def test_a_limit_of_the_time_is_measured_with_frozen_modules(tmp_path: Path, mon
     lowest = min(map(layer_of, selection.selected))
     assert lowest > 0 and set(selection.selected) == {n for n in selection.modules if layer_of(n) >= lowest}
     assert trainer.model.training and not any(layer_of(name) >= lowest for name in selection.frozen)
+
+
+def test_a_limit_of_the_memory_is_counted_with_frozen_modules(tmp_path: Path):
+    trainer = make_trainer(
+        tmp_path,
+        model=deep_model,
+        search={**FREEZE, "max_step_memory": 0.6},
+        train_dataset=token_rows(),
+        data_collator=DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+    )
+    trainer.train()
+    memory = trainer.selection.memory
+    assert memory["predicted"] <= 0.6 * memory["all_modules"]
+    assert memory["after_cut"] == pytest.approx(memory["predicted"], rel=0.1)
+    assert trainer.selection.frozen and min(map(layer_of, trainer.selection.selected)) > 0
 
 
 @pytest.mark.parametrize(
