@@ -279,6 +279,8 @@ def test_percentiles_differences_and_overlaps() -> None:
     percentile, low, high = results.percentile(results.choices["diffora"])
     assert percentile == pytest.approx((70 + 95) / 2)  # seven draws above 0.25; nine above 1.0 and one equal
     assert low < percentile < high <= 100
+    # 17 of all 20 draws are above 0.25; nine above 1.0, and one equal
+    assert results.percentile_of_all(results.choices["diffora"]) == pytest.approx((85 + 47.5) / 2)
     assert results.percentile(results.choices["grad_norm"])[0] == pytest.approx((45 + 55) / 2)
     mean, half, count = results.difference("diffora", "grad_norm")
     assert (mean, count) == (pytest.approx(-0.2), 2)
