@@ -32,9 +32,8 @@ def summarize(
     left = sorted({rank for rank in ranks if rank})
     of_rank = f", of rank {' to '.join(map(str, dict.fromkeys((left[0], left[-1]))))}" if in_ranks(grid, ranks) else ""
     size = f"{parameters:,} of {before:,} {all_lora}parameters"
-    stay = f", {len(frozen)} others stay frozen" if frozen else ""
-    trained = "trained" if frozen else "kept"
-    return f"{trained} {' and '.join(what)}{of_rank}{pairs}{stay}: {size} ({parameters / before:.1%})"
+    stay = f" in training, {len(frozen)} others are frozen" if frozen else ""
+    return f"kept {' and '.join(what)}{of_rank}{pairs}{stay}: {size} ({parameters / before:.1%})"
 
 
 def draw_ranks(
@@ -67,9 +66,10 @@ def draw_ranks(
     text = draw_table(heads, lines, markdown)
     if markdown:
         return text
+    if frozen:
+        return f"{text}\n{keep} kept in training   {freeze} frozen"
     legend = ["number: rank that is kept" if partly else f"{keep} kept", f"{drop} removed"]
     legend += [f"{share} shares a pair"] if shared else []
-    legend += [f"{freeze} frozen"] if frozen else []
     return f"{text}\n{'   '.join(legend)}"
 
 

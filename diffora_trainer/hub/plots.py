@@ -69,7 +69,7 @@ class Picture:
             values, label = selection.frequency, "share of the choices that switched it on"
         elif not method.searches:
             values, scale, label = selection.scores, score_scale(selection.scores), f"score ({method.name})"
-        fate = "trained on" if selection.frozen else "kept"
+        fate = "kept in training" if selection.frozen else "kept"
         kept = f"{len(selection.selected)} of {len(selection.modules)} modules {fate}"
         return cls(
             grid=selection.grid,

@@ -157,7 +157,7 @@ def _facts(selection: Selection, log: Sequence[Mapping[str, Any]], steps: int | 
     before, after = sum(selection.parameters), selection.trainable_parameters
     facts = [("Modules kept", f"{len(selection.selected)} of {len(selection.modules)}", "")]
     if selection.frozen:
-        facts = [("Modules trained on", facts[0][1], f"{len(selection.frozen)} others stay frozen")]
+        facts = [("Modules in training", facts[0][1], f"{len(selection.frozen)} others are frozen")]
     facts.append(("LoRA parameters", f"{after:,}", f"{after / before:.1%} of {before:,}"))
     if selection.step is not None:
         facts.append(("Chosen after step", f"{selection.step:,}", "" if steps is None else f"of {steps:,}"))

@@ -129,7 +129,10 @@ with torch.no_grad():
     assert report["modules"] == sorted(f"base_model.model.{name}" for name in trainer.selection.modules)
     selection = Selection.load(tmp_path / "saved")
     assert selection == trainer.selection and selection.frozen
-    assert f"{len(selection.frozen)} others stay frozen" in selection.summary() and "f frozen" in selection.table()
+    assert (
+        f"{len(selection.frozen)} others are frozen" in selection.summary()
+        and "x kept in training   f frozen" in selection.table()
+    )
     assert "❄️" in (tmp_path / "saved" / "README.md").read_text(encoding="utf-8")
     with pytest.raises(ValueError, match="frozen"):
         selected_lora_config(tmp_path / "saved")
