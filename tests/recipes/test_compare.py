@@ -299,6 +299,7 @@ def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path
     path.write_text("\n".join(map(json.dumps, [*draws, *ours])))
     table = recipe("report").write_report([path], tmp_path)
     assert "Rank correlation of confidence and percentile over 3 runs is 1.00" in table
+    assert "With a confidence above 0.05 the mean percentile is 70 (3 runs), otherwise not known." in table
     assert (tmp_path / "confidence.png").stat().st_size > 1000
     confidence = recipe("confidence")
     assert confidence.rank_correlation([(0.1, 3.0), (0.5, 2.0), (0.5, 2.0), (0.9, 1.0)]) == pytest.approx(-1)

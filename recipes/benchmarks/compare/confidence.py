@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from report import Results
 
+SOME = 0.05
+"""From here on a confidence is taken for some: without evidence it is 0."""
 Point = tuple[str, float, float]
 """Task, budget and method, confidence of a run, percentile of its choice among random sets of its budget and seed."""
 
@@ -51,9 +54,12 @@ def describe(found: list[Point]) -> str:
     correlation = rank_correlation([(confidence, percentile) for _, confidence, percentile in found])
     if correlation is None:
         return f"\nRank correlation of confidence and percentile over {len(found)} runs cannot be told.\n"
+    parts = [[y for _, x, y in found if (x > SOME) == sure] for sure in (True, False)]
+    means = [f"{statistics.fmean(part):.0f} ({len(part)} runs)" if part else "not known" for part in parts]
     return (
         f"\nRank correlation of confidence and percentile over {len(found)} runs is {correlation:.2f} "
-        f"(of random orders 19 of 20 are within {1.96 / math.sqrt(len(found) - 1):.2f} of 0).\n"
+        f"(of random orders 19 of 20 are within {1.96 / math.sqrt(len(found) - 1):.2f} of 0). "
+        f"With a confidence above {SOME} the mean percentile is {means[0]}, otherwise {means[1]}.\n"
     )
 
 
@@ -66,18 +72,22 @@ def plot(found: list[Point], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(5.6, 4.0))
+    figure, axis = pyplot.subplots(figsize=(8.0, 4.0))
+    rng = random.Random(0)  # many points are equal
     for name in dict.fromkeys(name for name, *_ in found):
         axis.scatter(
             [confidence for other, confidence, _ in found if other == name],
-            [percentile for other, _, percentile in found if other == name],
+            [percentile + rng.uniform(-2, 2) for other, _, percentile in found if other == name],
             s=28,
+            alpha=0.7,
             label=name,
         )
     axis.axhline(50, color="0.7", linewidth=1, linestyle="--")
     axis.set(xlabel="confidence that the run states", ylabel="percentile of its choice among random sets")
-    axis.set(xlim=(-0.03, 1.03), ylim=(-3, 103))
-    axis.legend(fontsize=7, title="task, budget, options", title_fontsize=7)
+    axis.set(xlim=(-0.03, 1.03), ylim=(-5, 105))
+    axis.legend(
+        fontsize=7, title="task, budget, options", title_fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5)
+    )
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
