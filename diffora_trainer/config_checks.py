@@ -172,12 +172,8 @@ def _check_search_only(config: Any) -> None:
         "extra_sites": ({}, "a `LoraConfig` names nothing but LoRA modules"),
         "prefix_cache": ("none", "it is of use after the choice alone"),
     }
-    for name, (without, why) in refused.items():
-        value = getattr(config, name)
-        if config.search_only and value != without:
-            raise ValueError(
-                f"You passed `search_only=True` together with `{name}={value!r}`: {why}. Please leave one of them out."
-            )
+    if config.search_only:
+        _refuse_together(config, "search_only", refused)
 
 
 def _check_freezing(config: Any) -> None:
@@ -187,12 +183,18 @@ def _check_freezing(config: Any) -> None:
         "extra_sites": ({}, "only LoRA modules are frozen"),
         "search_only": (False, "a second run begins without what the first one has trained"),
     }
+    if config.unselected == "freeze":
+        _refuse_together(config, "unselected", refused)
+
+
+def _refuse_together(config: Any, option: str, refused: dict[str, tuple[Any, str]]) -> None:
+    """Raise a `ValueError` if others are set beside an option: for each, its value when it is not set, and why."""
     for name, (without, why) in refused.items():
         value = getattr(config, name)
-        if config.unselected == "freeze" and value != without:
+        if value != without:
             raise ValueError(
-                f"You passed `unselected='freeze'` together with `{name}={value!r}`: {why}. Please leave one of them "
-                "out."
+                f"You passed `{option}={getattr(config, option)!r}` together with `{name}={value!r}`: {why}. Please "
+                "leave one of them out."
             )
 
 
