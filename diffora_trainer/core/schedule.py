@@ -130,6 +130,8 @@ class Moments:
         decides (`bool`, *optional*, defaults to `True`): whether the looks go on until the decision and begin one step
             after the warm-up, as architecture steps do. Reallocations begin at its end, and the last one is before
             the pruning.
+        most_updates (`int`, *optional*): how often the method looks at most, if it `decides`: where `every` would make
+            it more often, the looks are further apart.
 
     Raises:
         ValueError: if a value is neither a step nor a fraction, or two of them leave nothing to decide by.
@@ -140,6 +142,7 @@ class Moments:
     fade_out: float = 0.0
     every: float | None = None
     decides: bool = True
+    most_updates: int | None = None
 
     def __post_init__(self) -> None:
         check_moment("discretize_at", self.discretize_at, minimum_open=self.every is not None)
@@ -198,6 +201,8 @@ class Moments:
             return Schedule(total_steps, warmup, range(warmup, prune, every), (Prune(prune, prune),))
         fade_out = _round_half_up(self.fade_out * total_steps) if self.fade_out < 1 else int(self.fade_out)
         discretize = max(warmup + 1, prune - fade_out)  # not before one step of the search
+        if self.most_updates is not None:
+            every = max(every, -(-(discretize - warmup) // self.most_updates))  # rounded up
         updates = range(warmup + 1, discretize + 1, every)
         return Schedule(total_steps, warmup, updates, (Prune(discretize, prune),))
 

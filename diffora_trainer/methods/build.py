@@ -12,6 +12,7 @@ from ..core.schedule import Moments, Schedule
 from ..core.units import find_units
 from .base import SelectionMethod
 from .context import ScoreFunction
+from .options import ARCH_EVERY, MOST_ARCH_STEPS
 from .registry import get_method, parse_options
 
 
@@ -67,8 +68,11 @@ def moments_of(config: DiffoRAConfig) -> Moments:
         return Moments(config.discretize_at, config.arch_warmup, every=options.reallocate_every, decides=False)
     # What fades out would come back as a shared pair, or stays.
     fades = method.trains_open and config.weight_sharing == "none" and config.unselected == "prune"
+    fade_out = config.fade_out if fades else 0.0
+    if options.arch_every is not None:
+        return Moments(config.discretize_at, config.arch_warmup, fade_out, every=float(options.arch_every))
     return Moments(
-        config.discretize_at, config.arch_warmup, config.fade_out if fades else 0.0, every=float(options.arch_every)
+        config.discretize_at, config.arch_warmup, fade_out, every=float(ARCH_EVERY), most_updates=MOST_ARCH_STEPS
     )
 
 

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from ..core.values import check_integer, check_number
 
 
+ARCH_EVERY = 4
+MOST_ARCH_STEPS = 32
+"""Of a search that is not told how often. What the defaults rest on made fewer (`docs/defaults.md`)."""
+
+
 @dataclass(frozen=True)
 class GradientOptions:
     """
     Options of a method that searches, as they stand in `DiffoRAConfig(method_options=...)`.
 
     Args:
-        arch_every (`int`, *optional*, defaults to `4`):
+        arch_every (`int`, *optional*):
             During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
+            Defaults to `4`, in a long search to so many that it makes no more than 32 architecture steps.
         arch_learning_rate (`float`, *optional*):
             Step size of the matrix. Defaults to the method's own: `2 / (t + 2)` at the `t`-th Frank-Wolfe step of
             `"diffora"`, `0.1` for `"sampled"` and `0.05` for the Adam of `"sigmoid"` and `"softmax"`.
@@ -39,7 +45,7 @@ class GradientOptions:
         ValueError: if a value is out of its range.
     """
 
-    arch_every: int = 4
+    arch_every: int | None = None
     arch_learning_rate: float | None = None
     arch_order: int = 1
     fold_gates: bool = True
@@ -47,7 +53,8 @@ class GradientOptions:
     rank_growth: float = 0.25
 
     def __post_init__(self) -> None:
-        check_integer("arch_every", self.arch_every, minimum=1)
+        if self.arch_every is not None:
+            check_integer("arch_every", self.arch_every, minimum=1)
         check_integer("arch_order", self.arch_order)
         if self.arch_order not in (1, 2):
             raise ValueError(f"You passed `arch_order={self.arch_order}`; it must be 1 (first order) or 2 (unrolled).")

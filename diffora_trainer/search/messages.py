@@ -43,7 +43,7 @@ def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
         data (`str`): what the gradient of the gates is taken on.
         anew (`bool`): whether modules are chosen anew and again.
     """
-    method, ranks = search.method, search.rank_plan
+    method, ranks, looks = search.method, search.rank_plan, len(schedule.updates)
     stay = " train on, and the others stay as they are" if search.freezes else None
     total, prune = schedule.total_steps, schedule.prune
     if anew:
@@ -63,14 +63,15 @@ def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
             f"{begin if prune else 'All modules are scored now'} ({method.name}), and "
             f"the selected ones{stay or ' go on alone'}."
         )
+    search_of = f"{method.name}, {looks} architecture step{'s' * (looks > 1)} {data}"
     if ranks is not None:
         begin = " to ".join(map(str, dict.fromkeys((min(ranks.start), max(ranks.start)))))
         return (
-            f"All modules begin with rank {begin}. Warm-up until step {schedule.warmup}, search ({method.name}, "
-            f"{data}) until step {schedule.discretize} of {total}, {ranks.aim}."
+            f"All modules begin with rank {begin}. Warm-up until step {schedule.warmup}, search ({search_of}) until "
+            f"step {schedule.discretize} of {total}, {ranks.aim}."
         )
     return (
-        f"Warm-up until step {schedule.warmup}, search ({method.name}, {data}) until step {schedule.discretize}"
+        f"Warm-up until step {schedule.warmup}, search ({search_of}) until step {schedule.discretize}"
         + (f", the gates of the others fade out until step {prune}" if schedule.fades else "")
         + f" of {total}, then the selected modules{stay or ' alone'}."
     )

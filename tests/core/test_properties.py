@@ -78,7 +78,7 @@ PLAUSIBLE: dict[str, st.SearchStrategy[Any]] = {
     "extra_sites": st.none() | st.just({"shortcuts": {"kinds": ["residual1"]}}),
 }
 OF_METHODS: dict[str, st.SearchStrategy[Any]] = {
-    "arch_every": st.integers(1, 9),
+    "arch_every": st.none() | st.integers(1, 9),
     "arch_learning_rate": st.none() | st.floats(0, 1),
     "arch_order": st.sampled_from([1, 2]),
     "fold_gates": st.booleans(),
@@ -129,7 +129,11 @@ def test_options_are_refused_by_name_or_hold_together(
         warmup, decision, prune = schedule.warmup, schedule.discretize, schedule.prune
         if method.searches:
             assert 1 <= warmup < decision <= prune <= total and schedule.updates[0] == warmup + 1
-            assert schedule.updates[-1] <= decision and schedule.updates.step == of_method.arch_every
+            assert schedule.updates[-1] <= decision
+            if of_method.arch_every is None:
+                assert schedule.updates.step >= 4 and len(schedule.updates) <= 32
+            else:
+                assert schedule.updates.step == of_method.arch_every
         elif method.trains_gates:
             assert 1 == warmup < decision == prune <= total and schedule.updates == range(2, prune + 1)
         elif of_method.reallocate_every is not None:

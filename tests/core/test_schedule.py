@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -47,6 +48,19 @@ def test_events(moments: Moments, total: int, expected: dict[int, list[Event]]) 
     assert happenings(moments.resolve(total)) == expected
 
 
+@pytest.mark.parametrize("total", [3, 300, 852, 1000, 100_000])
+def test_a_long_search_looks_at_most_so_often(total: int) -> None:
+    """A short one looks as often as it would anyway, a long one as often as it may, to its end."""
+    limited = Moments(0.25, 0.05, fade_out=0.05, every=4.0, most_updates=32).resolve(total)
+    free = Moments(0.25, 0.05, fade_out=0.05, every=4.0).resolve(total)
+    assert 1 <= len(limited.updates) <= 32
+    if len(free.updates) <= 32:
+        assert limited == free
+    else:
+        assert len(limited.updates) > 24 and limited.updates[-1] + limited.updates.step > limited.discretize
+    assert dataclasses.replace(limited, updates=free.updates) == free
+
+
 moments_strategy = st.builds(
     dict,
     discretize_at=st.one_of(st.integers(2, 60).map(float), st.floats(0.01, 0.99)),
@@ -54,6 +68,7 @@ moments_strategy = st.builds(
     fade_out=st.one_of(st.integers(0, 60).map(float), st.floats(0, 0.99)),
     every=st.one_of(st.none(), st.integers(1, 20).map(float)),
     decides=st.booleans(),
+    most_updates=st.one_of(st.none(), st.integers(1, 40)),
 )
 
 

@@ -33,8 +33,8 @@ def test_every_yaml_is_a_profile(measure, config: str) -> None:
     (profile,) = measure.make_parser().parse_args_and_config(["--config", str(FOLDER / config)])
     values = yaml.safe_load((FOLDER / config).read_text())
     assert all(getattr(profile, name) == value for name, value in values.items())
-    warmup, cut = measure.schedule_of(profile)
-    assert 2 < warmup < cut < profile.steps - 4  # each phase has steps to take a median of
+    schedule = measure.schedule_of(profile)
+    assert 2 < schedule.warmup < schedule.prune < profile.steps - 4  # each phase has steps to take a median of
 
 
 def test_trainers_take_turns_and_every_step_is_counted(measure, tmp_path: Path) -> None:

@@ -112,9 +112,8 @@ def make_table(config: ProfileConfig, seconds: dict[str, list[float]], memory: d
     Medians and ratios of steps of the same number, with the quartiles of those ratios, as Markdown; in the search the
     ratio of the whole phase, with the quartiles of blocks of as many steps as one architecture step stands for.
     """
-    from diffora_trainer import DiffoRAConfig
-
-    warmup, cut = schedule_of(config)
+    schedule = schedule_of(config)
+    warmup, cut = schedule.warmup, schedule.prune
     spans = {PHASES[0]: (2, warmup), PHASES[1]: (warmup, cut - 1), PHASES[2]: (cut + 2, config.steps)}
     lines = [
         "| phase | variant | seconds a step | ratio to all-linear (quartiles; range if fewer than 8) | peak memory, "
@@ -134,7 +133,7 @@ def make_table(config: ProfileConfig, seconds: dict[str, list[float]], memory: d
                 continue
             pairs = list(zip(mine, base[stop - len(mine) : stop], strict=True))
             if phase == PHASES[1]:  # few steps are followed by an architecture step: the mean counts, not the median
-                size = DiffoRAConfig(**config.diffora).arch_every
+                size = schedule.updates.step
                 blocks = [pairs[i : i + size] for i in range(0, len(pairs) - size + 1, size)]
                 ratios = [sum(a for a, _ in block) / sum(b for _, b in block) for block in blocks]
                 middle, typical = sum(mine) / sum(b for _, b in pairs), statistics.fmean(mine)

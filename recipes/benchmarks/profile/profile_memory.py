@@ -36,7 +36,7 @@ def measure_memory(config: ProfileConfig, variant: str, kept: list[str] | None) 
 
     class Peak(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step in (0, *schedule):
+            if state.global_step in (0, schedule.warmup, schedule.prune):
                 reset_peak()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

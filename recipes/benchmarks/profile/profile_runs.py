@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import Trainer
 
+    from diffora_trainer.core.schedule import Schedule
+
 VARIANTS = ("all_linear", "diffora", "kept", "adalora")
 PHASES = ("warm-up", "search", "selected")
 
@@ -121,7 +123,7 @@ def make_trainer(
         "callbacks": callbacks,
         "args": TrainingArguments(
             tempfile.gettempdir(),
-            max_steps=config.steps - (schedule_of(config)[1] if variant == "kept" else 0),
+            max_steps=config.steps - (schedule_of(config).prune if variant == "kept" else 0),
             per_device_train_batch_size=config.batch_size,
             learning_rate=1e-4,
             use_cpu=not torch.cuda.is_available(),
@@ -149,19 +151,17 @@ def make_trainer(
     return Trainer(model=get_peft_model(model, peft_config), **arguments)
 
 
-def schedule_of(config: ProfileConfig) -> tuple[int, int]:
-    """The last step of the warm-up and the step of the cut."""
+def schedule_of(config: ProfileConfig) -> Schedule:
+    """When our trainer does what."""
     from diffora_trainer import DiffoRAConfig
     from diffora_trainer.methods.build import make_schedule
 
-    schedule = make_schedule(DiffoRAConfig(**config.diffora), config.steps)
-    return schedule.warmup, schedule.prune
+    return make_schedule(DiffoRAConfig(**config.diffora), config.steps)
 
 
-def phase_of(schedule: tuple[int, int], step: int) -> str:
+def phase_of(schedule: Schedule, step: int) -> str:
     """The phase that a step (1 is the first) belongs to: the step of the cut is the last of the search."""
-    warmup, cut = schedule
-    return PHASES[0] if step <= warmup else PHASES[1] if step <= cut else PHASES[2]
+    return PHASES[0] if step <= schedule.warmup else PHASES[1] if step <= schedule.prune else PHASES[2]
 
 
 class Turns:
