@@ -306,6 +306,17 @@ def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path
     assert confidence.rank_correlation([(0.1, 3.0), (0.1, 2.0), (0.1, 1.0)]) is None
 
 
+def test_what_a_perfect_trial_of_two_candidates_gains() -> None:
+    ours = [record("diffora", 0, 0.5), record("diffora", 1, 0.9), record("diffora", 2, 0.3, modules="abc")]
+    even = [record("all_linear", seed, 0.4) for seed in (0, 1, 2, 3)]
+    others = [record("diffora", 2, 9.0, "choice"), {**record("all_linear", 0, 0.1), "learning_rate": 1.0}]
+    trial_bound = recipe("trial_bound")
+    found = trial_bound.differences([*ours, *even, *others])
+    assert found == {("t", False): pytest.approx([0.1, 0.5]), ("t", True): pytest.approx([-0.1])}
+    row = trial_bound.make_table([*ours, *even, *others]).splitlines()[-1]
+    assert row == "| t | 1 | -0.1000 | 0.0000 | 2 | +0.3000 | 0.3000 |"
+
+
 def test_records_of_another_training_are_not_mixed(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     other = {**record("random", 0, 9.0), "fingerprint": "g"}
