@@ -232,6 +232,8 @@ def test_a_method_that_fails_does_not_end_the_others(folder: Path, tmp_path: Pat
         ({"methods": ["best"]}, "no method 'best'.*grad_norm"),
         ({"methods": ["random:r=1"]}, "has no such options"),
         ({"methods": ["diffora:held_out_order=true"]}, "`held_out_order` is for methods that choose before"),
+        ({"methods": ["diffora:method={eva,cka}"]}, "not the name of a method.*unquoted"),
+        ({"methods": ["diffora:discretize_at=-1"]}, "discretize_at=-1"),
         ({"budgets": [0]}, r"in \(0, 1\]"),
         ({"metric": "bleu"}, "`metric` must be one of"),
         ({"text_columns": ["title"]}, r"no column \['title'\]; it has"),

@@ -105,10 +105,13 @@ class CompareConfig:
     output_dir: str = "compare"
 
     def __post_init__(self) -> None:
-        from methods import parse_method
+        from methods import our_config, parse_method
 
-        for method in self.methods:
-            parse_method(method)
+        from diffora_trainer.methods.build import method_of
+
+        for name, options in map(parse_method, self.methods):
+            if name == "diffora":  # now, and not hours later
+                method_of(our_config(options, cap=1))
         if bad := [budget for budget in self.budgets if not 0 < budget <= 1]:
             raise ValueError(f"A budget is a part of all LoRA parameters, in (0, 1]; got {bad}.")
         if bad := [rate for rate in self.learning_rates if not rate > 0]:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import Trainer
 
+    from diffora_trainer import DiffoRAConfig
+
 
 def train_static(task: Task, ranks: Ranks, seed: int, **arguments: Any) -> dict[str, Any]:
     """A LoRA of the given modules and ranks, trained from scratch by the stock trainer."""
@@ -166,14 +168,12 @@ def train_diffora(
     task: Task, grid: Grid, cap: int, seed: int, options: dict[str, Any]
 ) -> tuple[Ranks, dict[str, Any]]:
     """The search of this project, in one run of as many steps as all others have."""
-    from diffora_trainer import DiffoRAConfig
-
     trainer = task.make_trainer(
         task.make_model(seed),
         seed,
         search=True,
         peft_config=lora_config(task, None),
-        diffora_config=DiffoRAConfig(max_trainable_parameters=cap, **{"arch_seed": seed, **grouped(options)}),
+        diffora_config=our_config(options, cap, seed),
     )
     trainer.train()
     selection = trainer.selection
@@ -197,11 +197,24 @@ def train_diffora(
     }
 
 
+def our_config(options: dict[str, Any], cap: int, seed: int = 0) -> DiffoRAConfig:
+    """The configuration of a run of `diffora` with some options."""
+    from diffora_trainer import DiffoRAConfig
+
+    return DiffoRAConfig(max_trainable_parameters=cap, **{"arch_seed": seed, **grouped(options)})
+
+
 def grouped(options: dict[str, Any]) -> dict[str, Any]:
     """Options of a configuration in which those of its method stood beside the others."""
     from diffora_trainer.methods.registry import get_method
 
-    method = get_method(options.get("method", "diffora"))
+    name = options.get("method", "diffora")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"You passed `method={name!r}`, which is not the name of a method. To run several, leave their braces "
+            "unquoted, so that the shell makes a word of each."
+        )
+    method = get_method(name)
     known = {field.name for field in fields(method.Options)}
     of_method = {name: value for name, value in options.items() if name in known}
     others = {name: value for name, value in options.items() if name not in known}
