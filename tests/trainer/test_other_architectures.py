@@ -156,7 +156,7 @@ OTHERS: dict[str, tuple[str, Row, Callable[[], list[Row]]]] = {
         images,
     ),
 }
-WITH_PARAMETERS = ("glm4_moe", "gpt_oss", "hunyuan_v1_moe", "qwen3_next")
+WITH_PARAMETERS = ("glm4_moe", "hunyuan_v1_moe", "minimax", "qwen3_next")
 """Where `target_modules="all-linear"` reaches parameters of experts or routers, which are kept or pruned whole."""
 SEARCHES: dict[str, Row] = {
     "modules": {},
