@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -15,6 +14,7 @@ if TYPE_CHECKING:
 
 SOME = 0.05
 """From here on a confidence is taken for some: without evidence it is 0."""
+_ORDERS = 2000
 Point = tuple[str, float, float]
 """Task, budget and method, confidence of a run, percentile of its choice among random sets of its budget and seed."""
 
@@ -47,19 +47,38 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> float | None:
     return statistics.correlation(*ranks)
 
 
+def by_chance(statistic: Callable[[list[float]], Any], values: list[float]) -> float:
+    """In what part of random orders of the values a statistic of them is as large as in this one, or larger."""
+    observed, rng, orders = statistic(values), random.Random(0), list(values)
+    count = 0
+    for _ in range(_ORDERS):
+        rng.shuffle(orders)
+        count += statistic(orders) >= observed
+    return count / _ORDERS
+
+
 def describe(found: list[Point]) -> str:
     """A line of Markdown on what was found; nothing without runs."""
     if not found:
         return ""
-    correlation = rank_correlation([(confidence, percentile) for _, confidence, percentile in found])
+    stated, percentiles = [x for _, x, _ in found], [y for *_, y in found]
+    correlation = rank_correlation(list(zip(stated, percentiles, strict=True)))
     if correlation is None:
         return f"\nRank correlation of confidence and percentile over {len(found)} runs cannot be told.\n"
-    parts = [[y for _, x, y in found if (x > SOME) == sure] for sure in (True, False)]
+    as_high = by_chance(lambda ys: rank_correlation(list(zip(stated, ys, strict=True))), percentiles)
+
+    def split(values: list[float]) -> list[list[float]]:
+        return [[y for x, y in zip(stated, values, strict=True) if (x > SOME) == sure] for sure in (True, False)]
+
+    parts = split(percentiles)
     means = [f"{statistics.fmean(part):.0f} ({len(part)} runs)" if part else "not known" for part in parts]
+    if all(parts):
+        as_far = by_chance(lambda ys: statistics.fmean(split(ys)[0]) - statistics.fmean(split(ys)[1]), percentiles)
+        means[1] += f", by as much or more in {as_far:.1%} of random orders"
     return (
-        f"\nRank correlation of confidence and percentile over {len(found)} runs is {correlation:.2f} "
-        f"(of random orders 19 of 20 are within {1.96 / math.sqrt(len(found) - 1):.2f} of 0). "
-        f"With a confidence above {SOME} the mean percentile is {means[0]}, otherwise {means[1]}.\n"
+        f"\nRank correlation of confidence and percentile over {len(found)} runs is {correlation:.2f}, as high or "
+        f"higher in {as_high:.1%} of random orders. With a confidence above {SOME} the mean percentile is {means[0]}, "
+        f"otherwise {means[1]}.\n"
     )
 
 
