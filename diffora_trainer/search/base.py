@@ -177,6 +177,18 @@ class SearchBase(GatedModel):
             kept, ranks = self.method.discretize(), self.grid.ranks
         return kept, tuple(rank if keep else 0 for rank, keep in zip(ranks, kept.tolist(), strict=True))
 
+    @property
+    def leaves_loss(self) -> bool:
+        """Whether the model computes the same before and after the pruning: nothing moves, or nothing leaves it."""
+        if self.freezes or self.rank_plan is None:
+            return self.freezes
+        before = self.rank_plan.masks(None, self.rank_plan.start, faded=0.0)
+        after = self.rank_plan.masks(*self.choice(), faded=1.0)
+        return all(
+            own is other if own is None or other is None else torch.equal(own, other)
+            for own, other in zip(before, after, strict=True)
+        )
+
     def kept_components(self, kept: Tensor, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Which components a choice leaves of each module; nothing if they are the first ones of all."""
         if self.told_budget is not None:

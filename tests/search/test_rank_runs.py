@@ -99,6 +99,7 @@ def test_the_budget_is_used_up_and_the_saved_adapter_is_a_plain_one(use_rslora: 
     assert sum(p.numel() for p in left) == selection.trainable_parameters <= every // 3
     assert every // 3 - selection.trainable_parameters < max(site.cost for site in selection.grid.sites)
     assert len(set(selection.ranks)) > 1 and "of rank 1 to" in selection.summary()
+    assert run.metrics()["diffora/gap"] == pytest.approx(0, abs=1e-5)  # what goes has faded out
     assert "number: rank that is kept" in selection.table()
     assert [p.shape for group in optimizer.param_groups for p in group["params"]] == [p.shape for p in left]
     assert all(optimizer.state[p]["exp_avg"].shape == p.shape for p in left)
@@ -149,6 +150,9 @@ def test_without_evidence_no_module_is_favoured(monkeypatch: pytest.MonkeyPatch)
     assert run.selection is not None and max(run.selection.ranks) - min(run.selection.ranks) <= 1
     assert any("stays spread evenly over all of them" in note for note in run.selection.notes)
     assert run.selection.confidence is not None and run.selection.confidence < 0.5
+    # Nothing has changed that a loss before and after could be compared for.
+    metrics = run.metrics()
+    assert "diffora/confidence" in metrics and "diffora/gap" not in metrics
 
 
 def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() -> None:
