@@ -290,6 +290,12 @@ def test_percentiles_differences_and_overlaps() -> None:
     assert results.difference("diffora", "random")[0] == pytest.approx(((0.2 - 0.45) + (1.3 - 1.45)) / 2)
     assert results.overlap(results.choices["diffora"]) == 0.5
     assert results.chance_overlap() == 1.0
+    assert results.time("diffora") is None
+    timed = [
+        {**record(method, seed, 0.5), "cpu_seconds": seconds}
+        for method, seed, seconds in (("all_linear", 0, 10.0), ("diffora", 0, 12.0), ("diffora", 1, 99.0))
+    ]
+    assert recipe("report").Results(timed).time("diffora") == pytest.approx(1.2)  # over the seeds of both
 
 
 def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
@@ -51,10 +52,17 @@ def train_peft(
     if prepare is not None:
         prepare(model)
     trainer = task.make_trainer(model, seed, **arguments)
-    trainer.train()
+    used = train(trainer)
     if finish is not None:
         finish(model)
-    return {"parameters": trainable_lora(trainer.model), **task.measure(trainer)}
+    return {"parameters": trainable_lora(trainer.model), **used, **task.measure(trainer)}
+
+
+def train(trainer: Trainer) -> dict[str, float]:
+    """Train, and say how long the processor was busy with it: other programs on the machine lengthen that little."""
+    started = time.process_time()
+    trainer.train()
+    return {"cpu_seconds": round(time.process_time() - started, 2)}
 
 
 def trainable_lora(model: nn.Module) -> int:
@@ -175,7 +183,7 @@ def train_diffora(
         peft_config=lora_config(task, None),
         diffora_config=our_config(options, cap, seed),
     )
-    trainer.train()
+    used = train(trainer)
     selection = trainer.selection
     report: dict[str, float] = {}
     for entry in trainer.state.log_history:
@@ -188,6 +196,7 @@ def train_diffora(
         "parameters": selection.trainable_parameters,
         "confidence": selection.confidence,
         "notes": list(selection.notes),
+        **used,
         **result,
         "before_closing": report.get("diffora/held_out_loss_before_closing"),
         "before_cut": report.get("diffora/held_out_loss_before_cut"),

@@ -99,6 +99,16 @@ class Results:
             return None
         return statistics.fmean(pairs), half_interval(pairs), len(pairs)
 
+    def time(self, method: str) -> float | None:
+        """CPU time of the runs of a method, search included, as a part of that of all linear layers."""
+        even = self.runs.get("all_linear", {})
+        pairs = [
+            (run["cpu_seconds"], even[seed]["cpu_seconds"])
+            for seed, run in self.runs[method].items()
+            if "cpu_seconds" in run and "cpu_seconds" in even.get(seed, {})
+        ]
+        return sum(ours for ours, _ in pairs) / sum(theirs for _, theirs in pairs) if pairs else None
+
     def overlap(self, runs: Runs) -> float | None:
         """Mean overlap of the choices of two seeds: shared ranks over those of the smaller choice."""
         return mean_overlap([run["ranks"] for run in runs.values()])
@@ -173,8 +183,8 @@ def make_table(task: str, budget: float, results: Results, ours: str) -> str:
         f"\n### {task}, {budget:.3g} of the LoRA parameters\n",
         f"| method | seeds | parameters | choice: percentile among random sets of its seed; among all {len(draws)} "
         "| choice: loss "
-        f"| run: loss | `{ours}` minus this | metric | overlap of seeds | rise at the cut |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| run: loss | `{ours}` minus this | metric | overlap of seeds | rise at the cut | CPU time |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
 
     def order(method: str) -> float:
@@ -200,6 +210,7 @@ def make_table(task: str, budget: float, results: Results, ours: str) -> str:
             _text(_mean(runs, "metric"), ".4f"),
             _text(results.overlap(choices), ".2f"),
             _text(gap, "+.1%"),
+            _text(results.time(method), ".2f"),
         ]
         return "| " + " | ".join(cells) + " |"
 
@@ -219,6 +230,7 @@ def make_table(task: str, budget: float, results: Results, ours: str) -> str:
             "" if difference is None else f"{difference[0]:+.4f}" + _plus_minus(difference[1]),
             _text(statistics.fmean(metrics) if metrics else None, ".4f"),
             _text(results.chance_overlap(), ".2f"),
+            "",
             "",
         ]
         lines.append("| " + " | ".join(cells) + " |")
