@@ -119,6 +119,13 @@ def test_the_budget_is_used_up_and_the_saved_adapter_is_a_plain_one(use_rslora: 
     torch.testing.assert_close(merged(**tiny.batch).logits, expected, atol=1e-4, rtol=1e-4)
 
 
+def test_ranks_that_move_without_fading_out_are_measured() -> None:
+    options = {**CONFIG, "selection_granularity": "auto", "fade_out": 0}
+    run, _ = train(make(), DiffoRAConfig(max_trainable_parameters=3000, **options))
+    assert run.selection is not None and len(set(run.selection.ranks)) > 2
+    assert abs(run.metrics()["diffora/gap"]) > 1e-6
+
+
 def test_components_keep_weights_and_moments() -> None:
     made = make()
     run, _ = train(made, DiffoRAConfig(selection_ratio=0.5, **CONFIG), PRUNE - 1)
