@@ -138,16 +138,22 @@ def test_two_processes_give_ranks_as_one(granularity: str, phase: str, together:
 @pytest.mark.slow
 def test_two_processes_freeze_as_one(tmp_path: Path) -> None:
     """What stays without being trained is neither exchanged nor waited for; a resumed run goes on so."""
-    run = {"search": {"unselected": "freeze"}, "args": {"ddp_find_unused_parameters": False}}
-    whole = train("ddp", tmp_path / "whole", save_at=[SAVES["selected"]], **run)
+    run: dict[str, Any] = {"search": {"unselected": "freeze"}, "args": {"ddp_find_unused_parameters": False}}
+    checkpoint = f"{tmp_path}/whole/checkpoint-{SAVES['selected']}"
+    distribute(
+        "ddp",
+        {
+            tmp_path / "whole": {**run, "save_at": [SAVES["selected"]]},
+            tmp_path / "resumed": {**run, "resume": checkpoint},
+        },
+    )
+    whole, resumed = read_reports(tmp_path / "whole"), read_reports(tmp_path / "resumed")
     alone = train(None, tmp_path / "alone", **run)[0]
     assert whole[0] == whole[1]
     assert whole[0]["selected"] == alone["selected"]
     assert whole[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
     assert whole[0]["optimized"] == whole[0]["trainable"] == alone["trainable"]
     assert whole[0]["moved"].count(False) == alone["moved"].count(False) > 0  # those that are frozen
-    checkpoint = f"{tmp_path}/whole/checkpoint-{SAVES['selected']}"
-    resumed = train("ddp", tmp_path / "resumed", resume=checkpoint, **run)
     assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
 
 
