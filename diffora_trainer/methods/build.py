@@ -68,11 +68,12 @@ def moments_of(config: DiffoRAConfig) -> Moments:
         return Moments(config.discretize_at, config.arch_warmup, every=options.reallocate_every, decides=False)
     # What fades out would come back as a shared pair, or stays.
     fades = method.trains_open and config.weight_sharing == "none" and config.unselected == "prune"
-    fade_out = config.fade_out if fades else 0.0
-    if options.arch_every is not None:
-        return Moments(config.discretize_at, config.arch_warmup, fade_out, every=float(options.arch_every))
     return Moments(
-        config.discretize_at, config.arch_warmup, fade_out, every=float(ARCH_EVERY), most_updates=MOST_ARCH_STEPS
+        config.discretize_at,
+        config.arch_warmup,
+        config.fade_out if fades else 0.0,
+        every=float(options.arch_every or ARCH_EVERY),
+        most_updates=MOST_ARCH_STEPS if options.arch_every is None else None,
     )
 
 

@@ -178,7 +178,7 @@ class SearchBase(GatedModel):
         return kept, tuple(rank if keep else 0 for rank, keep in zip(ranks, kept.tolist(), strict=True))
 
     @property
-    def leaves_loss(self) -> bool:
+    def keeps_function(self) -> bool:
         """Whether the model computes the same before and after the pruning: nothing moves, or nothing leaves it."""
         if self.freezes or self.rank_plan is None:
             return self.freezes

@@ -43,7 +43,7 @@ def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
         data (`str`): what the gradient of the gates is taken on.
         anew (`bool`): whether modules are chosen anew and again.
     """
-    method, ranks, looks = search.method, search.rank_plan, len(schedule.updates)
+    method, ranks = search.method, search.rank_plan
     stay = " train on, and the others stay as they are" if search.freezes else None
     total, prune = schedule.total_steps, schedule.prune
     if anew:
@@ -63,6 +63,7 @@ def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
             f"{begin if prune else 'All modules are scored now'} ({method.name}), and "
             f"the selected ones{stay or ' go on alone'}."
         )
+    looks = len(schedule.updates)
     search_of = f"{method.name}, {looks} architecture step{'s' * (looks > 1)} {data}"
     if ranks is not None:
         begin = " to ".join(map(str, dict.fromkeys((min(ranks.start), max(ranks.start)))))

@@ -41,7 +41,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     before_fading = None if search.kept is None or search.effect is None else search.effect[1]
     if held_out.comparable and search.kept is None and search.method.searches:  # a score need not rest on it
         search.measure_effect(held_out.sample(gap_batches))  # first: the choice rests on it
-    if held_out.comparable and not search.leaves_loss:
+    if held_out.comparable and not search.keeps_function:
         before = search.held_out_loss(held_out.sample(gap_batches), relaxed=True)
     if run.reallocation is not None:  # what follows compares with all modules
         run.reallocation.release()

@@ -310,7 +310,7 @@ def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path
     assert "With a confidence above 0.05 the mean percentile is 70 (3 runs), otherwise not known." in table
     assert (tmp_path / "confidence.png").stat().st_size > 1000
     confidence = recipe("confidence")
-    # Of the six orders of three values one is theirs, and of 24 of four four have the largest one first.
+    # One of the six orders of three values is theirs; in a quarter of those of four the largest one is first.
     assert confidence.by_chance(lambda ys: -sum(y * 10**i for i, y in enumerate(ys)), [3, 2, 1]) == pytest.approx(
         1 / 6, abs=0.03
     )

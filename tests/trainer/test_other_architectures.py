@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, TrainingArguments
 
 from diffora_trainer import DiffoRATrainer
-from helpers.checks import snapshot
+from helpers.adapted import base_weights
 from helpers.trainers import lora, search_config
 
 
@@ -212,12 +212,10 @@ def test_what_is_saved_is_what_was_trained(name: str, search: str, tmp_path: Pat
             return model.eval()(**batch).loss
 
     reloaded, _ = make(name)
-    base = snapshot(reloaded)
+    base = base_weights(reloaded)
     untrained = loss(reloaded)
     torch.testing.assert_close(loss(PeftModel.from_pretrained(reloaded, tmp_path / "saved")), loss(trainer.model))
     assert loss(trainer.model) != untrained
-    after = {
-        key.replace("base_layer.", ""): tensor for key, tensor in snapshot(trainer.model.get_base_model()).items()
-    }
+    after = base_weights(trainer.model)
     kept = [key for key in base if key in after]
     assert len(kept) > len(base) / 2 and all(torch.equal(base[key], after[key]) for key in kept)

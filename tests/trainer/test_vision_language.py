@@ -22,7 +22,8 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from diffora_trainer import DiffoRAMixin, DiffoRASFTTrainer
-from helpers.checks import adapter, assert_same, assert_was_searched, snapshot
+from helpers.adapted import base_weights
+from helpers.checks import adapter, assert_same, assert_was_searched
 from helpers.data import tiny_tokenizer
 from helpers.models import llama_config
 from helpers.trainers import CUT, arguments, lora, search_config
@@ -126,9 +127,8 @@ def assert_saved_is_trained(trainer: Trainer, folder: Path) -> None:
 
 
 def assert_base_is_untouched(trainer: Trainer) -> None:
-    after = {name.replace("base_layer.", ""): t for name, t in snapshot(trainer.model.get_base_model()).items()}
-    base = snapshot(model())
-    assert all(torch.equal(tensor, after[name]) for name, tensor in base.items())
+    after = base_weights(trainer.model)
+    assert all(torch.equal(tensor, after[name]) for name, tensor in base_weights(model()).items())
 
 
 def test_modules_of_both_towers_compete(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
@@ -43,11 +45,15 @@ def rank_correlation(pairs: list[tuple[float, float]]) -> float | None:
     columns = list(zip(*pairs, strict=True))
     if len(pairs) < 3 or any(len(set(column)) < 2 for column in columns):
         return None
-    ranks = [[column.count(x) / 2 + sum(y < x for y in column) for x in column] for column in columns]
-    return statistics.correlation(*ranks)
+    return statistics.correlation(*map(mean_ranks, columns))
 
 
-def by_chance(statistic: Callable[[list[float]], Any], values: list[float]) -> float:
+def mean_ranks(values: Sequence[float]) -> list[float]:
+    """The rank of each value among all, from the lowest; equal ones have their mean one."""
+    return [values.count(x) / 2 + sum(y < x for y in values) for x in values]
+
+
+def by_chance(statistic: Callable[[list[float]], float], values: list[float]) -> float:
     """In what part of random orders of the values a statistic of them is as large as in this one, or larger."""
     observed, rng, orders = statistic(values), random.Random(0), list(values)
     count = 0
@@ -65,15 +71,14 @@ def describe(found: list[Point]) -> str:
     correlation = rank_correlation(list(zip(stated, percentiles, strict=True)))
     if correlation is None:
         return f"\nRank correlation of confidence and percentile over {len(found)} runs cannot be told.\n"
-    as_high = by_chance(lambda ys: rank_correlation(list(zip(stated, ys, strict=True))), percentiles)
-
-    def split(values: list[float]) -> list[list[float]]:
-        return [[y for x, y in zip(stated, values, strict=True) if (x > SOME) == sure] for sure in (True, False)]
-
-    parts = split(percentiles)
+    ranks = mean_ranks(stated)
+    as_high = by_chance(lambda ys: statistics.correlation(ranks, ys), mean_ranks(percentiles))
+    sure = [x > SOME for x in stated]
+    parts = [list(compress(percentiles, sure)), list(compress(percentiles, (not some for some in sure)))]
     means = [f"{statistics.fmean(part):.0f} ({len(part)} runs)" if part else "not known" for part in parts]
     if all(parts):
-        as_far = by_chance(lambda ys: statistics.fmean(split(ys)[0]) - statistics.fmean(split(ys)[1]), percentiles)
+        # Of all orders those are as far apart whose sure runs have as large a sum.
+        as_far = by_chance(lambda ys: math.fsum(compress(ys, sure)), percentiles)
         means[1] += f", by as much or more in {as_far:.1%} of random orders"
     return (
         f"\nRank correlation of confidence and percentile over {len(found)} runs is {correlation:.2f}, as high or "
