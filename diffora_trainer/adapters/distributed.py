@@ -6,7 +6,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import remove_fsdp_parameters
@@ -58,6 +59,23 @@ def unregister_fsdp_parameters(model: nn.Module, parameters: Iterable[nn.Paramet
     gone, present = set(parameters), set(model.modules())
     for module in _sharded_modules(model):
         remove_fsdp_parameters(module, gone, present)
+
+
+def add_to_weight(weight: nn.Parameter, update: Tensor) -> None:
+    """
+    Add to a weight, of which FSDP2 may hold a part on each process.
+
+    Args:
+        weight (`nn.Parameter`): the weight, or its shard.
+        update (`Tensor`): what is added to all of it, the same on every process.
+    """
+    with torch.no_grad():
+        if type(weight.data) is not Tensor:
+            from torch.distributed.tensor import distribute_tensor
+
+            shard: Any = weight.data
+            update = distribute_tensor(update.contiguous(), shard.device_mesh, shard.placements)
+        weight.add_(update)
 
 
 def _sharded_modules(model: nn.Module) -> list[Any]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .base import Handle, Scale
+from .distributed import add_to_weight
 from .lora import LoraSite, register_lora_site
 
 
@@ -96,8 +97,7 @@ class StartedSite(LoraSite):
         a, b = layer.diffora_starts[name]
         weight = layer.get_base_layer().weight
         update = layer.scaling[name] * (b.to(weight.device) @ a.to(weight.device))
-        with torch.no_grad():
-            weight.add_(update.T if layer.fan_in_fan_out else update)
+        add_to_weight(weight, update.T if layer.fan_in_fan_out else update)
         super().remove(model)
 
     def check_prunable(self) -> None:

@@ -20,20 +20,6 @@ class Event(Enum):
 
 
 @dataclass(frozen=True)
-class Prune:
-    """
-    One round of pruning.
-
-    Args:
-        discretize (`int`): the step after which it is decided what goes; from then on its gates fade out.
-        prune (`int`): the step after which it goes.
-    """
-
-    discretize: int
-    prune: int
-
-
-@dataclass(frozen=True)
 class Schedule:
     """
     The events of a run, by the optimizer step after which they happen; 0 is before the first one.
@@ -46,8 +32,8 @@ class Schedule:
         total_steps (`int`): optimizer steps of the whole run.
         warmup (`int`): the last step of the warm-up.
         updates (`range`): the steps after which the method looks at the model: architecture steps, or scorings.
-        prunes (`tuple[Prune, ...]`): the rounds of pruning, at least one. [`Moments`] make one, and so far a run
-            carries out no more.
+        discretize (`int`): the step after which it is decided what goes; from then on its gates fade out.
+        prune (`int`): the step after which it goes: from then on the selected modules train alone.
 
     Raises:
         ValueError: if the events are not in an order in which they could happen.
@@ -56,35 +42,20 @@ class Schedule:
     total_steps: int
     warmup: int
     updates: range
-    prunes: tuple[Prune, ...]
+    discretize: int
+    prune: int
 
     def __post_init__(self) -> None:
-        steps = [0, *(step for round in self.prunes for step in (round.discretize, round.prune)), self.total_steps]
-        ends = [round.prune for round in self.prunes]
-        if not self.prunes or steps != sorted(steps) or len(set(ends)) != len(ends):
+        moments = [0, self.warmup, self.discretize, self.prune, self.total_steps]
+        if moments != sorted(moments):
             raise ValueError(
-                f"A run of {self.total_steps} steps cannot prune in the rounds {list(self.prunes)}. Please give at "
-                "least one, each decided before it is carried out and carried out before the next is decided."
+                f"A run of {self.total_steps} steps cannot warm up until step {self.warmup}, decide what goes after "
+                f"step {self.discretize} and prune it after step {self.prune}. Please give the steps in this order."
             )
-        if not 0 <= self.warmup <= self.prunes[0].discretize:
-            raise ValueError(
-                f"A warm-up until step {self.warmup} does not end before something is decided at step "
-                f"{self.prunes[0].discretize}."
-            )
-
-    @property
-    def discretize(self) -> int:
-        """The step after which the last round is decided."""
-        return self.prunes[-1].discretize
-
-    @property
-    def prune(self) -> int:
-        """The step after which the last round is carried out: from then on the selected modules train alone."""
-        return self.prunes[-1].prune
 
     @property
     def fades(self) -> bool:
-        """Whether gates fade out before the last round."""
+        """Whether gates fade out before the pruning."""
         return self.discretize < self.prune
 
     def events(self, step: int) -> list[Event]:
@@ -92,27 +63,23 @@ class Schedule:
         happens = {
             Event.END_WARMUP: step == self.warmup,
             Event.UPDATE: step in self.updates,
-            Event.DISCRETIZE: any(step == round.discretize < round.prune for round in self.prunes),
-            Event.PRUNE: any(step == round.prune for round in self.prunes),
+            Event.DISCRETIZE: step == self.discretize and self.fades,
+            Event.PRUNE: step == self.prune,
         }
         return [event for event in Event if happens[event]]
 
     def decided(self, step: int) -> Schedule:
-        """The schedule of a run in which the last round is decided earlier: after this step."""
-        last = self.prunes[-1]
-        round = Prune(step, step + last.prune - last.discretize)
+        """The schedule of a run in which it is decided earlier what goes: after this step."""
         updates = range(self.updates.start, step + 1, self.updates.step)
-        return replace(self, updates=updates, prunes=(*self.prunes[:-1], round))
+        return replace(self, updates=updates, discretize=step, prune=step + self.prune - self.discretize)
 
     def fade_progress(self, step: int) -> float | None:
         """
-        How far the gates of what is pruned next have faded in the step after this one, in (0, 1]; `None` if none
-        fade then.
+        How far the gates of what is pruned have faded in the step after this one, in (0, 1]; `None` if none fade then.
         """
-        for round in self.prunes:
-            if round.discretize <= step < round.prune:
-                return (step + 1 - round.discretize) / (round.prune - round.discretize)
-        return None
+        if not self.discretize <= step < self.prune:
+            return None
+        return (step + 1 - self.discretize) / (self.prune - self.discretize)
 
 
 @dataclass(frozen=True)
@@ -188,7 +155,7 @@ class Moments:
                 "module would ever be chosen. Use a smaller step, or a fraction such as 0.25."
             )
         if self.every is None:
-            return Schedule(total_steps, prune, range(prune, prune + 1), (Prune(prune, prune),))
+            return Schedule(total_steps, prune, range(prune, prune + 1), prune, prune)
         warmup = self._warmup(total_steps, prune)
         if prune <= warmup:
             raise ValueError(
@@ -198,13 +165,13 @@ class Moments:
             )
         every = max(1, _round_half_up(self.every * total_steps)) if self.every < 1 else int(self.every)
         if not self.decides:
-            return Schedule(total_steps, warmup, range(warmup, prune, every), (Prune(prune, prune),))
+            return Schedule(total_steps, warmup, range(warmup, prune, every), prune, prune)
         fade_out = _round_half_up(self.fade_out * total_steps) if self.fade_out < 1 else int(self.fade_out)
         discretize = max(warmup + 1, prune - fade_out)  # not before one step of the search
         if self.most_updates is not None:
             every = max(every, -(-(discretize - warmup) // self.most_updates))  # rounded up
         updates = range(warmup + 1, discretize + 1, every)
-        return Schedule(total_steps, warmup, updates, (Prune(discretize, prune),))
+        return Schedule(total_steps, warmup, updates, discretize, prune)
 
     def _prune(self, total_steps: int) -> int:
         if self.discretize_at == 0:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffora_trainer.core.schedule import Event, Moments, Prune, Schedule
+from diffora_trainer.core.schedule import Event, Moments, Schedule
 
 
 W, U, D, P = Event.END_WARMUP, Event.UPDATE, Event.DISCRETIZE, Event.PRUNE
@@ -92,30 +92,11 @@ def test_every_run_that_is_not_refused_is_in_order(options: dict[str, Any], tota
     assert fading == list(range(schedule.discretize, schedule.prune))
 
 
-def test_several_rounds() -> None:
-    """A schedule holds any number of them; each is decided after the one before is carried out."""
-    schedule = Schedule(100, 5, range(6, 61, 6), (Prune(12, 18), Prune(30, 30), Prune(54, 60)))
-    found = happenings(schedule)
-    assert [step for step, events in found.items() if P in events] == [18, 30, 60]
-    assert [step for step, events in found.items() if D in events] == [12, 54]
-    assert (schedule.discretize, schedule.prune) == (54, 60)
-    assert [step for step in range(101) if schedule.fade_progress(step)] == [*range(12, 18), *range(54, 60)]
-
-
-@pytest.mark.parametrize(
-    ("warmup", "rounds", "message"),
-    [
-        (5, (), "at least one"),
-        (5, (Prune(30, 20),), "decided before it is carried out"),
-        (5, (Prune(10, 40), Prune(30, 60)), "carried out before the next is decided"),
-        (5, (Prune(10, 40), Prune(40, 40)), "rounds"),
-        (5, (Prune(10, 400),), "100 steps"),
-        (20, (Prune(10, 40),), "warm-up until step 20"),
-    ],
-)
-def test_rounds_that_cannot_happen(warmup: int, rounds: tuple[Prune, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Schedule(100, warmup, range(6, 20), rounds)
+@pytest.mark.parametrize("moments", [(5, 30, 20), (5, 40, 400), (20, 10, 40), (-1, 10, 40)])
+def test_what_cannot_happen_in_this_order(moments: tuple[int, int, int]) -> None:
+    warmup, discretize, prune = moments
+    with pytest.raises(ValueError, match=f"100 steps cannot warm up until step {warmup}.*prune it after step {prune}"):
+        Schedule(100, warmup, range(6, 20), discretize, prune)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 
 from diffora_trainer.core.allocation import Allocation
 from diffora_trainer.core.costs import StepCost, StepCosts
-from diffora_trainer.core.schedule import Prune, Schedule
+from diffora_trainer.core.schedule import Schedule
 from diffora_trainer.core.selection import Selection
 from diffora_trainer.core.state import RunState, check_same
 from helpers.adapted import format_1, make_selection
@@ -144,9 +144,9 @@ def test_selections_of_format_1_are_read() -> None:
 
 
 def test_what_differs_is_said() -> None:
-    schedule = Schedule(12, 2, range(3, 7), (Prune(6, 8),))
+    schedule = Schedule(12, 2, range(3, 7), 6, 8)
     check_same("there", SEARCHING.check_schedule(schedule))
-    later = Schedule(12, 3, range(4, 7), (Prune(6, 9),))
+    later = Schedule(12, 3, range(4, 7), 6, 9)
     with pytest.raises(ValueError, match="'there' does not fit.*end of the warm-up.*saved: 2, now: 3.*Please"):
         check_same("there", SEARCHING.check_schedule(later))
     with pytest.raises(ValueError) as error:

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
 from helpers.checks import raw_optimizer, step_logs
 from helpers.data import lm_dataset
-from helpers.trainers import causal_model, make_trainer, running
+from helpers.trainers import adapter_config, causal_model, make_trainer, running
 
 
 class At(TrainerCallback):
@@ -46,7 +46,8 @@ def full(tensor: Tensor) -> Tensor:
 
 def trained_weights(model) -> dict[str, Tensor]:
     """The weights of the LoRA modules and shortcuts, gathered from all processes."""
-    added = {name: p for name, p in model.named_parameters() if "lora_" in name or f".{ATTRIBUTE}." in name}
+    prefix = model.base_model.prefix
+    added = {name: p for name, p in model.named_parameters() if prefix in name or f".{ATTRIBUTE}." in name}
     return {name: full(p.detach()).clone() for name, p in added.items()}
 
 
@@ -77,6 +78,7 @@ def run(folder: Path, options: dict) -> Accelerator:
             "save_steps": 1000,
             **options.get("args", {}),
         },
+        peft_config=adapter_config(**options.get("adapter", {})),
         search={"arch_batch_size": 4 // world, "fade_out": 2, **search},
         callbacks=[SaveAt(options.get("save_at", []))],
     )

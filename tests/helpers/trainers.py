@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -35,6 +36,13 @@ VOCABULARY = len(vocabulary())
 def lora(**overrides: object) -> LoraConfig:
     """A small LoRA on all linear layers."""
     return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **overrides})
+
+
+def adapter_config(type: str = "LoraConfig", **options: Any) -> PeftConfig:
+    """A small adapter of one of PEFT's types, on all linear layers unless it says otherwise."""
+    if type == "LoraConfig":
+        return lora(**options)
+    return getattr(peft, type)(**{"r": 8, "target_modules": "all-linear", **options})
 
 
 def search_config(**overrides: object) -> DiffoRAConfig:

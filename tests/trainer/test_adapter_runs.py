@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoHaConfig, LoKrConfig, PeftConfig, PeftModel, VeraConfig
+from peft import PeftModel
 
 from diffora_trainer import Selection
 from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import base_weights
 from helpers.checks import assert_continues
-from helpers.trainers import SAVES, causal_model, lora, make_trainer, saving_trainer
+from helpers.trainers import SAVES, adapter_config, causal_model, lora, make_trainer, saving_trainer
 
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -22,19 +22,11 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "embeddings": ({"target_modules": ["embed_tokens", "q_proj", "up_proj"]}, {"selection_scope": "model"}),
     "PiSSA": ({"init_lora_weights": "pissa"}, {"fade_out": 2}),
     "OLoRA": ({"init_lora_weights": "olora"}, {"method": "snip", "score_batches": 1}),
-    "LoHa": ({"type": LoHaConfig, "alpha": 8}, {"fade_out": 2}),
-    "LoKr": ({"type": LoKrConfig, "alpha": 8}, {"method": "sampled"}),
-    "VeRA": ({"type": VeraConfig, "target_modules": ["q_proj", "k_proj", "up_proj"]}, {"selection_scope": "model"}),
+    "LoHa": ({"type": "LoHaConfig", "alpha": 8}, {"fade_out": 2}),
+    "LoKr": ({"type": "LoKrConfig", "alpha": 8}, {"method": "sampled"}),
+    "VeRA": ({"type": "VeraConfig", "target_modules": ["q_proj", "k_proj", "up_proj"]}, {"selection_scope": "model"}),
     "rsLoRA in ranks": ({"use_rslora": True}, {"max_trainable_parameters": 2500}),
 }
-
-
-def adapter(**options: Any) -> PeftConfig:
-    """A small adapter, on all linear layers unless it says otherwise."""
-    if "type" not in options:
-        return lora(**options)
-    settings = {"r": 8, "target_modules": "all-linear", **options}
-    return settings.pop("type")(**settings)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,7 +35,7 @@ def test_a_run_chooses_saves_and_resumes(case: str, tmp_path: Path) -> None:
     started = "init_lora_weights" in options
 
     def build(folder: str) -> Any:
-        return saving_trainer(tmp_path / folder, "sft", peft_config=adapter(**options), search=search)
+        return saving_trainer(tmp_path / folder, "sft", peft_config=adapter_config(**options), search=search)
 
     pre_trained = base_weights(causal_model())  # before anything is drawn for the run
     whole = build("whole")

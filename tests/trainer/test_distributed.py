@@ -157,6 +157,41 @@ def test_two_processes_freeze_as_one(tmp_path: Path) -> None:
     assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
 
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "DoRA": {"adapter": {"use_dora": True}},
+    "embeddings": {
+        "adapter": {"target_modules": ["embed_tokens", "q_proj", "up_proj"]},
+        "search": {"selection_scope": "model"},
+    },
+    "LoHa": {"adapter": {"type": "LoHaConfig", "alpha": 8}},
+    "LoKr": {"adapter": {"type": "LoKrConfig", "alpha": 8}, "search": {"method": "sampled", "fade_out": 0}},
+    "OLoRA": {"adapter": {"init_lora_weights": "olora"}},
+    "PiSSA": {"adapter": {"init_lora_weights": "pissa"}},
+    "VeRA": {
+        "adapter": {"type": "VeraConfig", "target_modules": ["q_proj", "k_proj", "up_proj"]},
+        "search": {"selection_scope": "model"},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_other_adapters(kind: str, tmp_path: Path) -> None:
+    """What starts as a part of the weight gives it back to the shards of pruned modules."""
+    distribute(kind, {tmp_path / name: options for name, options in ADAPTERS.items()})
+    for name, options in ADAPTERS.items():
+        reports = read_reports(tmp_path / name)
+        single = train(None, tmp_path / f"{name} alone", **options)[0]
+        assert reports[0] == reports[1] and all(reports[0]["moved"]), name
+        assert reports[0]["selected"] == single["selected"], name
+        assert reports[0]["losses"] == pytest.approx(single["losses"], abs=1e-4), name
+        assert set(reports[0]["weights"]) == set(single["weights"]), name
+        for weight, values in single["weights"].items():
+            assert reports[0]["weights"][weight] == pytest.approx(values, abs=1e-4), f"{weight} of {name}"
+        assert reports[0]["gathered"] == reports[0]["parameters"], name
+        assert reports[0]["optimized"] == reports[0]["trainable"], name
+
+
 @pytest.mark.slow
 def test_shards_are_not_frozen(tmp_path: Path) -> None:
     output = distribute("fsdp2", {tmp_path / "run": {"search": {"unselected": "freeze"}}}, ok=False)
