@@ -17,6 +17,7 @@ from transformers import DataCollatorWithPadding, Trainer, get_scheduler
 
 from diffora_trainer import DiffoRAConfig, Selection, SelectionRun
 from diffora_trainer.search.held_out import HeldOutBatches
+from helpers.adapted import adapted_names, base_weights
 from helpers.checks import adapter, assert_same, optimizer_state, step_logs
 from helpers.data import classification_dataset, tiny_tokenizer
 from helpers.trainers import CUT, WARMUP, classifier, lora, make_trainer, search_config
@@ -247,3 +248,43 @@ def test_a_loop_that_ends_early_chooses_then() -> None:
     before = trained(loop.model)
     assert not loop.run.finish() and loop.run.selection is None and not loop.run.gates_active
     assert_same(trained(loop.model), before)
+
+
+def test_one_run_after_another_prunes_twice(tmp_path: Path) -> None:
+    """The second chooses among what the first has left, and a checkpoint of both goes on bit for bit."""
+    found, sources = batches(STEPS), [SOURCES["list"], SOURCES["iterator"]]
+    configs = [
+        with_defaults(selection_scope="model", selection_ratio=ratio, arch_warmup=warmup, discretize_at=until)
+        for ratio, warmup, until in ((0.6, WARMUP, 5), (0.5, 1, 4))
+    ]
+
+    def second(loop: Loop) -> SelectionRun:
+        return SelectionRun(
+            loop.model, loop.optimizer, configs[1], loss_of, sources[1](), STEPS - 5, scheduler=loop.scheduler
+        )
+
+    whole = Loop(configs[0], found, sources[0]())
+    pre_trained = {name: value for name, value in base_weights(whole.model).items() if "classifier" not in name}
+    whole.train(5)
+    first = whole.run
+    assert first.selection is not None
+    halfway = whole.checkpoint()
+    whole.run = second(whole)
+    whole.batches = found[5:]
+    whole.train(2)
+    later = whole.checkpoint()
+    whole.train(STEPS - 5)
+    assert set(whole.run.search.grid.names) == set(first.selection.selected) > set(whole.run.selection.selected)
+    assert set(whole.run.selection.selected) == adapted_names(whole.model)
+    held = [p for group in whole.optimizer.param_groups for p in group["params"]]
+    assert set(held) == {p for p in whole.model.parameters() if p.requires_grad}
+    assert_same({name: base_weights(whole.model)[name] for name in pre_trained}, pre_trained)
+
+    resumed = Loop(configs[0], found, sources[0]())
+    resumed.run.load_state_dict(halfway["run"])  # what the first run has pruned leaves
+    resumed.run = second(resumed)
+    resumed.batches = found[5:]
+    resumed.resume(later)
+    resumed.train(STEPS - 5)
+    assert resumed.run.selection == whole.run.selection
+    assert_same(trained(resumed.model), trained(whole.model))
