@@ -225,9 +225,9 @@ def _check_fsdp(trainer: Any) -> None:
     method, options = method_of(config)
     if not method.shardable:
         raise ValueError(
-            f"You passed `method={config.method!r}` with FSDP, which holds each parameter in shards. This method needs "
-            "whole ones: their gradients apart from those of training, or to give them ranks. Please use plain data "
-            "parallelism, or another method."
+            f"You passed `method={config.method!r}` with FSDP, which holds each parameter in shards, but this method "
+            "needs whole ones: their gradients apart from those of training, or to give them ranks. Please use plain "
+            "data parallelism, or another method."
         )
     if extra := _extra_sites(trainer):
         raise ValueError(

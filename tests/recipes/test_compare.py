@@ -338,3 +338,28 @@ def test_records_of_another_training_are_not_mixed(tmp_path: Path) -> None:
     assert table.count("### t, 0.5") == 2
     with pytest.raises(ValueError, match="no results"):
         recipe("report").write_report([tmp_path / "none.jsonl"], tmp_path)
+
+
+def test_pairs_of_questions_and_sentences(tmp_path: Path) -> None:
+    """Half of the sentences hold the answer, the others come from the same paragraph and do not."""
+    paragraph = (
+        "The river Aare flows through the old town of Bern. It is crossed by nineteen bridges in all. A bear? Yes."
+    )
+    asked = [("Which town is it?", "Bern"), ("How many bridges are there?", "nineteen"), ("What lives there?", "bear")]
+    rows = [
+        {"context": paragraph, "question": question, "answers": {"text": [a], "answer_start": [paragraph.index(a)]}}
+        for question, a in asked * 40
+    ]
+    alone = {"context": "Only Bern.", "question": "Where?", "answers": {"text": ["Bern"], "answer_start": [5]}}
+    for split in ("train", "validation"):
+        Dataset.from_list([*rows, alone]).to_json(tmp_path / f"{split}.jsonl")
+    recipe("qnli_from_squad").main(tmp_path, tmp_path / "pairs")
+    pairs = [json.loads(line) for line in (tmp_path / "pairs" / "train.jsonl").read_text().splitlines()]
+    assert len(pairs) == len(rows)  # no other sentence is there for the last one
+    answer_of = dict(asked)
+    for pair in pairs:
+        assert (answer_of[pair["question"]] in pair["sentence"]) == (pair["label"] == "entailment")
+        assert pair["sentence"] in paragraph and pair["sentence"] != paragraph
+    assert 0.3 < sum(pair["label"] == "entailment" for pair in pairs) / len(pairs) < 0.7
+    with pytest.raises(FileNotFoundError, match="no train.jsonl or train.jsonl.gz in"):
+        recipe("qnli_from_squad").main(tmp_path / "pairs" / "nothing", tmp_path / "out")
