@@ -190,11 +190,11 @@ def test_each_method_stands_at_its_best_learning_rate(folder: Path, tmp_path: Pa
     # Another rate is added, and nothing is made again.
     more = run("sst2_minilm.yaml", **base, **{**options, "methods": ["all_linear"], "learning_rates": [1e-3]})[1]
     assert more[: len(records)] == records and len(more) == len(records) + 2
-    report = recipe("report")
-    whole = report.best_rates(more)
+    best_rates = recipe("comparison").best_rates
+    whole = best_rates(more)
     assert whole["all_linear"] in (1e-6, 1e-3, 1e-2) and set(whole) == set(options["methods"])
     few = [r for r in more if r.get("learning_rate") != whole["all_linear"] or r["seed"] == 0]
-    assert report.best_rates(few)["all_linear"] != whole["all_linear"]  # one seed does not stand beside two
+    assert best_rates(few)["all_linear"] != whole["all_linear"]  # one seed does not stand beside two
     with pytest.raises(ValueError, match="learning rate is positive"):
         run("sst2_minilm.yaml", **base, learning_rates=[0.0])
 
@@ -277,7 +277,7 @@ def test_percentiles_differences_and_overlaps() -> None:
     ours = [record("diffora", 0, 0.25, "choice"), record("diffora", 1, 1.0, "choice", modules="bc")]
     runs = [record("diffora", 0, 0.2), record("diffora", 1, 1.3), record("full", 0, 0.1)]
     rival = [record("grad_norm", 0, 0.5), record("grad_norm", 1, 1.4)]
-    results = recipe("report").Results([*draws, *ours, *runs, *rival])
+    results = recipe("comparison").Results([*draws, *ours, *runs, *rival])
     percentile, low, high = results.percentile(results.choices["diffora"])
     assert percentile == pytest.approx((70 + 95) / 2)  # seven draws above 0.25; nine above 1.0 and one equal
     assert low < percentile < high <= 100
@@ -295,7 +295,7 @@ def test_percentiles_differences_and_overlaps() -> None:
         {**record(method, seed, 0.5), "cpu_seconds": seconds}
         for method, seed, seconds in (("all_linear", 0, 10.0), ("diffora", 0, 12.0), ("diffora", 1, 99.0))
     ]
-    assert recipe("report").Results(timed).time("diffora") == pytest.approx(1.2)  # over the seeds of both
+    assert recipe("comparison").Results(timed).time("diffora") == pytest.approx(1.2)  # over the seeds of both
 
 
 def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path) -> None:

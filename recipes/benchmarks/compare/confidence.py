@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 
 if TYPE_CHECKING:
-    from report import Results
+    from comparison import Results
 
 SOME = 0.05
 """From here on a confidence is taken for some: without evidence it is 0."""

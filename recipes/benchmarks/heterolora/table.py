@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
 
-from report import half_interval, mean_overlap  # noqa: E402
+from comparison import half_interval, mean_overlap  # noqa: E402
 from result_files import read_results  # noqa: E402
 
 
