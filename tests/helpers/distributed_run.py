@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from diffora_trainer import AlternateFactors
 from diffora_trainer.experimental.shortcuts.structure import ATTRIBUTE
 from helpers.checks import raw_optimizer, step_logs
 from helpers.data import lm_dataset
@@ -80,7 +81,7 @@ def run(folder: Path, options: dict) -> Accelerator:
         },
         peft_config=adapter_config(**options.get("adapter", {})),
         search={"arch_batch_size": 4 // world, "fade_out": 2, **search},
-        callbacks=[SaveAt(options.get("save_at", []))],
+        callbacks=[SaveAt(options.get("save_at", [])), *map(AlternateFactors, options.get("alternate", []))],
     )
     if "die_at" in options and rank == 1:
         trainer.add_callback(At(options["die_at"], lambda: os._exit(1)))

@@ -193,6 +193,27 @@ def test_two_processes_train_other_adapters(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_two_processes_train_the_factors_in_turn(tmp_path: Path) -> None:
+    """From the choice on; a resumed run goes on with the factor whose turn it is."""
+    run: dict[str, Any] = {"alternate": [1], "args": {"ddp_find_unused_parameters": True}}
+    step = SAVES["selected"]
+    distribute(
+        "ddp",
+        {
+            tmp_path / "whole": {**run, "save_at": [step]},
+            tmp_path / "resumed": {**run, "resume": f"{tmp_path}/whole/checkpoint-{step}"},
+        },
+    )
+    whole, resumed = read_reports(tmp_path / "whole"), read_reports(tmp_path / "resumed")
+    alone, plain = train(None, tmp_path / "alone", **run)[0], train(None, tmp_path / "plain")[0]
+    assert whole[0] == whole[1] and whole[0]["selected"] == alone["selected"]
+    assert alone["weights"] != plain["weights"]
+    for name, weights in alone["weights"].items():
+        assert whole[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
+    assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
+
+
+@pytest.mark.slow
 def test_shards_are_not_frozen(tmp_path: Path) -> None:
     output = distribute("fsdp2", {tmp_path / "run": {"search": {"unselected": "freeze"}}}, ok=False)
     assert "You passed `unselected='freeze'`" in output and "is sharded" in output
