@@ -69,12 +69,12 @@ def add_to_weight(weight: nn.Parameter, update: Tensor) -> None:
         weight (`nn.Parameter`): the weight, or its shard.
         update (`Tensor`): what is added to all of it, the same on every process.
     """
-    with torch.no_grad():
-        if type(weight.data) is not Tensor:
-            from torch.distributed.tensor import distribute_tensor
+    shard: Any = weight.data
+    if hasattr(shard, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
 
-            shard: Any = weight.data
-            update = distribute_tensor(update.contiguous(), shard.device_mesh, shard.placements)
+        update = distribute_tensor(update.contiguous(), shard.device_mesh, shard.placements)
+    with torch.no_grad():
         weight.add_(update)
 
 
