@@ -84,9 +84,13 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "micro-batches": ("cls", {"fade_out": 2, "search_micro_batches": 2}),
 }
+LONG = ("modules off and on again", "micro-batches")
+"""Of these runs those for `make test-all`: each takes up to half a minute."""
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in RUNS]
+)
 def test_compiled_run_is_the_eager_run(name: str, tmp_path: Path) -> None:
     """
     The search is compiled once and what is left once more: not for each step, and not before the choice alone. Modules
