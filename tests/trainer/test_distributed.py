@@ -61,6 +61,15 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[s
     return run
 
 
+def assert_as_alone(report: dict[str, Any], alone: dict[str, Any], what: str = "run") -> None:
+    """A process of several has chosen and trained what a single one does on the same global batches."""
+    assert report["selected"] == alone["selected"], what
+    assert report["losses"] == pytest.approx(alone["losses"], abs=1e-4), what
+    assert set(report["weights"]) == set(alone["weights"]), what
+    for name, weights in alone["weights"].items():
+        assert report["weights"][name] == pytest.approx(weights, abs=1e-4), f"{name}, {what}"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], together: Any) -> None:
     """With gradient accumulation and gradient checkpointing."""
@@ -70,12 +79,9 @@ def test_two_processes_decide_as_one(kind: str, alone: dict[str, Any], together:
     assert [report["wrapper"] for report in reports] == [wrapper] * 2
     assert reports[0] == reports[1]  # one decision, and the same weights
     report = reports[0]
-    assert report["selected"] == alone["selected"]
+    assert_as_alone(report, alone)
     assert report["scores"] == pytest.approx(alone["scores"], abs=1e-5)
     assert len(set(report["scores"])) > 10
-    assert report["losses"] == pytest.approx(alone["losses"], abs=1e-4)
-    for name, weights in alone["weights"].items():
-        assert report["weights"][name] == pytest.approx(weights, abs=1e-4), name
 
     # After the cut nothing is left of the modules that went: what is wrapped anew learns, and communicates no more
     # than the model has.
@@ -92,10 +98,7 @@ def test_two_processes_split_their_batches(alone: dict[str, Any], together: Any)
     """With gradient accumulation: gradients are exchanged once for all micro-batches of all batches of a step."""
     reports = read_reports(together("ddp")["micro-batches"])
     assert reports[0] == reports[1]
-    assert reports[0]["selected"] == alone["selected"]
-    assert reports[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
-    for name, weights in alone["weights"].items():
-        assert reports[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
+    assert_as_alone(reports[0], alone)
 
 
 @pytest.mark.slow
@@ -105,10 +108,7 @@ def test_two_processes_train_a_compiled_model(alone: dict[str, Any], tmp_path: P
     reports = train("ddp", tmp_path, args=args, **SIGMOID)
     assert reports[0] == reports[1] and all(reports[0]["moved"])
     assert [report["wrapper"] for report in reports] == ["OptimizedModule"] * 2
-    assert reports[0]["selected"] == alone["selected"]
-    assert reports[0]["losses"] == pytest.approx(alone["losses"], abs=1e-4)
-    for name, weights in alone["weights"].items():
-        assert reports[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
+    assert_as_alone(reports[0], alone)
 
 
 @pytest.mark.parametrize(
@@ -183,11 +183,7 @@ def test_two_processes_train_other_adapters(kind: str, tmp_path: Path) -> None:
         reports = read_reports(tmp_path / name)
         single = train(None, tmp_path / f"{name} alone", **options)[0]
         assert reports[0] == reports[1] and all(reports[0]["moved"]), name
-        assert reports[0]["selected"] == single["selected"], name
-        assert reports[0]["losses"] == pytest.approx(single["losses"], abs=1e-4), name
-        assert set(reports[0]["weights"]) == set(single["weights"]), name
-        for weight, values in single["weights"].items():
-            assert reports[0]["weights"][weight] == pytest.approx(values, abs=1e-4), f"{weight} of {name}"
+        assert_as_alone(reports[0], single, name)
         assert reports[0]["gathered"] == reports[0]["parameters"], name
         assert reports[0]["optimized"] == reports[0]["trainable"], name
 
@@ -206,10 +202,9 @@ def test_two_processes_train_the_factors_in_turn(tmp_path: Path) -> None:
     )
     whole, resumed = read_reports(tmp_path / "whole"), read_reports(tmp_path / "resumed")
     alone, plain = train(None, tmp_path / "alone", **run)[0], train(None, tmp_path / "plain")[0]
-    assert whole[0] == whole[1] and whole[0]["selected"] == alone["selected"]
+    assert whole[0] == whole[1]
+    assert_as_alone(whole[0], alone)
     assert alone["weights"] != plain["weights"]
-    for name, weights in alone["weights"].items():
-        assert whole[0]["weights"][name] == pytest.approx(weights, abs=1e-4), name
     assert [report["weights"] for report in resumed] == [report["weights"] for report in whole]
 
 

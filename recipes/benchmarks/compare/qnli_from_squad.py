@@ -10,24 +10,16 @@ does not contain the answer's text. Where there is no such sentence, the questio
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 SHORTEST = 30
 """Characters of the sentence of another pair: what is shorter is hardly one (an initial, a number)."""
-
-
-def rows(file: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
 
 
 def pair(row: dict[str, Any], draw: random.Random) -> dict[str, str] | None:
@@ -51,13 +43,16 @@ def pair(row: dict[str, Any], draw: random.Random) -> dict[str, str] | None:
 
 
 def main(source: Path, target: Path) -> None:
+    from datasets import load_dataset
+
     draw = random.Random(0)
     target.mkdir(parents=True, exist_ok=True)
     for split in ("train", "validation"):
         files = [file for suffix in (".jsonl", ".jsonl.gz") if (file := source / f"{split}{suffix}").is_file()]
         if not files:
             raise FileNotFoundError(f"There is no {split}.jsonl or {split}.jsonl.gz in {source}.")
-        pairs = [found for row in rows(files[0]) if (found := pair(row, draw)) is not None]
+        rows = load_dataset("json", data_files=str(files[0]), split="train")
+        pairs = [found for row in rows if (found := pair(row, draw)) is not None]
         with (target / f"{split}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(found) + "\n" for found in pairs)
         print(f"{target / split}.jsonl: {len(pairs)} pairs")
