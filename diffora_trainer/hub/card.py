@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapters.base import SiteKind, extra_kinds
+from ..core.base_model import base_class, label_names, predicts_classes
 from ..core.files import write_file
 from ..core.selection import Selection
 from ..core.text import sanitize
@@ -23,17 +25,17 @@ from .report import REPORT_NAME
 
 _BEGIN, _END = "<!-- diffora-trainer: begin -->", "<!-- diffora-trainer: end -->"
 _TEMPLATES = Path(__file__).parent / "templates"
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
+# More names than this are no help in a snippet.
+_MOST_LABELS = 30
 
 
 def write_card(
-    folder: str | os.PathLike, selection: Selection | None, peft_config: Any, adapter: str | None = None
+    folder: str | os.PathLike,
+    selection: Selection | None,
+    peft_config: Any,
+    adapter: str | None = None,
+    model_config: Any = None,
+    went_on: bool = True,
 ) -> Path:
     """
     Complete the `README.md` of an adapter folder: its metadata, and a section on the selection that replaces the one
@@ -45,6 +47,9 @@ def write_card(
         peft_config (`LoraConfig`): the adapter's configuration.
         adapter (`str`, *optional*): Hub id of the adapter, for the snippet that loads it; defaults to the folder's
             name.
+        model_config (`PretrainedConfig`, *optional*): that of the base model as it was trained, for the classes that a
+            classifier predicts.
+        went_on (`bool`, *optional*, defaults to `True`): whether anything was trained after the choice.
     """
     folder = Path(folder)
     path = folder / "README.md"
@@ -81,9 +86,9 @@ def write_card(
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             report=REPORT_NAME if (folder / REPORT_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
-            auto_class=_AUTO_CLASSES.get(
-                str(getattr(peft_config.task_type, "value", peft_config.task_type)), "AutoModel"
-            ),
+            went_on=went_on,
+            base=_base_class(folder, peft_config),
+            labels=_labels(_base_class(folder, peft_config)[1], model_config),
             base_model=base_model,
             adapter=json.dumps(name, ensure_ascii=False),  # a string of the snippet
         )
@@ -91,6 +96,26 @@ def write_card(
     card.text = text
     write_file(path, str(card).encode())
     return path
+
+
+def _base_class(folder: Path, peft_config: Any) -> tuple[str, str]:
+    """Module and name of the class that loads the base model."""
+    mapping = getattr(peft_config, "auto_mapping", None)
+    with contextlib.suppress(OSError, ValueError):  # PEFT completes only what it writes
+        mapping = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("auto_mapping")
+    return base_class(peft_config.task_type, mapping) or ("transformers", "AutoModel")
+
+
+def _labels(class_name: str, model_config: Any) -> str:
+    """What the snippet passes so that the base model gets the head that was trained."""
+    number = getattr(model_config, "num_labels", None)
+    if number is None or not predicts_classes(class_name):
+        return ""
+    names = label_names(model_config)
+    if names is None or len(names) > _MOST_LABELS:
+        return f", num_labels={number}"
+    text = ", ".join(f"{index}: {json.dumps(name, ensure_ascii=False)}" for index, name in names.items())
+    return f", id2label={{{text}}}"
 
 
 def _option(value: Any) -> str:

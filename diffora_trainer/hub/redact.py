@@ -15,9 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 
-# Texts that may name folders: the adapter's configuration, the Trainer's state, the card, what a user adds.
 # Vocabularies are left alone, since they may hold any string.
-_TEXTS = (".html", ".json", ".jsonl", ".md", ".txt", ".yaml", ".yml")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HIDDEN_TOKEN = "<HUB_TOKEN>"
@@ -89,7 +87,7 @@ class Private:
         """The content of a file without what is private; `None` if it can stay as it is."""
         if ".tfevents." in path.name:
             return b"".join(record for record in _records(path.read_bytes()) if not self._tells(record))
-        if path.suffix not in _TEXTS or path.name in _VOCABULARIES:
+        if path.name in _VOCABULARIES or not _is_text(path):
             return None
         text = path.read_text(encoding="utf-8", errors="surrogateescape")
         clean = text
@@ -116,6 +114,12 @@ def public_model_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return name
+
+
+def _is_text(path: Path) -> bool:
+    """Whatever its name: a user may have put a log, a script or an `.env` beside the adapter."""
+    with path.open("rb") as file:
+        return b"\0" not in file.read(8192)
 
 
 def _in_html(text: str) -> str:

@@ -172,7 +172,7 @@ def _facts(selection: Selection, log: Sequence[Mapping[str, Any]], steps: int | 
         facts.append(("Held-out loss after", f"{pruned:.4f}", "" if start is None else f"{start:.4f} {when}"))
     seconds = charts.last(log, "train_runtime")
     if seconds is not None:
-        facts.append(("Training took", f"{seconds:,.0f} s", ""))
+        facts.append(("Training took", f"{seconds:,.0f} s", "since it was last started or resumed"))
     return facts
 
 

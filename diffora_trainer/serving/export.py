@@ -8,19 +8,25 @@ kind of module for all layers, with a warning alone, if one layer lacks it; llam
 
 from __future__ import annotations
 
+import copy
+import importlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..core.base_model import LABELS_NAME, base_class
+from ..core.files import read_json
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units
 from ..logging import get_logger
-from .pairs import Pair, read_pairs
+from .pairs import Pair, check_start, read_pairs
 
 
 logger = get_logger(__name__)
@@ -34,6 +40,7 @@ SERVERS = {
 }
 """For what an adapter can be exported, and what that takes."""
 
+_PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -62,6 +69,10 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
         raise FileNotFoundError(f"There is no adapter in {folder}: it has no {CONFIG}.")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty. Please name another folder.")
+    if target.resolve() == Path.cwd():
+        raise ValueError(
+            f"{target} is the current folder, which cannot be replaced. Please name a folder inside of it."
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     # A folder that is half-written when this is interrupted must not look like an adapter.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as made:
@@ -81,6 +92,7 @@ def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
     from transformers import AutoTokenizer
 
     model, name = _load(folder, base_model)
+    _untie(model)
     model.merge_and_unload().save_pretrained(target)
     for source in (folder, name):
         try:
@@ -96,14 +108,15 @@ def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> 
     from safetensors.torch import load_file, save_file
 
     config = LoraConfig.from_pretrained(str(folder))
-    pairs, others = read_pairs(load_file(folder / WEIGHTS), config)
+    check_start(config)
+    pairs = read_pairs(load_file(folder / WEIGHTS), config)
     layers: Mapping[str, nn.Module] = {}
     if server in ("sglang", "lorax"):
         layers = _linear_layers(config, base_model)
         pairs = _completed(pairs, layers, server)
     rank = max(pair.rank for pair in pairs.values())
     pairs = {module: pair.at(rank) for module, pair in pairs.items()}
-    tensors = dict(others)
+    tensors = {}
     for module, pair in pairs.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = pair.a
         tensors[f"base_model.model.{module}.lora_B.weight"] = pair.b
@@ -166,33 +179,28 @@ def _linear_layers(config: Any, base_model: Any) -> dict[str, nn.Module]:
             f"The shapes of the other modules are those of the base model, whose configuration is not at {name!r}. "
             "Please name its folder or Hub id with `--base_model`."
         ) from error
-    with torch.device("meta"):
-        cls = model_class(config.task_type, found.architectures)
-        model = cls.from_config(found) if hasattr(cls, "from_config") else cls(found)
+    model = _on_meta(model_class(config.task_type, found, config.auto_mapping), found)
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
 
 
-def model_class(task_type: Any, architectures: Any = None) -> Any:
+def model_class(task_type: Any, config: Any = None, auto_mapping: Any = None) -> Any:
     """
     The class that loads a model.
 
     Args:
         task_type (`str` or `None`): PEFT's name of what is trained.
-        architectures (`list[str]`, *optional*): what the model's configuration says; read where PEFT says nothing.
+        config (`PretrainedConfig`, *optional*): the model's configuration; read where PEFT says nothing.
+        auto_mapping (`dict`, *optional*): what PEFT has saved of the class where there is no task type.
     """
     import transformers
 
-    names = {
-        "CAUSAL_LM": "AutoModelForCausalLM",
-        "SEQ_CLS": "AutoModelForSequenceClassification",
-        "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-        "TOKEN_CLS": "AutoModelForTokenClassification",
-        "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    }
-    name = names.get(str(getattr(task_type, "value", task_type)))
-    if name is None and architectures and hasattr(transformers, architectures[0]):
-        name = architectures[0]
-    return getattr(transformers, name or "AutoModel")
+    module, name = base_class(task_type, auto_mapping) or ("transformers", "")
+    cls = getattr(importlib.import_module(module), name, None)
+    of = getattr(cls, "config_class", None)
+    if cls is not None and (config is None or of is None or isinstance(config, of)):
+        return cls
+    architectures = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, architectures[0], transformers.AutoModel)
 
 
 def _load(folder: Path, base_model: Any) -> tuple[Any, str]:
@@ -201,19 +209,71 @@ def _load(folder: Path, base_model: Any) -> tuple[Any, str]:
     from transformers import AutoConfig
 
     config = PeftConfig.from_pretrained(str(folder))
-    name = str(base_model or config.base_model_name_or_path)
+    check_start(config, again=True)
+    name = base_model or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(
+            f"The adapter in {folder} does not say what its base model is. Please name its folder or Hub id with "
+            "`--base_model`."
+        )
+    found = AutoConfig.from_pretrained(name)
+    cls = model_class(config.task_type, found, config.auto_mapping)
     options: dict[str, Any] = {}
-    if (heads := _labels(folder)) is not None:
-        options["num_labels"] = heads
-    cls = model_class(config.task_type, AutoConfig.from_pretrained(name).architectures)
-    return PeftModel.from_pretrained(cls.from_pretrained(name, **options), folder), name
+    if (outputs := _outputs(folder, cls, found)) is not None:
+        options["num_labels"] = outputs
+    if (folder / LABELS_NAME).is_file():
+        names = {int(index): str(label) for index, label in read_json(folder / LABELS_NAME).items()}
+        options |= {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+        options.pop("num_labels", None)
+    return PeftModel.from_pretrained(cls.from_pretrained(name, **options), folder), str(name)
 
 
-def _labels(folder: Path) -> int | None:
+def _outputs(folder: Path, cls: Any, config: Any) -> int | None:
     """Outputs of a classifier that was trained along; its base model does not know them."""
     from safetensors import safe_open
 
     with safe_open(folder / WEIGHTS, "pt") as file:
-        names: Iterable[str] = file.keys()
-        heads = [name for name in names if name.endswith(("classifier.weight", "score.weight", "out_proj.weight"))]
-        return int(file.get_slice(heads[-1]).get_shape()[0]) if heads else None
+        saved = {n.removeprefix(_PREFIX): n for n in file.keys() if n.startswith(_PREFIX) and "lora_" not in n}
+        # What has another shape with another number of classes is the head, whatever it is called.
+        shapes = [_shapes(cls, config, number) for number in (3, 5)] if saved else [{}, {}]
+        heads = [name for name, shape in shapes[0].items() if shape != shapes[1].get(name) and name in saved]
+        return int(file.get_slice(saved[heads[0]]).get_shape()[0]) if heads else None
+
+
+def _shapes(cls: Any, config: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
+    found = copy.deepcopy(config)
+    found.num_labels = num_labels
+    return {name: tuple(parameter.shape) for name, parameter in _on_meta(cls, found).named_parameters()}
+
+
+def _on_meta(cls: Any, config: Any) -> nn.Module:
+    """A model without weights."""
+    with torch.device("meta"):
+        model: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    return model
+
+
+def _untie(model: Any) -> None:
+    """
+    Give the input and the output embeddings of a model weights of their own where an adapter acts on one of them:
+    merged into the weight that both share, it would change both.
+
+    Raises:
+        ValueError: if the model ties more than these two.
+    """
+    base = model.get_base_model()
+    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    adapted = [part for part in embeddings if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if not adapted or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
+        return
+    if None in embeddings or base.config.is_encoder_decoder:
+        raise ValueError(
+            f"The adapter acts on the embeddings of {type(base).__name__}, which shares their weight with other "
+            "layers, so a merged model cannot hold it. Please load the adapter with PEFT."
+        )
+    for part in adapted:
+        if isinstance(part, BaseTunerLayer):
+            layer: Any = part.get_base_layer()
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for config in (base.config, base.config.get_text_config()):
+        config.tie_word_embeddings = False

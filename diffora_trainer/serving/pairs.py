@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 
+# What does not change the base weights, and what does so in the same way each time it is computed.
+_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
+_EXACT_STARTS = ("pissa", "olora", "loftq")
 _NAME = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 
 
@@ -44,16 +47,43 @@ class Pair:
         return Pair(a.contiguous(), b.contiguous(), 1.0)
 
 
-def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+def check_start(config: Any, again: bool = False) -> None:
     """
-    The pairs of an adapter, by module, and what it holds beside them (a trained head, say).
+    Refuse adapters whose matrices alone are no update of the base model: they started as a part of its weights.
+
+    Args:
+        config ([`~peft.LoraConfig`]): the adapter's configuration.
+        again (`bool`, *optional*, defaults to `False`): whether PEFT will take the part out of the weights again.
+
+    Raises:
+        ValueError: if it is such an adapter; with `again`, if PEFT would take out another part each time.
+    """
+    start = getattr(config, "init_lora_weights", True)
+    if not isinstance(start, str) or start in _PLAIN_STARTS or (again and start in _EXACT_STARTS):
+        return
+    if start in _EXACT_STARTS:
+        raise ValueError(
+            f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`), so its matrices alone "
+            "are no update of the base model. Please export it with `--for merged`."
+        )
+    raise ValueError(
+        f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`) that is not the same "
+        "when it is computed again, so the base model cannot be brought to what it was trained on. Please save the "
+        "adapter where it was trained with `save_pretrained(..., path_initial_model_for_weight_conversion=...)` of "
+        "PEFT, which makes a plain LoRA of it, and export that."
+    )
+
+
+def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Pair]:
+    """
+    The pairs of an adapter, by module.
 
     Args:
         tensors (`Mapping[str, Tensor]`): what PEFT has saved.
         config ([`~peft.LoraConfig`]): the adapter's configuration.
 
     Raises:
-        ValueError: if it is no LoRA of linear layers and convolutions.
+        ValueError: if it is no LoRA of linear layers and convolutions, or holds more than that.
     """
     if getattr(config, "use_dora", False):
         raise ValueError(
@@ -64,13 +94,7 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Pa
             "The adapter holds a LoRA of parameters (`target_parameters`), such as fused experts, which is no pair "
             "for a layer. Please export it with `--for merged`."
         )
-    if getattr(config, "init_lora_weights", True) in ("pissa", "olora"):
-        raise ValueError(
-            f"The adapter starts as a part of the base weights (`init_lora_weights={config.init_lora_weights!r}`), so "
-            "its matrices alone are no update of the base model. Please export it with `--for merged`."
-        )
     halves: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if (match := _NAME.match(name)) is not None:
             halves.setdefault(match["module"], {})[match["part"]] = tensor
@@ -80,7 +104,11 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Pa
                 "with `--for merged`."
             )
         else:
-            others[name] = tensor
+            raise ValueError(
+                f"The adapter holds {name!r} beside its LoRA, a whole weight (`modules_to_save`, `bias`, "
+                "`trainable_token_indices`, or embeddings that PEFT saved along). Servers refuse that or leave it "
+                "out. Please export it with `--for merged`."
+            )
     if broken := [module for module, parts in halves.items() if set(parts) != {"A", "B"}]:
         raise ValueError(f"The adapter lacks one of the two matrices of {broken[0]!r}: the file is damaged.")
     if not halves:
@@ -88,7 +116,7 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> tuple[dict[str, Pa
     return {
         module: Pair(parts["A"], parts["B"], _scale(config, module, int(parts["A"].shape[0])))
         for module, parts in halves.items()
-    }, others
+    }
 
 
 def _scale(config: Any, module: str, rank: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from ..adapters.base import extra_kinds, kinds_of
 from ..adapters.lora import peft_model
 from ..adapters.optimizer import remove_empty_groups
 from ..compat import is_sentence_transformer, load_sentence_transformer
+from ..core.base_model import LABELS_NAME, label_names, predicts_classes
+from ..core.files import write_file
 from ..hub.card import write_card
 from ..hub.plots import plot_to
 from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
@@ -45,7 +48,13 @@ def save_findings(trainer: Any, folder: Path) -> None:
             title = trainer.hub_model_id or Path(trainer.args.output_dir).resolve().name
             write_report(folder / REPORT_NAME, selection, trainer.state.log_history, trainer.state.max_steps, title)
     if isinstance(model, PeftModel):  # that of sentence-transformers is about the whole model
-        write_card(folder, selection, model.peft_config[model.active_adapters[0]], trainer.hub_model_id)
+        # A log that is not of the choice is one of a training that went on.
+        ended = selection is not None and trainer.state.global_step <= (selection.step or 0)
+        went_on = not ended or not is_log_of_choice(trainer.state.log_history)
+        peft_config, config = model.peft_config[model.active_adapters[0]], getattr(model, "config", None)
+        write_card(folder, selection, peft_config, trainer.hub_model_id, config, went_on)
+        if (names := label_names(config)) is not None and predicts_classes(type(model.get_base_model()).__name__):
+            write_file(folder / LABELS_NAME, json.dumps(names, ensure_ascii=False, indent=2).encode())
 
 
 def update_output(trainer: Any, checkpoint: str) -> None:

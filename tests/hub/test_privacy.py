@@ -63,6 +63,8 @@ else:
     )
 args = trainer.args
 trainer.train()
+with open(home + "/out/train.log", "w") as log:  # whatever a user keeps there
+    log.write(f"export HF_TOKEN={token}; python {home}/train.py")
 trainer.push_to_hub(commit_message="the end")
 trainer.push_to_hub(commit_message="again", blocking=False).result()
 assert trainer.args is args and args.output_dir == home + "/out" and args.hub_token == token
@@ -106,6 +108,7 @@ def test_no_token_and_no_home_in_what_is_pushed_or_printed(kind: str, pushed: An
     assert {"adapter_config.json", "adapter_model.safetensors", "training_args.bin", SELECTION_NAME} <= set(repo.files)
     assert {REPORT_NAME, f"{step}/{REPORT_NAME}"} <= set(repo.files)
     assert "the end" in repo.commits and not [name for name in repo.files if "_hub" in name]
+    assert repo.files["train.log"] == b"export HF_TOKEN=<HUB_TOKEN>; python train.py"
     secrets = [token.encode(), b"alice", str(home.parent.parent).encode()]
     for name, data in repo.files.items():
         for part, content in contents(name, data):

@@ -31,7 +31,7 @@ from diffora_trainer.hub.redact import public_model_id
 from helpers import IMPORT_PATH
 from helpers.data import classification_dataset, lm_dataset, tiny_tokenizer
 from helpers.hub import HubServer, check_card
-from helpers.models import bert, llama_config
+from helpers.models import bert, llama_config, vit
 from helpers.processes import elsewhere
 
 
@@ -230,6 +230,56 @@ def test_local_folders_are_no_public_names(tmp_path: Path, monkeypatch: pytest.M
     assert public_model_id("gpt2") == "gpt2" and public_model_id("org/name-1.5_b") == "org/name-1.5_b"
     for name in (None, "", "local", "/gone/model", "./gone", "../gone", "a/b/c", "C:\\\\model", "gone/"):
         assert public_model_id(name) is None, name
+
+
+def snippet_of(folder: Path, base: Path) -> dict[str, Any]:
+    """What the card's snippet leaves behind, with the folders in the place of the names."""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (snippet,) = re.findall(r"### Load it with plain PEFT\n\n```python\n(.*?)```", card, re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(snippet.replace("<the base model>", str(base)).replace(f'"{folder.name}"', repr(str(folder))), scope)
+    return scope
+
+
+def test_the_snippet_of_the_card_loads_a_head_of_any_size_on_its_base(tmp_path: Path) -> None:
+    """Neither the number of classes nor, without a task type of PEFT's, the class of the model is in the adapter."""
+    names = {0: "bad", 1: "so-so", 2: 'gut "ü"'}
+    torch.manual_seed(0)
+    config = bert().model.config
+    config.vocab_size, config.id2label, config.label2id = (
+        len(tiny_tokenizer()),
+        names,
+        {n: i for i, n in names.items()},
+    )
+    rows = classification_dataset(40).map(lambda row, index: {"labels": index % 3}, with_indices=True)
+    images = vit()
+    head = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["classifier"])
+    images_rows = [{name: value[index % 4] for name, value in images.batch.items()} for index in range(24)]
+    for model, data, options in (
+        (BertForSequenceClassification(config), rows, {"data_collator": DataCollatorWithPadding(tiny_tokenizer())}),
+        (images.model, images_rows, {"peft_config": head}),
+    ):
+        model.base_model.save_pretrained(tmp_path / "base")  # as pre-trained models come: without the head
+        folder = tmp_path / type(model).__name__
+        trainer = DiffoRATrainer(
+            model=model,
+            args=TrainingArguments(str(folder), max_steps=8, learning_rate=0.01, **QUIET),
+            train_dataset=data,
+            diffora_config=DiffoRAConfig(discretize_at=6, arch_warmup=2),
+            **options,
+        )
+        trainer.train()
+        trainer.save_model()
+        loaded = snippet_of(folder, tmp_path / "base")["model"]
+        batch = images.batch if model is images.model else {"input_ids": torch.arange(3, 35).reshape(2, 16)}
+        with torch.no_grad():
+            assert loaded.eval()(**batch).logits.equal(trainer.model.eval()(**batch).logits)
+        if model is not images.model:
+            assert loaded.config.id2label == names
+            assert json.loads((folder / "id2label.json").read_text(encoding="utf-8")) == {
+                str(i): n for i, n in names.items()
+            }
+        assert (folder / "id2label.json").exists() == (model is not images.model)
 
 
 PUSH = """

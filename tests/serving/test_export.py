@@ -12,15 +12,21 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForSequenceClassification,
+    DistilBertConfig,
+    DistilBertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from diffora_trainer.serving import SERVERS, export
-from helpers.models import llama_config
+from helpers.models import llama_config, vit
 
 
 ODD = {
@@ -113,18 +119,63 @@ def test_weights_the_other_way_round_and_a_head_that_was_trained_along(tmp_path:
     ranks = {"bert.encoder.layer.1.attention.self.query": 2}
     base, adapter = saved(tmp_path / "bert", bert, ranks, task_type="SEQ_CLS")
     wanted = loaded(base, adapter, BertForSequenceClassification)
-    for server in ("sglang", "merged"):
-        folder = export(adapter, server, tmp_path / "bert" / server)
-        merged = server == "merged"
-        found = (
-            logits(BertForSequenceClassification.from_pretrained(folder))
-            if merged
-            else loaded(base, folder, BertForSequenceClassification)
-        )
-        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    folder = export(adapter, "merged", tmp_path / "bert" / "merged")
+    found = logits(BertForSequenceClassification.from_pretrained(folder))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    for server in ("vllm", "sglang", "lorax", "llama.cpp"):  # which refuse a head or leave it out
+        with pytest.raises(ValueError, match=r"holds '.*classifier\..*' beside its LoRA.*--for merged"):
+            export(adapter, server, tmp_path / "bert" / server)
 
 
-def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_heads_by_any_name_and_the_classes_they_predict(tmp_path: Path) -> None:
+    """A head is what changes its shape with the number of classes; PEFT says the class where it knows no task."""
+    torch.manual_seed(0)
+    sizes = {"dim": 32, "hidden_dim": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 64, "num_labels": 3}
+    distilbert = DistilBertForSequenceClassification(DistilBertConfig(**sizes))  # its last layer is not its head
+    query = {"distilbert.transformer.layer.1.attention.q_lin": 2}
+    heads = ["pre_classifier", "classifier"]
+    base, adapter = saved(tmp_path / "distilbert", distilbert, query, task_type="SEQ_CLS", modules_to_save=heads)
+    wanted = loaded(base, adapter, DistilBertForSequenceClassification)
+    distilbert.distilbert.save_pretrained(base)  # without the head, as a pre-trained model comes
+    (adapter / "id2label.json").write_text('{"0": "bad", "1": "so-so", "2": "gut ü"}', encoding="utf-8")
+    merged = AutoModelForSequenceClassification.from_pretrained(export(adapter, "merged", tmp_path / "merged"))
+    torch.testing.assert_close(logits(merged), wanted, rtol=1e-4, atol=1e-4)
+    assert merged.config.id2label == {0: "bad", 1: "so-so", 2: "gut ü"} and merged.config.label2id["gut ü"] == 2
+
+    tiny = vit()
+    query = {name: 2 for name, _ in tiny.model.named_modules() if name.endswith(("query", "q_proj"))}
+    base, adapter = saved(tmp_path / "vit", tiny.model, query, modules_to_save=["classifier"])
+    with torch.no_grad():
+        known = PeftModel.from_pretrained(type(tiny.model).from_pretrained(base), adapter).eval()(**tiny.batch).logits
+        tiny.model.base_model.save_pretrained(base)
+        found = AutoModelForImageClassification.from_pretrained(export(adapter, "merged", tmp_path / "vit" / "out"))
+        torch.testing.assert_close(found.eval()(**tiny.batch).logits, known, rtol=1e-4, atol=1e-4)
+
+
+TIED = {
+    "input embeddings": {"ranks": {"model.embed_tokens": 2, "model.layers.0.self_attn.q_proj": 2}},
+    "output embeddings": {"ranks": {"lm_head": 2}},
+    "input embeddings, trained whole": {"ranks": {"lm_head": 2}, "modules_to_save": ["embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("options", TIED.values(), ids=TIED)
+def test_an_adapter_on_embeddings_that_share_their_weight(options: dict[str, Any], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config(64, num_hidden_layers=2, tie_word_embeddings=True))
+    base, adapter = saved(tmp_path, model, **options)
+    folder = export(adapter, "merged", tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder)), loaded(base, adapter))
+    torch.manual_seed(0)
+    shared = T5ForConditionalGeneration(
+        T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=64)
+    )
+    adapter = saved(tmp_path / "t5", shared, {"shared": 2})[1]
+    with pytest.raises(ValueError, match="shares their weight with other layers"):
+        export(adapter, "merged", tmp_path / "t5" / "out")
+
+
+def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, adapter = saved(tmp_path, llama(), ODD)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
@@ -142,6 +193,23 @@ def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path) -> 
     started = saved(tmp_path / "pissa", llama(), ODD, init_lora_weights="pissa")[1]
     with pytest.raises(ValueError, match="starts as a part of the base weights.*--for merged"):
         export(started, "vllm", tmp_path / "out")
+    for start in ("pissa_niter_4", "corda"):  # another part of the weights each time, so that nothing can be exact
+        drawn = saved(tmp_path / start, llama(), ODD)[1]
+        config = json.loads((drawn / "adapter_config.json").read_text())
+        (drawn / "adapter_config.json").write_text(json.dumps({**config, "init_lora_weights": start}))
+        for server in SERVERS:
+            with pytest.raises(ValueError, match=f"{start}.*not the same when it is computed again"):
+                export(drawn, server, tmp_path / "out")
+    nameless = saved(tmp_path / "nameless", llama(), ODD)[1]
+    config = json.loads((nameless / "adapter_config.json").read_text())
+    (nameless / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    with pytest.raises(ValueError, match="does not say what its base model is.*--base_model"):
+        export(nameless, "merged", tmp_path / "out")
+    with monkeypatch.context() as here:
+        (tmp_path / "empty").mkdir()
+        here.chdir(tmp_path / "empty")
+        with pytest.raises(ValueError, match="is the current folder"):
+            export(adapter, "vllm", ".")
     other = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64))
     other.save_pretrained(torn)
     with pytest.raises(ValueError, match="no linear layer of this name.*--base_model"):
