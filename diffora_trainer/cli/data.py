@@ -103,26 +103,27 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
 
 def _load(args: DataArguments, path: Path, reader: str | None) -> Any:
     """A data set as `datasets` reads it; what it says of a file that it cannot read names neither file nor remedy."""
-    from datasets import load_dataset
+    from datasets import DatasetDict, load_dataset
     from datasets.exceptions import DatasetGenerationError
-    from pyarrow import ArrowInvalid
 
     name = args.dataset_name
     pattern = glob.escape(str(path.absolute()))  # as which it reads paths: brackets and stars may stand in names
     try:
         if reader is None:
             return load_dataset(name, name=args.dataset_config)
-        return load_dataset(reader, data_files={args.dataset_train_split: pattern})
-    except (DatasetGenerationError, ArrowInvalid, BadGzipFile, EOFError) as error:
+        return DatasetDict({args.dataset_train_split: load_dataset(reader, data_files=pattern, split="train")})
+    except StopIteration as error:  # from a look at the first rows
+        raise ValueError(NO_ROWS.format(name)) from error
+    except (DatasetGenerationError, BadGzipFile, EOFError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(NO_ROWS.format(name)) from error
+        if reader is None and isinstance(error, ValueError):  # such as a configuration that there is not
+            raise
         reason = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
         raise ValueError(
             f"`dataset_name={name!r}` cannot be read{f' as {reader}' if reader else ''}: {reason}. Please check that "
             "the file is complete and that all rows have the same columns, with values of one type in each."
         ) from error
-    except (StopIteration, ValueError) as error:  # the first from a look at the first rows, with no text
-        if str(error) and "corresponds to no data" not in str(error):
-            raise
-        raise ValueError(NO_ROWS.format(name)) from error
     except FileNotFoundError as error:
         if path.is_dir() and pattern != str(path.absolute()):
             raise ValueError(

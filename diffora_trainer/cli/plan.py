@@ -11,7 +11,7 @@ from ..config import DiffoRAConfig
 from ..core.grid import Grid
 from ..core.schedule import Schedule
 from ..methods.build import make_schedule, method_of
-from .train import model_options
+from .train import initial_lora
 
 
 if TYPE_CHECKING:
@@ -50,17 +50,12 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig
-    from trl import ModelConfig  # type: ignore[attr-defined]
 
     from ..search.search import ArchitectureSearch
     from ..serving.export import model_class
 
     found = AutoConfig.from_pretrained(words.model)
-    model_args = ModelConfig()
-    model_args.lora_target_modules = words.target_modules
-    if words.r is not None:
-        model_args.lora_r = words.r
-    _, lora = model_options(model_args, words.task)
+    lora = initial_lora(words.task, words.r, words.target_modules)
     with torch.device("meta"):
         model = get_peft_model(model_class(words.task).from_config(found), lora)
     search = ArchitectureSearch(model, config, loss_fn=lambda model, batch: model(**batch).loss)
@@ -88,6 +83,11 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
     held_out = None
     if words.rows is not None:
         held_out = math.ceil(config.arch_split * words.rows)
+        if held_out >= words.rows:
+            raise ValueError(
+                f"You passed `--rows {words.rows}`, of which `arch_split={config.arch_split}` holds out {held_out}, "
+                "so that no row is left to train on. Please pass more rows, or a smaller `arch_split`."
+            )
         lines.append(("Held out", f"{held_out:,} of {words.rows:,} rows until step {schedule.prune}"))
     return lines + _extra(config.arch_batch_size or words.batch_size, held_out, schedule, search)
 

@@ -50,8 +50,6 @@ def read_arguments(parser: Any, words: Sequence[str]) -> Any:
     Raises:
         ValueError: if a value is wrong or of the wrong type, or the file is no YAML.
     """
-    import yaml
-
     from ..methods.build import method_of
 
     if words and words[-1] == "--config":
@@ -59,10 +57,13 @@ def read_arguments(parser: Any, words: Sequence[str]) -> Any:
     try:
         found = parser.parse_args_and_config(list(words))
         method_of(found[-1])  # its options are checked where a run is built, when much has been loaded
-    except yaml.YAMLError as error:  # it names the file and the line, over several lines
-        raise ValueError(f"`--config` names no valid YAML: {' '.join(str(error).split())}. Please mend it.") from error
     except TypeError as error:  # how a configuration refuses what a YAML file or JSON may hold
         raise ValueError(f"An argument is of the wrong type: {error}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("yaml."):  # PyYAML is a dependency of the parser, not of this package
+            raise
+        found_there = " ".join(str(error).split())  # the file and the line, over several lines
+        raise ValueError(f"`--config` names no valid YAML: {found_there}. Please mend it.") from error
     for args in found:  # a folder, but a YAML file may say `true` for the last one in `output_dir`
         if hasattr(args, "resume_from_checkpoint"):
             given = args.resume_from_checkpoint
@@ -118,6 +119,24 @@ def model_options(model_args: Any, task_type: str | None = None) -> tuple[dict[s
     if task_type is not None:
         model_args.lora_task_type = task_type
     return options, get_peft_config(model_args)
+
+
+def initial_lora(task_type: str, r: int | None = None, target_modules: list[str] | None = None) -> Any:
+    """
+    The LoRA that a command begins with where it is told no more of it than this.
+
+    Args:
+        task_type (`str`): what is trained, as PEFT names it.
+        r (`int`, *optional*): its rank.
+        target_modules (`list[str]`, *optional*): its modules.
+    """
+    from trl import ModelConfig  # type: ignore[attr-defined]
+
+    model_args = ModelConfig()
+    model_args.lora_target_modules = target_modules
+    if r is not None:
+        model_args.lora_r = r
+    return model_options(model_args, task_type)[1]
 
 
 def run(trainer_class: type, parser: Any, words: Sequence[str], forms: Sequence[tuple[str, ...]]) -> dict[str, float]:

@@ -75,6 +75,8 @@ def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "until step 75" in text and "the run ends there" in text and "until step 300" not in text
     assert main([*words, "--selection_ratio", "3"]) == 1
     assert "selection_ratio=3.0" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path), "--steps", "300", "--rows", "1"]) == 1
+    assert "no row is left to train on" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.safetensors"))
 
 
