@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from . import train
-from .data import DataArguments, load_splits
+from .data import DataArguments, check_texts, load_splits
 
 
 if TYPE_CHECKING:
@@ -51,6 +51,11 @@ class LabelledDataArguments(DataArguments):
     )
     max_length: int = field(default=128, metadata={"help": "Longer texts are cut to this many tokens."})
 
+    def __post_init__(self) -> None:
+        columns: Any = self.text_columns
+        if isinstance(columns, str):  # as a YAML file may name a single one
+            self.text_columns = [columns]
+
 
 @dataclass(frozen=True)
 class Labels:
@@ -73,16 +78,17 @@ class Labels:
             ValueError: if one is of a class that the training set does not have, or no finite number.
         """
         if self.numbers is None:
-            wrong = [v for v in values if isinstance(v, str) or v is None or not math.isfinite(v)]
+            wrong = [v for v in values if not isinstance(v, (int, float)) or not math.isfinite(v)]
             if wrong:
                 raise ValueError(
                     f"A label is {wrong[0]!r}, but a regression needs finite numbers. Please drop the row."
                 )
             return [float(value) for value in values]
-        if unknown := set(values) - self.numbers.keys():
+        unknown = {repr(v) for v in values if isinstance(v, (list, dict)) or v not in self.numbers}
+        if unknown:
             raise ValueError(
                 "The evaluation set has labels that the training set does not have: "
-                f"{sorted(unknown, key=str)}. (In some data sets -1 marks rows whose label is not public; choose "
+                f"{', '.join(sorted(unknown))}. (In some data sets -1 marks rows whose label is not public; choose "
                 "another `--dataset_test_split` then.)"
             )
         return [self.numbers[value] for value in values]
@@ -104,26 +110,37 @@ class Labels:
         return compute
 
 
+def check_columns(splits: tuple[Dataset, Dataset], args: LabelledDataArguments) -> None:
+    """
+    Check that the training and the evaluation set have the columns that are read.
+
+    Raises:
+        ValueError: if a column is missing, or one of texts holds something else.
+    """
+    for data in splits:
+        if missing := [n for n in (*args.text_columns, args.label_column) if n not in data.column_names]:
+            raise ValueError(
+                f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(data.column_names)}. "
+                "Choose with `--text_columns` and `--label_column`."
+            )
+    if len(args.text_columns) not in (1, 2):
+        raise ValueError(f"You passed {len(args.text_columns)} `text_columns`; a row has one text or a pair of two.")
+    check_texts(splits, args.text_columns)
+
+
 def find_labels(data: Dataset, args: LabelledDataArguments) -> Labels:
     """
     What is to be predicted, from the training set.
 
     Raises:
-        ValueError: if a column is missing, or holds neither classes nor numbers.
+        ValueError: if the column holds neither classes nor numbers.
     """
     from datasets import ClassLabel
 
-    if missing := [n for n in (*args.text_columns, args.label_column) if n not in data.column_names]:
-        raise ValueError(
-            f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(data.column_names)}. "
-            "Choose with `--text_columns` and `--label_column`."
-        )
-    if len(args.text_columns) not in (1, 2):
-        raise ValueError(f"You passed {len(args.text_columns)} `text_columns`; a row has one text or a pair of two.")
     feature = data.features[args.label_column]
     if isinstance(feature, ClassLabel) and not args.regression:
         return Labels(list(feature.names), {index: index for index in range(feature.num_classes)})
-    values = set(data[args.label_column])
+    values = list(data[args.label_column])
     floats = any(isinstance(value, float) for value in values)
     if args.regression or (floats and args.regression is None):
         return Labels([])
@@ -133,7 +150,7 @@ def find_labels(data: Dataset, args: LabelledDataArguments) -> Labels:
             f"The column {args.label_column!r} holds values such as {other!r}. A class must be a name or a whole "
             "number. (To predict a number, pass `--regression true`.)"
         )
-    ordered = sorted(values)
+    ordered = sorted(set(values))
     return Labels([str(value) for value in ordered], {value: index for index, value in enumerate(ordered)})
 
 
@@ -190,6 +207,7 @@ def trainer_arguments(
     """
     from transformers import DataCollatorWithPadding
 
+    check_columns(splits, args)
     labels = find_labels(splits[0], args)
     model, tokenizer, peft_config = load_model(name, model_args, labels, training_args.seed)
     with training_args.main_process_first(desc="tokenizing"):
@@ -213,7 +231,7 @@ def run(words: argparse.Namespace) -> None:
     from ..trainer.trainers import DiffoRATrainer
 
     parser = train.make_parser(TrainingArguments, "diffora classify", LabelledDataArguments)
-    data_args, training_args, model_args, config = parser.parse_args_and_config(words.options)
+    data_args, training_args, model_args, config = train.read_arguments(parser, words.options)
     if not model_args.model_name_or_path:
         raise ValueError(train.NO_MODEL)
     splits = load_splits(data_args, seed=training_args.seed)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from gzip import BadGzipFile
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
@@ -12,6 +15,8 @@ if TYPE_CHECKING:
 
 # How the `datasets` library names the reader of a file, by the end of the file's name; `.gz` may follow.
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+NO_ROWS = "`dataset_name={!r}` has no rows, so nothing can be learned. Please check the file, and how it was made."
 
 
 @dataclass
@@ -58,10 +63,11 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
     The training and the evaluation set.
 
     Raises:
-        ValueError: if no data set, no such split, or no sensible `eval_fraction` was named.
+        ValueError: if no data set, no such split, or no sensible `eval_fraction` was named, or a file cannot be read
+            or has no rows.
         FileNotFoundError: if a local path does not exist.
     """
-    from datasets import DatasetDict, load_dataset
+    from datasets import DatasetDict
 
     if not args.dataset_name:
         raise ValueError("`dataset_name` is missing: a Hub id, or a local file or folder.")
@@ -72,10 +78,7 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
             f"`dataset_name` looks like a local path, but there is no {path}. Please start the script in the folder "
             "that the path is relative to, or pass a Hub id such as `--dataset_name stanfordnlp/sst2`."
         )
-    if reader and path.is_file():
-        data = load_dataset(reader, data_files={args.dataset_train_split: str(path)})
-    else:
-        data = load_dataset(args.dataset_name, name=args.dataset_config)
+    data = _load(args, path, reader if path.is_file() else None)
     assert isinstance(data, DatasetDict)
     if args.dataset_train_split not in data:
         raise ValueError(
@@ -83,16 +86,102 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
             "with `--dataset_train_split`."
         )
     train = data[args.dataset_train_split]
+    if not len(train):
+        raise ValueError(NO_ROWS.format(args.dataset_name))
     if args.dataset_test_split in data and args.dataset_test_split != args.dataset_train_split:
         return limit_splits(args, train, data[args.dataset_test_split], seed)
     if not 0 < args.eval_fraction < 1:
         raise ValueError(f"`eval_fraction` must be between 0 and 1, got {args.eval_fraction}.")
+    if len(train) < 2:
+        raise ValueError(
+            f"The training split {args.dataset_train_split!r} has one row, so that none can be held out for the "
+            "evaluation. Please add rows, or name another split with `--dataset_test_split`."
+        )
     parts = train.train_test_split(test_size=args.eval_fraction, seed=seed)
     return limit_splits(args, parts["train"], parts["test"], seed)
 
 
+def _load(args: DataArguments, path: Path, reader: str | None) -> Any:
+    """A data set as `datasets` reads it; what it says of a file that it cannot read names neither file nor remedy."""
+    from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    name = args.dataset_name
+    pattern = glob.escape(str(path.absolute()))  # as which it reads paths: brackets and stars may stand in names
+    try:
+        if reader is None:
+            return load_dataset(name, name=args.dataset_config)
+        return DatasetDict({args.dataset_train_split: load_dataset(reader, data_files=pattern, split="train")})
+    except StopIteration as error:  # from a look at the first rows
+        raise ValueError(NO_ROWS.format(name)) from error
+    except (DatasetGenerationError, BadGzipFile, EOFError, ValueError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(NO_ROWS.format(name)) from error
+        if reader is None and isinstance(error, ValueError):  # such as a configuration that there is not
+            raise
+        reason = str(error.__cause__ or error).strip().split("\n")[0].rstrip(".")
+        raise ValueError(
+            f"`dataset_name={name!r}` cannot be read{f' as {reader}' if reader else ''}: {reason}. Please check that "
+            "the file is complete and that all rows have the same columns, with values of one type in each."
+        ) from error
+    except FileNotFoundError as error:
+        if path.is_dir() and pattern != str(path.absolute()):
+            raise ValueError(
+                f"`dataset_name={name!r}` is a folder with a bracket or a star in its path, which `datasets` reads as "
+                "a pattern. Please pass a file in it, or rename the folder."
+            ) from error
+        raise
+
+
+def check_texts(splits: Sequence[Dataset], columns: Sequence[str]) -> None:
+    """
+    Check that each row has something to read in some columns.
+
+    Args:
+        splits (`Sequence[Dataset]`): the training and the evaluation set.
+        columns (`Sequence[str]`): what is read of them; they have them.
+
+    Raises:
+        ValueError: if a column holds numbers and no texts (or lists), or rows have nothing there.
+    """
+    from datasets import Value
+
+    for which, data in zip(("training", "evaluation"), splits, strict=True):
+        for name in columns:
+            feature = data.features[name]
+            if isinstance(feature, Value) and "string" not in feature.dtype and feature.dtype != "null":
+                raise ValueError(
+                    f"The column {name!r} of the {which} set holds values of type {feature.dtype}, and no texts. "
+                    "Please name another column, or write its values as strings."
+                )
+            if not data.data.column(name).null_count:  # of the whole file, also of rows that are not in this split
+                continue
+            batches = data.select_columns([name]).with_format("arrow").iter(1000)
+            if missing := sum(batch.column(name).null_count for batch in batches):
+                raise ValueError(
+                    f"{missing:,} of the {len(data):,} rows of the {which} set have nothing (null) in the column "
+                    f"{name!r}. Please drop them, or write a text there."
+                )
+
+
 def limit_splits(args: DataArguments, train: Dataset, test: Dataset, seed: int) -> tuple[Dataset, Dataset]:
-    """At most the named numbers of examples, drawn at random."""
+    """
+    At most the named numbers of examples, drawn at random.
+
+    Raises:
+        ValueError: if no example would be left.
+    """
+    for option in ("max_train_samples", "max_eval_samples"):
+        if (limit := getattr(args, option)) is not None and limit < 1:
+            raise ValueError(
+                f"You passed `{option}={limit}`, so there would be no row to read. Please pass 1 or more, or leave it "
+                "out for all rows."
+            )
+    if not len(test):
+        raise ValueError(
+            f"The evaluation split {args.dataset_test_split!r} has no rows. Please name another one with "
+            "`--dataset_test_split`; without it a part of the training split is held out."
+        )
     if args.max_train_samples is not None:
         train = train.shuffle(seed=seed).select(range(min(args.max_train_samples, len(train))))
     if args.max_eval_samples is not None:

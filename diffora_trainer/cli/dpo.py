@@ -7,6 +7,10 @@ import argparse
 from . import train
 
 
+FORMS = (("prompt", "chosen", "rejected"), ("chosen", "rejected"))
+"""The columns of data that TRL's DPO trainer reads: where there is no prompt, both answers begin with it."""
+
+
 def run(words: argparse.Namespace) -> None:
     """Train, with all arguments of `DPOConfig`, `ModelConfig` and `DiffoRAConfig`."""
     from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
@@ -16,4 +20,4 @@ def run(words: argparse.Namespace) -> None:
     class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):
         """A [`~trl.DPOTrainer`] that chooses its LoRA modules while it trains."""
 
-    train.run(DiffoRADPOTrainer, train.make_parser(DPOConfig, "diffora dpo"), words.options)
+    train.run(DiffoRADPOTrainer, train.make_parser(DPOConfig, "diffora dpo"), words.options, FORMS)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.selection import SELECTION_NAME, Selection
-from ..hub.pull import load_selection
 from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
+from .source import load_selection
 
 
 _STATE_NAME = "trainer_state.json"

@@ -6,7 +6,8 @@ import argparse
 
 from ..adapters.handover import write_lora_config
 from ..core.selection import Selection
-from ..hub.pull import load_selection, selected_lora_config
+from ..hub.pull import selected_lora_config
+from .source import load_selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .data import DataArguments, load_splits
+from .data import DataArguments, check_texts, load_splits
 
 
 METRICS = ("accuracy", "pearson", "mse")
 """What is printed of an evaluation beside the loss."""
+
+TEXT_FIELD = "dataset_text_field"
+"""The option of TRL's that names the column with the text."""
 
 NO_MODEL = "`model_name_or_path` is missing: a Hub id or a local folder."
 
@@ -34,6 +37,38 @@ def make_parser(config: type, prog: str | None = None, data: type = DataArgument
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)
     return parser
+
+
+def read_arguments(parser: Any, words: Sequence[str]) -> Any:
+    """
+    The dataclasses of a parser, from the words of a command line and the YAML file that they name.
+
+    Args:
+        parser ([`~trl.TrlParser`]): of [`make_parser`].
+        words (`Sequence[str]`): of the command line.
+
+    Raises:
+        ValueError: if a value is wrong or of the wrong type, or the file is no YAML.
+    """
+    from ..methods.build import method_of
+
+    if words and words[-1] == "--config":
+        raise ValueError("`--config` names no file. Please pass a YAML file after it.")
+    try:
+        found = parser.parse_args_and_config(list(words))
+        method_of(found[-1])  # its options are checked where a run is built, when much has been loaded
+    except TypeError as error:  # how a configuration refuses what a YAML file or JSON may hold
+        raise ValueError(f"An argument is of the wrong type: {error}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith("yaml."):  # PyYAML is a dependency of the parser, not of this package
+            raise
+        found_there = " ".join(str(error).split())  # the file and the line, over several lines
+        raise ValueError(f"`--config` names no valid YAML: {found_there}. Please mend it.") from error
+    for args in found:  # a folder, but a YAML file may say `true` for the last one in `output_dir`
+        if hasattr(args, "resume_from_checkpoint"):
+            given = args.resume_from_checkpoint
+            args.resume_from_checkpoint = {"true": True, "false": None}.get(str(given).lower(), given)
+    return found
 
 
 def prepare_model(training_args: Any, model_args: Any) -> Any:
@@ -86,7 +121,25 @@ def model_options(model_args: Any, task_type: str | None = None) -> tuple[dict[s
     return options, get_peft_config(model_args)
 
 
-def run(trainer_class: type, parser: Any, words: Sequence[str]) -> dict[str, float]:
+def initial_lora(task_type: str, r: int | None = None, target_modules: list[str] | None = None) -> Any:
+    """
+    The LoRA that a command begins with where it is told no more of it than this.
+
+    Args:
+        task_type (`str`): what is trained, as PEFT names it.
+        r (`int`, *optional*): its rank.
+        target_modules (`list[str]`, *optional*): its modules.
+    """
+    from trl import ModelConfig  # type: ignore[attr-defined]
+
+    model_args = ModelConfig()
+    model_args.lora_target_modules = target_modules
+    if r is not None:
+        model_args.lora_r = r
+    return model_options(model_args, task_type)[1]
+
+
+def run(trainer_class: type, parser: Any, words: Sequence[str], forms: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """
     Train as the words say, evaluate, save, and print what was chosen.
 
@@ -94,12 +147,14 @@ def run(trainer_class: type, parser: Any, words: Sequence[str]) -> dict[str, flo
         trainer_class (`type`): a trainer that searches.
         parser ([`~trl.TrlParser`]): of [`make_parser`].
         words (`Sequence[str]`): of the command line.
+        forms (`Sequence[tuple[str, ...]]`): see [`check_form`].
 
     Returns:
         `dict[str, float]`: the metrics of the evaluation.
     """
-    data_args, training_args, model_args, config = parser.parse_args_and_config(list(words))
+    data_args, training_args, model_args, config = read_arguments(parser, words)
     train, test = load_splits(data_args, seed=training_args.seed)
+    check_form((train, test), forms, getattr(training_args, TEXT_FIELD, None))
     peft_config = prepare_model(training_args, model_args)
     trainer: Any = trainer_class(
         model=model_args.model_name_or_path,
@@ -110,6 +165,31 @@ def run(trainer_class: type, parser: Any, words: Sequence[str]) -> dict[str, flo
         diffora_config=config,
     )
     return train_and_save(trainer, data_args.dataset_name, "dataset_name")
+
+
+def check_form(splits: tuple[Any, Any], forms: Sequence[tuple[str, ...]], text_field: str | None) -> None:
+    """
+    Check that data are of a form that a trainer reads: it would name a missing column, and nothing else.
+
+    Args:
+        splits (`tuple[Dataset, Dataset]`): the training and the evaluation set.
+        forms (`Sequence[tuple[str, ...]]`): the columns of each form; of several that fit the first is read.
+        text_field (`str`, *optional*): the column that `dataset_text_field` in them stands for.
+
+    Raises:
+        ValueError: if a set is of none of them, or has rows with nothing in these columns.
+    """
+    shared = [name for name in splits[0].column_names if name in splits[1].column_names]
+    named = [tuple(str(text_field) if name == TEXT_FIELD else name for name in form) for form in forms]
+    form = next((form for form in named if set(form) <= set(shared)), None)
+    if form is None:
+        wanted = ", or ".join(" and ".join(map(repr, form)) for form in named)
+        raise ValueError(
+            f"The data set has the columns {', '.join(map(repr, shared))}, but what is trained on is read from "
+            f"{wanted}. Please rename the columns"
+            + (f", or name the one with the text with `--{TEXT_FIELD}`." if (TEXT_FIELD,) in forms else ".")
+        )
+    check_texts(splits, form)
 
 
 def train_and_save(trainer: Any, dataset_name: str, named: str = "dataset") -> dict[str, float]:

@@ -40,5 +40,7 @@ def parse_mapping(name: str, value: Any) -> dict[str, Any]:
         except ValueError as error:
             raise ValueError(f"You passed `{name}={value!r}`, which is no JSON: {error}.") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
-        raise TypeError(f"`{name}` must be a dictionary of options by their names, got {value!r}.")
+        raise TypeError(
+            f"`{name}` must be a dictionary of options by their names, got {value!r}. Please pass one, or its JSON."
+        )
     return dict(value)

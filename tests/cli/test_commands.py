@@ -62,14 +62,26 @@ def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main([*words, "--max_trainable_parameters", "5000"]) == 0
     assert "LoRA parameters to the end" in capsys.readouterr().out
     assert main([*words, "--method", "snip"]) == 0
-    assert "32 scoring passes" in capsys.readouterr().out
+    assert "25 scoring passes of 4 rows" in capsys.readouterr().out  # all of the 100 held-out rows
+    assert main([*words, "--method", "random"]) == 0
+    assert "random reads no rows" in capsys.readouterr().out
+    assert main([*words, "--method", "snip", "--method_options", '{"reallocate_every": 20}']) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "train until step 15 they are scored 3 times, every 20 steps" in text and "until step 75 the" in text
+    assert "75 scoring passes" in text
+    for method in ("diffora", "snip"):
+        assert main([*words, "--method", method, "--search_only", "true"]) == 0
+        text = capsys.readouterr().out
+        assert "until step 75" in text and "the run ends there" in text and "until step 300" not in text
     assert main([*words, "--selection_ratio", "3"]) == 1
     assert "selection_ratio=3.0" in capsys.readouterr().err
+    assert main(["plan", str(tmp_path), "--steps", "300", "--rows", "1"]) == 1
+    assert "no row is left to train on" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_as_a_module_and_with_words_that_it_does_not_know(
-    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+    runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-m", "diffora_trainer"]
     done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
@@ -80,6 +92,10 @@ def test_as_a_module_and_with_words_that_it_does_not_know(
     out = str(tmp_path / "out")
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 0
     assert main(["export", str(runs[0]), "--for", "vllm", "--output", out]) == 1
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert main(["export", str(runs[0]), "--for", "vllm", "--output", "."]) == 0
+    assert {path.name for path in Path().iterdir()} == {path.name for path in Path(out).iterdir()}
 
 
 def test_every_command_explains_itself(capsys: pytest.CaptureFixture) -> None:
@@ -121,9 +137,11 @@ def test_training_from_a_file_and_words(command: str, tmp_path: Path, capsys: py
     causal_model(attention_dropout=0.0).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     rows = preference_dataset(24) if command == "dpo" else prompt_completion_dataset(24)
-    rows.to_json(tmp_path / "rows.jsonl")
+    data = tmp_path / "data [v1]" / "rows*.jsonl"  # no pattern, though it looks like one
+    data.parent.mkdir()
+    rows.to_json(data)
     settings = {"max_steps": 12, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "use_cpu": True}
-    settings |= {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(tmp_path / "rows.jsonl")}
+    settings |= {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(data)}
     settings |= {"report_to": "none", "save_strategy": "no", "selection_ratio": 0.3, "discretize_at": 8}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     words = [command, "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
@@ -136,6 +154,8 @@ def test_training_from_a_file_and_words(command: str, tmp_path: Path, capsys: py
     assert len(lora_layers(loaded, "default")) == len(selection.selected)
     assert main([*words, "--selection_ratio", "7"]) == 1
     assert "selection_ratio=7" in capsys.readouterr().err
+    assert main([*words, "--resume_from_checkpoint", "true"]) == 1  # the last one in the output folder; there is none
+    assert str(tmp_path / "out") in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main([command, "--help"])
     assert "--selection_ratio" in capsys.readouterr().out
@@ -165,7 +185,8 @@ def test_classify(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> N
         data.to_json(tmp_path / "rows.jsonl")
     settings = {"model_name_or_path": str(tmp_path / "base"), "dataset_name": str(next(tmp_path.glob("rows.*")))}
     settings |= {"max_steps": 100, "per_device_train_batch_size": 8, "learning_rate": 1e-2, "use_cpu": True}
-    settings |= {"text_columns": ["review"], "label_column": "stars", "eval_fraction": 0.2, "report_to": "none"}
+    settings |= {"text_columns": "review" if kind == "names" else ["review"]}
+    settings |= {"label_column": "stars", "eval_fraction": 0.2, "report_to": "none"}
     settings |= {"save_strategy": "no", "discretize_at": 20, "selection_ratio": 0.5, "lora_r": 2}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     words = ["classify", "--config", str(tmp_path / "run.yaml"), "--output_dir", str(tmp_path / "out")]
@@ -210,7 +231,10 @@ def test_search_only_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
     words += ["--search_only", "true", "--discretize_at", "8", "--output_dir", str(tmp_path / "out")]
     assert main(words) == 0
     assert f"diffora show {tmp_path / 'out'} --lora_config" in capsys.readouterr().out
-    assert Selection.load(tmp_path / "out").step == 8
+    selection = Selection.load(tmp_path / "out")
+    assert selection.step == 8
+    assert main(["plan", str(tmp_path / "base"), "--steps", "12", "--discretize_at", "8"]) == 0
+    assert f" {sum(selection.grid.parameters):,} LoRA parameters" in capsys.readouterr().out  # from the same LoRA
     assert main(["show", str(tmp_path / "out"), "--lora_config", str(tmp_path / "adapter_config.json")]) == 0
     config = PeftConfig.from_pretrained(tmp_path)
     assert config.target_modules == set(Selection.load(tmp_path / "out").selected)
