@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,8 +115,12 @@ def model_options(model_args: Any, task_type: str | None = None) -> tuple[dict[s
     if (quantization := get_quantization_config(model_args)) is not None:
         options["quantization_config"] = quantization
     model_args.use_peft = True
-    if model_args.lora_target_modules is None:
+    targets = model_args.lora_target_modules
+    if targets is None:
         model_args.lora_target_modules = "all-linear"
+    elif isinstance(targets, str) and targets != "all-linear" and re.fullmatch(r"[\w.]+", targets):
+        # TRL takes a name that stands alone out of its list, and PEFT a string for a pattern of whole names.
+        model_args.lora_target_modules = [targets]
     if task_type is not None:
         model_args.lora_task_type = task_type
     return options, get_peft_config(model_args)

@@ -238,3 +238,5 @@ def test_search_only_from_the_command_line(tmp_path: Path, capsys: pytest.Captur
     assert main(["show", str(tmp_path / "out"), "--lora_config", str(tmp_path / "adapter_config.json")]) == 0
     config = PeftConfig.from_pretrained(tmp_path)
     assert config.target_modules == set(Selection.load(tmp_path / "out").selected)
+    assert main([*words[:-1], str(tmp_path / "one kind"), "--lora_target_modules", "down_proj"]) == 0
+    assert {name.rsplit(".", 1)[-1] for name in Selection.load(tmp_path / "one kind").modules} == {"down_proj"}
