@@ -37,6 +37,7 @@ class PrefixCache:
 
     ```python
     cache = PrefixCache(model, loss_fn, MemoryStore(limit=4 * 2**30))
+    model.train()  # what is kept, and whether it may be, is found out in the mode that the model is in
     for batch in batches:
         with cache.replay(batch):
             loss_fn(model, batch).backward()

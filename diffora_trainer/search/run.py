@@ -216,11 +216,10 @@ class SelectionRun(RunParts):
         self._prune()
         return True
 
-    def abandon(self) -> None:
-        """Take the gates off the model, and switch on what is off: the model is as it was, but for its training."""
+    def abandon(self) -> bool:
+        """Take the gates off, and switch on what is off; gives if anything was, of which wrappers have to know."""
         self.search.gates.detach()
-        if self.reallocation is not None and self.reallocation.release():
-            self.search.runtime.after_switch()
+        return self.reallocation is not None and self.reallocation.release()
 
     def metrics(self) -> dict[str, float]:
         """What belongs into the next log of the training: it is given once."""

@@ -8,9 +8,17 @@ from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any
 
-from accelerate.data_loader import SeedableRandomSampler
+from accelerate.data_loader import SeedableRandomSampler, get_sampler
 from datasets import Dataset
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 from transformers.trainer_utils import has_length
 
 from ..compat import (
@@ -79,7 +87,8 @@ class HeldOutData:
             if self.split is None or not again:
                 rows = split_indices(len(stock), config.arch_split, config.arch_seed)
                 self.split = SplitPlan(rows, config.arch_seed)
-            loader = parent()
+            with replaced(trainer, "_get_train_sampler", self._of_sampler(trainer._get_train_sampler)):
+                loader = parent()
             return loader if self._samples else self._without_held_out(parent)
         if self.split is None or not again:
             self.split = SplitPlan((), config.arch_seed)
@@ -104,15 +113,37 @@ class HeldOutData:
             "rows stay out of training after the pruning too."
         )
         with replaced(self._trainer, "train_dataset", others):
-            return parent()
+            loader = parent()
+        sampler = get_sampler(loader)
+        of_weights = isinstance(sampler, WeightedRandomSampler) and len(sampler.weights) != len(others)
+        of_indices = isinstance(sampler, SubsetRandomSampler) and max(sampler.indices, default=0) >= len(others)
+        if of_weights or of_indices:
+            raise ValueError(
+                f"`get_train_dataloader` of {type(self._trainer).__name__} draws by a {type(sampler).__name__}, which "
+                f"is not one of the {len(others)} rows that `self.train_dataset` has while {len(held_out)} of "
+                f"{len(stock)} are held out. Please build it from `self.train_dataset`, make it in "
+                "`_get_train_sampler`, where rows keep their numbers, or pass `arch_dataset=` to the trainer."
+            )
+        return loader
+
+    def _of_sampler(self, get_train_sampler: Callable[..., Any]) -> Callable[..., Any]:
+        """A `_get_train_sampler` that leaves the held-out rows out, also one that does not ask the mixin's."""
+
+        def get(*args: Any, **kwargs: Any) -> Any:
+            sampler = get_train_sampler(*args, **kwargs)
+            return sampler if isinstance(sampler, HeldOutSampler) else self.train_sampler(sampler)
+
+        return get
 
     def train_sampler(self, sampler: Any) -> Any:
         """The order of the training rows, of which the parent trainer gives the one of a stock run."""
         args = self._trainer.args
         # One that draws whole batches, as a trainer that packs rows has, leaves the held-out ones to the data set.
         self._samples = not isinstance(sampler, BatchSampler) or args.train_sampling_strategy == "batch_rebalance"
-        if self.split is None or sampler is None or not self._samples:
+        if self.split is None or not self._samples:
             return sampler
+        if sampler is None:  # what a data loader takes then
+            sampler = SequentialSampler(self._trainer.train_dataset)
         if args.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
                 f"`train_sampling_strategy={args.train_sampling_strategy!r}` makes whole batches, from which "
@@ -153,6 +184,9 @@ class HeldOutData:
 
         Args:
             comparable (`bool`): whether the losses of two models on the same rows tell which is better.
+
+        Raises:
+            ValueError: if the trainer has made a data loader of all rows, past the mixin.
         """
         trainer, config = self._trainer, self._trainer.diffora_config
         if makes_completions(trainer):
@@ -165,7 +199,13 @@ class HeldOutData:
         elif self._rows is not None:
             rows = self._rows
         else:
-            assert self.split is not None
+            if self.split is None:
+                raise ValueError(
+                    f"{type(trainer).__name__} makes its data loader in a `get_train_dataloader` of its own, which "
+                    "does not call the one of the mixin, so no rows are held out for the search. Please pass "
+                    "`arch_dataset=` to the trainer, or put the method into a parent class behind the mixin: "
+                    "`class Parent(Trainer)` with it, and `class MyTrainer(DiffoRAMixin, Parent)`."
+                )
             rows = subset(trainer.train_dataset, sorted(self.split.held_out))
         collate = trainer.data_collator
         if not self.removes_columns:  # the data loader of the training rows leaves all columns in
@@ -243,7 +283,8 @@ def steps_of_epoch(trainer: Any) -> tuple[int, int]:
     """Optimizer steps in an epoch, and the rows that all processes together read for one of them."""
     args = trainer.args
     rows_a_step = train_batch_size(trainer) * args.gradient_accumulation_steps * args.world_size
-    if not hasattr(trainer.train_dataset, "__len__"):
+    loader = trainer.callback_handler.train_dataloader
+    if not has_length(trainer.train_dataset) or not has_length(loader):
         return args.max_steps, rows_a_step
-    batches = len(trainer.callback_handler.train_dataloader)
+    batches = len(loader)
     return max(math.ceil(batches / args.gradient_accumulation_steps), 1), rows_a_step

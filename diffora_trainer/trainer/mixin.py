@@ -221,8 +221,21 @@ class DiffoRAMixin(_Base):
                 return step_in_micro_batches(self, search, super().training_step, model, inputs, *args, **kwargs)
             return super().training_step(model, inputs, *args, **kwargs)
 
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The parent's batches of an optimizer step; none if the run is to end before its first step."""
+        if self._session.in_loop and self._session.finished:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _end_search(self) -> None:
+        """The loop has made its last step: what is still to be chosen is chosen now."""
+        if self._callback is not None:
+            self._callback.on_train_end(self.args, self.state, self.control)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The parent's log, with the state of the search in those of training."""
+        if "train_runtime" in logs:  # the last one: trackers close before the end of the training is announced to us
+            self._end_search()
         if "loss" in logs or "train_runtime" in logs:
             logs.update(self._session.metrics())
         super().log(logs, *args, **kwargs)
@@ -315,6 +328,9 @@ class DiffoRAMixin(_Base):
         saving.load_optimizer(self, checkpoint, super()._load_optimizer_and_scheduler)
 
     def _load_best_model(self) -> None:
+        self._end_search()  # in a run that stopped before, the best checkpoint is one of other modules
+        if self.state.best_model_checkpoint is None:
+            return
         saving.load_best_adapter(self, super()._load_best_model)
 
     # Pushing

@@ -68,6 +68,9 @@ class TrainingPrefix:
             return nullcontext()
         if self._cache is None or self._cache.model is not self._trainer.model:
             self._cache = self._make()
+        # As the parent does right after this: an evaluation, or the one who loaded the model, may have left it in the
+        # other mode, in which no layer draws random numbers.
+        self._trainer.model.train()
         return self._cache.replay(inputs, rows)
 
     def close(self) -> None:

@@ -70,7 +70,7 @@ class TrainerSession:
         self._resumed: tuple[str, RunState, dict[str, Tensor]] | None = None
         # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
         self._pruned_model: weakref.ref[nn.Module] | None = None
-        self._began_pruned = False
+        self._began_pruned = self._switched_on = False
         self._suspensions: list[RemovableHandle] = []
         self._first_step = 0
 
@@ -111,7 +111,7 @@ class TrainerSession:
 
     def begin(self, model: nn.Module, optimizer: Any, scheduler: Any, state: TrainerState) -> bool:
         """Make the run of a training loop and begin it; tells whether modules were pruned before the first step."""
-        self._first_step = state.global_step
+        self._first_step, self._report = state.global_step, {}
         self.in_loop = True
         self._suspend(model)
         if self.is_pruned(model):  # resumed after the pruning, or trained again
@@ -146,9 +146,11 @@ class TrainerSession:
         return self._take_over()
 
     def end(self, state: TrainerState) -> bool:
-        """At the end of a training loop; tells whether modules were pruned."""
+        """At the end of a training loop, once; tells whether modules were pruned."""
+        if not self.in_loop:
+            return False
         self.in_loop = False
-        if state.global_step == self._first_step < state.max_steps:
+        if state.global_step == self._first_step < state.max_steps and not self.finished:
             self._refuse_no_step(state)
         if self.run is not None:
             self.run.finish()
@@ -165,16 +167,28 @@ class TrainerSession:
         self.in_loop = False
         self.leave_run()
 
-    def leave_run(self) -> None:
-        """Take the gates off, and switch all modules on, if a run that was interrupted has left them so."""
+    def leave_run(self, together: bool = True) -> None:
+        """
+        Take the gates off, and switch all modules on, if a run that was interrupted has left them so.
+
+        Args:
+            together (`bool`, *optional*, defaults to `True`): whether all processes are here, so that what wraps the
+                model can be told. Otherwise that is done when the next loop begins.
+        """
         if self.run is not None:
-            self.run.abandon()
+            self._switched_on |= self.run.abandon()
+            if together and self._switched_on:
+                self._switched_on = False
+                self.run.search.runtime.after_switch()
 
     def give_back(self, model: nn.Module) -> None:
         """
-        Leave a model's embeddings as its user, TRL or PEFT had set them up, at the end of a run or when it fails.
-        Whoever trains the model next may do so in another way, which needs their output to require a gradient.
+        At the end of a run, or when it fails on this process at least, leave the model to whoever has it next: without
+        gates, with all modules that were not pruned, and with its embeddings as its user, TRL or PEFT had set them up.
+        Another way to train it may need their output to require a gradient.
         """
+        self.in_loop = False
+        self.leave_run(together=False)
         self._forget_suspensions()
         restore_input_gradients(model)
 

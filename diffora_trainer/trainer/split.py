@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -55,8 +56,8 @@ class HeldOutSampler(Sampler[int]):
     The training order with held-out rows moved behind the pruning.
 
     Before the pruning a held-out row is put off to the end of the epoch; if the epoch ends before the pruning, other
-    rows, drawn at random, stand in for those put off. An epoch has the same length with and without, so schedules do
-    not change.
+    rows of that epoch, drawn at random, stand in for those put off. An epoch has the same length with and without, so
+    schedules do not change.
 
     Args:
         sampler (`Sampler[int]`): the order of a stock run.
@@ -84,21 +85,38 @@ class HeldOutSampler(Sampler[int]):
         epoch, held_out = self.epoch, self.plan.held_out
         before_cut = self.plan.rows_before_cut(epoch)
         put_off, position = [], 0
-        for index in self.sampler:
+        drawn = bytearray(self.size)  # a sampler of the user's may leave rows out, or draw them with replacement
+        for index in map(self._row, self.sampler):
             if index in held_out and position < before_cut:
                 put_off.append(index)
                 continue
+            drawn[index] = True
             yield index
             position += 1
         generator = torch.Generator().manual_seed(self.plan.seed + epoch)
         for index in put_off:
-            yield index if position >= before_cut else self._stand_in(generator)
+            yield index if position >= before_cut else self._stand_in(generator, drawn)
             position += 1
 
-    def _stand_in(self, generator: torch.Generator) -> int:
-        while True:  # the training part is not empty, so this ends
+    def _row(self, index: Any) -> int:
+        """An index as a number: a 0-d tensor is in no set of numbers."""
+        row = operator.index(index)
+        if not 0 <= row < self.size:
+            raise ValueError(
+                f"{type(self.sampler).__name__}, the sampler of the training rows, gave the row {row}, but the "
+                f"training set has {self.size} rows, from 0 on. Please check what it was built from."
+            )
+        return row
+
+    def _stand_in(self, generator: torch.Generator, drawn: bytearray) -> int:
+        if not any(drawn):
+            raise ValueError(
+                f"{type(self.sampler).__name__}, the sampler of the training rows, gave held-out rows alone, so there "
+                "is nothing to train on before the pruning. Please pass `arch_dataset=` to the trainer."
+            )
+        while True:
             index = int(torch.randint(self.size, (), generator=generator))
-            if index not in self.plan.held_out:
+            if drawn[index] and index not in self.plan.held_out:
                 return index
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
+from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
 from transformers import DataCollatorWithPadding, Trainer, set_seed
 
 from diffora_trainer import DiffoRATrainer
@@ -131,6 +132,40 @@ def test_search_never_reads_the_evaluation_set(tmp_path: Path) -> None:
     trainer = run(tmp_path, eval_dataset=rows_of(12, start=1000), args={"eval_strategy": "steps", "eval_steps": 2})
     assert set(trainer.evaluated) == set(range(1000, 1012))
     assert trainer.searched and max(trainer.searched) < ROWS
+
+
+def test_sampler_of_a_subclass_draws_by_the_numbers_of_the_whole_set(tmp_path: Path) -> None:
+    """One weight a row, as it may stand in a file: rows of weight 0 are never trained on, nor stand in for others."""
+    weights = [float(row % 3 > 0) for row in range(ROWS)]
+
+    class Weighted(Searching):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return WeightedRandomSampler(weights, ROWS)
+
+    class Ordered(Searching):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return None  # in order
+
+    class Tensors(Searching):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return torch.randperm(len(self.train_dataset if dataset is None else dataset))
+
+    for cls in (Weighted, Ordered, Tensors):
+        found = run(tmp_path, cls, args={"max_steps": 40}, search={"discretize_at": 12})
+        held_out, before = set(found.searched), set(found.rows(1, 12))
+        assert len(held_out) == 4 and before and not held_out & before
+        if cls is Weighted:
+            trained = set(found.rows(1, 40))
+            assert trained <= {row for row in range(ROWS) if weights[row]} and held_out & trained
+        else:
+            assert held_out <= set(found.rows(13, 20)) and len(set(found.rows(21, 30))) == ROWS
+
+    class Outside(Searching):
+        def _get_train_sampler(self, dataset: Any = None) -> Any:
+            return SubsetRandomSampler(range(2 * ROWS))
+
+    with pytest.raises(ValueError, match="SubsetRandomSampler.*gave the row .*has 40 rows"):
+        run(tmp_path, Outside)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

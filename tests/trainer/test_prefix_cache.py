@@ -14,6 +14,7 @@ from transformers import Trainer
 
 from diffora_trainer.prefix.rows import rows_of, take_rows_along
 from helpers.checks import adapter, step_logs
+from helpers.data import lm_dataset
 from helpers.depth import LAYERS, NOT_REENTRANT, deep, layer_of, layers_of, trainer_of
 from helpers.rollouts import rollout_trainer
 from helpers.trainers import CUT
@@ -105,11 +106,15 @@ def test_the_same_training_with_each_row_once_below_the_lowest_lora(
     assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
-def test_what_is_random_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_what_is_random_is_not_kept(evaluated: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nor after an evaluation at the step of the pruning, which leaves the model in a mode that draws nothing."""
+    args = {"max_steps": CUT + 4, **({"eval_strategy": "steps", "eval_steps": CUT} if evaluated else {})}
+    given = {"eval_dataset": lm_dataset(4, seed=9)} if evaluated else {}
     runs = []
     for where in ("none", "memory"):
         trainer = trainer_of(
-            tmp_path / where, "sft", deep("llama", "sft"), {"max_steps": CUT + 4}, search={"prefix_cache": where}
+            tmp_path / where, "sft", deep("llama", "sft"), args, search={"prefix_cache": where}, **given
         )
         trainer.train()
         runs.append((losses(trainer), adapter(trainer.model)))

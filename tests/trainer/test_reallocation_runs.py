@@ -181,7 +181,7 @@ def test_damaged_history_is_refused(tmp_path: Path) -> None:
 
 
 def test_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second training of the same trainer begins with all modules on."""
+    """An interruption switches all modules on, and with them a second training of the same trainer begins."""
     rotating(monkeypatch)
 
     class Interrupt(TrainerCallback):
@@ -194,7 +194,8 @@ def test_interrupted_run_starts_anew(tmp_path: Path, monkeypatch: pytest.MonkeyP
     trainer.add_callback(interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert not running(trainer).reallocation.on.all()
+    left = running(trainer).reallocation
+    assert not all(left.history[-1].on) and left.on.all() and all(site.enabled for site in left.search.adapters.sites)
     trainer.remove_callback(interrupt)
     trainer.train()
     assert [entry.step for entry in trainer.selection.history] == MOMENTS

@@ -111,6 +111,42 @@ def test_resumed_run_loads_the_best_model(tmp_path: Path) -> None:
         assert_same(adapter(second.model), adapter(first.model))
 
 
+@pytest.mark.parametrize("best", [False, True])
+def test_run_that_is_stopped_before_the_pruning_tells_of_its_choice(best: bool, tmp_path: Path) -> None:
+    """Its metrics stand in its own log and report, and no checkpoint of other modules is loaded as the best."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs) -> None:
+            control.should_training_stop = state.global_step == 6
+            weights.append(adapter(model))
+
+    weights: list[dict[str, Any]] = []
+    args = {"eval_strategy": "steps", "save_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    args["load_best_model_at_end"] = best
+    trainer = make_trainer(
+        tmp_path, "llama", args=args, search={"fold_gates": False}, eval_dataset=classification_dataset(8, seed=5)
+    )
+    trainer.evaluate = lambda *args, **kwargs: {"eval_loss": float(trainer.state.global_step)}  # best at step 2
+    trainer.add_callback(stop := Stop())
+    trainer.train()
+    assert trainer.selection.step == 6 and trainer.state.best_model_checkpoint is None
+    left = adapter(trainer.model)
+    assert 0 < len(left) < len(weights[-1])
+    assert_same(left, {name: weights[-1][name] for name in left})
+    last = trainer.state.log_history[-1]
+    assert last["diffora/selected_modules"] == len(trainer.selection.selected) and "train_runtime" in last
+    trainer.save_model()
+    report = tmp_path / "diffora_report.html"
+    written = report.read_text(encoding="utf-8")
+    assert "No log of the Trainer" not in written
+
+    trainer.remove_callback(stop)
+    trainer.train()
+    assert not any("diffora" in key for log in trainer.state.log_history for key in log)
+    trainer.save_model()
+    assert report.read_text(encoding="utf-8") == written
+
+
 # Smaller batches
 
 

@@ -95,6 +95,10 @@ def test_it_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-5"))
     assert resumed.state.global_step == CUT and resumed.selection.ranks == first.selection.ranks
     assert_same(adapter(resumed.model), adapter(first.model))
+    resumed = saving_trainer(tmp_path / "finished", "cls", search={"search_only": True})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{CUT}"))
+    assert resumed.state.global_step == CUT and resumed.selection == first.selection
+    assert_same(adapter(resumed.model), adapter(first.model))
     for moment in (5, CUT):
         on = saving_trainer(tmp_path / str(moment), "cls")
         on.train(resume_from_checkpoint=str(tmp_path / "first" / f"checkpoint-{moment}"))

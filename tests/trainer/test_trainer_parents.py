@@ -8,18 +8,18 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 from transformers import (
     DataCollatorWithPadding,
     Trainer,
 )
 from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, TrlParser, get_peft_config
 
-from diffora_trainer import DiffoRAConfig, DiffoRAMixin
+from diffora_trainer import DiffoRAConfig, DiffoRAMixin, DiffoRATrainer
 from helpers.checks import step_logs
-from helpers.data import preference_dataset, rows_of, tiny_tokenizer
+from helpers.data import classification_dataset, preference_dataset, rows_of, tiny_tokenizer
 from helpers.parents import TOKENS, kto_dataset, of_trl, reward_dataset, searching
-from helpers.trainers import CUT, arguments, causal_model, classifier, lora, search_config
+from helpers.trainers import CUT, arguments, causal_model, classifier, lora, make_trainer, search_config
 
 
 @pytest.mark.parametrize(("name", "data"), [("DPO", preference_dataset), ("KTO", kto_dataset)])
@@ -124,6 +124,30 @@ def test_parent_with_a_data_loader_of_its_own(own_data: bool, tmp_path: Path) ->
     assert "diffora/gap" in step_logs(trainer)[CUT]
     assert not trained & searched and len(trained) == (24 if own_data else 21)
     assert searched == set(range(100, 104)) if own_data else len(searched) == 3
+
+
+def test_data_loader_that_leaves_no_rows_out_is_refused(tmp_path: Path) -> None:
+    """One made past the mixin, and one whose rows are drawn by weights of the whole set."""
+
+    class Past(DiffoRATrainer):
+        def get_train_dataloader(self) -> DataLoader:
+            return DataLoader(self.train_dataset, batch_size=4, shuffle=True, collate_fn=self.data_collator)
+
+    class Parent(Trainer):
+        def get_train_dataloader(self) -> DataLoader:
+            sampler = WeightedRandomSampler([1.0] * 24, 24)
+            return DataLoader(self.train_dataset, batch_size=4, sampler=sampler, collate_fn=self.data_collator)
+
+    rows = classification_dataset(24).rename_column("label", "labels")
+    for cls, text in (
+        (Past, r"^Past makes its data loader.*`arch_dataset=`.*class MyTrainer\(DiffoRAMixin, Parent\)"),
+        (searching(Parent), r"by a WeightedRandomSampler.*not one of the 21 rows.*3 of 24.*`arch_dataset=`"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            make_trainer(tmp_path, cls=cls, train_dataset=rows).train()
+        given = make_trainer(tmp_path, cls=cls, train_dataset=rows, arch_dataset=rows.select(range(8)))
+        given.train()
+        assert given.selection is not None
 
 
 def test_iterable_with_a_length_needs_held_out_data(tmp_path: Path) -> None:
