@@ -30,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     found = []
     for seed in (0, 1):
         folder = tmp_path_factory.mktemp(f"run{seed}")
-        trainer = make_trainer(folder, search={"method": "random", "arch_seed": seed, "selection_ratio": 0.3})
+        trainer = make_trainer(folder, "sft", search={"method": "random", "arch_seed": seed, "selection_ratio": 0.3})
         trainer.train()
         trainer.save_model(str(folder))
         found.append(folder)
