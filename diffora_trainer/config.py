@@ -38,7 +38,7 @@ class DiffoRAConfig(Derived, OldMoments):
 
     > Parameters that control how much is kept
 
-    Limits hold together: what is kept is within all that are set.
+    Limits hold together: what is kept is within all that are set, of a step by its prediction.
 
     selection_ratio (`float`, *optional*):
         Share of the LoRA modules to keep, in (0, 1]. Defaults to 0.5 if nothing else limits what is kept.
@@ -72,7 +72,7 @@ class DiffoRAConfig(Derived, OldMoments):
         kept as this one has room for. If not even one is fast enough, the run ends there with an error.
     max_step_memory (`float`, *optional*):
         The same for the memory of a training step: what it holds on top of the model (activations, gradients, and LoRA
-        weights with two moments each). It is counted, tensor by tensor, at the end of the warm-up.
+        weights with two moments each), counted at the end of the warm-up. More than 2 % above it is warned of.
     selection_unit (`str`, *optional*, defaults to `"module"`):
         What is kept or pruned together: each `"module"` for itself, a `"group"` of modules that fused kernels and
         servers compute as one (query, key and value; gate and up), or a whole `"layer"` (of the whole model then). A

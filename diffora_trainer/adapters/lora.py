@@ -67,6 +67,10 @@ class LoraSite(AdapterSite):
     def prepare(cls, model: nn.Module, adapter_name: str) -> None:
         """See [`SiteKind.prepare`]."""
 
+    @classmethod
+    def fit_shared(cls, model: nn.Module, adapter_name: str) -> None:
+        """After sites were pruned, make what those that are left share what PEFT would make for them alone."""
+
     def __init__(self, name: str, layer: Any, adapter_name: str) -> None:
         super().__init__(name, layer.r[adapter_name])
         self.layer = layer
@@ -161,6 +165,11 @@ class LoraSite(AdapterSite):
         parent, _, child = peft_name(self.name).rpartition(".")
         setattr(model.get_submodule(parent), child, self.layer.get_base_layer())
 
+    def delete(self) -> None:
+        """Take the adapter off a layer that has others, which stay."""
+        self.layer.set_adapter([])  # or PEFT would activate and unfreeze another one in place of the deleted one
+        self.layer.delete_adapter(self.adapter_name)
+
     def share(self, other: LoraSite) -> None:
         for matrix in ("lora_A", "lora_B"):
             own, shared = (getattr(site.layer, matrix)[site.adapter_name] for site in (self, other))
@@ -242,12 +251,12 @@ class LoraKind(SiteKind):
 
     def prune(self, model: nn.Module, sites: Sequence[Any], adapter_name: str) -> None:
         for site in sites:
-            layer = site.layer
             if site.other_adapters:
-                layer.set_adapter([])  # or PEFT would activate and unfreeze it in place of the deleted one
-                layer.delete_adapter(adapter_name)
-                continue
-            site.remove(model)
+                site.delete()
+            else:
+                site.remove(model)
+        for kind in _OTHER_SITES:
+            kind.fit_shared(model, adapter_name)
 
 
 def peft_model(model: Any) -> Any:
@@ -300,6 +309,13 @@ def check_lora_config(config: Any) -> None:
         raise ValueError(
             "You passed a `LoraConfig` with `lora_bias=True`. The bias of `lora_B` is not behind the gate, so the "
             "gate could not switch the module off. Please set `lora_bias=False`."
+        )
+    # Set by PEFT where it has tied them; in `modules_to_save` and `trainable_token_indices` the flag does no harm.
+    if tied := getattr(config, "target_modules_to_tie", None):
+        raise ValueError(
+            f"You passed a `LoraConfig` with `ensure_weight_tying=True`, by which the LoRA of {sorted(tied)} is tied "
+            "to that of the input embeddings. Were one of them pruned, PEFT would put it back when the adapter is "
+            "loaded. Please leave `ensure_weight_tying` out, or the embeddings in `target_modules`."
         )
     init = config.init_lora_weights
     for name, reason in _CHANGES_BASE_WEIGHT.items():

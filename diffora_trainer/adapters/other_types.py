@@ -11,6 +11,7 @@ from peft.tuners.lokr import LoKrLayer
 from peft.tuners.vera import VeraLayer
 from torch import nn
 
+from ..compat import LOADS_VERA_MATRICES
 from .base import Handle, Scale, peft_name
 from .lora import LoraSite, register_lora_site
 from .weights import GatedWeights
@@ -91,12 +92,50 @@ class VeraSite(OtherSite):
     """
     VeRA (https://huggingface.co/papers/2310.11454): two vectors that scale frozen random matrices, which all modules
     share. The adapter is linear in its input, so a gate multiplies that.
+
+    The matrices are as wide as the widest module needs, and each uses the first columns and rows of them. PEFT makes
+    them as wide as the configuration needs, so they are cut when the widest module is pruned.
     """
 
     peft_type = PeftType.VERA
     marks = (".vera_lambda_",)
     layer_type = VeraLayer
     holders = ("vera_lambda_d", "vera_lambda_b")
+
+    @classmethod
+    def fits(cls, layer: Any, adapter_name: str) -> bool:
+        # Not by `r`, as the others: PEFT 0.18 leaves it on a layer whose adapter it deletes.
+        return isinstance(layer, VeraLayer) and adapter_name in layer.vera_lambda_d
+
+    @classmethod
+    def fit_shared(cls, model: nn.Module, adapter_name: str) -> None:
+        layers: list[Any] = [layer for layer in model.modules() if cls.fits(layer, adapter_name)]
+        if layers:
+            a, b = layers[0].vera_A, layers[0].vera_B  # of all layers
+            a[adapter_name] = a[adapter_name][:, : max(layer.in_features for layer in layers)].clone()
+            b[adapter_name] = b[adapter_name][: max(layer.out_features for layer in layers)].clone()
+
+    @property
+    def other_adapters(self) -> set[str]:
+        return set(self.layer.vera_lambda_d) - {self.adapter_name}
+
+    def delete(self) -> None:
+        shared = [(held, held[self.adapter_name]) for held in (self.layer.vera_A, self.layer.vera_B)]
+        super().delete()
+        for held, matrix in shared:  # PEFT has deleted those of all layers
+            held[self.adapter_name] = matrix
+
+    def obstacle(self) -> str | None:
+        layer: Any = self.layer
+        saved, size = layer.vera_A.persistent, (layer.out_features, layer.in_features)
+        widest = layer.vera_B[self.adapter_name].shape[0], layer.vera_A[self.adapter_name].shape[1]
+        if size == widest or (saved and LOADS_VERA_MATRICES):
+            return None
+        remedy = "use PEFT 0.21 or newer, which loads the saved ones" if saved else "set `save_projection=True`"
+        return (
+            "when the adapter is loaded, PEFT would draw the shared matrices anew, by the widest module that is left: "
+            f"others, once a wider one than this was pruned. Please {remedy}, or adapt modules of one shape."
+        )
 
     def attach(self, scale: Scale) -> Handle:
         handle: Handle = self.layer.vera_dropout[self.adapter_name].register_forward_hook(scale)

@@ -69,6 +69,9 @@ def apply_selection(
     reshard(model)
     sites = find_sites(model, adapter_name)
     _check_sites(sites, selection)
+    lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
+    parameters = [name for name, site in lora.items() if site.of_parameter]
+    _check_parameters(model, parameters)
     leaders = [group[0] for group in selection.shared]
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     for name in [*selection.selected, *leaders]:
@@ -84,9 +87,11 @@ def apply_selection(
     prune_sites(model, [sites[name] for name in selection.dropped], adapter_name)
     for name in selection.frozen:
         sites[name].freeze()
-    lora: dict[str, Any] = {name: sites[name] for name in selection.lora_modules}
-    _narrow(model, adapter_name, [name for name, site in lora.items() if not site.of_parameter])
-    _narrow_parameters(model, adapter_name, [name for name, site in lora.items() if site.of_parameter])
+    _narrow(model, adapter_name, [name for name in lora if name not in parameters])
+    _narrow_parameters(model, adapter_name, parameters)
+    for patterns in ("rank_pattern", "alpha_pattern"):
+        if held := getattr(model.peft_config[adapter_name], patterns, None):
+            setattr(model.peft_config[adapter_name], patterns, narrowed_patterns(held, lora))
     if selection.in_ranks:
         write_ranks(model, adapter_name, lora.values())
     gone = before - {parameter for name in selection.adapted for parameter in sites[name].parameters}
@@ -160,12 +165,23 @@ def write_ranks(model: Any, adapter_name: str, lora: Iterable[Any]) -> None:
 
 def _pattern(name: str, names: Iterable[str]) -> str:
     """
-    A key of `rank_pattern` that PEFT finds in this module alone: the name, unless another one ends with it, since PEFT
-    looks for the key, as a regular expression, at the end of each name.
+    A key of `rank_pattern` that PEFT finds in this module alone: the name, unless another one ends with it or it means
+    something else as a regular expression, since PEFT looks for the key as one at the end of each name.
     """
-    tail = name.rpartition(".")[2]
-    found = [other for other in names if other.endswith(tail) and re.fullmatch(rf"(?:.*\.)?(?:{name})", other)]
-    return name if len(found) <= 1 else "^" + re.escape(name)
+    plain, tail = not re.search(r"[^\w.-]", name), name.rpartition(".")[2]
+    found = [other for other in names if other.endswith(tail) and _has_key(name, other)] if plain else []
+    return name if found == [name] else "^" + re.escape(name)
+
+
+def _has_key(key: str, name: str) -> bool:
+    """Whether PEFT takes what `rank_pattern` or `alpha_pattern` says under a key for a module of this name."""
+    return key == name or re.match(rf"(.*\.)?({key})$", name) is not None
+
+
+def narrowed_patterns(patterns: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those entries of a `rank_pattern` or `alpha_pattern` that are of one of these modules: PEFT warns of others."""
+    names = list(names)
+    return {key: value for key, value in patterns.items() if any(_has_key(key, name) for name in names)}
 
 
 def own_config(model: Any, adapter_name: str) -> Any:
@@ -200,11 +216,8 @@ def _narrow(model: Any, adapter_name: str, names: Iterable[str]) -> None:
         model.base_model.targeted_module_names = sorted(wanted)
 
 
-def _narrow_parameters(model: Any, adapter_name: str, names: list[str]) -> None:
-    """The same of the parameters that have a LoRA."""
-    config = model.peft_config[adapter_name]
-    if not getattr(config, "target_parameters", None) and not names:
-        return
+def _check_parameters(model: Any, names: list[str]) -> None:
+    """Raise a `ValueError` if no configuration can name these parameters that have a LoRA alone."""
     # PEFT finds a parameter whose name ends with one of these, after a dot.
     every = [
         name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".parametrizations", "")
@@ -215,6 +228,13 @@ def _narrow_parameters(model: Any, adapter_name: str, names: list[str]) -> None:
             f"The parameter {others[0]!r} ends with the name of one that is kept, and PEFT would adapt it too when "
             "the adapter is loaded. Please leave these parameters out of `target_parameters`."
         )
+
+
+def _narrow_parameters(model: Any, adapter_name: str, names: list[str]) -> None:
+    """The same of the parameters that have a LoRA."""
+    config = model.peft_config[adapter_name]
+    if not getattr(config, "target_parameters", None) and not names:
+        return
     config.target_parameters = sorted(names) or None
     if hasattr(model.base_model, "targeted_parameter_names"):
         model.base_model.targeted_parameter_names = sorted(names)

@@ -10,6 +10,7 @@ name of these libraries. What holds from one version to another is tested with t
 
 from .kernels import fused_lora
 from .peft import (
+    LOADS_VERA_MATRICES,
     adapters_disabled,
     all_linear_modules,
     converted_to_parameters,
@@ -72,6 +73,7 @@ from .trl import (
 
 
 __all__ = [
+    "LOADS_VERA_MATRICES",
     "SCHEDULER_LISTS",
     "LiveBytes",
     "TRAINER_METHODS",

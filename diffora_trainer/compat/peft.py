@@ -7,6 +7,7 @@ from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
+from peft.tuners.vera import VeraModel
 from torch import Tensor, nn
 
 
@@ -15,6 +16,13 @@ try:
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 except ImportError:
     convert_peft_config_for_transformers = None
+
+
+LOADS_VERA_MATRICES = hasattr(VeraModel, "_remap_adapter_state_dict_for_load")
+"""
+Whether PEFT loads the shared matrices of a saved VeRA. Before 0.21 it passes them over, since it looks for them
+without the name of the adapter, and goes on with those that it has drawn. Goes with these versions.
+"""
 
 
 def adapters_disabled(model: Any) -> bool:

@@ -25,8 +25,8 @@ NO_LABELS = (
     "`completion_only_loss=True`, that the completions are not empty; and that truncation (`max_length`) does not cut "
     "off what is to be learned."
 )
-
-
+_OVER = 1.02
+"""How far above a limit a measured step may be before there is a warning."""
 SEARCH_ENDS = (
     "The run ends here, as was asked for (`search_only`). `selected_lora_config` gives the LoRA of a second run: pass "
     "it the saved folder, or the trainer."
@@ -212,10 +212,17 @@ def prune_metrics(selection: Selection, losses: tuple[float, float] | None) -> d
     return report
 
 
-def unadapted(selection: Selection) -> list[str]:
-    """A warning of layers and of kinds in which nothing was kept."""
+def prune_warnings(selection: Selection, max_step_memory: float | None) -> list[str]:
+    """Warnings of a step that was measured above its limit, and of layers and of kinds in which nothing was kept."""
     rows, columns = selection.unadapted()
     lines = []
+    memory = selection.memory
+    if memory and max_step_memory and memory["after_cut"] > max_step_memory * _OVER * memory["all_modules"]:
+        lines.append(
+            f"A step needs {memory['after_cut'] / memory['all_modules']:.2f} of the memory of one with all modules, "
+            f"above `max_step_memory={max_step_memory:g}`: the limit holds for the prediction, to which every module "
+            "adds the same. If that is too much, please start the run anew with a lower limit."
+        )
     if rows:
         lines.append(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")
     if columns:

@@ -11,6 +11,7 @@ from typing import Any
 from ..adapters.base import extra_kinds, find_sites, site_kind
 from ..adapters.chain import grow_to_checkpoint
 from ..adapters.grid import describe_base
+from ..adapters.pruning import narrowed_patterns
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, tensor_shapes
 from ..core.grid import LORA
 from ..core.state import RunState, check_same, short
@@ -20,7 +21,8 @@ from .checkpoint import STATE_NAME
 # What a checkpoint's weights were trained under, and is not read from it again.
 _OTHER_OPTIONS = ("lora_dropout", "use_rslora", "use_dora", "init_lora_weights")
 """Those that a pruning of ranks leaves as they are."""
-_LORA_OPTIONS = ("r", "lora_alpha", "alpha", "rank_pattern", "alpha_pattern", *_OTHER_OPTIONS)
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_LORA_OPTIONS = ("r", "lora_alpha", "alpha", *_PATTERNS, *_OTHER_OPTIONS)
 
 
 def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str], adapted: Sequence[str]) -> None:
@@ -68,8 +70,13 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
             ranks, compared = after, _OTHER_OPTIONS
     shapes = {name: shape for site in lora for name, shape in site.saved_shapes(ranks[site.name], adapted).items()}
     _check_tensors(path, shapes)
+
+    def narrowed(name: str, value: Any) -> Any:  # the pruning has left the patterns of its modules alone
+        return narrowed_patterns(value or {}, adapted) if name in _PATTERNS else value
+
+    found = {name: (options.get(name), getattr(config, name, None)) for name in compared}
     check_same(
-        folder, {f"`{name}` of the LoRA": (options.get(name), getattr(config, name, None)) for name in compared}
+        folder, {f"`{n}` of the LoRA": (narrowed(n, saved), narrowed(n, now)) for n, (saved, now) in found.items()}
     )
 
 

@@ -17,7 +17,7 @@ from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
-from helpers.adapted import base_weights, logits, random_selection
+from helpers.adapted import VERA_TARGETS, base_weights, logits, random_selection
 from helpers.models import MOE_PARAMETERS, gpt2, llama, moe
 from helpers.tiny_model import TinyModel
 
@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "VeRA": (
         llama,
-        {"type": VeraConfig, "target_modules": ["q_proj", "up_proj"], "vera_dropout": 0.1, "d_initial": 1.0, "r": 32},
+        {"type": VeraConfig, "target_modules": VERA_TARGETS, "vera_dropout": 0.1, "d_initial": 1.0, "r": 32},
     ),
     "PiSSA": (llama, {"init_lora_weights": "pissa", "lora_alpha": 8}),
     "PiSSA with rsLoRA": (llama, {"init_lora_weights": "pissa", "use_rslora": True, "lora_dropout": 0.3}),

@@ -11,9 +11,14 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from diffora_trainer.adapters.base import find_sites
+from diffora_trainer.compat import LOADS_VERA_MATRICES
 from diffora_trainer.core.grid import LORA, Grid, SiteInfo
 from diffora_trainer.core.selection import Selection
 from helpers.tiny_model import TinyModel
+
+
+VERA_TARGETS = ["q_proj", "k_proj", "up_proj"] if LOADS_VERA_MATRICES else ["q_proj", "o_proj"]
+"""Modules that can have VeRA; of several shapes where PEFT loads its matrices."""
 
 
 def randomize(model: nn.Module) -> None:

@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from diffora_trainer import Selection
 from diffora_trainer.adapters.base import find_sites
-from helpers.adapted import base_weights
+from helpers.adapted import VERA_TARGETS, base_weights
 from helpers.checks import assert_continues
 from helpers.trainers import SAVES, adapter_config, causal_model, lora, make_trainer, saving_trainer
 
@@ -24,7 +24,14 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "OLoRA": ({"init_lora_weights": "olora"}, {"method": "snip", "score_batches": 1}),
     "LoHa": ({"type": "LoHaConfig", "alpha": 8}, {"fade_out": 2}),
     "LoKr": ({"type": "LoKrConfig", "alpha": 8}, {"method": "sampled"}),
-    "VeRA": ({"type": "VeraConfig", "target_modules": ["q_proj", "k_proj", "up_proj"]}, {"selection_scope": "model"}),
+    "VeRA": ({"type": "VeraConfig", "target_modules": VERA_TARGETS}, {"selection_scope": "model"}),
+    "a pattern for each module": (
+        {
+            "target_modules": ["q_proj", "v_proj"],
+            "alpha_pattern": {f"{layer}.self_attn.{kind}_proj": 3 + layer for layer in (0, 1) for kind in "qv"},
+        },
+        {"selection_scope": "model", "selection_ratio": 0.25},
+    ),
     "rsLoRA in ranks": ({"use_rslora": True}, {"max_trainable_parameters": 2500}),
 }
 

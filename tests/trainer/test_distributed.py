@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from diffora_trainer.core.agreement import check_agreement, fingerprint
+from helpers.adapted import VERA_TARGETS
 from helpers.data import chat_dataset, tiny_tokenizer
 from helpers.processes import RECIPES, distribute, launch, read_reports, train
 from helpers.trainers import causal_model, lora, make_trainer
@@ -168,7 +169,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "OLoRA": {"adapter": {"init_lora_weights": "olora"}},
     "PiSSA": {"adapter": {"init_lora_weights": "pissa"}},
     "VeRA": {
-        "adapter": {"type": "VeraConfig", "target_modules": ["q_proj", "k_proj", "up_proj"]},
+        "adapter": {"type": "VeraConfig", "target_modules": VERA_TARGETS},
         "search": {"selection_scope": "model"},
     },
 }

@@ -85,6 +85,19 @@ def test_a_run_under_a_memory_budget(tmp_path, checkpointing: bool) -> None:
     assert Selection.from_json(trainer.selection.to_json()) == trainer.selection
 
 
+def test_a_step_above_its_limit_is_warned_of(tmp_path, caplog) -> None:
+    """The prediction says the same of every module, and which ones are kept decides how far off it is."""
+    for limit, over in ((0.5, False), (0.75, True)):
+        caplog.clear()
+        trainer = make_trainer(tmp_path / str(limit), search={"max_step_memory": limit, "method": "random"})
+        trainer.train()
+        memory = trainer.selection.memory
+        assert memory["predicted"] <= limit * memory["all_modules"]
+        assert (memory["after_cut"] > 1.02 * limit * memory["all_modules"]) == over
+        warned = [record for record in caplog.records if f"above `max_step_memory={limit:g}`" in record.message]
+        assert [record.levelname for record in warned] == ["WARNING"] * over
+
+
 def _made_up(trainer, step) -> float:
     step()
     live = [
