@@ -23,6 +23,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .matrices import Adapter
+
 
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a base model's modules."""
@@ -52,7 +54,7 @@ class Handle(Protocol):
         """Take it off."""
 
 
-class AdapterSite(ABC):
+class AdapterSite(Adapter):
     """
     One place of a live model that has an adapter.
 
@@ -67,23 +69,6 @@ class AdapterSite(ABC):
     """Whether a gate can be multiplied into the weights, so that the adapter alone does what it did under it."""
     shareable: ClassVar[bool] = False
     """Whether it can be trained together with another site of equal shape: by [`share`]."""
-
-    def __init__(self, name: str, rank: int) -> None:
-        self.name = name
-        self.rank = rank
-
-    @property
-    @abstractmethod
-    def parameters(self) -> list[nn.Parameter]:
-        """The adapter's parameters; that of the up-projection, which starts at 0, comes last."""
-
-    @property
-    @abstractmethod
-    def gated(self) -> nn.Module:
-        """
-        The module whose output a gate multiplies. What follows it has to be linear and without a bias, so that the
-        adapter's whole contribution is scaled.
-        """
 
     @property
     @abstractmethod
@@ -106,11 +91,6 @@ class AdapterSite(ABC):
     def check_prunable(self) -> None:
         """Raise a `ValueError` if pruning it would not give the model that it had before the adapter."""
 
-    @property
-    def cost(self) -> int:
-        """Trainable parameters of each unit of rank."""
-        return sum(parameter.numel() for parameter in self.parameters) // self.rank
-
     def attach(self, scale: Scale) -> Handle:
         """
         Let a gate act, for as long as its handle is not removed. An adapter whose effect is not proportional to the
@@ -124,10 +104,23 @@ class AdapterSite(ABC):
         for parameter in self.parameters:
             parameter.requires_grad_(False)
 
-    def fold(self, factor: float) -> None:
-        """Multiply a gate into the weights for good."""
+    @property
+    def num_components(self) -> int:
+        """
+        How many gates can act on its components, each on one: as many as it has, where each output of what is
+        [`gated`] is one of its [`matrices`]' components; 1, if a gate multiplies the adapter as a whole.
+        """
+        whole = type(self).attach is not AdapterSite.attach or not isinstance(self.gated, nn.Linear)
+        return 1 if whole or self.matrices is None else self.rank
+
+    def fold_components(self, factors: Tensor) -> None:
+        """Multiply gates of its components, [`num_components`] of them, into the weights for good."""
+        if self.matrices is None or len(factors) == 1:
+            self.fold(float(factors))
+            return
         with torch.no_grad():
-            self.parameters[-1].mul_(factor)
+            up = self.matrices[1]
+            up.mul_(factors.to(up).reshape(1, -1, *[1] * (up.ndim - 2)))
 
     @property
     def resizable(self) -> bool:

@@ -8,9 +8,9 @@ update is rounded to their precision.
 
 from __future__ import annotations
 
-import json
 import math
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.files import ADAPTER_CONFIG_NAME
-from .base import find_sites
+from ..core.files import ADAPTER_NAME, tensor_shapes
+from .base import find_sites, peft_name
 from .lora import LoraSite
 from .optimizer import innermost, widen_weight
 from .pruning import own_config, write_ranks
@@ -27,9 +27,13 @@ from .pruning import own_config, write_ranks
 
 @dataclass
 class _Rounds:
-    """What is known of the rounds of one layer: the rank of each, and the weights of the earlier ones."""
+    """
+    What is known of the rounds of one layer: the rank of each, that of all together, and the weights of the earlier
+    ones.
+    """
 
     size: int
+    total: int
     earlier: tuple[Tensor, Tensor] | None = None
     masked: tuple[Any, Any] | None = None
     """Weak references to the parameters whose gradients are masked: a copy of a model has others, without hooks."""
@@ -66,7 +70,7 @@ class Chain:
                 )
             rounds = vars(site.layer).setdefault("diffora_rounds", {})
             if self.adapter_name not in rounds:
-                rounds[self.adapter_name] = _Rounds(site.rank)
+                rounds[self.adapter_name] = _Rounds(site.rank, site.rank)
                 site.layer.register_load_state_dict_pre_hook(_grow_to_loaded)
 
     def _sites(self) -> list[LoraSite]:
@@ -80,7 +84,7 @@ class Chain:
     @property
     def rank_of_round(self) -> int:
         """The largest rank of one round."""
-        return max(site.layer.diffora_rounds[self.adapter_name].size for site in self._sites())
+        return max(_rounds_of(site.layer, self.adapter_name).size for site in self._sites())
 
     def add_round(self, optimizer: Any, seed: int) -> None:
         """
@@ -94,7 +98,7 @@ class Chain:
         for site in self._sites():
             self._check_earlier(site)
             a, _ = _weights(site)
-            rows = torch.empty(site.layer.diffora_rounds[self.adapter_name].size, a.shape[1])
+            rows = torch.empty(_rounds_of(site.layer, self.adapter_name).size, a.shape[1])
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
             _grow(site.layer, self.adapter_name, rows, optimizer)
         self.train_last(optimizer)
@@ -105,7 +109,7 @@ class Chain:
         _check_no_decay([p for site in sites for p in _weights(site)], optimizer)
         changed = False
         for site in sites:
-            rounds, (a, b) = site.layer.diffora_rounds[self.adapter_name], _weights(site)
+            rounds, (a, b) = _rounds_of(site.layer, self.adapter_name), _weights(site)
             if rounds.masked is not None and rounds.masked[0]() is a and rounds.masked[1]() is b:
                 continue
             before = site.rank - rounds.size
@@ -120,7 +124,7 @@ class Chain:
 
     def _check_earlier(self, site: LoraSite) -> None:
         """Raise a `ValueError` if an optimizer has moved what has no gradient."""
-        rounds, (a, b) = site.layer.diffora_rounds[self.adapter_name], _weights(site)
+        rounds, (a, b) = _rounds_of(site.layer, self.adapter_name), _weights(site)
         if rounds.earlier is None:
             return
         before = len(rounds.earlier[0])
@@ -134,19 +138,47 @@ class Chain:
 def grow_to_checkpoint(folder: Path, model: Any) -> None:
     """Give a chain the rank that its adapter has in a checkpoint. Nothing happens to a model that has none."""
     adapter_name = str(model.active_adapters[0])
-    sites = [site for site in find_sites(model, adapter_name).values() if isinstance(site, LoraSite)]
-    rounds = [vars(site.layer).get("diffora_rounds", {}).get(adapter_name) for site in sites]
-    file = folder / ADAPTER_CONFIG_NAME
-    if not sites or None in rounds or not file.is_file():
+    if not (found := _chained(folder, model)):
         return
-    saved = json.loads(file.read_text(encoding="utf-8"))
-    for site, known in zip(sites, rounds, strict=True):
-        missing = saved["r"] - site.rank
-        if missing > 0 and missing % known.size == 0 and not saved.get("rank_pattern"):
+    for site, saved in found:
+        missing = saved - site.rank
+        if missing > 0 and missing % _rounds_of(site.layer, adapter_name).size == 0:
             a, _ = _weights(site)
             _grow(site.layer, adapter_name, torch.zeros(missing, a.shape[1]), None)
     own_config(model, adapter_name)
-    write_ranks(model, adapter_name, [LoraSite(site.name, site.layer, adapter_name) for site in sites])
+    write_ranks(model, adapter_name, [LoraSite(site.name, site.layer, adapter_name) for site, _ in found])
+
+
+def rounds_in_checkpoint(folder: Path, model: Any, ranks: Mapping[str, int]) -> int:
+    """
+    How many rounds the chain of a model has in a checkpoint; 1 if there is none.
+
+    Args:
+        folder (`Path`): where its adapter is.
+        model (`PeftModel`): the model.
+        ranks (`Mapping[str, int]`): the rank of one round of each module that the adapter has.
+    """
+    return max([saved // ranks[site.name] for site, saved in _chained(folder, model) if ranks.get(site.name)] or [1])
+
+
+def _chained(folder: Path, model: Any) -> list[tuple[LoraSite, int]]:
+    """The sites of a model in which each is one of a chain, and their ranks in a saved adapter; 0 if it has none."""
+    adapter_name, file = str(model.active_adapters[0]), folder / ADAPTER_NAME
+    sites = [site for site in find_sites(model, adapter_name).values() if isinstance(site, LoraSite)]
+    if not file.is_file() or not all(_rounds_of(site.layer, adapter_name) for site in sites):
+        return []
+    shapes = tensor_shapes(file)
+    return [(site, shapes.get(f"{peft_name(site.name)}.lora_A.weight", (0,))[0]) for site in sites]
+
+
+def _rounds_of(layer: Any, adapter_name: str) -> Any:
+    """What is known of the rounds of a layer; nothing if it has none."""
+    rounds = vars(layer).get("diffora_rounds", {}).get(adapter_name)
+    if rounds is not None and rounds.total != layer.r[adapter_name]:
+        # It was given another rank by a choice: what is left is the first round, and the others get its rank.
+        rounds.size = rounds.total = layer.r[adapter_name]
+        rounds.masked = rounds.earlier = None
+    return rounds
 
 
 def _weights(site: LoraSite) -> tuple[nn.Parameter, nn.Parameter]:
@@ -156,7 +188,7 @@ def _weights(site: LoraSite) -> tuple[nn.Parameter, nn.Parameter]:
 
 def _grow(layer: Any, adapter_name: str, rows: Tensor, optimizer: Any) -> None:
     """Append components to a LoRA, which keeps its scaling."""
-    site = LoraSite("", layer, adapter_name)
+    site, rounds = LoraSite("", layer, adapter_name), _rounds_of(layer, adapter_name)
     a, b = layer.lora_A[adapter_name], layer.lora_B[adapter_name]
     rank = site.rank + len(rows)
     alpha = site._alpha(rank)
@@ -164,13 +196,15 @@ def _grow(layer: Any, adapter_name: str, rows: Tensor, optimizer: Any) -> None:
     widen_weight(b, 1, torch.zeros(b.weight.shape[0], len(rows)), optimizer)
     a.out_features = b.in_features = rank
     layer.lora_alpha[adapter_name], layer.r[adapter_name] = alpha, rank
+    rounds.total = rank
 
 
 def _grow_to_loaded(layer: Any, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
     """Before weights are loaded into a layer: those of a checkpoint may have more rounds."""
-    for adapter_name, rounds in vars(layer).get("diffora_rounds", {}).items():
+    for adapter_name in vars(layer).get("diffora_rounds", {}):
+        rounds = _rounds_of(layer, adapter_name)
         loaded = state.get(f"{prefix}lora_A.{adapter_name}.weight")
-        if loaded is None or adapter_name not in layer.lora_A:
+        if loaded is None:
             continue
         missing = loaded.shape[0] - layer.r[adapter_name]
         if missing > 0 and missing % rounds.size == 0:

@@ -51,6 +51,15 @@ class DoraSite(LoraSite):
         return [self.gated.weight, *super().parameters]  # type: ignore[list-item]
 
     @property
+    def matrices(self) -> tuple[nn.Parameter, nn.Parameter]:
+        _, down, up = self.parameters
+        return down, up
+
+    @property
+    def down(self) -> nn.Module:
+        return self.layer.lora_A[self.adapter_name]
+
+    @property
     def shape(self) -> tuple[Any, ...]:
         return ("dora", *super().shape)
 

@@ -21,6 +21,7 @@ class EmbeddingSite(LoraSite):
     """
 
     resizable = False
+    reads_vectors = False
 
     @classmethod
     def fits(cls, layer: Any, adapter_name: str) -> bool:
@@ -30,6 +31,15 @@ class EmbeddingSite(LoraSite):
     def parameters(self) -> list[nn.Parameter]:
         name = self.adapter_name
         return [self.layer.lora_embedding_B[name], self.layer.lora_embedding_A[name]]
+
+    @property
+    def matrices(self) -> tuple[nn.Parameter, nn.Parameter]:
+        up, down = self.parameters
+        return down, up
+
+    @property
+    def num_components(self) -> int:
+        return self.rank  # a gate multiplies what was looked up, a number for each
 
     @property
     def gated(self) -> nn.Module:

@@ -152,7 +152,7 @@ class LoraSite(AdapterSite):
     def _alpha(self, rank: int) -> float:
         """The `lora_alpha` with which another rank has the same scaling, which stays as it is."""
         alpha, share = self.layer.lora_alpha[self.adapter_name], rank / self.rank
-        if not math.isclose(self.layer.scaling[self.adapter_name], alpha / self.rank):  # rsLoRA
+        if self.layer.use_rslora[self.adapter_name]:
             share = math.sqrt(share)
         return round(alpha * share) if math.isclose(alpha * share, round(alpha * share)) else alpha * share
 

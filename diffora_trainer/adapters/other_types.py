@@ -25,6 +25,7 @@ class OtherSite(LoraSite):
 
     resizable = False
     shareable = False
+    matrices = None
     layer_type: ClassVar[Any]
     holders: ClassVar[tuple[str, ...]]
     """Attributes of the layer that may hold a parameter; that which starts at 0, or one beside it, comes last."""

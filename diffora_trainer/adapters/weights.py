@@ -45,6 +45,7 @@ class WeightSite(LoraSite):
     """A LoRA whose product is added to a weight. A gate multiplies the product."""
 
     resizable = False
+    matrices = None  # of fused experts, each has its own
 
     @property
     def gated(self) -> nn.Module:

@@ -47,6 +47,7 @@ def keep_frozen(layer: Any, adapter_name: str) -> None:
     `disable_adapter()`: by `frozen_peft_weight_names`, or before PEFT 0.21, which has no such names, by its
     `set_adapter`. Goes when PEFT leaves alone what was frozen.
     """
+    vars(layer).setdefault("diffora_frozen", set()).add(adapter_name)
     if hasattr(layer, "frozen_peft_weight_names"):
         names = {**layer.frozen_peft_weight_names, adapter_name: tuple(layer.adapter_layer_names)}
         layer.frozen_peft_weight_names = names
@@ -60,6 +61,12 @@ def keep_frozen(layer: Any, adapter_name: str) -> None:
                 held[adapter_name].requires_grad_(False)
 
     layer.set_adapter = stay_frozen
+
+
+def frozen_adapters(layer: Any) -> set[str]:
+    """The adapters of one layer that [`keep_frozen`] leaves frozen."""
+    found: set[str] = vars(layer).get("diffora_frozen", set())
+    return found
 
 
 class _Replaced:

@@ -92,6 +92,7 @@ class PRoLoRASite(LoraSite):
     """The PRoLoRA of one layer. It is kept whole or pruned, and counts as one unit."""
 
     shareable = False
+    matrices = None
 
     def __init__(self, name: str, layer: Any, adapter_name: str) -> None:
         super().__init__(name, layer, adapter_name)

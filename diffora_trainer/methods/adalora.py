@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.values import check_number
-from .context import ScoreContext, wide
+from .context import ScoreContext, Site, matrices_of, wide
 from .options import ScoreOptions
 from .papers import ADALORA
 from .ranks import RankMethod, rows_and_columns
@@ -53,7 +53,8 @@ class AdaLora(RankMethod):
     Chosen here: of the paper's `P`, `Lambda` and `Q` a plain LoRA has no `Lambda`. In its place stands the gate of the
     component, whose value is 1 and whose gradient is the inner product of a row of `lora_A` with its gradient. The
     averages run over the scoring batches at the weights of one moment, and not over the steps of a training; the cut
-    is one, and not a cubic schedule of small ones; and there is no regularisation towards orthogonal factors. What is
+    is one, and not a cubic schedule of small ones; and there is no regularisation towards orthogonal factors. The
+    magnitudes of DoRA, which belong to no component, do not count. What is
     cut leaves the adapter, where AdaLoRA in PEFT masks it.
     """
 
@@ -70,7 +71,7 @@ class AdaLora(RankMethod):
             found = [
                 part
                 for site, gradients in zip(context.sites, context.gradients([batch]), strict=True)
-                for part in _sensitivities(site.parameters, gradients)
+                for part in _sensitivities(site, gradients)
             ]
             if not means:
                 means, deviations = [torch.zeros_like(x) for x in found], [torch.zeros_like(x) for x in found]
@@ -81,8 +82,10 @@ class AdaLora(RankMethod):
         return torch.cat([sum(scores[i : i + 3], torch.zeros(())) for i in range(0, len(scores), 3)]).double()
 
 
-def _sensitivities(pair: list[torch.nn.Parameter], gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the gate, `lora_A` and `lora_B`, a row for each component."""
+def _sensitivities(site: Site, gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the gate, `lora_A` and `lora_B`, a row for each component. `gradients` are those of all of its parameters."""
+    pair = matrices_of(site)
+    gradient_of = {id(p): gradient for p, gradient in zip(site.parameters, gradients, strict=True)}
     a, b = map(wide, rows_and_columns(pair))
-    grad_a, grad_b = map(wide, rows_and_columns(gradients))
+    grad_a, grad_b = map(wide, rows_and_columns([gradient_of[id(matrix)] for matrix in pair]))
     return (a * grad_a).sum(dim=1, keepdim=True).abs(), (a * grad_a).abs(), (b * grad_b).abs()

@@ -51,6 +51,7 @@ class ALora(RankMethod):
     described = f"`alora`, the ablation of {ALORA.link} in an independent implementation"
     Options = ALoraOptions
     compares_losses = True
+    reads_matrices = False
     keeps_worthless = False
 
     def score(self, context: ScoreContext) -> Tensor:

@@ -24,10 +24,6 @@ from .options import GradientOptions, ScoreOptions
 from .papers import DIFFORA, Paper
 
 
-# Gains beyond this are an accident; the sums and squares that are formed of them must stay finite in float32.
-_LARGEST_GAIN = 1e15
-
-
 class SelectionMethod(ABC):
     """
     What a choice is made by: a state with one entry a module, in the order of the grid, that says how good each is.
@@ -95,6 +91,12 @@ class SelectionMethod(ABC):
             grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
             ranks ([`~diffora_trainer.core.ranks.RankBudget`] or `None`): the budget, if the method [`tells_ranks`] and
                 it can be spent in ranks.
+        """
+
+    def inspect(self, model: Any, sites: Sequence[Site]) -> None:  # noqa: B027 (most take any)
+        """
+        Take note of the adapters of a model, before [`prepare`]. Raise a `ValueError` if the method cannot choose
+        among them, or of this model.
         """
 
     @abstractmethod
@@ -302,10 +304,18 @@ class ScoreMethod(SelectionMethod):
             `Tensor` of shape `(n,)`, higher is kept; or two of them, of which the second decides between equal ones.
         """
 
+    def try_out(self, context: ScoreContext) -> None:  # noqa: B027 (most need no more than a loss)
+        """Raise what [`score`] would raise of this model, before the first step: on one batch, and briefly."""
+
+    @property
+    def owner(self) -> Tensor:
+        """Index of the module of each number that [`score`] returns."""
+        return torch.arange(len(self.budget))
+
     @property
     def num_scores(self) -> int:
         """How many numbers [`score`] returns."""
-        return len(self.budget)
+        return len(self.owner)
 
     def values(self) -> Tensor:
         return torch.ones(len(self.budget))
@@ -342,8 +352,3 @@ class ScoreMethod(SelectionMethod):
 
     def _tensors(self) -> dict[str, Tensor]:
         return {"scores": self._scores, "tie_breaker": self._tie_breaker}
-
-
-def bounded(gradient: Tensor) -> Tensor:
-    """A gradient without what is an accident."""
-    return gradient.clamp(-_LARGEST_GAIN, _LARGEST_GAIN)

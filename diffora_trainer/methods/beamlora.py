@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +14,8 @@ from ..core.budget import Budget
 from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from ..core.values import check_integer, check_number
-from .base import bounded
-from .context import ScoreContext, Site
-from .gate_steps import Adam, multiply_into
+from .context import ScoreContext, Site, bounded, matrices_of
+from .gate_steps import Adam
 from .papers import BEAMLORA
 from .ranks import RankMethod, rows_and_columns
 from .registry import register_method
@@ -75,17 +75,19 @@ class BeamLora(RankMethod):
     Options = BeamLoraOptions
     trains_gates = True
     reads_data = False
+    reads_matrices = False
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
         self._on = torch.ones(len(budget), dtype=torch.bool)
         self._logits = torch.zeros(len(budget))
+        self._sizes = [0] * len(budget)
         self._past = torch.zeros(0)
         self._adam = Adam(len(budget))
 
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
         super().prepare(grid, ranks)
-        even = grid.ranks if ranks is None else ranks.start()
+        even = self._counts if ranks is None else ranks.start()
         whole = ranks is None and not bool(self.budget.discretize(torch.zeros(len(grid))).all())
         if whole or (ranks is not None and not ranks.fits(even)):
             raise ValueError(
@@ -93,10 +95,16 @@ class BeamLora(RankMethod):
                 f"{'keeps whole modules' if whole else 'has no room for rank 1 in each'}. Please raise it, leave "
                 "`selection_granularity` and limits of a step at their defaults, or use another method."
             )
-        self._on = torch.cat([torch.arange(site.rank) < rank for site, rank in zip(grid.sites, even, strict=True)])
+        self._on = torch.cat([torch.arange(count) < rank for count, rank in zip(self._counts, even, strict=True)])
         self._logits = torch.zeros(len(self._on))
         self._adam = Adam(len(self._on))
-        self._past = torch.zeros(sum(grid.parameters))
+        self._past = torch.zeros(sum(self._sizes))
+
+    def inspect(self, model: Any, sites: Sequence[Site]) -> None:
+        super().inspect(model, sites)
+        # A single component has no other one to take its place.
+        self._sizes = [0 if count == 1 else sum(matrix.numel() for matrix in matrices_of(site))
+                       for count, site in zip(self._counts, sites, strict=True)]  # fmt: skip
 
     def _importance(self) -> Tensor:
         open_ = self._logits.masked_fill(~self._on, -math.inf) / self.options.temperature
@@ -121,8 +129,10 @@ class BeamLora(RankMethod):
     def after_gate_step(self, sites: Sequence[Site], progress: float) -> None:
         every = self.options.beam_every
         if self.steps % every == every // 2:
-            self._past = torch.cat([torch.cat(rows_and_columns(site.parameters), dim=1).flatten().float().cpu()
-                                    for site in sites])  # fmt: skip
+            self._past = torch.cat([torch.zeros(0), *[
+                torch.cat(rows_and_columns(matrices_of(site)), dim=1).flatten().float().cpu()
+                for site, size in zip(sites, self._sizes, strict=True) if size
+            ]])  # fmt: skip
         elif self.steps % every == 0 and progress < 1:
             self._replace(sites, progress)
 
@@ -134,8 +144,7 @@ class BeamLora(RankMethod):
         weak = torch.zeros(len(importance), dtype=torch.bool)
         weak[order[beyond]] = True
         weak &= self._on
-        sizes = [site.parameters[0].numel() + site.parameters[1].numel() for site in sites]
-        parts = zip(sites, self._past.split(sizes), self.split(weak), self.split(importance), strict=True)
+        parts = zip(sites, self._past.split(self._sizes), self.split(weak), self.split(importance), strict=True)
         start = 0
         for site, past, own, gates in parts:
             self._replace_in(site, past, own, gates, slice(start, start + len(own)))
@@ -149,7 +158,7 @@ class BeamLora(RankMethod):
         if not count:
             return
         worst, best = falling.flip(0)[:count], falling[:count]
-        a, b = site.parameters
+        a, b = matrices_of(site)
         rows = past.reshape(len(gates), -1)[best]
         width = a[0].numel()
         with torch.no_grad():
@@ -166,7 +175,8 @@ class BeamLora(RankMethod):
         return self._on.clone()
 
     def before_pruning(self, sites: Sequence[Site]) -> None:
-        multiply_into(sites, self.split(self._importance()))
+        for site, own in zip(sites, self.split(self._importance()), strict=True):
+            site.fold_components(own)
         self._logits.zero_()  # what they were is in the weights
 
     def scores(self) -> Tensor:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.grid import Grid
+from ..core.ranks import RankBudget
 from .base import ScoreMethod
 from .context import ScoreContext
-from .hidden import check_position, layer_states, of_modules
+from .hidden import check_layers, check_position, layer_states, of_modules
 from .options import ScoreOptions
 from .papers import CKA
 from .registry import register_method
@@ -48,7 +50,7 @@ class CkaLayers(ScoreMethod):
     ```
 
     Which state stands for a row is that of the first token in encoders, and of the last one in decoders, as in the
-    paper and its code. Only forward passes are made.
+    paper and its code; which of both a stack of layers is, is tried. Only forward passes are made.
 
     Chosen here: where the states that go in do not differ between rows, as those of the first token in front of the
     first layer of an encoder, nothing can be compared. The authors' code leaves out the layer with the largest change,
@@ -63,6 +65,12 @@ class CkaLayers(ScoreMethod):
     comparable = True
     compares_layers = True
     unit = "layer"
+
+    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
+        check_layers(grid)
+
+    def try_out(self, context: ScoreContext) -> None:
+        layer_states(context, self.options.position)
 
     def score(self, context: ScoreContext) -> Tensor:
         states = layer_states(context, self.options.position)

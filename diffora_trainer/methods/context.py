@@ -13,13 +13,20 @@ from torch import Tensor, nn
 from ..core.grid import Grid
 
 
+# Gains beyond this are an accident; the sums and squares that are formed of them must stay finite in float32.
+_LARGEST_GAIN = 1e15
+
 ScoreFunction = Callable[[nn.Module, list[Any]], Mapping[str, Any]]
 
 
 class Site(Protocol):
-    """What a method may know of a site: its name and its parameters."""
+    """What a method may know of a site: its name, its parameters, and its components, if it has any."""
 
     name: str
+
+    @property
+    def kind(self) -> str:
+        """What kind of site it is, such as `"lora"`."""
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -28,6 +35,24 @@ class Site(Protocol):
     @property
     def gated(self) -> nn.Module:
         """The module whose output a gate multiplies: `lora_A`."""
+
+    @property
+    def matrices(self) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """`lora_A` and `lora_B`, a row and a column of which are a component; `None` where there are no components."""
+
+    @property
+    def reads_vectors(self) -> bool:
+        """Whether `lora_A` multiplies vectors, and no index."""
+
+    def watch_inputs(self, read: Callable[[Tensor], None]) -> Any:
+        """Have a function called with what `lora_A` multiplies, `(..., size)`, until `remove()` of what is given."""
+
+    @property
+    def num_components(self) -> int:
+        """How many gates can act on its components, each on one; 1, if a gate multiplies the adapter as a whole."""
+
+    def fold_components(self, factors: Tensor) -> None:
+        """Multiply gates of its components into the weights for good."""
 
 
 @dataclass(frozen=True)
@@ -140,3 +165,14 @@ def wide(values: Tensor) -> Tensor:
 def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
     """Sum of `|weight * gradient|`."""
     return (wide(weight) * wide(gradient)).abs().sum()
+
+
+def matrices_of(site: Site) -> tuple[nn.Parameter, nn.Parameter]:
+    """`lora_A` and `lora_B` of a site that has components. A `RankMethod` has others refused (`reads_matrices`)."""
+    assert site.matrices is not None
+    return site.matrices
+
+
+def bounded(gradient: Tensor) -> Tensor:
+    """A gradient without what is an accident."""
+    return gradient.clamp(-_LARGEST_GAIN, _LARGEST_GAIN)

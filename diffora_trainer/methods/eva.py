@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget
-from .context import ScoreContext, Site
+from .context import ScoreContext, Site, matrices_of
 from .hidden import inputs_of_adapters
 from .papers import EVA
 from .ranks import RankMethod, magnitudes
@@ -33,20 +33,20 @@ class Eva(RankMethod):
     approximation of the covariance from a random sketch, a pass over each batch, which takes `4 r + 32` numbers for
     each input and adds up over batches and processes (PEFT has an incremental PCA); a module with no more inputs than
     that is exact. A module keeps at most the rank of its configuration: to let some have more than others, give all of
-    them a larger one (EVA's `rho`) and limit the parameters. Padding is left out.
+    them a larger one (EVA's `rho`) and limit the parameters. Padding is left out, and a convolution reads the patches
+    under its kernel.
     """
 
     paper = EVA
     described = f"`eva`, the ranks of {EVA.link} in an independent implementation"
+    reads_inputs = True
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
         self._directions: list[Tensor] = []
 
     def score(self, context: ScoreContext) -> Tensor:
-        sketches = [
-            _Sketch(site.parameters[0].flatten(1).shape[1], site.parameters[0].shape[0]) for site in context.sites
-        ]
+        sketches = [_Sketch(down[0].numel(), len(down)) for down, _ in map(matrices_of, context.sites)]
         with inputs_of_adapters(context, lambda index, inputs: sketches[index].add(inputs)) as run:
             for batch in context.batches:
                 run(batch)
@@ -54,14 +54,14 @@ class Eva(RankMethod):
         self._directions.clear()
         for sketch, site in zip(sketches, context.sites, strict=True):
             values, directions = sketch.principal(context)
-            rank = site.parameters[0].shape[0]
+            rank = len(matrices_of(site)[0])
             missing = max(0, rank - len(values))
             parts.append(torch.cat([values[:rank], values.new_zeros(missing)]))
             self._directions.append(directions[:rank])
         return self.spread(parts, [magnitudes(site) for site in context.sites])
 
     def before_pruning(self, sites: Sequence[Site]) -> None:
-        pairs = [site.parameters for site in sites]
+        pairs = [matrices_of(site) for site in sites]
         if not self._directions or any(bool(b.detach().any()) for _, b in pairs):
             return  # they have learned something
         with torch.no_grad():

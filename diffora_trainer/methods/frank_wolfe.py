@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget
-from .base import GradientMethod, bounded
+from .base import GradientMethod
+from .context import bounded
 from .options import GradientOptions
 from .registry import register_method
 

@@ -1,13 +1,9 @@
-"""How gates of components are trained, and how they get into the weights."""
+"""How gates of components are trained."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
-
-from .context import Site
 
 
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
@@ -42,11 +38,3 @@ class Adam:
     def tensors(self) -> dict[str, Tensor]:
         """Its state."""
         return {"adam_mean": self._mean, "adam_square": self._square, "adam_steps": self._steps}
-
-
-def multiply_into(sites: Sequence[Site], gates: Sequence[Tensor]) -> None:
-    """Multiply the gates of components into `lora_B` for good."""
-    with torch.no_grad():
-        for site, own in zip(sites, gates, strict=True):
-            weight = site.parameters[-1]
-            weight.mul_(own.to(weight).reshape(1, -1, *[1] * (weight.ndim - 2)))

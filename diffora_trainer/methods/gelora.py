@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..core.grid import Grid
+from ..core.ranks import RankBudget
 from .context import ScoreContext
-from .hidden import check_position, layer_states, mean_of_layers, of_modules, reduced
+from .hidden import check_layers, check_position, layer_states, mean_of_layers, of_modules, reduced
 from .options import ScoreOptions
 from .papers import GELORA
 from .ranks import RankMethod, magnitudes
@@ -57,6 +59,13 @@ class GeLora(RankMethod):
     paper = GELORA
     described = f"`gelora`, the ranks of {GELORA.link} in an independent implementation"
     Options = GeLoraOptions
+
+    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
+        super().prepare(grid, ranks)
+        check_layers(grid)
+
+    def try_out(self, context: ScoreContext) -> None:
+        layer_states(context, self.options.position)
 
     def score(self, context: ScoreContext) -> Tensor:
         states = layer_states(context, self.options.position)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..core.grid import OTHER_ROW, Grid
-from .context import ScoreContext, wide
+from .context import ScoreContext, matrices_of, wide
+from .tokens import TokenMasks, layers_that_look_ahead
 
 
 POSITIONS = ("auto", "first", "last", "mean")
@@ -22,6 +24,15 @@ def check_position(position: str) -> None:
     """Raise a `ValueError` if a position is none of [`POSITIONS`]."""
     if position not in POSITIONS:
         raise ValueError(f"You passed `position={position!r}`; it must be one of {list(POSITIONS)}.")
+
+
+def check_layers(grid: Grid) -> None:
+    """Raise a `ValueError` if no row is a layer of the model."""
+    if not numbered_rows(grid):
+        raise ValueError(
+            "No LoRA module stands in a numbered layer, so there are no layers to compare. Please use a method that "
+            "looks at modules, such as 'snip'."
+        )
 
 
 def numbered_rows(grid: Grid) -> list[int]:
@@ -55,44 +66,40 @@ def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Ten
         ValueError: if the model has no numbered layers, or one of them hands on no states of shape
             `(batch, tokens, size)`.
     """
+    check_layers(context.grid)
     names = [context.grid.rows[row] for row in numbered_rows(context.grid)]
-    if not names:
-        raise ValueError(
-            "No LoRA module stands in a numbered layer, so there are no layers to compare. Please use a method that "
-            "looks at modules, such as 'snip'."
-        )
-    if position == "auto":
-        causal = any(getattr(module, "is_causal", None) is True for module in context.base_model.modules())
-        position = "last" if causal else "first"
+    masks = TokenMasks(context)
+    ahead = layers_that_look_ahead(context, masks, names) if position == "auto" else set()
+    auto = ["first" if name in ahead else "last" for name in names]
     found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
-    batch: Any = None
 
-    def note(index: int, place: int, value: Any) -> None:
+    def note(module: nn.Module, index: int, place: int, value: Any) -> None:
         if not isinstance(value, Tensor) or value.ndim != 3:
             what = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
                 f"The layer {names[index]!r} {'reads' if place == 0 else 'returns'} {what} and not states of shape "
                 "(batch, tokens, size). Please use a method that looks at modules, such as 'snip'."
             )
-        found[index][place].append(_pooled(value.detach(), token_mask(context, batch, value), position))
+        where = auto[index] if position == "auto" else position
+        found[index][place].append(_pooled(value.detach(), masks.of(module, value), where))
 
-    handles = []
+    handles: list[Any] = []
     for index, name in enumerate(names):
         layer = context.base_model.get_submodule(name)
 
-        def before(_: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            note(index, 0, args[0] if args else kwargs.get("hidden_states"))
+        def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+            note(module, index, 0, args[0] if args else kwargs.get("hidden_states"))
 
-        def after(_: nn.Module, args: Any, output: Any, index: int = index) -> None:
-            note(index, 1, output[0] if isinstance(output, tuple) else output)
+        def after(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
+            note(module, index, 1, output[0] if isinstance(output, tuple) else output)
 
         handles += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
     try:
         with torch.no_grad():
-            for batch in context.batches:
-                context.loss(batch)
+            for masks.batch in context.batches:
+                context.loss(masks.batch)
     finally:
-        for handle in handles:
+        for handle in [masks, *handles]:
             handle.remove()
     if silent := [name for name, states in zip(names, found, strict=True) if not states[1]]:
         raise ValueError(
@@ -109,33 +116,26 @@ def inputs_of_adapters(context: ScoreContext, read: Callable[[int, Tensor], None
 
     Args:
         context ([`~diffora_trainer.methods.context.ScoreContext`]): the model and its sites.
-        read (`Callable`): called with the index of a site and the inputs of its `lora_A`, `(tokens, size)`, without
-            those of padding.
+        read (`Callable`): called with the index of a site and the vectors that its `lora_A` multiplies, `(tokens,
+            size)`, without those of padding.
     """
-    batch: Any = None
+    masks = TokenMasks(context)
 
-    def hook(index: int) -> Callable[[nn.Module, Any], None]:
-        def before(module: nn.Module, args: Any) -> None:
-            inputs = args[0].detach()
-            if context.sites[index].parameters[0].ndim == 4:  # of a convolution
-                inputs = inputs.movedim(1, -1)
-            mask = token_mask(context, batch, inputs)
-            read(index, inputs.flatten(0, -2) if mask is None else inputs[mask])
+    def note(index: int, inputs: Tensor) -> None:
+        mask = masks.of(context.sites[index].gated, inputs)
+        read(index, inputs.flatten(0, -2) if mask is None else inputs[mask])
 
-        return before
+    handles = [site.watch_inputs(partial(note, index)) for index, site in enumerate(context.sites)]
 
-    handles = [site.gated.register_forward_pre_hook(hook(index)) for index, site in enumerate(context.sites)]
-
-    def run(one: Any) -> None:
-        nonlocal batch
-        batch = one
+    def run(batch: Any) -> None:
+        masks.batch = batch
         with torch.no_grad():
-            context.loss(one)
+            context.loss(batch)
 
     try:
         yield run
     finally:
-        for handle in handles:
+        for handle in [masks, *handles]:
             handle.remove()
 
 
@@ -154,19 +154,9 @@ def input_squares(context: ScoreContext) -> list[Tensor]:
         for batch in context.batches:
             run(batch)
     # Those of a module that was never called, such as an expert without a token.
-    sizes = [site.parameters[0].shape[1] for site in context.sites]
+    sizes = [matrices_of(site)[0][0].numel() for site in context.sites]
     found = [sums[index].cpu().float() if index in sums else torch.zeros(size) for index, size in enumerate(sizes)]
     return [part.double() for part in context.reduce(torch.cat(found)).split([len(part) for part in found])]
-
-
-def token_mask(context: ScoreContext, batch: Any, states: Tensor) -> Tensor | None:
-    """Which tokens are no padding, `(batch, tokens)`, or `None` if all count or it is not known."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    if getattr(context.base_model.config, "is_encoder_decoder", False):
-        return None  # whose tokens these are is not known
-    if not isinstance(mask, Tensor) or states.ndim < 3 or mask.shape != states.shape[:2]:
-        return None
-    return mask.bool().to(states.device)
 
 
 def _pooled(states: Tensor, mask: Tensor | None, position: str) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.values import check_number
-from .context import ScoreContext, wide
+from .context import ScoreContext, matrices_of, wide
 from .hidden import input_squares, mean_of_layers, numbered_rows, of_modules
 from .options import ScoreOptions
 from .papers import PRILORA
@@ -53,14 +53,13 @@ class PriLora(RankMethod):
     paper = PRILORA
     described = f"`prilora`, the ranks of {PRILORA.link} in an independent implementation"
     Options = PriLoraOptions
+    reads_inputs = True
 
     def score(self, context: ScoreContext) -> Tensor:
         count = len(numbered_rows(context.grid))
         layers = torch.linspace(self.options.first_to_last if count > 1 else 1.0, 1.0, count, dtype=torch.float64)
         importance = []
         for site, squares in zip(context.sites, input_squares(context), strict=True):
-            a = wide(rows_and_columns(site.parameters)[0]).cpu().double()
-            # A convolution reads each of its inputs at several places.
-            norms = squares.sqrt().repeat_interleave(a.shape[1] // len(squares))
-            importance.append((a.abs() * norms).sum(dim=1))
+            a = wide(rows_and_columns(matrices_of(site))[0]).cpu().double()
+            importance.append((a.abs() * squares.sqrt()).sum(dim=1))
         return self.in_proportion(of_modules(context.grid, layers, mean_of_layers(layers)), importance)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from ..core.budget import Budget
 from ..core.grid import LORA, Grid
 from ..core.ranks import RankBudget
 from .base import ScoreMethod
-from .context import ScoreContext, Site, wide
+from .context import ScoreContext, Site, matrices_of, wide
 
 
 class RankMethod(ScoreMethod):
@@ -38,23 +38,48 @@ class RankMethod(ScoreMethod):
     shardable = False
     keeps_worthless: ClassVar[bool] = True
     """Whether components that are worth 0 or less are kept as well where the budget has room for them."""
+    reads_matrices: ClassVar[bool] = True
+    """Whether it looks at the rows of `lora_A` and the columns of `lora_B`, whatever the gates of an adapter act on.
+    If not, it closes gates, and an adapter whose components cannot be gated one by one counts as one component."""
+    reads_inputs: ClassVar[bool] = False
+    """Whether it looks at the vectors that `lora_A` multiplies."""
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
-        self._owner = torch.arange(len(budget))
+        self._counts = [1] * len(budget)
         self._ranks: RankBudget | None = None
 
-    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
-        others = [site.name for site in grid.sites if site.kind != LORA]
+    def inspect(self, model: Any, sites: Sequence[Site]) -> None:
+        others = [site.name for site in sites if site.kind != LORA]
         if others:
             raise ValueError(
                 f"You passed `method={self.name!r}`, which looks at single components of a LoRA, for a model with "
                 f"other sites, such as {others[0]!r}. Please take them out, or use another method, such as 'snip'."
             )
-        owner = [index for index, rank in enumerate(grid.ranks) for _ in range(rank)]
-        self._owner, self._ranks = torch.tensor(owner), ranks
-        self._scores = torch.zeros(len(owner), dtype=torch.float64)
-        self._tie_breaker = torch.zeros(len(owner), dtype=torch.float64)
+        for site in sites:
+            if self.reads_matrices and site.matrices is None:
+                raise ValueError(
+                    f"You passed `method={self.name!r}`, which looks at the rows of `lora_A` and the columns of "
+                    f"`lora_B`, but the adapter of {site.name!r} ({type(site).__name__}) has no such pair of trained "
+                    "matrices. Please use plain LoRA there, or another method, such as 'snip'."
+                )
+            if self.reads_inputs and not site.reads_vectors:
+                raise ValueError(
+                    f"You passed `method={self.name!r}`, which looks at the vectors that a module reads, but "
+                    f"{site.name!r} is an embedding, which reads indices. Please leave it out of `target_modules`, or "
+                    "use another method, such as 'adalora'."
+                )
+        self._counts = [
+            site.num_components if site.matrices is None or not self.reads_matrices else len(site.matrices[0])
+            for site in sites
+        ]
+
+    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
+        self._ranks = ranks
+        if ranks is not None:  # then all adapters can be resized, so that each unit of rank is a component
+            self._counts = list(grid.ranks)
+        self._scores = torch.zeros(self.num_scores, dtype=torch.float64)
+        self._tie_breaker = torch.zeros(self.num_scores, dtype=torch.float64)
 
     @abstractmethod
     def score(self, context: ScoreContext) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,8 +88,8 @@ class RankMethod(ScoreMethod):
         """
 
     @property
-    def num_scores(self) -> int:
-        return len(self._owner)
+    def owner(self) -> Tensor:
+        return torch.arange(len(self._counts)).repeat_interleave(torch.tensor(self._counts))
 
     def scores(self) -> Tensor:
         return self._sum(self._scores)
@@ -74,7 +99,7 @@ class RankMethod(ScoreMethod):
 
     def split(self, values: Tensor) -> list[Tensor]:
         """Numbers of all components, `(m,)`, as those of each module."""
-        return list(values.split(torch.bincount(self._owner, minlength=len(self.budget)).tolist()))
+        return list(values.split(self._counts))
 
     def spread(self, found: Sequence[Tensor], importance: Sequence[Tensor]) -> Tensor:
         """
@@ -115,7 +140,7 @@ class RankMethod(ScoreMethod):
         """
         if not self.steps or self._ranks is None:
             raise ValueError("The components have no scores yet. Please call `score` before the choice is made.")
-        worth, ties, owner = self._scores.tolist(), self._tie_breaker.tolist(), self._owner.tolist()
+        worth, ties, owner = self._scores.tolist(), self._tie_breaker.tolist(), self.owner.tolist()
         left = list(self._ranks.limits)
         kept = torch.zeros(len(owner), dtype=torch.bool)
         for index in sorted(range(len(owner)), key=lambda index: (-worth[index], -ties[index], index)):
@@ -142,12 +167,12 @@ class RankMethod(ScoreMethod):
         return super().num_boundary_ties() if self._ranks is None else 0  # of components, which are many and small
 
     def _sum(self, numbers: Tensor) -> Tensor:
-        return torch.zeros(len(self.budget), dtype=torch.float64).index_add_(0, self._owner, numbers)
+        return torch.zeros(len(self.budget), dtype=torch.float64).index_add_(0, self.owner, numbers)
 
 
 def magnitudes(site: Site) -> Tensor:
     """`||b_k|| ||a_k||` for each component: the Frobenius norm of what it adds to the weight."""
-    a, b = rows_and_columns(site.parameters)
+    a, b = rows_and_columns(matrices_of(site))
     return (wide(a).norm(dim=1) * wide(b).norm(dim=1)).cpu().double()
 
 

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget
-from .base import GradientMethod, bounded
+from .base import GradientMethod
+from .context import bounded
 from .registry import register_method
 
 

@@ -12,9 +12,8 @@ from ..core.budget import Budget
 from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from ..core.values import check_number
-from .base import bounded
-from .context import ScoreContext, Site
-from .gate_steps import Adam, multiply_into
+from .context import ScoreContext, Site, bounded
+from .gate_steps import Adam
 from .papers import SORA
 from .ranks import RankMethod
 from .registry import register_method
@@ -70,6 +69,7 @@ class Sora(RankMethod):
     trains_gates = True
     reads_data = False
     keeps_worthless = False
+    reads_matrices = False
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
@@ -104,7 +104,8 @@ class Sora(RankMethod):
         return super().components()
 
     def before_pruning(self, sites: Sequence[Site]) -> None:
-        multiply_into(sites, self.split(self._gates))
+        for site, own in zip(sites, self.split(self._gates), strict=True):
+            site.fold_components(own)
         self._gates.fill_(1.0)  # what they were is in the weights
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..compat import saved_buffers
 from .base import ScoreMethod
-from .context import ScoreContext, saliency, wide
+from .context import ScoreContext, Site, saliency, wide
 from .papers import HETEROLORA, ZERO_COST
 from .registry import register_method
 
@@ -38,32 +39,51 @@ class Synflow(ScoreMethod):
     shardable = False
     reads_data = False
 
-    def score(self, context: ScoreContext) -> Tensor:
-        base = context.base_model
-        size = getattr(base.get_input_embeddings(), "embedding_dim", None)
-        if size is None:
+    def inspect(self, model: Any, sites: Sequence[Site]) -> None:
+        if _embeddings(model) is None:
             raise ValueError(
                 "You passed `method='synflow'`, which feeds a model embeddings of ones, but "
-                f"{type(base).__name__} has no token embeddings. Please use another method, such as 'snip'."
+                f"{type(model).__name__} has no token embeddings. Please use another method, such as 'snip'."
             )
+        passed_by = {name for name, module in model.named_modules() if module is model.get_input_embeddings()}
+        if found := [site.name for site in sites if site.name in passed_by]:
+            raise ValueError(
+                "You passed `method='synflow'`, which feeds a model embeddings of ones, so nothing passes through the "
+                f"adapter of its embedding {found[0]!r}. Please leave that out of `target_modules`, or use another "
+                "method, such as 'snip'."
+            )
+
+    def score(self, context: ScoreContext) -> Tensor:
+        base = context.base_model
+        embedding: Any = _embeddings(base)
         weights = [weight for site in context.sites for weight in site.parameters]
         # Learned positions may begin behind an offset, so not all of them are taken.
         positions = getattr(base.config, "max_position_embeddings", None) or 2 * SYNFLOW_LENGTH
         length = min(SYNFLOW_LENGTH, positions // 2)
-        embedding = base.get_input_embeddings().weight
-        dtype = embedding.dtype if embedding.dtype in _SIGNED else torch.float32
+        device, dtype = embedding.weight.device, embedding.weight.dtype
+        dtype = dtype if dtype in _SIGNED else torch.float32
         inputs = {
-            "inputs_embeds": torch.ones(1, length, size, device=embedding.device, dtype=dtype),
-            "attention_mask": torch.ones(1, length, device=embedding.device, dtype=torch.long),
+            "inputs_embeds": torch.ones(1, length, embedding.embedding_dim, device=device, dtype=dtype),
+            "attention_mask": torch.ones(1, length, device=device, dtype=torch.long),
         }
         if getattr(base.config, "is_encoder_decoder", False):
             inputs["decoder_inputs_embeds"] = inputs["inputs_embeds"]
         # The base model, not the wrapper: on the wrapper accelerate has put the autocast of the training.
-        with positive_weights(base), torch.autocast(embedding.device.type, enabled=False):
+        with positive_weights(base), torch.autocast(device.type, enabled=False):
             total = wide(base(**inputs)[0]).sum()
             found = torch.autograd.grad(total, weights, allow_unused=True)
             rest = iter(torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True))
             return context.sum_over_weights(saliency, [[next(rest) for _ in s.parameters] for s in context.sites])
+
+
+def _embeddings(model: Any) -> nn.Module | None:
+    """The embedding of a model's tokens, below what PEFT has put around it; `None` if it has none."""
+    if not hasattr(model, "get_input_embeddings"):
+        return None
+    found = model.get_input_embeddings()
+    for inner in ("original_module", "base_layer"):  # of tokens or modules that are trained, and of an adapter
+        found = getattr(found, inner, found)
+    return found if getattr(found, "embedding_dim", None) is not None else None
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from transformers.training_args import ParallelMode
 
 from ..adapters.gates import gates_active
 from ..adapters.optimizer import innermost
+from ..compat import frozen_adapters
 from .base import FactorSchedule, check_every, lora_of
 
 
@@ -83,14 +84,17 @@ class AlternateFactors(FactorSchedule):
 
 
 def _factors(model: Any) -> dict[str, list[nn.Parameter]]:
-    """The parameters of the first and of the second factor of all adapters that are active."""
+    """
+    The parameters of the first and of the second factor of all adapters that are active, but of those that a choice
+    has left frozen for good (`unselected="freeze"`).
+    """
     found: dict[str, list[nn.Parameter]] = {"A": [], "B": []}
     active = set(model.active_adapters)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             for part, factors in found.items():
                 for holder in (getattr(layer, f"lora_{part}"), getattr(layer, f"lora_embedding_{part}")):
-                    for name in active & set(holder.keys()):
+                    for name in active & set(holder.keys()) - frozen_adapters(layer):
                         factor = holder[name]
                         factors.extend([factor] if isinstance(factor, nn.Parameter) else factor.parameters())
     return {part: list(dict.fromkeys(factors)) for part, factors in found.items()}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -92,16 +94,23 @@ class SearchBase(GatedModel):
         """Whether different kinds of site have budgets of their own."""
         return bool(self._separate_kinds)
 
+    @property
+    def _base_model(self) -> Any:
+        model: Any = self.model
+        return model.get_base_model()
+
     def make_method(self) -> SelectionMethod:
         """The method, under the budget and what the limits of a step leave of it."""
         if self.rank_plan is not None:
             method = make_method(self.config, self.rank_plan.matrix_budget(self.grid.row_of))
+            method.inspect(self._base_model, self.adapters.sites)
             method.prepare(self.grid, None)
             return method
         budget = module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds)
         if self.ceilings:
             budget.limit(self.ceilings)
         method = make_method(self.config, budget)
+        method.inspect(self._base_model, self.adapters.sites)
         method.prepare(self.grid, self.told_budget)
         return method
 
@@ -120,7 +129,7 @@ class SearchBase(GatedModel):
         self.method = self.make_method()
         self.gates.set_evaluation(self.method.evaluation_gates())
 
-    def check_start(self) -> None:
+    def check_ranks(self) -> None:
         """
         Before the first step: an adapter that was trained before cannot begin with a smaller rank. Whole modules are
         chosen of it, or, if ranks were asked for, a `ValueError` is raised.

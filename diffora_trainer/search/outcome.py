@@ -117,6 +117,13 @@ def check_adapters(adapters: AdapterGrid, config: DiffoRAConfig, method: Selecti
             "`weight_sharing='none'`, or use plain LoRA."
         )
     fixed = [site.name for site in adapters.sites if not site.foldable]
+    if fixed and method.trains_gates:
+        raise ValueError(
+            f"You passed `method={method.name!r}`, which trains gates and multiplies them into the weights at the "
+            f"choice, but the adapter of {fixed[0]!r} starts as a part of the base weight, and what it does under a "
+            "gate needs twice its rank. Please use plain LoRA (`init_lora_weights=True`), or a method that trains "
+            "none, such as 'adalora'."
+        )
     if fixed and method.evaluation_gates() is not None and getattr(method.options, "fold_gates", True):
         raise ValueError(
             f"You passed `method={method.name!r}`, which trains the weights under gates and multiplies them in at the "

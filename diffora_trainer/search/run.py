@@ -146,8 +146,8 @@ class SelectionRun(RunParts):
             return
         self._begun = True
         if self.step == 0:  # what is wrong with the data should be said now
-            self.search.check_start()
             batch = self.held_out.check()
+            self.search.check_start(batch)
             # If this batch has no label, none has. A loss of the user's own may not need any.
             if without_labels(batch) and (world_size() > 1 or math.isnan(self.search.held_out_loss([batch]))):
                 raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,25 +27,7 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
         )
     if not batches:
         raise ValueError("There is no batch to score the modules on. Please pass at least one.")
-    base: Any = search.model
-    context = ScoreContext(
-        model=search.model,
-        base_model=base.get_base_model(),
-        grid=grid,
-        sites=search.adapters.sites,
-        batches=batches,
-        loss=search.loss,
-        gated=search.gates.override,
-        masked=search.gates.masked,
-        reduce=search.runtime.reduce,
-        loss_scale=search.runtime.loss_scale(),
-        draw=method.steps,
-        score_function=None if function is None else _by_plain_name(function),
-    )
-    with search.side_effect_free(training=False), search.gates.override(None):
-        for module in search.model.modules():
-            if checkpoints(module):
-                module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
+    with _scoring(search, batches, function) as context:
         found = method.score(context)
     scores, ties = found if isinstance(found, tuple) else (found, torch.zeros_like(found))
     _check_shape(method, scores, ties)
@@ -59,6 +42,39 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
     method.set_scores(scores, ties)
     search.reached |= (method.scores() != 0) | torch.tensor(not method.gradient_score)
     return method.scores()
+
+
+def try_out(search: SearchBase, batch: Any) -> None:
+    """Raise a `ValueError` before the first step if the method of a search cannot score its model."""
+    method = search.method
+    if isinstance(method, ScoreMethod) and type(method).try_out is not ScoreMethod.try_out:
+        with _scoring(search, [batch], None) as context:
+            method.try_out(context)
+
+
+@contextmanager
+def _scoring(search: SearchBase, batches: list[Any], function: ScoreFunction | None) -> Iterator[ScoreContext]:
+    """What a method is given, in a model that is left as it was."""
+    base: Any = search.model
+    context = ScoreContext(
+        model=search.model,
+        base_model=base.get_base_model(),
+        grid=search.grid,
+        sites=search.adapters.sites,
+        batches=batches,
+        loss=search.loss,
+        gated=search.gates.override,
+        masked=search.gates.masked,
+        reduce=search.runtime.reduce,
+        loss_scale=search.runtime.loss_scale(),
+        draw=search.method.steps,
+        score_function=None if function is None else _by_plain_name(function),
+    )
+    with search.side_effect_free(training=False), search.gates.override(None):
+        for module in search.model.modules():
+            if checkpoints(module):
+                module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
+        yield context
 
 
 def scale_free(grid: Grid, scores: Tensor) -> Tensor:
@@ -103,12 +119,7 @@ def _check_shape(method: ScoreMethod, *scores: Tensor) -> None:
 
 
 def _check_finite(method: ScoreMethod, grid: Grid, scores: Tensor) -> None:
-    if len(scores) != len(grid):  # one a component
-        grid_names = [site.name for site in grid.sites for _ in range(site.rank)]
-    else:
-        grid_names = list(grid.names)
-    bad = [name for name, finite in zip(grid_names, torch.isfinite(scores).tolist(), strict=True) if not finite]
-    bad = list(dict.fromkeys(bad))
+    bad = [grid.names[index] for index in method.owner[~torch.isfinite(scores)].unique().tolist()]
     if bad:
         raise ValueError(
             f"The scores of {len(bad)} of {len(grid)} modules by `method={method.name!r}` are not finite, that of "

@@ -17,9 +17,9 @@ from ..core.agreement import is_main_process
 from ..core.costs import StepCosts
 from ..core.selection import Selection
 from ..logging import get_logger
-from ..methods.base import GradientMethod, bounded
+from ..methods.base import GradientMethod
 from ..methods.build import check_score_function
-from ..methods.context import ScoreFunction
+from ..methods.context import ScoreFunction, bounded
 from .base import SearchBase
 from .bilevel import ArchitectureGradient
 from .confidence import paired
@@ -28,7 +28,7 @@ from .diagnosis import keeps_all
 from .measured import LossFunction
 from .outcome import check_adapters, make_selection, search_metrics
 from .runtime import Runtime
-from .scoring import score_sites
+from .scoring import score_sites, try_out
 
 
 logger = get_logger(__name__)
@@ -107,6 +107,11 @@ class ArchitectureSearch(OldNames, SearchBase):
         """Whether the budget has room for every module, though it was to limit what is kept."""
         limited = self.config.max_trainable_parameters is not None or self.config.ratio < 1
         return limited and not self.config.limits_step and keeps_all(self.method)
+
+    def check_start(self, batch: Any) -> None:
+        """Before the first step: raise a `ValueError` if it cannot begin with this adapter, or look at this model."""
+        self.check_ranks()
+        try_out(self, batch)
 
     def begin(self) -> None:
         """

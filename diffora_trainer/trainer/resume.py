@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.base import extra_kinds, find_sites, site_kind
-from ..adapters.chain import grow_to_checkpoint
+from ..adapters.chain import grow_to_checkpoint, rounds_in_checkpoint
 from ..adapters.grid import describe_base
 from ..adapters.pruning import narrowed_patterns
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, tensor_shapes
@@ -43,7 +43,9 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
         )
     adapter_name = model.active_adapters[0]
     inner = "" if adapter_name == "default" else adapter_name
-    grow_to_checkpoint(Path(folder, inner), model)
+    selection = state.selection
+    if selection is None or not selection.in_ranks:
+        grow_to_checkpoint(Path(folder, inner), model)
     sites = find_sites(model, adapter_name)
     if set(sites) not in (set(modules), set(adapted)):
         raise ValueError(
@@ -60,13 +62,16 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
     options = json.loads(path.with_name(ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
     config = model.peft_config[adapter_name]
     compared: tuple[str, ...] = _LORA_OPTIONS
-    if (selection := state.selection) is not None and selection.in_ranks:
+    if selection is not None and selection.in_ranks:
         left = dict(zip(selection.modules, selection.ranks, strict=True))
-        if ranks != (after := {name: left[name] for name in ranks}):  # the model is not pruned yet
+        rounds = rounds_in_checkpoint(Path(folder, inner), model, left)  # what it lacks grows when they are loaded
+        after = {name: rounds * left[name] for name in ranks}
+        if ranks not in ({name: left[name] for name in ranks}, after):  # the model is not pruned yet
             before = dict(zip(selection.modules, selection.grid.ranks, strict=True))
             check_same(folder, {"the ranks of the LoRA": ({name: before[name] for name in ranks}, ranks)})
             scaling = {round(site.layer.scaling[adapter_name], 9) for site in lora}
             check_same(folder, {"the scaling of the LoRA": (_scalings(options), scaling)})
+        if ranks != after:
             ranks, compared = after, _OTHER_OPTIONS
     shapes = {name: shape for site in lora for name, shape in site.saved_shapes(ranks[site.name], adapted).items()}
     _check_tensors(path, shapes)

@@ -14,10 +14,11 @@ from transformers import TrainerCallback
 from trl import SFTTrainer
 
 from diffora_trainer import AlternateFactors, ChainedLoRA
+from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import adapted_names, base_weights, logits
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.models import llama
-from helpers.trainers import CUT, SAVES, SaveAt, causal_model, lora, make_trainer
+from helpers.trainers import CUT, SAVES, SaveAt, causal_model, classifier, lora, make_trainer
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
@@ -196,3 +197,55 @@ def test_a_model_without_lora_and_an_optimizer_of_one_factor_are_refused(tmp_pat
     half = torch.optim.SGD([p for n, p in model.named_parameters() if "lora_A" in n], lr=0.1)
     with pytest.raises(ValueError, match="does not hold all of the B factors"):
         AlternateFactors().before_step(model, half, 0)
+
+
+def test_rank_1_of_rslora_keeps_its_scaling(tmp_path: Path) -> None:
+    """There `alpha / r` is `alpha / sqrt(r)`."""
+    tiny = llama()
+    config = LoraConfig(r=1, lora_alpha=8, target_modules=["q_proj"], task_type="CAUSAL_LM", use_rslora=True)
+    model = get_peft_model(copy.deepcopy(tiny.model), config)
+    train(model, tiny, 6, ChainedLoRA(every=2))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(tiny.model), tmp_path).eval()
+    assert loaded.peft_config["default"].r == 3
+    torch.testing.assert_close(logits(loaded, tiny), logits(model.eval(), tiny))
+
+
+def test_rounds_after_a_choice_of_ranks_have_the_chosen_ranks(tmp_path: Path) -> None:
+    """Also where the choice falls between two rounds: at step 8, with rounds from 9 and 12 on."""
+
+    def build(folder: str) -> Any:
+        args = {"save_strategy": "steps", "save_steps": 1, "max_steps": 14}
+        callbacks = [ChainedLoRA(every=3)]
+        search = {"method": "adalora", "selection_ratio": 0.4}
+        return make_trainer(tmp_path / folder, args=args, callbacks=callbacks, search=search)
+
+    whole = build("whole")
+    whole.train()
+    whole.save_model()
+    kept = {name: rank for name, rank in zip(whole.selection.modules, whole.selection.ranks, strict=True) if rank}
+    assert len(set(kept.values())) > 1 and whole.selection.step == CUT
+    for rounds, model in (
+        (3, whole.model),
+        (3, PeftModel.from_pretrained(classifier().model, whole.args.output_dir)),
+        (2, PeftModel.from_pretrained(classifier().model, f"{whole.args.output_dir}/checkpoint-10")),
+    ):
+        found = {name: site.rank for name, site in find_sites(model, "default").items()}
+        assert found == {name: rounds * rank for name, rank in kept.items()}
+    for step in (8, 10, 13):
+        resumed = build(str(step))
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+        assert_same(adapter(resumed.model), adapter(whole.model))
+
+
+def test_modules_that_a_choice_has_frozen_take_no_turn(tmp_path: Path) -> None:
+    moves = Moves()
+    callbacks = [AlternateFactors(every=2), moves]
+    trainer = make_trainer(tmp_path, callbacks=callbacks, search={"unselected": "freeze"})
+    trainer.train()
+    assert {step: found for step, found in moves.found.items() if step > CUT} == {
+        step: {"BA"[(step - 1) // 2 % 2]} for step in range(CUT + 1, 13)
+    }
+    trained = {name for name, p in trainer.model.named_parameters() if ".lora_" in name and p.requires_grad}
+    selected = {name for name in trained if any(f".{module}." in name for module in trainer.selection.selected)}
+    assert trainer.selection.frozen and trained == selected != set()

@@ -1,0 +1,167 @@
+"""Which tokens a state belongs to: those that are no padding, and whether it has seen those behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .context import ScoreContext
+
+
+# How much the state of the first token has to change, as a part of its size, to have seen the others change. In half
+# precision other experts beside it may move it by a few roundings.
+_CHANGE, _CHANGE_IN_HALF = 1e-4, 0.03
+
+
+class TokenMasks:
+    """
+    Which tokens are no padding, while a model runs. Of an encoder-decoder `attention_mask` is that of what the encoder
+    has read; of the decoder it is `decoder_attention_mask`, or follows from the labels, of which each token reads the
+    one before it.
+
+    Args:
+        context ([`~diffora_trainer.methods.context.ScoreContext`]): the model.
+
+    Attributes:
+        batch: the batch that the model runs on.
+    """
+
+    def __init__(self, context: ScoreContext) -> None:
+        self.batch: Any = None
+        base = context.base_model
+        self._two = bool(getattr(base.config, "is_encoder_decoder", False)) if hasattr(base, "config") else False
+        encoder = base.get_encoder() if self._two and hasattr(base, "get_encoder") else None
+        self._encoder: set[nn.Module] = set()
+        self._encoded: Tensor | None = None
+        self._handle = None
+        if isinstance(encoder, nn.Module):
+            self._encoder = set(encoder.modules())
+            self._handle = encoder.register_forward_hook(self._note)
+
+    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
+        states = output if isinstance(output, Tensor) else output[0]
+        self._encoded = states.detach() if isinstance(states, Tensor) else None
+
+    def remove(self) -> None:
+        """Take every hook off the model."""
+        if self._handle is not None:
+            self._handle.remove()
+
+    def of(self, module: nn.Module, states: Tensor) -> Tensor | None:
+        """
+        Which tokens of states are no padding, `(batch, tokens)`, or `None` if all count or it is not known.
+
+        Args:
+            module (`nn.Module`): the module that reads or returns them.
+            states (`Tensor` of shape `(batch, tokens, ...)`): the states.
+        """
+        if not isinstance(self.batch, Mapping) or states.ndim < 3:
+            return None
+        mask = self.batch.get("attention_mask")
+        if self._two and not self._of_encoder(module, states):
+            mask = self._of_decoder()
+        if not isinstance(mask, Tensor) or mask.shape != states.shape[:2]:
+            return None
+        return mask.bool().to(states.device)
+
+    def _of_encoder(self, module: nn.Module, states: Tensor) -> bool:
+        if module in self._encoder:
+            return True
+        # Cross-attention reads what the encoder gives, perhaps in another precision.
+        encoded = self._encoded
+        if encoded is None or encoded.shape != states.shape:
+            return False
+        return torch.equal(encoded.to(states.device, states.dtype), states)
+
+    def _of_decoder(self) -> Tensor | None:
+        mask, labels = self.batch.get("decoder_attention_mask"), self.batch.get("labels")
+        if mask is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
+            return mask
+        return torch.cat([torch.ones_like(labels[:, :1], dtype=torch.bool), labels[:, :-1] != -100], dim=1)
+
+
+def layers_that_look_ahead(context: ScoreContext, masks: TokenMasks, names: Sequence[str]) -> set[str]:
+    """
+    The layers in which a token sees those behind it, as in encoders, found by trying it: all tokens but the first one
+    go into the first layer of each stack with the other sign, and the states of the first token are compared with
+    those of a usual pass. No attribute says it of all models.
+
+    Args:
+        context ([`~diffora_trainer.methods.context.ScoreContext`]): the model and the batches, of which the first one
+            is tried.
+        masks ([`TokenMasks`]): which tokens are no padding.
+        names (`Sequence[str]`): names of the layers in the base model.
+    """
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    usual = _first_states(context, masks, names, ())
+    found: set[str] = set()
+    for own in stacks.values():
+        other = _first_states(context, masks, own, own)
+        if any(_changed(a, b) for name in own for a, b in zip(usual[name], other[name], strict=False)):
+            found |= set(own)
+    return found
+
+
+def _first_states(
+    context: ScoreContext, masks: TokenMasks, names: Sequence[str], changed: Sequence[str]
+) -> dict[str, list[Tensor]]:
+    """
+    What layers give for the first token of each row that is no padding, when what goes into the first one called of
+    some of them is changed for the others.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in names}
+    left = bool(changed)
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        nonlocal left
+        states = args[0] if args else kwargs.get("hidden_states")
+        if not left or not isinstance(states, Tensor) or states.ndim != 3:
+            return None
+        left = False
+        states = states.clone()
+        kept = states[_first(masks, module, states)]
+        states.neg_()
+        states[_first(masks, module, states)] = kept
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    handles: list[Any] = []
+    for name in names:
+        layer = context.base_model.get_submodule(name)
+
+        def after(module: nn.Module, args: Any, output: Any, own: list[Tensor] = found[name]) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            if isinstance(states, Tensor) and states.ndim == 3:
+                kind = states.device.type
+                states = states[_first(masks, module, states)]
+                own.append(states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states)
+
+        if name in changed:
+            handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        handles.append(layer.register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            masks.batch = context.batches[0]
+            context.loss(masks.batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _first(masks: TokenMasks, module: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Row and place of the first token of each row that is no padding."""
+    mask = masks.of(module, states)
+    rows = torch.arange(len(states), device=states.device)
+    return rows, torch.zeros_like(rows) if mask is None else mask.int().argmax(dim=1)
+
+
+def _changed(usual: Tensor, other: Tensor) -> bool:
+    """Whether states, one for each row, differ by more than roundings in most rows."""
+    half = usual.dtype.itemsize < 4
+    sizes = (usual.float() - other.float()).norm(dim=1) / usual.float().norm(dim=1).clamp(min=1e-30)
+    return float(sizes.median()) > (_CHANGE_IN_HALF if half else _CHANGE)
