@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
+from ..compat import convolved
+
 
 class Adapter(ABC):
     """
@@ -89,5 +91,4 @@ def _vectors(module: nn.Module, inputs: Tensor) -> Tensor:
     # A convolution by the identity gives each number of a patch in a channel of its own.
     size = module.weight[0].numel()
     identity = torch.eye(size, device=inputs.device, dtype=inputs.dtype).view(size, *module.weight.shape[1:])
-    patches: Tensor = module._conv_forward(inputs, identity, None)
-    return patches.movedim(1, -1)
+    return convolved(module, inputs, identity).movedim(1, -1)

@@ -8,6 +8,7 @@ name of these libraries. What holds from one version to another is tested with t
 `constraints-oldest.txt` and the newest one of `constraints.txt`.
 """
 
+from .accelerate import beside_the_training_loader
 from .kernels import fused_lora
 from .peft import (
     LOADS_VERA_MATRICES,
@@ -29,6 +30,7 @@ from .sentence_transformers import (
 from .torch import (
     SCHEDULER_LISTS,
     LiveBytes,
+    convolved,
     forward_hooks,
     inner_schedulers,
     is_compiled,
@@ -82,6 +84,7 @@ __all__ = [
     "activation_checkpointing_kwargs",
     "adapters_disabled",
     "all_linear_modules",
+    "beside_the_training_loader",
     "backbone_of_sentence_transformer",
     "calls_backward_itself",
     "check_trainer_methods",
@@ -92,6 +95,7 @@ __all__ = [
     "collator_without_unused_columns",
     "columns_of_model",
     "converted_to_parameters",
+    "convolved",
     "disable_layer",
     "hook_lookup",
     "forward_hooks",

@@ -43,6 +43,15 @@ def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, buffer) for name, buffer in module._buffers.items() if buffer is not None and name not in hidden]
 
 
+def convolved(module: Any, inputs: Tensor, weight: Tensor) -> Tensor:
+    """
+    A convolution with the stride, padding and dilation of a module, by another weight: `_conv_forward` in all versions
+    (seen in torch 2.13). The public functions do not know its padding mode.
+    """
+    found: Tensor = module._conv_forward(inputs, weight, None)
+    return found
+
+
 def is_compiled(module: nn.Module) -> bool:
     """
     Whether a module is compiled: made by `torch.compile`, or by its own `compile()`, which leaves

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
 def side_effect_free(model: nn.Module, device: torch.device, training: bool) -> Iterator[None]:
     """
-    Run a model without leaving a trace in the random streams or in its mode.
+    Run a model without leaving a trace in the random streams, in its mode, or in the statistics of batch norms.
 
     Args:
         model (`nn.Module`): the model.
@@ -23,6 +24,8 @@ def side_effect_free(model: nn.Module, device: torch.device, training: bool) -> 
         training (`bool`): in training mode, or in evaluation mode.
     """
     modes = {module: module.training for module in model.modules()}  # some parts may be kept in evaluation
+    norms = [module for module in modes if isinstance(module, _BatchNorm)] if training else []
+    statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     with isolated_random_state(device):
         model.train(training)
         for module in modes:
@@ -35,6 +38,9 @@ def side_effect_free(model: nn.Module, device: torch.device, training: bool) -> 
         finally:
             for module, mode in modes.items():
                 module.training = mode
+            with torch.no_grad():
+                for buffer, before in statistics:
+                    buffer.copy_(before)
 
 
 @contextmanager

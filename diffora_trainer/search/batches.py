@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -45,7 +47,12 @@ class Batches(Protocol):
         """What the gradient of the gates is taken on, as a run says it in the log."""
 
 
-def as_batches(batches: Iterable[Any] | Batches, keep: int, seed: int) -> Batches:
+def as_batches(
+    batches: Iterable[Any] | Batches,
+    keep: int,
+    seed: int,
+    around: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Batches:
     """
     Any iterable as [`Batches`].
 
@@ -53,6 +60,7 @@ def as_batches(batches: Iterable[Any] | Batches, keep: int, seed: int) -> Batche
         batches (`Iterable`): the batches.
         keep (`int`): how many of them are read again and again at most.
         seed (`int`): seed of what they draw at random.
+        around (`Callable`, *optional*): gives what surrounds the reading of each one.
 
     Raises:
         TypeError: if it cannot be iterated over.
@@ -64,7 +72,7 @@ def as_batches(batches: Iterable[Any] | Batches, keep: int, seed: int) -> Batche
             f"`held_out_batches` must be batches that are not trained on, got {type(batches).__name__}. Please pass a "
             "list of them, a `DataLoader`, or an endless iterator."
         )
-    return LoopBatches(batches, keep, seed)
+    return LoopBatches(batches, keep, seed, around)
 
 
 class LoopBatches:
@@ -77,16 +85,24 @@ class LoopBatches:
         batches (`Iterable`): the batches.
         keep (`int`): how many of the first ones are kept.
         seed (`int`): seed of what they draw at random.
+        around (`Callable`, *optional*): gives what surrounds the reading of each one.
     """
 
     comparable = True
     dataset: Sequence[Any] = ()
 
-    def __init__(self, batches: Iterable[Any], keep: int, seed: int) -> None:
-        self._length = len(batches) if isinstance(batches, Sized) else None
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        keep: int,
+        seed: int,
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        self._length = _length(batches)
         self._stream = _endless(batches)
         self._first: list[Any] = []
         self._keep = keep
+        self._around = around
         self._random = OwnRandomState(seed)
         self._position = 0
 
@@ -139,8 +155,20 @@ class LoopBatches:
         return "on the held-out batches"
 
     def _read(self) -> Any:
-        with self._random():
+        with self._random(), self._around():
             return next(self._stream, None)
+
+
+def _length(batches: Iterable[Any]) -> int | None:
+    try:
+        return len(batches)  # type: ignore[arg-type]
+    except TypeError:  # an iterator, or a `DataLoader` of rows that come one after the other
+        return None
+
+
+def own_copy(batch: Any) -> Any:
+    """A batch that a loss function may take its labels out of: the same one is read again."""
+    return copy.copy(batch) if isinstance(batch, Mapping) else batch
 
 
 def _endless(batches: Iterable[Any]) -> Iterator[Any]:

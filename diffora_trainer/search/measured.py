@@ -19,6 +19,7 @@ from ..core.grid import OTHER_ROW
 from ..core.isolation import side_effect_free
 from ..core.rows import number_of_rows
 from . import timing
+from .batches import own_copy
 from .memory import peak_bytes
 from .micro_batches import MicroBatches
 from .runtime import Runtime
@@ -59,7 +60,7 @@ class GatedModel:
 
     def loss(self, batch: Any) -> Tensor:
         """The loss of a batch, or a `TypeError` if it is not one number."""
-        loss = self._loss_fn(self.model, batch)
+        loss = self._loss_fn(self.model, own_copy(batch))
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(

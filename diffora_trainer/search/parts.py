@@ -13,6 +13,7 @@ from ..core.selection import Selection
 from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP
 from .batches import Batches
 from .reallocation import Reallocation
+from .runtime import check_reduces
 from .search import ArchitectureSearch
 
 
@@ -42,6 +43,9 @@ class RunParts:
     reallocation: Reallocation | None
     step: int = field(default=0)
     selection: Selection | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        check_reduces(self.search.runtime)
 
     @property
     def config(self) -> DiffoRAConfig:

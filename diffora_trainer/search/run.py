@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.optimizer import innermost
+from ..compat import beside_the_training_loader
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process, world_size
 from ..core.schedule import Event
@@ -19,7 +20,7 @@ from ..logging import get_logger
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
 from . import messages
-from .batches import Batches, as_batches, without_labels
+from .batches import Batches, as_batches, own_copy, without_labels
 from .early import decide_early
 from .measured import LossFunction
 from .parts import RunParts
@@ -107,9 +108,8 @@ class SelectionRun(RunParts):
             runtime=runtime,
         )
         options, schedule = search.method.options, make_schedule(search.config, total_steps)
-        held_out = as_batches(
-            held_out_batches, max(_GAP_BATCHES, getattr(options, "score_batches", 0)), search.config.arch_seed
-        )
+        keep = max(_GAP_BATCHES, getattr(options, "score_batches", 0))
+        held_out = as_batches(held_out_batches, keep, search.config.arch_seed, beside_the_training_loader)
         anew = getattr(options, "reallocate_every", None) is not None
         reallocation = Reallocation(search) if anew else None
         super().__init__(model, optimizer, scheduler, search, schedule, held_out, reallocation)
@@ -179,7 +179,7 @@ class SelectionRun(RunParts):
             if self._trained is not None:
                 self._trained.before_step()
             if getattr(self.search.method.options, "arch_order", 1) == 2:
-                self._train_batch = batch
+                self._train_batch = own_copy(batch)
 
     def after_step(self) -> bool:
         """
@@ -196,6 +196,8 @@ class SelectionRun(RunParts):
         self.step += 1
         if not self.gates_active:
             return False
+        if self.step == 1 and not self.model.training:
+            self._warn(messages.IN_EVALUATION_MODE)
         self._happen()
         return self.selection is not None
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.agreement import world_size
+
 
 def _alone(values: Tensor) -> Tensor:
     return values
@@ -44,3 +46,13 @@ class Runtime:
     compiled: bool = False
     after_switch: Callable[[], None] = _nothing
     after_prune: Callable[[], None] = _nothing
+
+
+def check_reduces(runtime: Runtime) -> None:
+    """Raise a `ValueError` if several processes would each choose for themselves."""
+    if world_size() > 1 and runtime.reduce is _alone:
+        raise ValueError(
+            f"{world_size()} processes run, and nothing averages over them what the modules are chosen by, so each "
+            "would keep other ones. Please pass `runtime=Runtime(reduce=...)` (`diffora_trainer.search.runtime`); "
+            "with accelerate that is `lambda x: accelerator.reduce(x.to(accelerator.device), 'mean').cpu()`."
+        )
