@@ -64,7 +64,7 @@ def keep_frozen(layer: Any, adapter_name: str) -> None:
 
 
 def frozen_adapters(layer: Any) -> set[str]:
-    """The adapters of one layer that [`keep_frozen`] leaves frozen."""
+    """The adapters of one layer that [`keep_frozen`] leaves frozen: it notes them on the layer, in all versions."""
     found: set[str] = vars(layer).get("diffora_frozen", set())
     return found
 

@@ -16,6 +16,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 
 # Vocabularies are left alone, since they may hold any string.
+_VOCABULARY_SUFFIXES = (".model", ".bpe", ".tiktoken", ".spm")
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 _HIDDEN_TOKEN = "<HUB_TOKEN>"
@@ -87,9 +88,9 @@ class Private:
         """The content of a file without what is private; `None` if it can stay as it is."""
         if ".tfevents." in path.name:
             return b"".join(record for record in _records(path.read_bytes()) if not self._tells(record))
-        if path.name in _VOCABULARIES or not _is_text(path):
+        if path.name in _VOCABULARIES or path.suffix in _VOCABULARY_SUFFIXES or not _is_text(path):
             return None
-        text = path.read_text(encoding="utf-8", errors="surrogateescape")
+        text = path.read_bytes().decode(errors="surrogateescape")  # with the ends of lines that it has
         clean = text
         if path.name == "adapter_config.json":
             config = json.loads(text)

@@ -169,7 +169,11 @@ def saliency(weight: Tensor, gradient: Tensor) -> Tensor:
 
 def matrices_of(site: Site) -> tuple[nn.Parameter, nn.Parameter]:
     """`lora_A` and `lora_B` of a site that has components. A `RankMethod` has others refused (`reads_matrices`)."""
-    assert site.matrices is not None
+    if site.matrices is None:
+        raise ValueError(
+            f"The adapter of {site.name!r} is no pair of matrices with a row and a column for each component. Please "
+            "look at `site.matrices`, or set `reads_matrices = True` in the class of the method, which refuses it."
+        )
     return site.matrices
 
 

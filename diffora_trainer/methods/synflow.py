@@ -78,9 +78,10 @@ class Synflow(ScoreMethod):
 
 def _embeddings(model: Any) -> nn.Module | None:
     """The embedding of a model's tokens, below what PEFT has put around it; `None` if it has none."""
-    if not hasattr(model, "get_input_embeddings"):
+    try:
+        found = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):  # transformers raises the second, as for audio
         return None
-    found = model.get_input_embeddings()
     for inner in ("original_module", "base_layer"):  # of tokens or modules that are trained, and of an adapter
         found = getattr(found, inner, found)
     return found if getattr(found, "embedding_dim", None) is not None else None

@@ -219,7 +219,7 @@ class SelectionRun(RunParts):
         return True
 
     def abandon(self) -> bool:
-        """Take the gates off, and switch on what is off; gives if anything was, of which wrappers have to know."""
+        """Take the gates off, and switch on what is off. Gives if anything was: call `Runtime.after_switch` then."""
         self.search.gates.detach()
         return self.reallocation is not None and self.reallocation.release()
 

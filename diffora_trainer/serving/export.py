@@ -262,7 +262,10 @@ def _untie(model: Any) -> None:
         ValueError: if the model ties more than these two.
     """
     base = model.get_base_model()
-    embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    try:
+        embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
+    except (AttributeError, NotImplementedError):  # there are none, as in a model of audio
+        return
     adapted = [part for part in embeddings if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if not adapted or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return

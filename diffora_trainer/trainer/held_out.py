@@ -114,7 +114,7 @@ class HeldOutData:
         )
         with replaced(self._trainer, "train_dataset", others):
             loader = parent()
-        sampler = get_sampler(loader)
+        sampler = get_sampler(loader) if isinstance(loader, DataLoader) else None
         of_weights = isinstance(sampler, WeightedRandomSampler) and len(sampler.weights) != len(others)
         of_indices = isinstance(sampler, SubsetRandomSampler) and max(sampler.indices, default=0) >= len(others)
         if of_weights or of_indices:

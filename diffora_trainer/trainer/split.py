@@ -100,11 +100,15 @@ class HeldOutSampler(Sampler[int]):
 
     def _row(self, index: Any) -> int:
         """An index as a number: a 0-d tensor is in no set of numbers."""
-        row = operator.index(index)
+        try:
+            row = operator.index(index)
+        except TypeError:
+            row = -1
         if not 0 <= row < self.size:
             raise ValueError(
-                f"{type(self.sampler).__name__}, the sampler of the training rows, gave the row {row}, but the "
-                f"training set has {self.size} rows, from 0 on. Please check what it was built from."
+                f"{type(self.sampler).__name__}, the sampler of the training rows, gave {index!r}, but the training "
+                f"set has {self.size} rows, by numbers from 0 on. Please check what it was built from; if it gives "
+                "something else than row numbers, pass `arch_dataset=` to the trainer, so that no rows are held out."
             )
         return row
 

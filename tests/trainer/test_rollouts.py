@@ -128,7 +128,7 @@ def test_gradient_is_taken_on_the_step_just_made(tmp_path: Path) -> None:
     assert all(column is last[step]["column"] for step, column in trainer.searched)
 
 
-@pytest.mark.parametrize("name", ["snip", "grad_norm", "synflow", "reallocation", "custom", "sigmoid"])
+@pytest.mark.parametrize("name", ["snip", "grad_norm", "synflow", "reallocation", "custom", "sigmoid", "cka"])
 def test_methods_read_the_latest_completions(name: str, tmp_path: Path) -> None:
     found: list[Any] = []
 
