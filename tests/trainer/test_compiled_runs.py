@@ -84,7 +84,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "micro-batches": ("cls", {"fade_out": 2, "search_micro_batches": 2}),
 }
-LONG = ("modules off and on again", "micro-batches")
+LONG = ("ranks", "modules off and on again", "micro-batches")
 """Of these runs those for `make test-all`: each takes up to half a minute."""
 
 
@@ -116,7 +116,8 @@ def test_inductor(name: str, tmp_path: Path) -> None:
     assert_equal_runs(run(tmp_path / "compiled", task, "inductor", search), eager, 1e-4)
 
 
-@pytest.mark.parametrize("moment", [pytest.param(5, marks=pytest.mark.slow), 10])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [5, 10])
 def test_compiled_run_resumes(moment: int, tmp_path: Path) -> None:
     args = {"torch_compile_backend": "aot_eager"}
 

@@ -148,6 +148,7 @@ trainer.train()
 """
 
 
+@pytest.mark.slow
 def test_trackio_shows_them_too(tmp_path: Path) -> None:
     """The real package, which keeps a run on this machine unless it is given a Space; read back by its own command."""
     pytest.importorskip("trackio", exc_type=ImportError)  # it needs a newer huggingface_hub than the oldest
