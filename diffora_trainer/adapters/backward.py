@@ -21,7 +21,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..compat import checkpoints, checkpoints_without_reentry, forward_hooks, is_input_gradient_hook
+from ..compat import (
+    checkpoints,
+    checkpoints_without_reentry,
+    forward_hooks,
+    is_input_gradient_hook,
+    own_input_embeddings,
+)
 
 
 class _Suspended:
@@ -90,15 +96,8 @@ def keep_suspended(model: nn.Module) -> list[RemovableHandle]:
 
 def input_embeddings(model: nn.Module) -> list[nn.Module]:
     """The input embeddings of a model and of all models inside it, such as a vision tower."""
-    found = []
-    for module in model.modules():
-        try:
-            embeddings = module.get_input_embeddings()  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(embeddings, nn.Module):
-            found.append(embeddings)
-    return list(dict.fromkeys(found))
+    found = map(own_input_embeddings, model.modules())
+    return list(dict.fromkeys(embeddings for embeddings in found if embeddings is not None))
 
 
 def check_backward_ends_early(model: nn.Module, searched: Collection[nn.Parameter]) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from ..config import DiffoRAConfig
 from ..core.grid import Grid
 from ..core.schedule import Schedule
-from ..methods.build import make_schedule, method_of
-from .train import initial_lora
+from ..methods.build import make_schedule
+from .train import checked, initial_lora
 
 
 if TYPE_CHECKING:
@@ -37,11 +37,7 @@ def run(words: argparse.Namespace) -> None:
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser(DiffoRAConfig, prog="diffora plan")  # type: ignore[arg-type]
-    try:
-        (config,) = parser.parse_args_into_dataclasses(words.options)
-        method_of(config)
-    except TypeError as error:  # how a configuration refuses what JSON may hold
-        raise ValueError(f"An argument is of the wrong type: {error}") from error
+    (config,) = checked(lambda: parser.parse_args_into_dataclasses(words.options))
     print("\n".join(f"{head:9s} {text}" for head, text in describe(words, config)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,26 @@ def make_parser(config: type, prog: str | None = None, data: type = DataArgument
     return parser
 
 
+def checked(parse: Callable[[], Any]) -> Any:
+    """
+    What a parser reads, of which the last is a [`DiffoRAConfig`].
+
+    Args:
+        parse (`Callable`): has it read.
+
+    Raises:
+        ValueError: if a value is wrong or of the wrong type.
+    """
+    from ..methods.build import method_of
+
+    try:
+        found = parse()
+        method_of(found[-1])  # its options are checked where a run is built, when much has been loaded
+    except TypeError as error:  # how a configuration refuses what a YAML file or JSON may hold
+        raise ValueError(f"An argument is of the wrong type: {error}") from error
+    return found
+
+
 def read_arguments(parser: Any, words: Sequence[str]) -> Any:
     """
     The dataclasses of a parser, from the words of a command line and the YAML file that they name.
@@ -51,15 +71,10 @@ def read_arguments(parser: Any, words: Sequence[str]) -> Any:
     Raises:
         ValueError: if a value is wrong or of the wrong type, or the file is no YAML.
     """
-    from ..methods.build import method_of
-
     if words and words[-1] == "--config":
         raise ValueError("`--config` names no file. Please pass a YAML file after it.")
     try:
-        found = parser.parse_args_and_config(list(words))
-        method_of(found[-1])  # its options are checked where a run is built, when much has been loaded
-    except TypeError as error:  # how a configuration refuses what a YAML file or JSON may hold
-        raise ValueError(f"An argument is of the wrong type: {error}") from error
+        found = checked(lambda: parser.parse_args_and_config(list(words)))
     except Exception as error:
         if not type(error).__module__.startswith("yaml."):  # PyYAML is a dependency of the parser, not of this package
             raise

@@ -50,6 +50,18 @@ def check_trainer_methods(trainer: type) -> None:
         )
 
 
+def own_input_embeddings(module: Any) -> nn.Module | None:
+    """
+    The input embeddings of a module, or `None`: `get_input_embeddings` of transformers 5.2 to 5.23 raises
+    `NotImplementedError` where a model has none, as one of audio, and other modules have no such method.
+    """
+    try:
+        found = module.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def trainer_of_callback(callback: Any) -> Any:
     """
     The trainer that is calling a callback now, or `None`.

@@ -65,6 +65,7 @@ def write_card(
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
         method = method_facts(selection.config)
+        base = _base_class(folder, peft_config)
         shares = {
             keep: [share for share, kept in zip(selection.frequency, selection.kept, strict=True) if kept == keep]
             for keep in (True, False)
@@ -87,8 +88,8 @@ def write_card(
             report=REPORT_NAME if (folder / REPORT_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             went_on=went_on,
-            base=_base_class(folder, peft_config),
-            labels=_labels(_base_class(folder, peft_config)[1], model_config),
+            base=base,
+            labels=_labels(base[1], model_config),
             base_model=base_model,
             adapter=json.dumps(name, ensure_ascii=False),  # a string of the snippet
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import saved_buffers
+from ..compat import own_input_embeddings, saved_buffers
 from .base import ScoreMethod
 from .context import ScoreContext, Site, saliency, wide
 from .papers import HETEROLORA, ZERO_COST
@@ -45,7 +45,8 @@ class Synflow(ScoreMethod):
                 "You passed `method='synflow'`, which feeds a model embeddings of ones, but "
                 f"{type(model).__name__} has no token embeddings. Please use another method, such as 'snip'."
             )
-        passed_by = {name for name, module in model.named_modules() if module is model.get_input_embeddings()}
+        outer = own_input_embeddings(model)
+        passed_by = {name for name, module in model.named_modules() if module is outer}
         if found := [site.name for site in sites if site.name in passed_by]:
             raise ValueError(
                 "You passed `method='synflow'`, which feeds a model embeddings of ones, so nothing passes through the "
@@ -78,10 +79,7 @@ class Synflow(ScoreMethod):
 
 def _embeddings(model: Any) -> nn.Module | None:
     """The embedding of a model's tokens, below what PEFT has put around it; `None` if it has none."""
-    try:
-        found = model.get_input_embeddings()
-    except (AttributeError, NotImplementedError):  # transformers raises the second, as for audio
-        return None
+    found = own_input_embeddings(model)
     for inner in ("original_module", "base_layer"):  # of tokens or modules that are trained, and of an adapter
         found = getattr(found, inner, found)
     return found if getattr(found, "embedding_dim", None) is not None else None

@@ -95,23 +95,22 @@ class SearchBase(GatedModel):
         return bool(self._separate_kinds)
 
     @property
-    def _base_model(self) -> Any:
+    def base_model(self) -> Any:
+        """The model without what PEFT has put around it."""
         model: Any = self.model
         return model.get_base_model()
 
     def make_method(self) -> SelectionMethod:
         """The method, under the budget and what the limits of a step leave of it."""
         if self.rank_plan is not None:
-            method = make_method(self.config, self.rank_plan.matrix_budget(self.grid.row_of))
-            method.inspect(self._base_model, self.adapters.sites)
-            method.prepare(self.grid, None)
-            return method
-        budget = module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds)
-        if self.ceilings:
-            budget.limit(self.ceilings)
+            budget = self.rank_plan.matrix_budget(self.grid.row_of)
+        else:
+            budget = module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds)
+            if self.ceilings:
+                budget.limit(self.ceilings)
         method = make_method(self.config, budget)
-        method.inspect(self._base_model, self.adapters.sites)
-        method.prepare(self.grid, self.told_budget)
+        method.inspect(self.base_model, self.adapters.sites)
+        method.prepare(self.grid, self.told_budget)  # `None` where the matrix has the ranks
         return method
 
     def limit(self, costs: StepCosts) -> None:

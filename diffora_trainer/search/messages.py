@@ -25,12 +25,15 @@ NO_LABELS = (
     "`completion_only_loss=True`, that the completions are not empty; and that truncation (`max_length`) does not cut "
     "off what is to be learned."
 )
+
 _OVER = 1.02
 """How far above a limit a measured step may be before there is a warning."""
+
 IN_EVALUATION_MODE = (
     "The first training step was made in evaluation mode: without dropout, and under the gates of an evaluation where "
     "a method draws gates. `from_pretrained` returns models in this mode; please call `model.train()` before the loop."
 )
+
 SEARCH_ENDS = (
     "The run ends here, as was asked for (`search_only`). `selected_lora_config` gives the LoRA of a second run: pass "
     "it the saved folder, or the trainer."

@@ -57,10 +57,9 @@ def try_out(search: SearchBase, batch: Any) -> None:
 @contextmanager
 def _scoring(search: SearchBase, batches: list[Any], function: ScoreFunction | None) -> Iterator[ScoreContext]:
     """What a method is given, in a model that is left as it was."""
-    base: Any = search.model
     context = ScoreContext(
         model=search.model,
-        base_model=base.get_base_model(),
+        base_model=search.base_model,
         grid=search.grid,
         sites=search.adapters.sites,
         batches=batches,

@@ -21,12 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..compat import own_input_embeddings
 from ..core.base_model import LABELS_NAME, base_class
 from ..core.files import read_json
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units
 from ..logging import get_logger
-from .pairs import Pair, check_start, read_pairs
+from .pairs import PREFIX, Pair, check_start, read_pairs
 
 
 logger = get_logger(__name__)
@@ -40,7 +41,6 @@ SERVERS = {
 }
 """For what an adapter can be exported, and what that takes."""
 
-_PREFIX = "base_model.model."
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -118,8 +118,8 @@ def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> 
     pairs = {module: pair.at(rank) for module, pair in pairs.items()}
     tensors = {}
     for module, pair in pairs.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = pair.a
-        tensors[f"base_model.model.{module}.lora_B.weight"] = pair.b
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.b
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.use_rslora = False
@@ -219,12 +219,11 @@ def _load(folder: Path, base_model: Any) -> tuple[Any, str]:
     found = AutoConfig.from_pretrained(name)
     cls = model_class(config.task_type, found, config.auto_mapping)
     options: dict[str, Any] = {}
-    if (outputs := _outputs(folder, cls, found)) is not None:
-        options["num_labels"] = outputs
     if (folder / LABELS_NAME).is_file():
         names = {int(index): str(label) for index, label in read_json(folder / LABELS_NAME).items()}
-        options |= {"id2label": names, "label2id": {label: index for index, label in names.items()}}
-        options.pop("num_labels", None)
+        options = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+    elif (outputs := _outputs(folder, cls, found)) is not None:
+        options["num_labels"] = outputs
     return PeftModel.from_pretrained(cls.from_pretrained(name, **options), folder), str(name)
 
 
@@ -233,7 +232,7 @@ def _outputs(folder: Path, cls: Any, config: Any) -> int | None:
     from safetensors import safe_open
 
     with safe_open(folder / WEIGHTS, "pt") as file:
-        saved = {n.removeprefix(_PREFIX): n for n in file.keys() if n.startswith(_PREFIX) and "lora_" not in n}
+        saved = {n.removeprefix(PREFIX): n for n in file.keys() if n.startswith(PREFIX) and "lora_" not in n}
         # What has another shape with another number of classes is the head, whatever it is called.
         shapes = [_shapes(cls, config, number) for number in (3, 5)] if saved else [{}, {}]
         heads = [name for name, shape in shapes[0].items() if shape != shapes[1].get(name) and name in saved]
@@ -262,10 +261,9 @@ def _untie(model: Any) -> None:
         ValueError: if the model ties more than these two.
     """
     base = model.get_base_model()
-    try:
-        embeddings = [base.get_input_embeddings(), base.get_output_embeddings()]
-    except (AttributeError, NotImplementedError):  # there are none, as in a model of audio
+    if (inputs := own_input_embeddings(base)) is None:  # as in a model of audio
         return
+    embeddings = [inputs, base.get_output_embeddings()]
     adapted = [part for part in embeddings if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if not adapted or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return

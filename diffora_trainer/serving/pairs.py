@@ -15,7 +15,9 @@ from torch import Tensor
 # What does not change the base weights, and what does so in the same way each time it is computed.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _EXACT_STARTS = ("pissa", "olora", "loftq")
-_NAME = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+PREFIX = "base_model.model."
+"""What PEFT puts before the names of a base model's modules."""
+_NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from diffora_trainer import ArchitectureSearch
+from diffora_trainer import ArchitectureSearch, SelectionRun
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.methods.base import GradientMethod
@@ -68,6 +68,16 @@ def warm(tiny: Any = None, spread: float = 0.3) -> tuple[Any, list[dict[str, Ten
 
 def model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
+
+
+def make_steps(run: SelectionRun, model: Any, batches: list[Any], optimizer: Any, steps: int) -> None:
+    """Training steps of a run, on one batch after the other."""
+    for step in range(steps):
+        run.before_step()
+        model_loss(model, batches[step % len(batches)]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.after_step()
 
 
 def make_search(model: nn.Module, method: str, loss_fn: Any = model_loss, **options: Any) -> ArchitectureSearch:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from diffora_trainer import LoraXS, PRoLoRA, SelectionRun
 from helpers.models import llama, moe
 from helpers.options import make_config
-from helpers.searches import components, make_search, model_loss
+from helpers.searches import components, make_search, make_steps, model_loss
 
 
 class Block(nn.Module):
@@ -107,15 +107,6 @@ def start(method: str, kind: str, **options: Any) -> tuple[SelectionRun, Any, li
     return SelectionRun(model, optimizer, config, model_loss, batches, total_steps=4), model, batches, optimizer
 
 
-def train(run: SelectionRun, model: Any, batches: list[Any], optimizer: Any, steps: int) -> None:
-    for step in range(steps):
-        run.before_step()
-        model_loss(model, batches[step % 3]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        run.after_step()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_each_pair_works_or_is_refused_before_the_first_step(method: str, kind: str) -> None:
@@ -124,7 +115,7 @@ def test_each_pair_works_or_is_refused_before_the_first_step(method: str, kind: 
             start(method, kind)[0].begin()
         return
     run, model, batches, optimizer = start(method, kind)
-    train(run, model, batches, optimizer, 4)
+    make_steps(run, model, batches, optimizer, 4)
     assert run.selection is not None and any(run.selection.kept)
     if kind != "LoRA":
         assert not run.selection.in_ranks
@@ -137,7 +128,7 @@ def test_the_model_does_not_jump_when_trained_gates_become_weights(kind: str) ->
     generator = torch.Generator().manual_seed(0)
     for parameter in (p for p in model.parameters() if p.requires_grad):  # no effect is near 0
         parameter.data.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
-    train(run, model, batches, optimizer, 3)
+    make_steps(run, model, batches, optimizer, 3)
     gates = torch.cat(run.search.method.component_gates())
     assert (gates - 1).abs().max() > 0.1
     model.eval()

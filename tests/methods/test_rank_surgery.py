@@ -16,7 +16,7 @@ from diffora_trainer.search.runtime import Runtime
 from helpers.checks import assert_same
 from helpers.models import llama
 from helpers.options import make_config
-from helpers.searches import components, make_search, model_loss, pairs, warm
+from helpers.searches import components, make_search, make_steps, model_loss, pairs, warm
 
 
 def test_the_best_components_stay_with_their_weights_and_moments() -> None:
@@ -89,12 +89,7 @@ def train_gated(model: Any, batches: list[Any], steps: int, until: int, **option
     config = make_config(method=options.pop("method"), discretize_at=until, selection_ratio=ratio,
                          method_options=options)  # fmt: skip
     run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=until + 1)
-    for step in range(steps):
-        run.before_step()
-        model_loss(model, batches[step % 3]).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        run.after_step()
+    make_steps(run, model, batches, optimizer, steps)
     return run
 
 

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
-from peft import get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
-from transformers import DataCollatorWithPadding, Trainer, get_scheduler
+from transformers import DataCollatorWithPadding, Trainer
 
-from diffora_trainer import DiffoRAConfig, Selection, SelectionRun
+from diffora_trainer import Selection, SelectionRun
 from diffora_trainer.search.held_out import HeldOutBatches
 from helpers.adapted import adapted_names, base_weights
 from helpers.checks import adapter, assert_same, optimizer_state, step_logs
 from helpers.data import classification_dataset, tiny_tokenizer
-from helpers.trainers import CUT, WARMUP, classifier, lora, make_trainer, search_config
+from helpers.loops import SOURCES, STEPS, Loop, batches, loss_of, trained, with_defaults
+from helpers.trainers import CUT, WARMUP, make_trainer
 
 
-STEPS = 12
 HELD_OUT = classification_dataset(10, seed=9)
 
 RUNS: dict[str, dict[str, Any]] = {
@@ -41,10 +34,6 @@ RUNS: dict[str, dict[str, Any]] = {
     "sharing": {"weight_sharing": "model"},
     "reallocation": {"method": "snip", "reallocate_every": 2, "score_batches": 2, "selection_scope": "model"},
 }
-
-
-def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    return model(**batch).loss
 
 
 def held_out() -> HeldOutBatches:
@@ -71,72 +60,6 @@ class Recording:
         self.batches.append({name: value.clone() for name, value in inputs.items()})
         self.counts.append(kwargs["num_items_in_batch"] if "num_items_in_batch" in kwargs else args[0])
         return self._step(model, inputs, *args, **kwargs)
-
-
-class Loop:
-    """What somebody writes who has no Trainer: AdamW, a linear schedule, clipping, and accumulation."""
-
-    def __init__(self, config: DiffoRAConfig, batches: list[Any], held_out: Any, counts: Any = None) -> None:
-        self.batches, self.losses, self.divisor = batches, [], 1
-        self.counts = counts if counts is not None else [len(batch["labels"]) for batch in batches]
-        self.accumulation = len(batches) // STEPS
-        base = classifier().model
-        torch.manual_seed(7)
-        self.model = get_peft_model(base, lora(task_type="SEQ_CLS"))
-        weights = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0)
-        self.scheduler = get_scheduler("linear", self.optimizer, 0, STEPS)
-        self.run = SelectionRun(self.model, self.optimizer, config, loss_of, held_out, STEPS, scheduler=self.scheduler)
-
-    def train(self, until: int = STEPS) -> None:
-        self.model.train()
-        while self.run.step < until:
-            start = self.run.step * self.accumulation
-            loss = 0.0
-            for index in range(start, start + self.accumulation):
-                self.run.before_step(self.batches[index])
-                found = self.model(**self.batches[index], num_items_in_batch=self.counts[index]).loss
-                (found / self.divisor).backward()
-                loss += float(found.detach())
-            self.losses.append(loss)
-            torch.nn.utils.clip_grad_norm_([p for p in self.model.parameters() if p.requires_grad], 1.0)
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-            self.run.after_step()
-
-    def checkpoint(self) -> dict[str, Any]:
-        """As `torch.save` writes it, and reads without running code."""
-        file = BytesIO()
-        state = {
-            "run": self.run.state_dict(),
-            "model": trained(self.model),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        torch.save(state, file)
-        json.dumps(state["run"]["run"], allow_nan=False)
-        file.seek(0)
-        return torch.load(file, weights_only=True)
-
-    def resume(self, checkpoint: dict[str, Any]) -> None:
-        self.run.load_state_dict(checkpoint["run"])
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad or "lora_" in name:
-                    parameter.copy_(checkpoint["model"][name])
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.scheduler.load_state_dict(checkpoint["scheduler"])
-        torch.set_rng_state(checkpoint["random"])
-
-
-def trained(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad or "lora_" in n}
-
-
-def with_defaults(**options: Any) -> DiffoRAConfig:
-    return search_config(**{"arch_batch_size": 4, **options})
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -170,50 +93,6 @@ def test_a_loop_of_ones_own_is_the_trainers_run(name: str, accumulation: int, tm
     )
     logged = [log["loss"] for log in step_logs(trainer).values()]
     assert loop.losses == pytest.approx(logged, rel=1e-6)
-
-
-def batches(count: int, seed: int = 0) -> list[dict[str, Tensor]]:
-    collate, rows = DataCollatorWithPadding(tiny_tokenizer()), classification_dataset(4 * count, seed=seed)
-    return [dict(collate([rows[4 * index + offset] for offset in range(4)])) for index in range(count)]
-
-
-def endless(found: list[Any]) -> Any:
-    while True:
-        yield from found
-
-
-class OfFirst(nn.Module):
-    """A norm over the first feature of a batch, whose output is not used."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        self.norm(inputs[:, :1])
-        return inputs
-
-
-class Stream(IterableDataset):
-    """Rows of which nobody knows how many there are."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(classification_dataset(20, seed=3))
-
-
-SOURCES = {
-    "list": lambda: batches(5, seed=3),
-    "DataLoader": lambda: DataLoader(
-        classification_dataset(20, seed=3),
-        batch_size=4,
-        shuffle=True,
-        collate_fn=DataCollatorWithPadding(tiny_tokenizer()),
-    ),
-    "iterator": lambda: endless(batches(5, seed=3)),
-    "DataLoader of a stream": lambda: DataLoader(
-        Stream(), batch_size=4, collate_fn=DataCollatorWithPadding(tiny_tokenizer())
-    ),
-}
 
 
 @pytest.mark.parametrize(
@@ -270,89 +149,6 @@ def test_a_state_of_something_else_is_refused() -> None:
         Loop(config, found, iter(batches(1, seed=3))).train()
     with pytest.raises(TypeError, match="held_out_batches.*a list of them"):
         Loop(config, found, {"input_ids": 1})
-
-
-def test_a_loss_function_may_empty_the_batches_that_it_is_given() -> None:
-    """Held-out batches are read again and again, and one that trains is kept for the second order."""
-
-    def popping(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        labels = batch.pop("labels")
-        return nn.functional.cross_entropy(model(**batch).logits, labels)
-
-    def whole(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return popping(model, dict(batch))
-
-    runs = []
-    for loss_fn in (popping, whole):
-        loop = Loop(with_defaults(), batches(STEPS), SOURCES["list"]())
-        config = with_defaults(method="sigmoid", arch_order=2)
-        given = SOURCES["list"]()
-        loop.run = SelectionRun(loop.model, loop.optimizer, config, loss_fn, given, STEPS, scheduler=loop.scheduler)
-        loop.train()
-        assert all("labels" in batch for batch in given)
-        runs.append((loop.run.selection, trained(loop.model)))
-    assert runs[0][0] == runs[1][0]
-    assert_same(runs[0][1], runs[1][1])
-
-
-def test_held_out_batches_that_accelerate_prepares_are_not_those_of_the_training() -> None:
-    """By the end of the loader that is trained on it knows when accumulated gradients are due."""
-    rows = [{name: value[i] for name, value in batch.items()} for batch in batches(5) for i in range(4)]
-    runs = []
-    for prepared in (False, True):
-        AcceleratorState._reset_state(True)
-        GradientState._reset_state()
-        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-        loop = Loop(with_defaults(), batches(STEPS), [])
-        held_out = DataLoader(rows[:12], batch_size=4)
-        model, optimizer, loader = accelerator.prepare(loop.model, loop.optimizer, DataLoader(rows, batch_size=4))
-        held_out = accelerator.prepare(held_out) if prepared else held_out
-        run = SelectionRun(model, optimizer, with_defaults(), loss_of, held_out, 9)
-        model.train()
-        synced = []
-        for _ in range(3):
-            for batch in loader:
-                with accelerator.accumulate(model):
-                    run.before_step(batch)
-                    accelerator.backward(loss_of(model, batch))
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    synced.append(accelerator.sync_gradients)
-                    if accelerator.sync_gradients:
-                        run.after_step()
-        assert synced == [False, True, False, True, True] * 3
-        runs.append((run.selection, trained(loop.model)))
-    assert runs[0][0] is not None and runs[0][0] == runs[1][0]
-    assert_same(runs[0][1], runs[1][1])
-
-
-def test_a_model_left_in_evaluation_mode_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    for training in (True, False):
-        caplog.clear()
-        loop = Loop(with_defaults(), batches(STEPS), SOURCES["list"]())
-        loop.model.train(training)
-        loop.run.before_step()
-        loss_of(loop.model, loop.batches[0]).backward()
-        loop.optimizer.step()
-        loop.run.after_step()
-        assert ("call `model.train()`" in caplog.text) != training
-
-
-def test_measuring_steps_leaves_the_statistics_of_batch_norms_alone() -> None:
-    counts = []
-    for limit in ({}, {"max_step_time": 0.9}):
-        loop = Loop(with_defaults(**limit), batches(STEPS), SOURCES["list"]())
-        norm = nn.BatchNorm1d(1)
-        loop.model.get_base_model().dropout = nn.Sequential(loop.model.get_base_model().dropout, OfFirst(norm))
-        loop.train(WARMUP + 1)  # the time of a step is measured at the end of the warm-up
-        counts.append(int(norm.num_batches_tracked))
-    assert counts == [WARMUP + 1] * 2
-
-
-def test_several_processes_that_would_each_choose_for_themselves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("diffora_trainer.search.runtime.world_size", lambda: 2)
-    with pytest.raises(ValueError, match="2 processes run.*reduce="):
-        Loop(with_defaults(), batches(STEPS), SOURCES["list"]())
 
 
 def test_a_loop_that_ends_early_chooses_then() -> None:
