@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,35 @@ def test_all_methods_take_turns_and_a_killed_comparison_goes_on(tmp_path: Path) 
     assert all(f"`{name}`" in table for name in methods)
     assert (tmp_path / "out" / "curves.png").stat().st_size > 1000
     assert (tmp_path / "out" / "table.md").read_text().strip() == table
+
+
+def test_a_pretrained_llama_is_what_the_comparison_of_text_begins_with(tmp_path: Path) -> None:
+    rows = [{"text": f"the cat sat on the mat and saw {n} birds"} for n in range(40)]
+    Dataset.from_list(rows).to_json(tmp_path / "text.jsonl")
+    module, folder = recipe("pretrain_llama"), str(tmp_path / "llama")
+    arguments = module.PretrainingArguments(
+        dataset_name=str(tmp_path / "text.jsonl"),
+        num_layers=2,
+        hidden_size=32,
+        vocab_size=300,
+        steps=4,
+        max_eval_samples=4,
+        output_dir=folder,
+    )
+    loss = module.main(arguments)["eval_loss"]
+    recipe("time_to_loss")  # for the paths
+    config = recipe("tasks").TaskConfig(
+        model=folder,
+        dataset_name=str(tmp_path / "text.jsonl"),
+        max_eval_samples=8,
+        dtype="float32",
+        training={"use_cpu": True, "max_steps": 1, "per_device_train_batch_size": 4},
+    )
+    task = recipe("tasks").Task(config)
+    trainer = recipe("contestants").make_trainer(task, "last_layers:k=1", 0, 1, 1)
+    assert task.measure(trainer)["loss"] == pytest.approx(loss, rel=0.2)  # what was learned is what is loaded
+    assert loss < math.log(300) - 0.2
+    assert {name.split(".")[4] for name, p in trainer.model.named_parameters() if p.requires_grad} == {"1"}
 
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
