@@ -132,7 +132,7 @@ class VeraSite(OtherSite):
         widest = layer.vera_B[self.adapter_name].shape[0], layer.vera_A[self.adapter_name].shape[1]
         if size == widest or (saved and LOADS_VERA_MATRICES):
             return None
-        remedy = "use a newer PEFT, which loads the saved ones" if saved else "set `save_projection=True`"
+        remedy = "use PEFT 0.21, which loads the saved ones" if saved else "set `save_projection=True`"
         return (
             "when the adapter is loaded, PEFT would draw the shared matrices anew, by the widest module that is left: "
             f"others, once a wider one than this was pruned. Please {remedy}, or adapt modules of one shape."

@@ -37,7 +37,17 @@ def make_parser(config: type, prog: str | None = None, data: type = DataArgument
     # TRL's configurations turn bf16 on and then refuse a machine without it: there, full precision is the default.
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)
+    _make_help_readable(parser)
     return parser
+
+
+def _make_help_readable(parser: Any) -> None:
+    """argparse formats each help text by `%`, which a text of some versions of transformers holds as a percent sign."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (TypeError, ValueError, KeyError):
+            action.help = action.help.replace("%", "%%")
 
 
 def checked(parse: Callable[[], Any]) -> Any:

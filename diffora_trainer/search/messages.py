@@ -12,6 +12,7 @@ from ..core.grid import LORA, Grid
 from ..core.schedule import Schedule
 from ..core.selection import Selection
 from ..methods.base import SelectionMethod
+from .rank_rules import why_whole_modules
 
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ SEARCH_ENDS = (
 
 def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
     """
-    What will happen when.
+    What will happen when, and in what a cap is spent where that may not be what is expected.
 
     Args:
         schedule ([`~diffora_trainer.core.schedule.Schedule`]): the schedule of the run.
@@ -50,6 +51,12 @@ def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
         data (`str`): what the gradient of the gates is taken on.
         anew (`bool`): whether modules are chosen anew and again.
     """
+    reason = why_whole_modules(search.config, search.adapters)
+    spent = "" if reason is None else f" The cap keeps or prunes whole modules, not ranks: {reason}."
+    return _events(schedule, search, data, anew) + spent
+
+
+def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
     method, ranks = search.method, search.rank_plan
     stay = " train on, and the others stay as they are" if search.freezes else None
     total, prune = schedule.total_steps, schedule.prune

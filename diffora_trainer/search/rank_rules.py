@@ -13,6 +13,9 @@ from ..methods.registry import get_method
 from .ranks import ComponentPlan, ModulePlan, RankPlan
 
 
+_NO_ROOM = "the budget has no room for rank 1 in every module"
+
+
 def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | None:
     """
     How the budget is spent in ranks, or `None` where whole modules are kept or pruned.
@@ -41,8 +44,26 @@ def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | N
     if budget.fits(budget.start()):
         return ModulePlan(budget)
     if granularity == "rank":
-        refuse(granularity, "the budget has no room for rank 1 in every module")
+        refuse(granularity, _NO_ROOM)
     return None
+
+
+def why_whole_modules(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
+    """
+    Why a cap on the parameters is spent in whole modules, though they were not asked for; `None` where it is not.
+
+    Args:
+        config ([`DiffoRAConfig`]): the options.
+        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
+    """
+    if config.selection_granularity != "auto" or config.max_trainable_parameters is None:
+        return None
+    if get_method(config.method).tells_ranks:
+        return uncombinable(config, adapters)
+    if (reason := _obstacle(config, adapters)) is not None:
+        return reason
+    budget = make_rank_budget(config, adapters, config.scope)
+    return None if budget is None or budget.fits(budget.start()) else _NO_ROOM
 
 
 def refuse(granularity: str, reason: str) -> NoReturn:
@@ -88,7 +109,7 @@ def uncombinable(config: DiffoRAConfig, adapters: AdapterGrid, **others: Any) ->
     names = ("unselected", "weight_sharing", "selection_unit", "extra_sites", "max_step_time", "max_step_memory")
     for name, value in {**{name: getattr(config, name) for name in names}, **others}.items():
         if value and value != plain.get(name):
-            return f"that does not combine with `{name}={value!r}`"
+            return f"spending it in ranks does not combine with `{name}={value!r}`"
     fixed = [site.name for site in adapters.sites if not site.resizable]
     if fixed:
         return (

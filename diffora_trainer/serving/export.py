@@ -92,8 +92,11 @@ def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
     from transformers import AutoTokenizer
 
     model, name = _load(folder, base_model)
-    _untie(model)
-    model.merge_and_unload().save_pretrained(target)
+    untied = _untie(model)
+    merged = model.merge_and_unload()
+    if untied and merged.get_input_embeddings().weight is merged.get_output_embeddings().weight:
+        _set_tied(merged, True)  # PEFT has merged one change into both (trained tokens, `ensure_weight_tying`)
+    merged.save_pretrained(target)
     for source in (folder, name):
         try:
             AutoTokenizer.from_pretrained(source).save_pretrained(target)
@@ -252,21 +255,24 @@ def _on_meta(cls: Any, config: Any) -> nn.Module:
     return model
 
 
-def _untie(model: Any) -> None:
+def _untie(model: Any) -> bool:
     """
     Give the input and the output embeddings of a model weights of their own where an adapter acts on one of them:
     merged into the weight that both share, it would change both.
+
+    Returns:
+        `bool`: whether they were tied and an adapter acts on them, so that the configuration no longer ties them.
 
     Raises:
         ValueError: if the model ties more than these two.
     """
     base = model.get_base_model()
     if (inputs := own_input_embeddings(base)) is None:  # as in a model of audio
-        return
+        return False
     embeddings = [inputs, base.get_output_embeddings()]
     adapted = [part for part in embeddings if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if not adapted or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
-        return
+        return False
     if None in embeddings or base.config.is_encoder_decoder:
         raise ValueError(
             f"The adapter acts on the embeddings of {type(base).__name__}, which shares their weight with other "
@@ -276,5 +282,10 @@ def _untie(model: Any) -> None:
         if isinstance(part, BaseTunerLayer):
             layer: Any = part.get_base_layer()
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    for config in (base.config, base.config.get_text_config()):
-        config.tie_word_embeddings = False
+    _set_tied(base, False)
+    return True
+
+
+def _set_tied(model: Any, tied: bool) -> None:
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = tied

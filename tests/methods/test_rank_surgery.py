@@ -76,7 +76,9 @@ def test_what_cannot_be_spent_in_ranks_keeps_whole_modules() -> None:
     assert [bool(keep) for keep in selection.kept] == [bool(score >= totals.sort().values[7]) for score in totals]
     torch.testing.assert_close(totals, torch.stack([own.sum() for own in components(search)]))
     for asked in ("rank", "component"):
-        with pytest.raises(ValueError, match=f"'{asked}'`, but that does not combine with `selection_unit='layer'`"):
+        with pytest.raises(
+            ValueError, match=f"'{asked}'`, but spending it in ranks does not combine with `selection_unit='layer'`"
+        ):
             make_search(model, "adalora", selection_granularity=asked, selection_unit="layer")
     with pytest.raises(ValueError, match="room for 10 parameters"):
         make_search(model, "adalora", max_trainable_parameters=10)

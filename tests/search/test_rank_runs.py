@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,28 @@ def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() 
     assert search(model, max_trainable_parameters=500).rank_budget is None  # not even rank 1 in every module
     with pytest.raises(ValueError, match="no room for rank 1 in every module"):
         search(model, max_trainable_parameters=500, selection_granularity="rank")
+
+
+@pytest.mark.parametrize(
+    ("made_with", "options", "reason"),
+    [
+        ({}, {"max_trainable_parameters": 500}, "the budget has no room for rank 1 in every module"),
+        ({}, {"max_trainable_parameters": 2000, "method": "snip"}, "`method='snip'` keeps or prunes whole modules"),
+        ({"use_dora": True}, {"max_trainable_parameters": 4000}, "cannot be given another rank"),
+        ({}, {"max_trainable_parameters": 9000, "method": "adalora", "selection_unit": "layer"}, "selection_unit"),
+        ({}, {"max_trainable_parameters": 2000}, None),
+        ({}, {"max_trainable_parameters": 2000, "method": "adalora"}, None),
+        ({}, {"max_trainable_parameters": 2000, "selection_granularity": "module"}, None),  # as was asked for
+        ({}, {"selection_ratio": 0.5}, None),
+    ],
+)
+def test_the_log_says_why_a_cap_drops_modules(
+    made_with: dict[str, Any], options: dict[str, Any], reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="diffora_trainer"):
+        train(make(**made_with), DiffoRAConfig(discretize_at=20, **options), steps=1)
+    assert ("The cap keeps or prunes whole modules" in caplog.text) == (reason is not None)
+    assert reason is None or reason in caplog.text
 
 
 def test_an_adapter_that_was_trained_before_keeps_its_ranks() -> None:

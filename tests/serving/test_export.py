@@ -156,6 +156,12 @@ TIED = {
     "input embeddings": {"ranks": {"model.embed_tokens": 2, "model.layers.0.self_attn.q_proj": 2}},
     "output embeddings": {"ranks": {"lm_head": 2}},
     "input embeddings, trained whole": {"ranks": {"lm_head": 2}, "modules_to_save": ["embed_tokens"]},
+    "trained tokens": {"ranks": {"model.layers.0.self_attn.q_proj": 2}, "trainable_token_indices": [5, 6]},
+    "both, trained whole": {
+        "ranks": {"model.layers.0.self_attn.q_proj": 2},
+        "modules_to_save": ["embed_tokens"],
+        "ensure_weight_tying": True,
+    },
 }
 
 

@@ -4,11 +4,12 @@
 # ///
 
 """
-Train a small Llama of 16 layers on text, as the pre-trained model of `shakespeare_llama.yaml`: deep enough that the depth
-of a step matters, and small enough for a CPU.
+Train a small Llama of 16 layers on text, as the pre-trained model of `shakespeare_llama.yaml`: deep enough that the
+depth of a step matters, and small enough for a CPU.
 
 ```bash
-python recipes/benchmarks/time_to_loss/pretrain_llama.py --dataset_name ../shared/data/wikitext2_small --output_dir llama-16-layers
+python recipes/benchmarks/time_to_loss/pretrain_llama.py --dataset_name ../shared/data/wikitext2_small \\
+    --output_dir llama-16-layers
 ```
 
 The tokenizer (byte-level BPE) is learned from the same text. Model and tokenizer are saved into `output_dir`.

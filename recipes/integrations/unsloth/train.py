@@ -2,7 +2,7 @@
 unsloth's example of supervised fine-tuning, on the LoRA modules that a search without unsloth has chosen:
 
     diffora sft --search_only true --model_name_or_path unsloth/Qwen3-0.6B --dataset_name trl-lib/Capybara \
-        --max_steps 300 --output_dir outputs/qwen3-search
+        --learning_rate 2e-4 --max_steps 300 --output_dir outputs/qwen3-search
     python recipes/integrations/unsloth/train.py outputs/qwen3-search
 
 See docs/integrations.md for why unsloth cannot search itself.
@@ -39,7 +39,15 @@ def main(search: str, name: str = "unsloth/Qwen3-0.6B", data: str = "trl-lib/Cap
         model=model,
         processing_class=tokenizer,
         train_dataset=load_dataset(data, split="train"),
-        args=SFTConfig(**{"output_dir": "outputs/qwen3-lora", "max_steps": 300, "logging_steps": 10, **options}),
+        args=SFTConfig(
+            **{
+                "output_dir": "outputs/qwen3-lora",
+                "learning_rate": 2e-4,
+                "max_steps": 300,
+                "logging_steps": 10,
+                **options,
+            }
+        ),
     )
     trainer.train()
     trainer.save_model()
