@@ -42,7 +42,7 @@ def make_parser(config: type, prog: str | None = None, data: type = DataArgument
 
 
 def _make_help_readable(parser: Any) -> None:
-    """argparse formats each help text by `%`, which a text of some versions of transformers holds as a percent sign."""
+    """argparse formats each help text by `%`, which texts of some versions of transformers hold as a percent sign."""
     for action in parser._actions:
         try:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
