@@ -51,13 +51,23 @@ def reraise_with_path(path: Path) -> Iterator[None]:
         raise ValueError(f"{str(path)!r} cannot be read: {what}. Please resume from another checkpoint.") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file of strict JSON."""
+def read_json(path: Path, strict: bool = True) -> dict[str, Any]:
+    """
+    The object in a file of JSON.
+
+    Args:
+        path (`Path`): the file.
+        strict (`bool`, *optional*, defaults to `True`): whether `NaN` and `Infinity` are refused. A Trainer writes
+            them into its state when it logs a loss that is not finite.
+
+    Raises:
+        ValueError: if it is no object, or no JSON.
+    """
 
     def refuse(name: str) -> None:
         raise ValueError(f"it holds {name}, which is no number")
 
-    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse if strict else None)
     if not isinstance(value, dict):
         raise ValueError("it is not a JSON object")
     return value

@@ -266,10 +266,10 @@ class ArchitectureSearch(OldNames, SearchBase):
 
     def measure_early(self, batches: Iterable[Any]) -> None:
         """
-        Measure the held-out loss after a third of the search, with which [`measure_effect`] compares: whether it still
-        falls then. Give both the same batches.
-        """
-        self.early_losses = tuple(self.held_out_losses(batches).tolist())
+        Measure the held-out loss after a third of the search, which [`measure_effect`] compares with that of the same
+        batches at the choice, if all of it is finite."""
+        losses = self.held_out_losses(batches)
+        self.early_losses = tuple(losses.tolist()) if bool(losses.isfinite().all()) else ()
 
     # Limits of a step
 

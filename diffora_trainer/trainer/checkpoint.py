@@ -95,7 +95,7 @@ def check_checkpoint(folder: str | os.PathLike) -> None:
             f"interrupted. {_OTHER}"
         )
     with reraise_with_path(path):
-        step = read_json(path)["global_step"]
+        step = read_json(path, strict=False)["global_step"]
     state, _ = load_state(folder)
     if state.step != step:
         raise ValueError(
@@ -207,6 +207,6 @@ def atomic_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]
 
 def _is_json(path: Path) -> bool:
     try:
-        return bool(read_json(path))
+        return bool(read_json(path, strict=False))
     except (OSError, ValueError):
         return False

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from trl import SFTTrainer
 
+from diffora_trainer import DiffoRATrainer
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.data import classification_dataset, lm_dataset
@@ -82,6 +83,27 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
         return made[name]
 
     return run
+
+
+@pytest.mark.parametrize("granularity", ["module", "rank", "component"])
+def test_a_run_whose_losses_were_not_finite_for_a_while_resumes(granularity: str, tmp_path: Path) -> None:
+    class Overflows(DiffoRATrainer):
+        def compute_architecture_loss(self, *args: Any) -> torch.Tensor:
+            loss = super().compute_architecture_loss(*args)
+            return loss * float("nan") if 4 <= self.state.global_step <= CUT else loss
+
+    def make(folder: Path) -> Any:
+        scope = {"selection_granularity": granularity, "selection_scope": "model"}
+        return saving_trainer(folder, "cls", cls=Overflows, search=scope)
+
+    whole = make(tmp_path)
+    whole.train()
+    for step in SAVES:
+        if (checkpoint := tmp_path / f"checkpoint-{step}").is_dir():
+            resumed = make(tmp_path / "resumed")
+            resumed.train(resume_from_checkpoint=str(checkpoint))
+            assert_same(adapter(resumed.model), adapter(whole.model))
+            assert resumed.selection == whole.selection
 
 
 @pytest.mark.parametrize(
