@@ -160,6 +160,9 @@ class DiffoRAMixin(_Base):
         self.arch_dataset = prepare_arch_dataset(self, given, formatting_func)
         self._callback = SessionCallback(self._session)
         self.add_callback(self._callback)
+        if getattr(self.args, "enable_jit_checkpoint", False):  # it saves at the end of a step: that of the search too
+            self.callback_handler.callbacks.remove(self._callback)
+            self.callback_handler.callbacks.insert(0, self._callback)
         self.add_callback(SearchProgressCallback(self._session, self.callback_handler))
         self.add_callback(MatrixImageCallback(self._session, self.callback_handler))
         # What is wrong with the model or the schedule should be said now, not when training starts.

@@ -23,6 +23,7 @@ from helpers.trainers import (
     CUT,
     MOMENTS,
     SAVES,
+    SaveAt,
     causal_model,
     classifier,
     lora,
@@ -83,6 +84,36 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
         return made[name]
 
     return run
+
+
+class Preempted(TrainerCallback):
+    """Asks for a checkpoint in the middle of a step, as the signal of a cluster does with `enable_jit_checkpoint`."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.trainer = step, None
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step - 1:
+            handlers = self.trainer.callback_handler.callbacks
+            managers = [found for call in handlers if (found := getattr(call, "jit_manager", None)) is not None]
+            managers[0].is_checkpoint_requested = True
+
+
+@pytest.mark.parametrize("moment", ["warm-up", "search", "cut", "selected"])
+def test_a_preempted_run_resumes_from_the_checkpoint_of_its_last_step(moment: str, tmp_path: Path) -> None:
+    whole = saving_trainer(tmp_path / "whole", "cls")
+    whole.train()
+    args, preempted = {"enable_jit_checkpoint": True}, Preempted(MOMENTS[moment])
+    stopped = saving_trainer(tmp_path / "stopped", "cls", args=args)
+    stopped.remove_callback(SaveAt)
+    preempted.trainer = stopped
+    stopped.add_callback(preempted)
+    stopped.train()
+    assert stopped.state.global_step == MOMENTS[moment]
+    resumed = saving_trainer(tmp_path / "stopped", "cls", args=args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stopped" / f"checkpoint-{MOMENTS[moment]}"))
+    assert_same(adapter(resumed.model), adapter(whole.model))
+    assert resumed.selection == whole.selection
 
 
 @pytest.mark.parametrize("granularity", ["module", "rank", "component"])
