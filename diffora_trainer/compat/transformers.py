@@ -168,6 +168,14 @@ def prepare_inputs(trainer: Any, batch: Any) -> Any:
     return trainer._prepare_inputs(batch)
 
 
+def items_in_batch(trainer: Any, inputs: Any) -> Any:
+    """
+    What a `compute_loss_func` divides the loss of a batch by: `Trainer._get_num_items_in_batch` in all versions. It
+    has no other.
+    """
+    return trainer._get_num_items_in_batch([inputs], trainer.args.device)
+
+
 def output_dir(trainer: Any, trial: Any) -> str:
     """Where a run writes its checkpoints: `Trainer._get_output_dir` in all versions. It has no other."""
     return trainer._get_output_dir(trial)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..adapters.lora import peft_model
 from ..compat import (
     calls_backward_itself,
+    items_in_batch,
     loss_of_training_step,
     makes_completions,
     own_training_step,
@@ -37,6 +38,14 @@ def prepare_batch(trainer: Any, batch: Any) -> Any:
     return dict(batch if makes_completions(trainer) else prepare_inputs(trainer, batch))
 
 
+def loss_of_batch(trainer: Any, model: nn.Module, inputs: Any) -> Any:
+    """What `compute_loss` gives for a batch alone. A `compute_loss_func` is told how many labels that has."""
+    if getattr(trainer, "compute_loss_func", None) is None:
+        return trainer.compute_loss(model, inputs)
+    with replaced(trainer.args, "average_tokens_across_devices", False):  # the others may have another batch, or none
+        return trainer.compute_loss(model, inputs, num_items_in_batch=items_in_batch(trainer, inputs))
+
+
 def loss_of_trainer(trainer: Any, model: nn.Module, inputs: Any) -> Tensor:
     """
     The loss that a trainer trains on: `compute_loss`, or what its `training_step` would take the gradient of.
@@ -50,7 +59,7 @@ def loss_of_trainer(trainer: Any, model: nn.Module, inputs: Any) -> Tensor:
         ValueError: if the `training_step` takes no gradient.
     """
     if own_training_step(trainer) is None:
-        loss = trainer.compute_loss(model, inputs)
+        loss = loss_of_batch(trainer, model, inputs)
         assert isinstance(loss, Tensor)  # a tuple only where outputs are asked for
         return loss
     with replaced(trainer, "_in_architecture_step", True):

@@ -15,7 +15,7 @@ from ..core.isolation import replaced
 from ..logging import get_logger
 from ..prefix import DiskStore, MemoryStore, PrefixCache
 from ..prefix.rows import KeyedCollator, take_rows_along
-from .loss import preserved_bookkeeping
+from .loss import loss_of_batch, preserved_bookkeeping
 
 
 logger = get_logger(__name__)
@@ -89,7 +89,7 @@ class TrainingPrefix:
 
         def loss_of(model: nn.Module, batch: Any) -> Any:
             with preserved_bookkeeping(trainer), trainer.compute_loss_context_manager():
-                return trainer.compute_loss(model, dict(prepare_inputs(trainer, batch)))
+                return loss_of_batch(trainer, model, dict(prepare_inputs(trainer, batch)))
 
         cache = PrefixCache(trainer.model, loss_of, store)
         if cache.prefix is not None and is_main_process():

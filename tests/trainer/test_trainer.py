@@ -100,6 +100,24 @@ def test_default_is_lora_on_all_linear_layers(tmp_path: Path) -> None:
     assert_was_searched(trainer)
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_loss_function_that_divides_by_the_items_of_a_batch(accumulation: int, tmp_path: Path) -> None:
+    def mean(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+        return nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+
+    args = {"gradient_accumulation_steps": accumulation}
+    given = make_trainer(tmp_path, args=args, compute_loss_func=mean)
+    given.train()
+    own = make_trainer(tmp_path, args=args)
+    own.train()
+    assert_was_searched(given)
+    assert given.selection.kept == own.selection.kept
+    expected = [log["diffora/arch_loss"] for log in step_logs(own).values() if "diffora/arch_loss" in log]
+    found = [log["diffora/arch_loss"] for log in step_logs(given).values() if "diffora/arch_loss" in log]
+    assert len(found) == 5 and found == pytest.approx(expected, rel=1e-3)
+    assert given.args.average_tokens_across_devices == own.args.average_tokens_across_devices
+
+
 def test_sft_trainer_takes_a_path_and_positions(tmp_path: Path) -> None:
     causal_model().save_pretrained(tmp_path / "base")
     tiny_tokenizer().save_pretrained(tmp_path / "base")
