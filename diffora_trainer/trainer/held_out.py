@@ -252,6 +252,8 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
     if not method.searches:
         batches = max(options.score_batches, min(updates * options.score_batches, _MAX_STREAM_BATCHES))
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
+    if training and hasattr(stream, "set_epoch"):
+        stream.set_epoch(0)  # as the loop will: a shuffled stream that was read before may be at a later one
     needed, source = batches * rows_a_batch, iter(stream)
     if training:
         rows_a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps

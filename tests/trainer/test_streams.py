@@ -13,7 +13,7 @@ from torch.utils.data import IterableDataset
 
 from diffora_trainer.trainer.held_out import read_head
 from helpers.checks import adapter, assert_same, step_logs
-from helpers.data import rows_of
+from helpers.data import classification_dataset, rows_of
 from helpers.options import make_config
 from helpers.trainers import CUT, make_trainer
 
@@ -69,6 +69,21 @@ def test_run_on_a_stream_says_what_it_holds_out(
     assert re.search(rf"on {held_out} held-out rows", caplog.text)
     assert trainer.state.global_step == 12 and trainer.selection.step == CUT
     assert "diffora/gap" in step_logs(trainer)[CUT]
+
+
+def test_a_shuffled_stream_that_was_read_before_holds_the_same_rows_out(tmp_path: Path) -> None:
+    stream = classification_dataset(64).to_iterable_dataset(2).shuffle(seed=3, buffer_size=16)
+
+    def make(folder: Path) -> Any:
+        args = {"save_strategy": "steps", "save_steps": 5, "max_steps": 12, "dataloader_num_workers": 0}
+        return make_trainer(folder, train_dataset=stream, args=args)
+
+    whole = make(tmp_path)
+    whole.train()
+    stream.set_epoch(1)  # where a run of several epochs leaves it
+    resumed = make(tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert resumed.selection == whole.selection
 
 
 def test_stream_of_one_row_is_refused(tmp_path: Path) -> None:
