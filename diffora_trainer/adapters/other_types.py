@@ -11,7 +11,7 @@ from peft.tuners.lokr import LoKrLayer
 from peft.tuners.vera import VeraLayer
 from torch import nn
 
-from ..compat import LOADS_VERA_MATRICES
+from ..compat import LOADS_VERA_MATRICES, VERA_LOADER
 from .base import Handle, Scale, peft_name
 from .lora import LoraSite, register_lora_site
 from .weights import GatedWeights
@@ -132,7 +132,7 @@ class VeraSite(OtherSite):
         widest = layer.vera_B[self.adapter_name].shape[0], layer.vera_A[self.adapter_name].shape[1]
         if size == widest or (saved and LOADS_VERA_MATRICES):
             return None
-        remedy = "use PEFT 0.21, which loads the saved ones" if saved else "set `save_projection=True`"
+        remedy = f"use {VERA_LOADER}, which loads the saved ones" if saved else "set `save_projection=True`"
         return (
             "when the adapter is loaded, PEFT would draw the shared matrices anew, by the widest module that is left: "
             f"others, once a wider one than this was pruned. Please {remedy}, or adapt modules of one shape."

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..compat import readable_help
 from .data import DataArguments, check_texts, load_splits
 
 
@@ -37,17 +38,8 @@ def make_parser(config: type, prog: str | None = None, data: type = DataArgument
     # TRL's configurations turn bf16 on and then refuse a machine without it: there, full precision is the default.
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)
-    _make_help_readable(parser)
+    readable_help(parser)
     return parser
-
-
-def _make_help_readable(parser: Any) -> None:
-    """argparse formats each help text by `%`, which texts of some versions of transformers hold as a percent sign."""
-    for action in parser._actions:
-        try:
-            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
-        except (TypeError, ValueError, KeyError):
-            action.help = action.help.replace("%", "%%")
 
 
 def checked(parse: Callable[[], Any]) -> Any:

@@ -12,6 +12,7 @@ from .accelerate import beside_the_training_loader
 from .kernels import fused_lora
 from .peft import (
     LOADS_VERA_MATRICES,
+    VERA_LOADER,
     adapters_disabled,
     all_linear_modules,
     converted_to_parameters,
@@ -57,6 +58,7 @@ from .transformers import (
     output_dir,
     own_input_embeddings,
     prepare_inputs,
+    readable_help,
     set_checkpoint_function,
     train_batch_size,
     trainer_of_callback,
@@ -79,6 +81,8 @@ from .trl import (
 
 __all__ = [
     "LOADS_VERA_MATRICES",
+    "VERA_LOADER",
+    "readable_help",
     "SCHEDULER_LISTS",
     "LiveBytes",
     "TRAINER_METHODS",

@@ -18,6 +18,9 @@ except ImportError:
     convert_peft_config_for_transformers = None
 
 
+VERA_LOADER = "PEFT 0.21"
+"""The first version that loads the shared matrices of a saved VeRA. Goes with these before it."""
+
 LOADS_VERA_MATRICES = hasattr(VeraModel, "_remap_adapter_state_dict_for_load")
 """
 Whether PEFT loads the shared matrices of a saved VeRA. Before 0.21 it passes them over, since it looks for them

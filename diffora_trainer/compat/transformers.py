@@ -202,3 +202,15 @@ def columns_of_model(trainer: Any) -> list[str]:
     """
     trainer._set_signature_columns_if_needed()
     return trainer._signature_columns
+
+
+def readable_help(parser: Any) -> None:
+    """
+    Let a parser show its help. argparse formats each text by `%`, and one of transformers 5.2 holds a percent sign
+    that is none of a format (`use_liger_kernel`). Goes with the versions in which it does.
+    """
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (TypeError, ValueError, KeyError):
+            action.help = action.help.replace("%", "%%")
