@@ -108,7 +108,7 @@ def load_adapter(trainer: Any, checkpoint: str, parent: Callable[[str], None]) -
     # The parent loads the adapter with PEFT's default, which makes LoRA weights in half precision float32: the
     # resumed run would round otherwise than the run that made the checkpoint.
     for name, parameter in model.named_parameters():
-        if parameter.dtype != dtypes[name]:
+        if parameter.dtype != dtypes.get(name, parameter.dtype):  # of another adapter, which the parent has just added
             parameter.data = parameter.data.to(dtypes[name])
 
 
