@@ -13,9 +13,6 @@ from ..methods.registry import get_method
 from .ranks import ComponentPlan, ModulePlan, RankPlan
 
 
-_NO_ROOM = "the budget has no room for rank 1 in every module"
-
-
 def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | None:
     """
     How the budget is spent in ranks, or `None` where whole modules are kept or pruned.
@@ -32,20 +29,17 @@ def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | N
         return None
     if granularity == "auto" and config.max_trainable_parameters is None:
         return None  # a share of the modules was asked for
-    reason = _obstacle(config, adapters)
-    if reason is not None and granularity != "auto":
-        refuse(granularity, reason)
-    budget = make_rank_budget(config, adapters, config.scope) if reason is None else None
+    if (reason := _why_not_in_ranks(config, adapters)) is not None:
+        if granularity != "auto":
+            refuse(granularity, reason)
+        return None
+    budget = make_rank_budget(config, adapters, config.scope)
     if budget is None:
         return None
     if granularity == "component":
         _, options = method_of(config)
         return ComponentPlan(budget, options.rank_margin, options.rank_growth)
-    if budget.fits(budget.start()):
-        return ModulePlan(budget)
-    if granularity == "rank":
-        refuse(granularity, _NO_ROOM)
-    return None
+    return ModulePlan(budget)
 
 
 def why_whole_modules(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
@@ -60,10 +54,7 @@ def why_whole_modules(config: DiffoRAConfig, adapters: AdapterGrid) -> str | Non
         return None
     if get_method(config.method).tells_ranks:
         return uncombinable(config, adapters)
-    if (reason := _obstacle(config, adapters)) is not None:
-        return reason
-    budget = make_rank_budget(config, adapters, config.scope)
-    return None if budget is None or budget.fits(budget.start()) else _NO_ROOM
+    return _why_not_in_ranks(config, adapters)
 
 
 def refuse(granularity: str, reason: str) -> NoReturn:
@@ -119,8 +110,18 @@ def uncombinable(config: DiffoRAConfig, adapters: AdapterGrid, **others: Any) ->
     return None
 
 
+def _why_not_in_ranks(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
+    """Why a budget cannot be spent in ranks by a method that leaves them to the search; `None` if it can."""
+    if (reason := _obstacle(config, adapters)) is not None:
+        return reason
+    budget = make_rank_budget(config, adapters, config.scope)
+    if config.selection_granularity == "component" or budget is None or budget.fits(budget.start()):
+        return None
+    return "the budget has no room for rank 1 in every module"
+
+
 def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
-    """Why a budget cannot be spent in ranks; `None` if it can."""
+    """Which option, method or adapter does not go with ranks; `None` if all do."""
     method = get_method(config.method)
     if config.selection_granularity == "component":
         if not method.searches:

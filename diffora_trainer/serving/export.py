@@ -94,8 +94,10 @@ def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
     model, name = _load(folder, base_model)
     untied = _untie(model)
     merged = model.merge_and_unload()
-    if untied and merged.get_input_embeddings().weight is merged.get_output_embeddings().weight:
-        _set_tied(merged, True)  # PEFT has merged one change into both (trained tokens, `ensure_weight_tying`)
+    if untied:  # one weight still, where PEFT merges one change into both (trained tokens, `ensure_weight_tying`)
+        tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
+        for config in (merged.config, merged.config.get_text_config()):
+            config.tie_word_embeddings = tied
     merged.save_pretrained(target)
     for source in (folder, name):
         try:
@@ -261,7 +263,7 @@ def _untie(model: Any) -> bool:
     merged into the weight that both share, it would change both.
 
     Returns:
-        `bool`: whether they were tied and an adapter acts on them, so that the configuration no longer ties them.
+        `bool`: whether they were tied and an adapter acts on them, so that they may differ once it is merged.
 
     Raises:
         ValueError: if the model ties more than these two.
@@ -282,10 +284,4 @@ def _untie(model: Any) -> bool:
         if isinstance(part, BaseTunerLayer):
             layer: Any = part.get_base_layer()
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    _set_tied(base, False)
     return True
-
-
-def _set_tied(model: Any, tied: bool) -> None:
-    for config in (model.config, model.config.get_text_config()):
-        config.tie_word_embeddings = tied
