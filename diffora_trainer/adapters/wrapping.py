@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -25,32 +24,14 @@ from ..compat import (
     rewrites_all_linear,
 )
 from ..logging import get_logger
+from .heads import HEADS, new_heads, takes_input_ids, task_type_of_model
 from .lora import check_lora_config, peft_model, searchable
 
 
 logger = get_logger(__name__)
 
-_TASKS = {
-    "ForSequenceClassification": TaskType.SEQ_CLS,
-    "ForTokenClassification": TaskType.TOKEN_CLS,
-    "ForQuestionAnswering": TaskType.QUESTION_ANS,
-    "ForQuestionAnsweringSimple": TaskType.QUESTION_ANS,
-    "ForCausalLM": TaskType.CAUSAL_LM,
-    "LMHeadModel": TaskType.CAUSAL_LM,
-}
-
-# The new heads that PEFT trains and saves with a task type, wherever the name of a module ends so.
-_HEADS: dict[Any, list[str]] = {
-    TaskType.SEQ_CLS: SEQ_CLS_HEAD_NAMES,
-    TaskType.TOKEN_CLS: SEQ_CLS_HEAD_NAMES,
-    TaskType.QUESTION_ANS: ["qa_outputs"],
-}
 # Tasks whose class in PEFT passes `input_ids` by position, whatever the model takes.
 _PASSES_INPUT_IDS = (TaskType.SEQ_2_SEQ_LM, TaskType.CAUSAL_LM)
-# Models whose head is new with each task, beside those that PEFT has a task type for.
-_NEW_HEAD = ("Classification", "MultipleChoice", "ForCTC")
-# PEFT cannot save these whole, because they are not called.
-_LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 def complete_lora_config(
@@ -91,28 +72,28 @@ def complete_lora_config(
             "another model."
         )
     config = copy.deepcopy(config)  # PEFT and the pruning write into it
-    natural = task_type if model is None else _task_type(model)
+    natural = task_type if model is None else task_type_of_model(model)
     if config.task_type is None:
         config.task_type = natural
     elif task_type == natural == TaskType.SEQ_CLS and config.task_type == TaskType.CAUSAL_LM:
         # A reward trainer with the task type that TRL's `ModelConfig` has unless told otherwise.
         logger.info("The task type of the LoRA is CAUSAL_LM, but this trainer's is SEQ_CLS, which is used.")
         config.task_type = natural
-    elif natural in _HEADS and config.task_type != natural and not config.modules_to_save:
+    elif natural in HEADS and config.task_type != natural and not config.modules_to_save:
         raise ValueError(
             f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
             f"{type(model).__name__}, so its new head would be neither trained nor saved. Please set "
             f"`task_type={getattr(natural, 'value', None)!r}`, or leave it out."
         )
-    if model is not None and config.task_type in _PASSES_INPUT_IDS and not _takes_input_ids(model):
+    if model is not None and config.task_type in _PASSES_INPUT_IDS and not takes_input_ids(model):
         raise ValueError(
             f"You passed a `LoraConfig` with `task_type={getattr(config.task_type, 'value', config.task_type)!r}` for "
             f"{type(model).__name__}, which takes {getattr(model, 'main_input_name', 'other inputs')!r} and no "
             "`input_ids`, but PEFT's class of this task passes them. Please leave `task_type` out."
         )
     if model is not None:
-        heads = _heads(config.task_type, model)
-        saved_by_peft = tuple(_HEADS.get(config.task_type, ()))
+        heads = new_heads(model, config.task_type, config.modules_to_save is not None)
+        saved_by_peft = tuple(HEADS.get(config.task_type, ()))
         if others := [name for name in heads if not name.endswith(saved_by_peft)]:
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *others})
         if all_linear:
@@ -171,48 +152,22 @@ def wrap_model_init(
     return with_trial if inspect.signature(init).parameters else plain
 
 
-def _task_type(model: nn.Module) -> TaskType | None:
-    if not _takes_input_ids(model):  # PEFT's classes of the tasks pass them on, also to a speech model
-        return None
-    name = type(model).__name__
-    if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
-        return TaskType.SEQ_2_SEQ_LM
-    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), None)
-
-
-def _takes_input_ids(model: nn.Module) -> bool:
-    named = getattr(model, "main_input_name", "input_ids") == "input_ids"
-    return named or "input_ids" in inspect.signature(model.forward).parameters
-
-
-def _heads(task_type: TaskType | str | None, model: nn.Module) -> list[str]:
-    """Names of the parts of a model that are new with its task, so that they have to be trained and saved whole."""
-    if task_type not in _HEADS and not type(model).__name__.endswith(_NEW_HEAD):
-        return []
-    known = tuple(_HEADS.get(task_type, SEQ_CLS_HEAD_NAMES))
-    backbone = getattr(model, "base_model", model)
-    inside = [f".{name}" for name, _ in backbone.named_modules()]
-    heads = []
-    for name, child in model.named_children():
-        # Under whatever name: what has weights and stands beside the backbone. PEFT saves all that ends with the name.
-        beside = backbone not in (model, child) and bool(list(child.parameters())) and not isinstance(child, _LISTS)
-        if name.endswith(known) or (beside and not any(other.endswith(name) for other in inside)):
-            heads.append(name)
-    return heads
-
-
 def _spell_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
     """Put names in the place of "all-linear" where it stands for more than can be adapted."""
     linear = all_linear_modules(config, model)
     heads, experts = _inside(linear, model, saved), _experts(linear, model)
-    if heads and hasattr(config, "exclude_modules"):  # a shorter name that is adapted may be the end of one of these
+    targets = linear - heads - (experts or set())
+    # PEFT adapts all that ends with a name: what has no linear layer for an end would stop it.
+    ends = tuple(f".{name}" for name in targets)
+    others = {name for name, _ in model.named_modules() if name not in linear and name.endswith(ends)}
+    if (heads or others) and hasattr(config, "exclude_modules"):  # a shorter name may be the end of one of these too
         excluded = config.exclude_modules
         if isinstance(excluded, str):
-            config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(heads))])
+            config.exclude_modules = "|".join([f"(?:{excluded})", *map(re.escape, sorted(heads | others))])
         else:
-            config.exclude_modules = sorted({*(excluded or ()), *heads})
-    if heads or experts is not None:
-        config.target_modules = sorted(linear - heads - (experts or set()))
+            config.exclude_modules = sorted({*(excluded or ()), *heads, *others})
+    if heads or experts is not None or others:
+        config.target_modules = sorted(targets)
 
 
 def _inside(linear: set[str], model: nn.Module, saved: list[str]) -> set[str]:
