@@ -127,6 +127,7 @@ class HeldOutSampler(Sampler[int]):
 class HeldOutStream(IterableDataset):
     """
     A stream whose first rows are held out; they come back right after the pruning, and in later epochs in their place.
+    Until the pruning each epoch has the order of the first one: one that shuffles itself would have other first rows.
 
     Args:
         stream (`Iterable`): the training stream.
@@ -144,7 +145,7 @@ class HeldOutStream(IterableDataset):
         """Called by the training loop before each epoch."""
         self.epoch = epoch
         if hasattr(self.stream, "set_epoch"):
-            self.stream.set_epoch(epoch)
+            self.stream.set_epoch(epoch if self.plan.given_back else 0)
 
     def __iter__(self) -> Iterator[Any]:
         # A stream has no length, so in later epochs only time can tell whether the pruning is over.

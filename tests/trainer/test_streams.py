@@ -86,6 +86,28 @@ def test_a_shuffled_stream_that_was_read_before_holds_the_same_rows_out(tmp_path
     assert resumed.selection == whole.selection
 
 
+def test_a_shuffled_stream_keeps_its_rows_out_of_every_epoch_before_the_pruning(tmp_path: Path) -> None:
+    stream = classification_dataset(12).to_iterable_dataset(2).shuffle(seed=3, buffer_size=16)
+    args = {"max_steps": 12, "dataloader_num_workers": 0, "per_device_train_batch_size": 4}
+    trainer = make_trainer(tmp_path, train_dataset=stream, args=args)
+    seen: list[tuple[int, list[tuple[int, ...]]]] = []
+    step = trainer.training_step
+
+    def noted(model: Any, inputs: Any, *others: Any) -> Any:
+        rows = zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True)
+        read = [tuple(token for token, there in zip(ids, mask, strict=True) if there) for ids, mask in rows]
+        seen.append((trainer.state.global_step, read))
+        return step(model, inputs, *others)
+
+    trainer.training_step = noted
+    trainer.train()
+    held_out = {tuple(row["input_ids"]) for row in read_head(trainer, stream)}
+    before = [row for number, rows in seen for row in rows if number < CUT]
+    after = [row for number, rows in seen for row in rows if number >= CUT]
+    assert len(before) > 24 and held_out and not held_out & set(before)  # more than two epochs
+    assert held_out <= set(after)
+
+
 def test_stream_of_one_row_is_refused(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, train_dataset=Stream(1))
     with pytest.raises(ValueError, match="has 1 row.*pass a longer stream, or `arch_dataset=`"):
