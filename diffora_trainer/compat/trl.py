@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import uuid
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -38,12 +40,38 @@ def preparation(trainer: Any) -> Callable[..., Any] | None:
     What a TRL trainer prepares its data sets with, or `None` if it takes them as they are.
 
     `_prepare_dataset` of the trainers that tokenize, in all versions; its arguments differ. What `SFTTrainer` keeps in
-    `_skip_prepare_dataset` since TRL 1.7, its constructor made of these two before. Goes with a public call for one
-    more data set.
+    `_skip_prepare_dataset` since TRL 1.7, its constructor made of these two before. ORPO and CPO (0.28 to 1.16)
+    prepare in their constructor and have the last step alone as a method, `tokenize_row(feature)`; KTO and BCO of 0.28
+    have none. Goes with a public call for one more data set.
     """
     asked = bool((getattr(trainer.args, "dataset_kwargs", None) or {}).get("skip_prepare_dataset"))
     skipped = getattr(trainer, "_skip_prepare_dataset", asked or getattr(trainer, "_is_vision_dataset", False))
-    return None if skipped else getattr(trainer, "_prepare_dataset", None)
+    prepare = None if skipped else getattr(trainer, "_prepare_dataset", None)
+    tokenize = getattr(trainer, "tokenize_row", None)
+    if skipped or prepare is not None or tokenize is None:
+        return prepare
+    # Other trainers have a function of this name, which wants a tokenizer, for each batch of texts.
+    needed = [p for p in inspect.signature(tokenize).parameters.values() if p.default is inspect.Parameter.empty]
+    return partial(_tokenized_preferences, tokenize) if len(needed) == 1 else None
+
+
+def _tokenized_preferences(tokenize: Callable[[Any], Any], dataset: Any, processing_class: Any) -> Any:
+    """
+    Preferences, prepared as the constructors of ORPO and CPO do it (the same in TRL 0.28 and 1.16): the prompt taken
+    out of both answers, the chat template, tokens.
+    """
+    from datasets import Dataset
+    from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
+
+    def prepared(row: Any) -> Any:
+        row = maybe_extract_prompt(row)
+        row = {**row, **maybe_apply_chat_template(row, processing_class)}
+        return {**row, **tokenize(row)}
+
+    if not isinstance(dataset, Dataset):
+        return dataset.map(prepared)
+    # The name of a file in the cache would be made of the function, and so of the trainer with its model.
+    return dataset.map(prepared, new_fingerprint=uuid.uuid4().hex, keep_in_memory=True)
 
 
 def with_reference_log_probs(trainer: Any, dataset: Any) -> Any:

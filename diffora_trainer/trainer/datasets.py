@@ -83,6 +83,14 @@ def _check_columns(trainer: Any, dataset: Any, given: list[str] | None) -> None:
     if trainer.args.remove_unused_columns:
         needed = set(columns_of_model(trainer))
     missing = [name for name in train if name in needed and name not in held_out]
+    if missing and given is not None and not set(missing) & set(given) and preparation(trainer) is None:
+        name = type(trainer).__name__
+        raise ValueError(
+            f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too. "
+            f"{name} makes these in its constructor, of its own data sets alone, so that yours cannot be "
+            "prepared. Please leave `arch_dataset` out, to hold out a part of the training set, or pass the "
+            f"`train_dataset` of a {name} that was made of your rows."
+        )
     if missing:
         raise ValueError(
             f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too, which it "

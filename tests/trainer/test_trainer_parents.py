@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,44 @@ def test_precomputed_reference_and_own_held_out_data(name: str, data: Any, tmp_p
         trainer.train()
         scores.append(trainer.selection.scores)
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("data", [preference_dataset, reward_dataset], ids=["texts", "conversations"])
+@pytest.mark.parametrize("name", ["ORPO", "CPO"])
+def test_own_held_out_data_where_the_constructor_prepares_rows(name: str, data: Any, tmp_path: Path) -> None:
+    """It is prepared as the training set is, and an evaluation set of the same rows."""
+    parent, args = of_trl(name)
+    trainer = searching(parent)(
+        model=causal_model(),
+        args=arguments(tmp_path, args),
+        train_dataset=data(24),
+        eval_dataset=data(8),
+        arch_dataset=data(8),
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(),
+        diffora_config=search_config(),
+    )
+    assert trainer.arch_dataset.to_list() == trainer.eval_dataset.to_list()
+    trainer.train()
+    assert math.isfinite(step_logs(trainer)[CUT]["diffora/gap"])
+
+
+def test_own_held_out_data_that_no_call_prepares(tmp_path: Path) -> None:
+    """As in KTO and BCO of TRL 0.28: the rows are of the form of the training set, so nobody is asked for that."""
+
+    class Parent(Trainer):
+        def __init__(self, *args: Any, train_dataset: Any, **kwargs: Any) -> None:
+            super().__init__(*args, train_dataset=train_dataset.rename_column("label", "labels"), **kwargs)
+
+    def trainer(held_out: Any) -> Any:
+        return make_trainer(
+            tmp_path, cls=searching(Parent), train_dataset=classification_dataset(24), arch_dataset=held_out
+        )
+
+    raw = classification_dataset(8, seed=3)
+    with pytest.raises(ValueError, match=r"with \['labels'\] too.*DiffoRAParent makes these in its constructor"):
+        trainer(raw)
+    trainer(raw.rename_column("label", "labels")).train()
 
 
 @pytest.mark.parametrize("task_type", ["the default", "SEQ_CLS"])
