@@ -30,11 +30,12 @@ def make_parser(config: type, prog: str | None = None, data: type = DataArgument
         data (`type`, *optional*): what says which rows are read.
     """
     from transformers.utils import is_torch_bf16_gpu_available  # type: ignore[attr-defined]
-    from trl import ModelConfig, TrlParser  # type: ignore[attr-defined]
+    from trl import ModelConfig  # type: ignore[attr-defined]
 
     from ..config import DiffoRAConfig
+    from .parser import ConfigParser
 
-    parser = TrlParser((data, config, ModelConfig, DiffoRAConfig), prog=prog)  # type: ignore[arg-type]
+    parser = ConfigParser((data, config, ModelConfig, DiffoRAConfig), prog=prog)  # type: ignore[arg-type]
     # TRL's configurations turn bf16 on and then refuse a machine without it: there, full precision is the default.
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)
@@ -67,21 +68,13 @@ def read_arguments(parser: Any, words: Sequence[str]) -> Any:
     The dataclasses of a parser, from the words of a command line and the YAML file that they name.
 
     Args:
-        parser ([`~trl.TrlParser`]): of [`make_parser`].
+        parser ([`~diffora_trainer.cli.parser.ConfigParser`]): of [`make_parser`].
         words (`Sequence[str]`): of the command line.
 
     Raises:
-        ValueError: if a value is wrong or of the wrong type, or the file is no YAML.
+        ValueError: if a value is wrong or of the wrong type, or the file holds no arguments.
     """
-    if words and words[-1] == "--config":
-        raise ValueError("`--config` names no file. Please pass a YAML file after it.")
-    try:
-        found = checked(lambda: parser.parse_args_and_config(list(words)))
-    except Exception as error:
-        if not type(error).__module__.startswith("yaml."):  # PyYAML is a dependency of the parser, not of this package
-            raise
-        found_there = " ".join(str(error).split())  # the file and the line, over several lines
-        raise ValueError(f"`--config` names no valid YAML: {found_there}. Please mend it.") from error
+    found = checked(lambda: parser.parse_args_and_config(list(words)))
     for args in found:  # a folder, but a YAML file may say `true` for the last one in `output_dir`
         if hasattr(args, "resume_from_checkpoint"):
             given = args.resume_from_checkpoint
@@ -167,7 +160,7 @@ def run(trainer_class: type, parser: Any, words: Sequence[str], forms: Sequence[
 
     Args:
         trainer_class (`type`): a trainer that searches.
-        parser ([`~trl.TrlParser`]): of [`make_parser`].
+        parser ([`~diffora_trainer.cli.parser.ConfigParser`]): of [`make_parser`].
         words (`Sequence[str]`): of the command line.
         forms (`Sequence[tuple[str, ...]]`): see [`check_form`].
 

@@ -59,11 +59,12 @@ from peft import get_peft_model
 from sklearn.metrics import accuracy_score
 from transformers import EvalPrediction, Trainer, TrainingArguments, set_seed
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from diffora_trainer import DiffoRAConfig, DiffoRATrainer
 from diffora_trainer.cli.classify import LabelledDataArguments, trainer_arguments
 from diffora_trainer.cli.data import load_splits
+from diffora_trainer.cli.parser import ConfigParser
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for `embedded`
@@ -205,7 +206,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
         return subparsers.add_parser(
             "classification", help="Run the DiffoRA classification recipe", dataclass_types=dataclass_types
         )
-    return TrlParser(dataclass_types, prog=prog)
+    return ConfigParser(dataclass_types, prog=prog)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, get_scheduler, set_seed
-from trl import TrlParser
 
 from diffora_trainer import DiffoRAConfig, Selection, SelectionRun
+from diffora_trainer.cli.parser import ConfigParser
 
 
 Batch = dict[str, torch.Tensor]
@@ -175,7 +175,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
         return subparsers.add_parser(
             "custom_loop", help="Run the DiffoRA recipe with a loop of its own", dataclass_types=dataclass_types
         )
-    return TrlParser(dataclass_types, prog=prog)
+    return ConfigParser(dataclass_types, prog=prog)
 
 
 if __name__ == "__main__":

@@ -40,9 +40,10 @@ from pathlib import Path
 from typing import Any
 
 from transformers.utils import is_torch_bf16_gpu_available
-from trl import DPOConfig, DPOTrainer, ModelConfig, TrlParser
+from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
+from diffora_trainer.cli.parser import ConfigParser
 from diffora_trainer.cli.train import prepare_model
 
 
@@ -114,7 +115,7 @@ def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str 
     if subparsers is not None:
         parser = subparsers.add_parser("dpo", help="Run the DiffoRA DPO recipe", dataclass_types=dataclass_types)
     else:
-        parser = TrlParser(dataclass_types, prog=prog)
+        parser = ConfigParser(dataclass_types, prog=prog)
     # `DPOConfig` turns bf16 on by itself and then refuses a machine without it: there, full precision is the default.
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)

@@ -204,15 +204,16 @@ def main(
 def make_parser(subparsers: argparse._SubParsersAction | None = None, prog: str | None = None):
     """The parser of the recipe's arguments, alone or as a subcommand."""
     from transformers.utils import is_torch_bf16_gpu_available
-    from trl import ModelConfig, SFTConfig, TrlParser
+    from trl import ModelConfig, SFTConfig
 
     from diffora_trainer import DiffoRAConfig
+    from diffora_trainer.cli.parser import ConfigParser
 
     dataclass_types = (RecipeArguments, SFTConfig, ModelConfig, DiffoRAConfig)
     if subparsers is not None:
         parser = subparsers.add_parser("sft", help="Run the DiffoRA SFT recipe", dataclass_types=dataclass_types)
     else:
-        parser = TrlParser(dataclass_types, prog=prog)
+        parser = ConfigParser(dataclass_types, prog=prog)
     # `SFTConfig` turns bf16 on by itself and then refuses a machine without it: there, full precision is the default.
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)

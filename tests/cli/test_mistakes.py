@@ -64,11 +64,25 @@ def test_data(
     assert expected in said(capsys, [*words, *options])
 
 
+NO_ARGUMENTS = {
+    "": "nothing",
+    "# max_steps: 8\n": "nothing",
+    "- max_steps: 8\n- seed: 1\n": "a list, of 2 entries",
+    "max_steps 8": "'max_steps 8', of type str",
+    "8": "'8', of type int",
+    "max_steps: 8\non: epoch": "an argument that is called True, of type bool",
+}
+
+
 def test_arguments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "run.yaml"
     words = ["sft", "--config", str(file), "--use_cpu", "true", "--output_dir", str(tmp_path / "out")]
     file.write_text("max_steps: [8\nlogging_steps: {")
     assert "no valid YAML" in (line := said(capsys, words)) and f'"{file}", line 2' in line
+    for text, found in NO_ARGUMENTS.items():
+        file.write_text(text)
+        line = said(capsys, words)
+        assert f"`--config {file}` holds {found}, but arguments by their names are expected" in line
     file.write_text(yaml.safe_dump({"method_options": [1]}))
     assert "`method_options` must be a dictionary of options by their names, got [1]" in said(capsys, words)
     file.write_text(yaml.safe_dump({"method_options": {"arch_every": "four"}}))

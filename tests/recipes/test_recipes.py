@@ -112,6 +112,13 @@ def run(config: str, overrides: dict[str, Any], flags: tuple[str, ...] = ()) -> 
     return recipe.main(*recipe.make_parser().parse_args_and_config(arguments))
 
 
+@pytest.mark.parametrize("script", sorted({script_of(config) for config in CASES}), ids=lambda path: path.stem)
+def test_a_file_without_arguments_is_named(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    with pytest.raises(ValueError, match=r"empty\.yaml` holds nothing, but arguments by their names are expected"):
+        import_script(script).make_parser().parse_args_and_config(["--config", str(tmp_path / "empty.yaml")])
+
+
 def overrides_of(config: str, folder: Path, output_dir: Path) -> dict[str, Any]:
     """What makes a YAML small enough for a test, of those arguments that its script has."""
     case = CASES[config]

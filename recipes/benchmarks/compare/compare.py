@@ -281,9 +281,9 @@ def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> It
 
 def make_parser(prog: str | None = None) -> Any:
     """The parser of the command line and the YAML file."""
-    from trl import TrlParser
+    from diffora_trainer.cli.parser import ConfigParser
 
-    return TrlParser((TaskConfig, CompareConfig), prog=prog)
+    return ConfigParser((TaskConfig, CompareConfig), prog=prog)
 
 
 def main(task: TaskConfig, config: CompareConfig) -> str:

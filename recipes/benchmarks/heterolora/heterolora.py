@@ -255,9 +255,9 @@ def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModel
 
 def make_parser(prog: str | None = None) -> Any:
     """The parser of the command line and the YAML file."""
-    from trl import TrlParser
+    from diffora_trainer.cli.parser import ConfigParser
 
-    return TrlParser((TaskConfig, HeteroLoRAConfig, SmallModelConfig), prog=prog)
+    return ConfigParser((TaskConfig, HeteroLoRAConfig, SmallModelConfig), prog=prog)
 
 
 def main(task: TaskConfig, config: HeteroLoRAConfig, small: SmallModelConfig) -> str:

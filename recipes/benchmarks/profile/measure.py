@@ -237,9 +237,9 @@ def main(config: ProfileConfig) -> str:
 
 def make_parser(prog: str | None = None) -> Any:
     """The parser of the command line and the YAML file."""
-    from trl import TrlParser
+    from diffora_trainer.cli.parser import ConfigParser
 
-    return TrlParser((ProfileConfig,), prog=prog)
+    return ConfigParser((ProfileConfig,), prog=prog)
 
 
 if __name__ == "__main__":

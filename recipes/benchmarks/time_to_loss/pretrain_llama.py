@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from trl import SFTConfig, SFTTrainer, TrlParser
+from trl import SFTConfig, SFTTrainer
+
+from diffora_trainer.cli.parser import ConfigParser
 
 
 sys.path.append(str(Path(__file__).resolve().parents[2]))
@@ -137,4 +139,4 @@ def main(arguments: PretrainingArguments) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(main(*TrlParser((PretrainingArguments,)).parse_args_and_config()))
+    print(main(*ConfigParser((PretrainingArguments,)).parse_args_and_config()))

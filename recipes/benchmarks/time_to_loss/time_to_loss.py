@@ -225,9 +225,9 @@ def compare(task_config: TaskConfig, config: TimeToLossConfig) -> Path:
 
 def make_parser(prog: str | None = None) -> Any:
     """The parser of the command line and the YAML file."""
-    from trl import TrlParser
+    from diffora_trainer.cli.parser import ConfigParser
 
-    return TrlParser((TaskConfig, TimeToLossConfig), prog=prog)
+    return ConfigParser((TaskConfig, TimeToLossConfig), prog=prog)
 
 
 def main(task: TaskConfig, config: TimeToLossConfig) -> str:
