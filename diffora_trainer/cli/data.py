@@ -78,6 +78,8 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
             f"`dataset_name` looks like a local path, but there is no {path}. Please start the script in the folder "
             "that the path is relative to, or pass a Hub id such as `--dataset_name stanfordnlp/sst2`."
         )
+    if path.is_file() and not path.stat().st_size:  # each reader says something else of it, and so does each version
+        raise ValueError(NO_ROWS.format(args.dataset_name))
     data = _load(args, path, reader if path.is_file() else None)
     assert isinstance(data, DatasetDict)
     if args.dataset_train_split not in data:
@@ -115,7 +117,7 @@ def _load(args: DataArguments, path: Path, reader: str | None) -> Any:
     except StopIteration as error:  # from a look at the first rows
         raise ValueError(NO_ROWS.format(name)) from error
     except (DatasetGenerationError, BadGzipFile, EOFError, ValueError) as error:
-        if "corresponds to no data" in str(error):
+        if "corresponds to no data" in str(error) or "at least one example" in str(error.__cause__):  # `datasets` 4
             raise ValueError(NO_ROWS.format(name)) from error
         if reader is None and isinstance(error, ValueError):  # such as a configuration that there is not
             raise

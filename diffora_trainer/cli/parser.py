@@ -36,7 +36,7 @@ class ConfigParser(TrlParser):
 
 
 def _check_file(path: str) -> None:
-    import yaml  # type: ignore[import-untyped]  # a dependency of the parser, not of this package
+    import yaml  # a dependency of the parser, not of this package
 
     try:
         with open(path, encoding="utf-8") as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -62,6 +63,21 @@ def test_data(
     words = [command, "--model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows.jsonl")]
     words += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--report_to", "none", "--max_steps", "8"]
     assert expected in said(capsys, [*words, *options])
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.jsonl.gz", "folder"])
+def test_nothing_in_a_file(name: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Whatever its reader says of it."""
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        (path / "train.jsonl").touch()
+    elif name.endswith(".gz"):
+        path.write_bytes(gzip.compress(b""))
+    else:
+        path.touch()
+    words = ["sft", "--dataset_name", str(path), "--use_cpu", "true", "--output_dir", str(tmp_path / "out")]
+    assert f"`dataset_name={str(path)!r}` has no rows" in said(capsys, words)
 
 
 NO_ARGUMENTS = {
