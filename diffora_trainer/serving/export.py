@@ -93,7 +93,17 @@ def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
 
     model, name = _load(folder, base_model)
     untied = _untie(model)
-    merged = model.merge_and_unload()
+    try:
+        merge = getattr(model, "merge_and_unload", None)
+        if merge is None:  # virtual tokens
+            raise NotImplementedError
+        merged = merge()
+    except NotImplementedError as error:
+        kind = model.peft_config[model.active_adapter].peft_type.value
+        raise ValueError(
+            f"The adapter is of type {kind}, which PEFT cannot merge into the weights of the base model. Please load "
+            "it with PEFT."
+        ) from error
     if untied:  # one weight still, where PEFT merges one change into both (trained tokens, `ensure_weight_tying`)
         tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
         for config in (merged.config, merged.config.get_text_config()):
@@ -109,10 +119,15 @@ def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
 
 
 def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftType
     from safetensors.torch import load_file, save_file
 
     config = LoraConfig.from_pretrained(str(folder))
+    if config.peft_type is not PeftType.LORA:  # PEFT gives the class that the file names
+        raise ValueError(
+            f"The adapter is of type {config.peft_type.value}, and what {server} takes holds the matrices of a LoRA "
+            "alone. Please export it with `--for merged`, which takes every type that PEFT can merge into the weights."
+        )
     check_start(config)
     pairs = read_pairs(load_file(folder / WEIGHTS), config)
     layers: Mapping[str, nn.Module] = {}

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -179,6 +189,37 @@ def test_an_adapter_on_embeddings_that_share_their_weight(options: dict[str, Any
     adapter = saved(tmp_path / "t5", shared, {"shared": 2})[1]
     with pytest.raises(ValueError, match="shares their weight with other layers"):
         export(adapter, "merged", tmp_path / "t5" / "out")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoHaConfig(r=2, target_modules=["q_proj"]),
+        LoKrConfig(r=2, target_modules=["q_proj"]),
+        VeraConfig(r=2, target_modules=["q_proj"]),
+        IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_types_are_merged_or_refused_by_name(config: PeftConfig, tmp_path: Path) -> None:
+    kind, base, adapter, out = config.peft_type.value, tmp_path / "base", tmp_path / "adapter", tmp_path / "out"
+    llama().save_pretrained(base)
+    torch.manual_seed(1)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for weight in model.parameters():
+        if weight.requires_grad:
+            torch.nn.init.normal_(weight, std=0.3)
+    model.save_pretrained(adapter)
+    for server in set(SERVERS) - {"merged"}:
+        with pytest.raises(ValueError, match=f"of type {kind}, and what {server} takes.*LoRA alone.*--for merged"):
+            export(adapter, server, out)
+    if config.is_prompt_learning:
+        with pytest.raises(ValueError, match=f"of type {kind}, which PEFT cannot merge"):
+            export(adapter, "merged", out)
+        return
+    export(adapter, "merged", out)
+    assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(model), atol=1e-5)
 
 
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
