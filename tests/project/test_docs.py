@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,9 @@ from helpers.documentation import PAGES, README, anchors, links, path_of, prose,
 
 
 HOME = re.search(r'Repository = "https://github.com/(.+)"', read("pyproject.toml"))
+
+
+OWN_METHODS = [n for n in method_names() if get_method(n).__module__.startswith("diffora_trainer.methods.")]
 
 
 def test_the_readme_is_short() -> None:
@@ -73,13 +77,35 @@ def test_every_option_and_every_public_name_is_documented() -> None:
             assert shown_defaults[name] == (str(default) if isinstance(default, (str, bool)) else f"{default:g}"), name
     tables = [*rows("docs/methods.md"), *rows("docs/ranks_and_methods.md")]
     methods = {cell for row in tables for cell in re.findall(r'`"(\w+)"`', row[0])}
-    own = {name for name in method_names() if get_method(name).__module__.startswith("diffora_trainer.methods.")}
-    assert methods == own
+    assert methods == set(OWN_METHODS)
     assert {cell for row in rows("docs/serving.md") for cell in re.findall(r"`([\w.]+)`", row[1])} == set(SERVERS)
     shown = re.findall(r"^## diffora (.+)$", read("docs/cli.md"), re.MULTILINE)
     assert {name for heading in shown for name in re.split(r", | and ", heading)} == set(COMMANDS)
     documented = re.findall(r"^\.\. auto\w+:: (\w+)$", read("docs/api.md"), re.MULTILINE)
     assert len(documented) == len(set(documented)) and set(documented) == set(diffora_trainer.__all__)
+
+
+def test_every_option_of_a_single_method_is_documented() -> None:
+    """What a method adds to the options of all that search or score, or has another default of."""
+    shared = {field.name: field.default for kind in (GradientOptions, ScoreOptions) for field in fields(kind)}
+    options = {
+        (name, field.name): field.default
+        for name in OWN_METHODS
+        for field in fields(get_method(name).Options)
+        if field.name not in shared or shared[field.name] != field.default
+    }
+    table = [row for row in rows("docs/ranks_and_methods.md") if re.fullmatch(r"`\w+`", row[1])]
+    shown = {(row[0].strip('`"'), row[1].strip("`")): row[2] for row in table}
+    assert len(shown) == len(table) and all(row[3] for row in table)
+    assert set(shown) == set(options)
+    for key, default in options.items():
+        cell = shown[key]
+        if default is None:
+            assert cell == "", key
+        elif isinstance(default, str):
+            assert cell == f'`"{default}"`', key
+        else:
+            assert float(Fraction(cell)) == default, key
 
 
 @pytest.mark.parametrize("page", PAGES)
