@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..adapters.lora import peft_model
@@ -93,22 +94,36 @@ def check_own_loss(trainer: Any) -> None:
         )
 
 
+_PLAIN = (int, float, bool, str, type(None), Tensor)
+
+
 @contextmanager
 def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
     """
     Put a trainer's counters and metrics back as they were. TRL's `compute_loss` appends to `_metrics`, counts tokens
-    in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`; an architecture step must not
-    show in any of them.
+    in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`, and in 0.28 its BCO, and DPO
+    with `loss_type="bco_pair"`, have a mean of all rewards in `running`; an architecture step must not show in any of
+    them.
     """
-    plain = (int, float, bool, str, type(None), Tensor)
-    kept = {name: value for name, value in vars(trainer).items() if isinstance(value, plain)}
+    kept = {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)}
     records = {
         name: value
         for name, value in vars(trainer).items()
-        if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats"))
+        if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats", "counters"))
     }
+    statistics = [(owner, dict(vars(owner))) for owner in vars(trainer).values() if _is_statistic(owner)]
     try:
         vars(trainer).update(copy.deepcopy(records))
+        for owner, values in statistics:  # tensors may be changed in place
+            vars(owner).update({n: v.detach().clone() for n, v in values.items() if isinstance(v, Tensor)})
         yield
     finally:
         vars(trainer).update(kept, **records)
+        for owner, values in statistics:
+            vars(owner).update(values)
+
+
+def _is_statistic(value: Any) -> bool:
+    """Whether an object holds numbers and nothing else, but for what adds them up over the processes."""
+    own = [] if isinstance(value, (type, nn.Module)) else list(getattr(value, "__dict__", {}).values())
+    return any(isinstance(part, _PLAIN) for part in own) and all(isinstance(p, (*_PLAIN, Accelerator)) for p in own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from helpers.adapted import lora_layers, wake
 from helpers.checks import adapter, assert_same, assert_was_searched
 from helpers.data import preference_dataset, tiny_tokenizer, vocabulary
 from helpers.models import llama_classifier
+from helpers.parents import kto_dataset, of_trl, searching
+from helpers.rollouts import KEEP_ALL
 from helpers.trainers import CUT, Probe, arguments, causal_model, classifier, lora, make_trainer, search_config
 
 
@@ -37,6 +40,54 @@ def dpo_trainer(folder: Path, model: nn.Module, config: LoraConfig | None, **ove
         peft_config=config,
         diffora_config=search_config(),
     )
+
+
+@dataclass
+class Mean:
+    """As TRL's `RunningMoments`."""
+
+    value: float = 0.0
+    count: int = 0
+
+    def update(self, value: float) -> None:
+        self.count += 1
+        self.value += (value - self.value) / self.count
+
+
+class RunningMeanTrainer(DPOTrainer):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.running = Mean()
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        loss = super().compute_loss(*args, **kwargs)
+        self.running.update(float(loss))
+        return loss
+
+
+@pytest.mark.parametrize("case", ["own", "DPO", "BCO"])
+def test_running_statistics_are_of_training_batches_alone(case: str, tmp_path: Path) -> None:
+    """DPO with `loss_type="bco_pair"` and BCO have some in TRL 0.28, which shift their loss."""
+    parent, args = (RunningMeanTrainer, DPOConfig) if case == "own" else of_trl(case)
+    data = kto_dataset if case == "BCO" else preference_dataset
+    found: list[dict[str, Any]] = []
+    more: dict[str, Any] = {}
+    for cls in (parent, searching(parent)):
+        trainer = cls(
+            model=causal_model(),
+            args=arguments(tmp_path, args, **({"loss_type": "bco_pair"} if case == "DPO" else {})),
+            train_dataset=data(24),
+            processing_class=tiny_tokenizer(),
+            peft_config=lora(task_type="CAUSAL_LM"),
+            **more,
+        )
+        if not hasattr(trainer, "running"):
+            pytest.skip("this version of TRL has no running statistics here")
+        trainer.train()
+        found.append({name: value for name, value in vars(trainer.running).items() if name != "accelerator"})
+        held_out = trainer.train_dataset if case == "BCO" else data(8, seed=3)  # BCO's constructor prepares rows
+        more = {"diffora_config": search_config(**KEEP_ALL), "arch_dataset": held_out}
+    assert found[0] == found[1] and found[0]["count"] >= 1
 
 
 def assert_saved_adapter_is_the_model(trainer: Trainer, base: nn.Module, folder: Path) -> None:
