@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.costs import Ceiling, StepCosts
 from ..core.grid import LORA, Grid
-from ..core.schedule import Schedule
+from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
 from ..methods.base import SelectionMethod
 from .rank_rules import why_whole_modules
@@ -155,6 +155,12 @@ def skipped(step: int, unlabelled: bool, count: int) -> str:
     """An architecture step whose loss or gradient was not finite, the `count`-th of the run."""
     why = "no token of the held-out batch has a label" if unlabelled else "the loss was not finite"
     return f"Step {step}: {why}; this architecture step is skipped ({count} so far)."
+
+
+def after_an_error(step: int, events: Sequence[Event]) -> str:
+    """What an error that was caught has kept from happening, and happens now."""
+    what = "; ".join(dict.fromkeys(event.value for event in events))
+    return f"Step {step}: an error left undone what was due ({what}). It is done now."
 
 
 def ended_early(step: int, schedule: Schedule, anew: bool) -> str:

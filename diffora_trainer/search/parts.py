@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ..config import DiffoRAConfig
-from ..core.schedule import Schedule
+from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
 from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP
 from .batches import Batches
@@ -70,3 +71,39 @@ class RunParts:
     def finished(self) -> bool:
         """Whether the loop should end: the modules are chosen, and nothing else was asked for (`search_only`)."""
         return self.config.search_only and self.selection is not None
+
+
+@dataclass(eq=False)
+class DueEvents:
+    """
+    What is to happen after a step. A loop may catch an error, such as one of memory in a held-out batch: what it has
+    kept from happening is still due then, and must not be left out in silence.
+
+    Args:
+        events (`list[Event]`, *optional*): what is due and not done.
+        stepping (`bool`, *optional*, defaults to `False`): whether a step of the training has begun.
+    """
+
+    events: list[Event] = field(default_factory=list)
+    stepping: bool = False
+
+    def is_repeated(self) -> bool:
+        """Whether a call after a step is another try of the one that failed, and not one after another step."""
+        repeated = bool(self.events) and not self.stepping
+        self.stepping = False
+        return repeated
+
+    def each(self, events: list[Event]) -> Iterator[Event]:
+        """What is due, and these; each is done when the next one is asked for."""
+        self.events += events
+        while self.events:
+            yield self.events[0]
+            del self.events[0]
+
+    def check_done(self, step: int) -> None:
+        """Raise a `ValueError` if something is due: no state says what."""
+        if self.events:
+            raise ValueError(
+                f"An error has left undone what is due after step {step} ({self.events[0].value}), so the state of "
+                "the run cannot be saved. Please call `after_step` again before that."
+            )

@@ -34,7 +34,15 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     Args:
         run ([`RunParts`]): the run.
         gap_batches (`int`): how many held-out batches the losses before and after are compared on.
+
+    Raises:
+        ValueError: if the gates are gone: it was interrupted when modules had begun to leave the model.
     """
+    if not run.gates_active:
+        raise ValueError(
+            "An error has interrupted the pruning after modules had begun to leave the model and the optimizer, so it "
+            "cannot be repeated. Please mend what the first error says, and go on from a checkpoint."
+        )
     search, held_out = run.search, run.held_out
     before = None
     # Where gates have faded out, all modules were measured right before that.

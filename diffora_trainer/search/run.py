@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,10 +21,10 @@ from . import messages
 from .batches import Batches, as_batches, own_copy, without_labels
 from .early import decide_early
 from .measured import LossFunction
-from .parts import RunParts
+from .parts import DueEvents, RunParts
 from .pruning import prune_run
 from .reallocation import Reallocation
-from .run_state import restore_run, state_of
+from .run_state import check_same_run, restore_run, state_of
 from .runtime import Runtime
 from .search import ArchitectureSearch
 from .trained_gates import TrainedGates
@@ -123,15 +121,8 @@ class SelectionRun(RunParts):
             Event.DISCRETIZE: self._discretize,
             Event.PRUNE: self._prune,
         }
-        record: list[Any] = [
-            self.config.to_dict(),
-            self.search.grid.names,
-            self.search.grid.parameters,
-            self.search.ranks,
-            asdict(self.schedule),
-            len(self.held_out.dataset),
-        ]
-        self.search.check_agreement(json.dumps(record, default=repr))
+        self._due = DueEvents()
+        check_same_run(self)
 
     # What a loop calls
 
@@ -144,13 +135,13 @@ class SelectionRun(RunParts):
         """
         if self._begun:
             return
-        self._begun = True
         if self.step == 0:  # what is wrong with the data should be said now
             batch = self.held_out.check()
             self.search.check_start(batch)
             # If this batch has no label, none has. A loss of the user's own may not need any.
             if without_labels(batch) and (world_size() > 1 or math.isnan(self.search.held_out_loss([batch]))):
                 raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
+        self._begun = True
         self.search.begin()
         if self._trained is not None:
             self._trained.renew()
@@ -164,7 +155,7 @@ class SelectionRun(RunParts):
         if (parts := self.search.micro_batches.parts) > 1:
             self._say(f"Batches are split into {parts} micro-batches until the pruning.")
         if self.schedule.prune == 0:
-            self._happen()
+            self._happen(self.schedule.events(0))
 
     def before_step(self, batch: Any = None) -> None:
         """
@@ -174,6 +165,7 @@ class SelectionRun(RunParts):
             batch (*optional*): the training batch, as `loss_fn` takes it; needed for `arch_order=2`.
         """
         self.begin()
+        self._due.stepping = True
         if self.gates_active:
             self.search.draw_gates()
             if self._trained is not None:
@@ -184,21 +176,25 @@ class SelectionRun(RunParts):
     def after_step(self) -> bool:
         """
         Do what is due after an optimizer step: search, score, decide, fade out, prune. Call it once the optimizer has
-        stepped and its gradients are gone.
+        stepped and its gradients are gone. After an error the next call does what is left; it counts no step if there
+        was no [`before_step`].
 
         Returns:
             `bool`: whether modules were pruned: they have left the model and the optimizer.
 
         Raises:
-            ValueError: on every process, if the processes would not all keep the same modules.
+            ValueError: on every process, if they would not all keep the same modules; if the pruning was interrupted.
         """
         self.begin()
-        self.step += 1
-        if not self.gates_active:
+        repeated = self._due.is_repeated()
+        self.step += not repeated
+        if not self.gates_active and not self._due.events:
             return False
-        if self.step == 1 and not self.model.training:
+        if self._due.events:
+            self._warn(messages.after_an_error(self.step, self._due.events))
+        elif self.step == 1 and not self.model.training:
             self._warn(messages.IN_EVALUATION_MODE)
-        self._happen()
+        self._happen([] if repeated else self.schedule.events(self.step))
         return self.selection is not None
 
     def finish(self) -> bool:
@@ -208,18 +204,20 @@ class SelectionRun(RunParts):
         Returns:
             `bool`: whether modules were pruned by this call.
         """
-        if not self.gates_active:
+        if not self.gates_active and not self._due.events:
             return False
         if not self.search.method.steps:
             self._warn(messages.ended_before_anything(self.step, self.search.method))
             self.search.gates.detach()
             return False
         self._warn(messages.ended_early(self.step, self.schedule, self.reallocation is not None))
-        self._prune()
+        self._due.events.clear()
+        self._happen([Event.PRUNE])
         return True
 
     def abandon(self) -> bool:
         """Take the gates off, and switch on what is off. Gives if anything was: call `Runtime.after_switch` then."""
+        self._due.events.clear()
         self.search.gates.detach()
         return self.reallocation is not None and self.reallocation.release()
 
@@ -230,8 +228,8 @@ class SelectionRun(RunParts):
 
     # What happens
 
-    def _happen(self) -> None:
-        for event in self.schedule.events(self.step):
+    def _happen(self, events: list[Event]) -> None:
+        for event in self._due.each(events):
             self._handlers[event]()
         if self.selection is None:
             self._fade()
@@ -323,6 +321,7 @@ class SelectionRun(RunParts):
         Args:
             began_pruned (`bool`, *optional*, defaults to `False`): see [`RunState`].
         """
+        self._due.check_done(self.step)
         return state_of(self, began_pruned)
 
     def state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         costs=search.costs,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
     )
+
+
+def check_same_run(run: RunParts) -> None:
+    """Raise an error on every process if they would not all make the same run."""
+    record: list[Any] = [
+        run.config.to_dict(),
+        run.search.grid.names,
+        run.search.grid.parameters,
+        run.search.ranks,
+        asdict(run.schedule),
+        len(run.held_out.dataset),
+    ]
+    run.search.check_agreement(json.dumps(record, default=repr))
 
 
 def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sources: tuple[str, str]) -> bool:

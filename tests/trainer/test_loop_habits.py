@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -9,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from diffora_trainer import SelectionRun
+from diffora_trainer.search.runtime import Runtime
 from helpers.checks import assert_same
 from helpers.loops import SOURCES, STEPS, Loop, batches, loss_of, trained, with_defaults
-from helpers.trainers import WARMUP
+from helpers.trainers import CUT, WARMUP
 
 
 class OfFirst(nn.Module):
@@ -107,3 +110,79 @@ def test_several_processes_that_would_each_choose_for_themselves_are_refused(mon
     monkeypatch.setattr("diffora_trainer.search.runtime.world_size", lambda: 2)
     with pytest.raises(ValueError, match="2 processes run.*reduce="):
         Loop(with_defaults(), batches(STEPS), SOURCES["list"]())
+
+
+class Failing:
+    """A loss function that fails when it is told to, as one that runs out of memory on a long held-out batch."""
+
+    def __init__(self) -> None:
+        self.fails = False
+
+    def __call__(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        if self.fails:
+            raise RuntimeError("no memory")
+        return loss_of(model, batch)
+
+
+def failing_loop(**options: Any) -> tuple[Loop, Failing]:
+    loop, loss_fn = Loop(with_defaults(**options), batches(STEPS), []), Failing()
+    held_out = SOURCES["list"]()
+    config = with_defaults(**options)
+    loop.run = SelectionRun(loop.model, loop.optimizer, config, loss_fn, held_out, STEPS, scheduler=loop.scheduler)
+    return loop, loss_fn
+
+
+def fail_after(loop: Loop, loss_fn: Failing, step: int) -> None:
+    """Train, and let what is due after a step fail."""
+    loop.train(step - 1)
+    loss_fn.fails = True
+    with pytest.raises(RuntimeError, match="no memory"):
+        loop.train(step)
+    loss_fn.fails = False
+    with pytest.raises(ValueError, match=f"due after step {step} .*`after_step` again"):
+        loop.run.state_dict()
+
+
+@pytest.mark.parametrize(("method", "step"), [("diffora", WARMUP + 1), ("diffora", CUT), ("snip", CUT)])
+def test_an_error_that_is_caught_leaves_nothing_out(method: str, step: int, caplog: pytest.LogCaptureFixture) -> None:
+    """
+    Called again it does what was left, on the next held-out batch, since one may be too long; after another step that
+    is done late, and said.
+    """
+    loops = []
+    for case in ("whole", "again", "late"):
+        loop, loss_fn = failing_loop(method=method)
+        if case != "whole":
+            fail_after(loop, loss_fn, step)
+        if case == "again":
+            assert loop.run.after_step() == (step == CUT)
+            assert loop.run.step == step
+        caplog.clear()
+        loop.train()
+        assert ("an error left undone" in caplog.text) == (case == "late")
+        loops.append(loop)
+    whole, again, late = loops
+    assert [loop.run.search.method.steps for loop in loops] == [whole.run.search.method.steps] * 3
+    assert whole.run.selection.step == again.run.selection.step == CUT
+    assert late.run.selection.step == (CUT + 1 if step == CUT else CUT)
+    for loop in loops:
+        assert not loop.run.gates_active and loop.run.step == STEPS
+
+
+def test_a_pruning_that_was_interrupted_is_not_repeated() -> None:
+    loop, failed = Loop(with_defaults(), batches(STEPS), SOURCES["list"]()), []
+
+    def after_prune() -> None:
+        failed.append(1)
+        raise RuntimeError("no process group")
+
+    runtime = Runtime(after_prune=after_prune)
+    loop.run = SelectionRun(
+        loop.model, loop.optimizer, with_defaults(), loss_of, SOURCES["list"](), STEPS, runtime=runtime
+    )
+    with pytest.raises(RuntimeError, match="no process group"):
+        loop.train()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="interrupted the pruning.*from a checkpoint"):
+            loop.run.after_step()
+    assert failed == [1]
