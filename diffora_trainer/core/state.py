@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -18,6 +19,8 @@ WARMUP, SEARCH, FADE_OUT, SELECTED = "warm-up", "search", "fade-out", "selected"
 """The phases of a run."""
 
 _FORMAT = 6
+_MOST_SHOWN = 30
+"""Differences that a message names: more than there are options, and fewer than a model may have modules."""
 
 
 @dataclass(frozen=True)
@@ -185,14 +188,66 @@ def check_same(source: str, values: dict[str, tuple[Any, Any]]) -> None:
 
     Args:
         source (`str`): the checkpoint.
-        values (`dict[str, tuple]`): what is saved and what is present, by what it is.
+        values (`dict[str, tuple]`): what is saved and what is present, by what it is. Of two dictionaries the message
+            names the entries that differ.
     """
     for what, (saved, present) in values.items():
         if saved != present:
             raise ValueError(
-                f"The checkpoint {source!r} does not fit this run: {what} differ(s) (saved: {short(saved)}, now: "
-                f"{short(present)}). Please resume with the model, data and options that the run was started with."
+                f"The checkpoint {source!r} does not fit this run: {what} differ(s) ({_differences(saved, present)}). "
+                "Please resume with the model, data and options that the run was started with."
             )
+
+
+def check_same_options(source: str, saved: dict[str, Any], present: dict[str, Any]) -> None:
+    """
+    Raise a `ValueError` that names each option that differs, if a run is resumed with other ones.
+
+    Args:
+        source (`str`): the checkpoint.
+        saved (`dict`): the options by their names, as the checkpoint has them.
+        present (`dict`): those of the run that is resumed.
+    """
+    saved, present = dict(saved), dict(present)
+    if saved["method"] != present["method"]:  # each has options of its own, which follow from that
+        common = set(saved["method_options"]) & set(present["method_options"])
+        for options in (saved, present):
+            options["method_options"] = {name: options["method_options"][name] for name in sorted(common)}
+    if saved != present:
+        raise ValueError(
+            f"The checkpoint {source!r} does not fit this run: the options differ, which the search depends on "
+            f"({_differences(saved, present)}). Please pass the saved values to go on with that search, or begin a "
+            "new run without the checkpoint to search with the present ones."
+        )
+
+
+def _differences(saved: Any, present: Any, name: str = "") -> str:
+    """In what two values differ, for a message: entry by entry where both are dictionaries."""
+    if isinstance(saved, dict) and isinstance(present, dict):
+        found = []
+        for key in sorted({*saved, *present}, key=str):
+            pair = saved.get(key, _ABSENT), present.get(key, _ABSENT)
+            if pair[0] != pair[1]:
+                found.append(_differences(*pair, f"{name}[{key!r}]" if name else str(key)))
+        more = len(found) - _MOST_SHOWN
+        return "; ".join(found[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    first, second = _window(repr(saved), repr(present))
+    return f"`{name}` saved: {first}, now: {second}" if name else f"saved: {first}, now: {second}"
+
+
+def _window(*texts: str) -> list[str]:
+    """Texts cut to 100 characters: if they are longer, those around the first place in which they differ."""
+    start = max(0, len(os.path.commonprefix(texts)) - 40) if max(map(len, texts)) > 100 else 0
+    cut = [text[start:] if len(text) - start <= 100 else text[start : start + 97] + "..." for text in texts]
+    return ["..." + text if start else text for text in cut]
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+_ABSENT = _Absent()
 
 
 def short(value: Any) -> str:

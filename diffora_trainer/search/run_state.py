@@ -15,10 +15,14 @@ from ..adapters.grid import describe_base
 from ..adapters.pruning import apply_selection
 from ..config import DiffoRAConfig
 from ..core.files import reraise_with_path
-from ..core.state import RunState, check_same
+from ..core.state import RunState, check_same, check_same_options
 from ..methods.build import method_of
 from .confidence import SplitHalf
 from .parts import RunParts
+
+
+_NOT_OF_THE_SEARCH = ("base_model_id", "log_gates_by_kind", "prefix_cache", "prefix_cache_gib", "search_only")
+"""Options that change nothing of a search: what is published and logged, and what comes after the choice."""
 
 
 def state_of(run: RunParts, began_pruned: bool) -> RunState:
@@ -86,13 +90,13 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     timed = run.config.limits_step and state.step >= state.warmup
     costs = () if state.costs is None else (state.costs.time, state.costs.memory)
     depths = {len(search.grid.rows), *(len(cost.depth) for cost in costs if cost is not None)}
+    check_same_options(source, comparable_options(state.config), comparable_options(run.config.to_dict()))
     check_same(
         source,
         {
             **state.check_schedule(run.schedule),
             "the number of held-out rows": (state.held_out_rows, len(run.held_out.dataset)),
             "the order of the modules": (state.modules, search.grid.names),
-            "the options": (comparable_options(state.config), comparable_options(run.config.to_dict())),
             "whether the budget is spent in ranks": (bool(state.ranks), search.rank_plan is not None),
             "the components that are chosen among": (
                 state.components,
@@ -134,9 +138,14 @@ def _options(run: RunParts) -> dict[str, Any]:
 
 def comparable_options(options: dict[str, Any]) -> dict[str, Any]:
     """
-    The options of a run in a form in which those of two runs can be compared: by today's names and with the defaults
-    of the method. The name under which the base model is published says nothing of a search, nor what comes after it.
+    The options that a search depends on, in a form in which those of two runs can be compared: by today's names, with
+    the defaults of the method, and as JSON has them, which knows no tuples.
     """
-    config = DiffoRAConfig.from_dict({**options, "base_model_id": None, "search_only": False})
+    config = DiffoRAConfig.from_dict(
+        {name: value for name, value in options.items() if name not in _NOT_OF_THE_SEARCH}
+    )
     _, of_method = method_of(config)
-    return {**config.to_dict(), "method_options": asdict(of_method)}
+    compared = {**config.to_dict(), "method_options": asdict(of_method)}
+    for name in _NOT_OF_THE_SEARCH:
+        compared.pop(name)
+    return dict(json.loads(json.dumps(compared, default=repr)))

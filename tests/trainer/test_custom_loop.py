@@ -133,10 +133,10 @@ def test_a_state_of_something_else_is_refused() -> None:
     loop.train(5)
     state = loop.checkpoint()["run"]
     for options, reason in (
-        ({"method": "sampled"}, "the options"),
-        ({"discretize_at": 9}, "the step of the pruning"),
-        ({"arch_warmup": 2}, "the end of the warm-up"),
-        ({"arch_every": 2}, "the options"),
+        ({"method": "sampled"}, "`method` saved: 'diffora', now: 'sampled'"),
+        ({"discretize_at": 9}, "`discretize_at` saved: "),
+        ({"arch_warmup": 2}, "`arch_warmup` saved: "),
+        ({"arch_every": 2}, r"`method_options\['arch_every'\]` saved: 1, now: 2"),
     ):
         other = Loop(with_defaults(**options), found, SOURCES["list"]())
         with pytest.raises(ValueError, match=f"does not fit this run.*{reason}"):

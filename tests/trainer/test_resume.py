@@ -251,8 +251,8 @@ def test_damaged_state_is_refused(damage, moment: str, whole_runs, tmp_path: Pat
 def test_checkpoint_of_another_search_is_refused(whole_runs, tmp_path: Path) -> None:
     checkpoint = f"{whole_runs('classifier').args.output_dir}/checkpoint-{MOMENTS['search']}"
     changes = {
-        "the options": {"search": {"selection_ratio": 0.4}},
-        "the step of the pruning": {"search": {"discretize_at": CUT + 1}},
+        "`selection_ratio` saved: None, now: 0.4": {"search": {"selection_ratio": 0.4}},
+        f"`discretize_at` saved: {CUT}.0, now: {CUT + 1}.0": {"search": {"discretize_at": CUT + 1}},
         "other LoRA modules": {"peft_config": lora(target_modules=["query", "value"])},
         "the number of held-out rows": {"train_dataset": classification_dataset(40)},
     }
