@@ -35,7 +35,7 @@ class SessionCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.session.after_step():
+        if self.session.after_step(state.global_step):
             _after_pruning(state, control)
         if self.session.finished:
             control.should_training_stop = True

@@ -160,9 +160,6 @@ class DiffoRAMixin(_Base):
         self.arch_dataset = prepare_arch_dataset(self, given, formatting_func)
         self._callback = SessionCallback(self._session)
         self.add_callback(self._callback)
-        if getattr(self.args, "enable_jit_checkpoint", False):  # it saves at the end of a step: that of the search too
-            self.callback_handler.callbacks.remove(self._callback)
-            self.callback_handler.callbacks.insert(0, self._callback)
         self.add_callback(SearchProgressCallback(self._session, self.callback_handler))
         self.add_callback(MatrixImageCallback(self._session, self.callback_handler))
         # What is wrong with the model or the schedule should be said now, not when training starts.
@@ -306,6 +303,11 @@ class DiffoRAMixin(_Base):
             saving.save_findings(self, Path(self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._session.in_loop and self._callback is not None:
+            # A callback that comes before ours may save at the end of a step, as `enable_jit_checkpoint` does: what
+            # the search does then belongs into the checkpoint. Ours does not come first instead: the callbacks that a
+            # trainer is built with would begin after the run has begun, and see a model that is pruned already.
+            self._callback.on_step_end(self.args, self.state, self.control)
         folder = Path(output_dir(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with atomic_checkpoint(folder, self.args.should_save):
             super()._save_checkpoint(model, trial)

@@ -139,9 +139,12 @@ class TrainerSession:
         if self.run is not None:
             self.run.before_step(batch)
 
-    def after_step(self) -> bool:
-        """After an optimizer step; tells whether modules were pruned."""
-        if self.run is not None:
+    def after_step(self, step: int) -> bool:
+        """
+        After an optimizer step of this number; tells whether modules were pruned. Nothing happens if it was called
+        for this step already.
+        """
+        if self.run is not None and self.run.step < step:
             self.run.after_step()
         return self._take_over()
 

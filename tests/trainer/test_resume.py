@@ -135,6 +135,45 @@ def test_a_preempted_run_resumes_from_the_checkpoint_of_its_last_step(moment: st
     assert resumed.selection == whole.selection
 
 
+class SavesByItself(TrainerCallback):
+    """Saves a checkpoint at the end of some steps, before or after the search has done its part of them."""
+
+    def __init__(self) -> None:
+        self.trainer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (*SAVES, CUT - 1, CUT + 1):
+            self.trainer._save_checkpoint(self.trainer.model, None)
+
+
+@pytest.mark.parametrize("name", ["classifier", "closing", "components", "sft, accumulated"])
+@pytest.mark.parametrize("first", [True, False], ids=["before the search", "after the search"])
+def test_a_callback_saves_by_itself(first: bool, name: str, tmp_path: Path) -> None:
+    task, accumulation, options = RUNS[name]
+    args = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
+    options = {"train_dataset": task_rows(task, 24 // accumulation), "args": args, **options}
+    saves = SavesByItself()
+    whole = make_trainer(tmp_path, task, callbacks=[saves] if first else [], **dict(options))
+    saves.trainer = whole
+    if not first:
+        whole.add_callback(saves)
+    whole.train()
+    plain = make_trainer(tmp_path / "plain", task, **dict(options))
+    plain.train()
+    assert_same(step_logs(whole), step_logs(plain))
+    assert_same(adapter(whole.model), adapter(plain.model))
+    for step in (*SAVES, CUT - 1, CUT + 1):
+        resumed = make_trainer(tmp_path / "resumed", task, **dict(options))
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.selection == plain.selection
+        assert_same(adapter(resumed.model), adapter(plain.model))
+        # The first log of the resumed run makes up for the one of the step of the checkpoint, which came after it.
+        found, expected = (step_logs(trainer, ("num_tokens", "diffora/arch_loss")) for trainer in (resumed, plain))
+        assert_same(
+            {at: log for at, log in found.items() if at > step}, {at: expected[at] for at in range(step + 1, 13)}
+        )
+
+
 @pytest.mark.parametrize("granularity", ["module", "rank", "component"])
 def test_a_run_whose_losses_were_not_finite_for_a_while_resumes(granularity: str, tmp_path: Path) -> None:
     class Overflows(DiffoRATrainer):
