@@ -81,9 +81,7 @@ def apply_selection(
             sites[info.name].resize(kept, optimizer)
 
     before = {parameter for site in sites.values() for parameter in site.parameters}
-    for group in selection.shared:
-        for name in group[1:]:
-            sites[name].share(sites[group[0]])
+    _share(sites, selection)
     prune_sites(model, [sites[name] for name in selection.dropped], adapter_name)
     for name in selection.frozen:
         sites[name].freeze()
@@ -95,6 +93,36 @@ def apply_selection(
     if selection.in_ranks:
         write_ranks(model, adapter_name, lora.values())
     gone = before - {parameter for name in selection.adapted for parameter in sites[name].parameters}
+    _forget(model, selection, gone, optimizer, scheduler)
+
+
+def restore_selection(model: Any, selection: Selection, optimizer: Any = None, scheduler: Any = None) -> None:
+    """
+    Bring a model to the module set of a checkpoint from after a pruning: [`apply_selection`], unless it was loaded
+    from the saved adapter and has lost the others already. Such a model has a pair of its own for each module, also
+    for those that share one, and is made to share it again.
+    """
+    if is_applied(model, selection):
+        return
+    sites = find_sites(model, model.active_adapters[0])
+    if not selection.dropped or set(sites) != set(selection.present):
+        apply_selection(model, selection, optimizer, scheduler)
+        return
+    reshard(model)
+    before = {parameter for site in sites.values() for parameter in site.parameters}
+    _share(sites, selection)
+    gone = before - {parameter for site in sites.values() for parameter in site.parameters}
+    _forget(model, selection, gone, optimizer, scheduler)
+
+
+def _share(sites: Mapping[str, Any], selection: Selection) -> None:
+    for group in selection.shared:
+        for name in group[1:]:
+            sites[name].share(sites[group[0]])
+
+
+def _forget(model: Any, selection: Selection, gone: set[Any], optimizer: Any, scheduler: Any) -> None:
+    """Let nothing hold parameters any more that have left a model."""
     unregister_fsdp_parameters(model, gone)
     suspend_input_gradients(model)
     if optimizer is not None:

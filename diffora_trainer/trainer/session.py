@@ -16,7 +16,7 @@ from ..adapters.backward import keep_suspended, restore_input_gradients
 from ..adapters.base import extra_kinds
 from ..adapters.grid import describe_base
 from ..adapters.lora import peft_model
-from ..adapters.pruning import apply_selection, is_applied
+from ..adapters.pruning import restore_selection
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
@@ -261,8 +261,8 @@ class TrainerSession:
             split = {f"`{name}`": (state.config.get(name), getattr(self.config, name)) for name in _SPLIT_OPTIONS}
             check_same(folder, split)
             # ms-swift resumes with the model of the checkpoint, which has what is left alone.
-            if not self.is_pruned(model) and not is_applied(model, selection):
-                apply_selection(model, selection, optimizer, scheduler)
+            if not self.is_pruned(model):
+                restore_selection(model, selection, optimizer, scheduler)
             self.selection, self._pruned_model = selection, weakref.ref(model)
             self.resumed_after_prune = not state.began_pruned
             return

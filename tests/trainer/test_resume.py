@@ -67,6 +67,15 @@ RUNS = {
             "search": {"weight_sharing": "model", "selection_scope": "model", "selection_ratio": 0.25},
         },
     ),
+    # One module is kept, one of its layer is removed, and those of the other layer share.
+    "shared pairs, one removed": (
+        "llama",
+        1,
+        {
+            "peft_config": lora(target_modules=["q_proj", "o_proj"]),
+            "search": {"weight_sharing": "layer", "selection_scope": "model", "selection_ratio": 0.25},
+        },
+    ),
 }
 
 
@@ -80,7 +89,7 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
             task, accumulation, options = RUNS[name]
             made[name] = saving_trainer(tmp_path_factory.mktemp("run"), task, accumulation, **dict(options))
             with pytest.MonkeyPatch.context() as patch:
-                if name == "shared pairs":  # the last of the pair's modules leads it
+                if name.startswith("shared pairs"):  # the last of the pair's modules leads it
                     patch.setattr(FrankWolfe, "scores", lambda self: torch.arange(len(self.budget)).float())
                 made[name].train()
         return made[name]
@@ -220,12 +229,29 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, whole_runs
     assert not any("gate" in key.rpartition("lora_")[2] for key in saved)
 
     with monkeypatch.context() as patch:
-        if name == "shared pairs":
+        if name.startswith("shared pairs"):
             patch.setattr(FrankWolfe, "scores", lambda self: torch.arange(len(self.budget)).float())
         resumed.train(resume_from_checkpoint=checkpoint)
 
     assert_continues(resumed, whole, step)
     assert resumed.model.peft_config["default"].target_modules == whole.model.peft_config["default"].target_modules
+
+
+@pytest.mark.parametrize("name", ["closing", "components", "shared pairs", "shared pairs, one removed"])
+@pytest.mark.parametrize("moment", ["cut", "selected"])
+def test_the_model_of_the_checkpoint_resumes(name: str, moment: str, whole_runs, tmp_path: Path) -> None:
+    whole, step = whole_runs(name), MOMENTS[moment]
+    task, accumulation, options = RUNS[name]
+    checkpoint = f"{whole.args.output_dir}/checkpoint-{step}"
+    base = classifier("llama" if task == "llama" else "bert").model
+    model = PeftModel.from_pretrained(base, checkpoint, is_trainable=True)
+    resumed = saving_trainer(tmp_path, task, accumulation, **{**options, "model": model, "peft_config": None})
+    resumed.train(resume_from_checkpoint=checkpoint)
+    assert_continues(resumed, whole, step)
+    assert bool(whole.selection.dropped) == (name in ("closing", "shared pairs, one removed"))
+    assert sum(p.numel() for p in resumed.model.parameters() if p.requires_grad) == sum(
+        p.numel() for p in whole.model.parameters() if p.requires_grad
+    )
 
 
 @pytest.mark.parametrize("task", ["cls", "sft"])
