@@ -5,9 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from ..core.files import ADAPTER_NAME
 
 
 TRAINER_METHODS = (
@@ -48,6 +51,23 @@ def check_trainer_methods(trainer: type) -> None:
             "not have, so a part of the search would never run. Please install a version that is older, or update "
             "diffora-trainer."
         )
+
+
+def load_default_adapter(model: Any, folder: Path) -> None:
+    """
+    Load the adapter `default` of a folder in which others have folders of their own: the `Trainer` of transformers
+    5.2 and 5.3 loads those alone when it resumes, that of 5.23 this one as well, and then it is loaded twice. Goes
+    when no version that is supported leaves it out.
+
+    Args:
+        model (`PeftModel`): the model.
+        folder (`Path`): the checkpoint.
+    """
+    if not (folder / ADAPTER_NAME).is_file() or not any(folder.glob(f"*/{ADAPTER_NAME}")):
+        return
+    active = model.active_adapters[0]
+    model.load_adapter(str(folder), "default", is_trainable=active == "default")
+    model.set_adapter(active)
 
 
 def own_input_embeddings(module: Any) -> nn.Module | None:

@@ -14,7 +14,7 @@ from peft import PeftModel
 from ..adapters.base import extra_kinds, kinds_of
 from ..adapters.lora import peft_model
 from ..adapters.optimizer import remove_empty_groups
-from ..compat import is_sentence_transformer, load_sentence_transformer
+from ..compat import is_sentence_transformer, load_default_adapter, load_sentence_transformer
 from ..core.base_model import LABELS_NAME, label_names, predicts_classes
 from ..core.files import write_file
 from ..hub.card import write_card
@@ -102,7 +102,10 @@ def load_adapter(trainer: Any, checkpoint: str, parent: Callable[[str], None]) -
     if is_sentence_transformer(model):
         load_sentence_transformer(model, peft_model(model), checkpoint)
         return
-    parent(str(Path(checkpoint, _adapter_folder(model))))
+    folder = Path(checkpoint, _adapter_folder(model))
+    parent(str(folder))
+    if not trainer.is_fsdp_enabled:  # there the parent loads the whole model, from one file
+        load_default_adapter(model, folder)
     for kind in kinds_of(model):
         kind.load(model, checkpoint)
     # The parent loads the adapter with PEFT's default, which makes LoRA weights in half precision float32: the

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from packaging.version import Version
 from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
@@ -97,9 +95,6 @@ def whole_runs(tmp_path_factory: pytest.TempPathFactory):
     return run
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.3"), reason="this Trainer loads nothing but the adapters in folders"
-)
 def test_a_checkpoint_with_another_adapter_beside_resumes(tmp_path: Path) -> None:
     def make(folder: Path, names: tuple[str, ...]) -> Any:
         model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
@@ -109,9 +104,11 @@ def test_a_checkpoint_with_another_adapter_beside_resumes(tmp_path: Path) -> Non
 
     whole = make(tmp_path, ("other",))
     whole.train()
-    resumed = make(tmp_path / "resumed", ())
-    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{MOMENTS['search']}"))
-    assert resumed.selection == whole.selection
+    for step in (MOMENTS["search"], MOMENTS["selected"]):
+        for names in ((), ("other",)):
+            resumed = make(tmp_path / "resumed", names)
+            resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+            assert_continues(resumed, whole, step)
 
 
 class Preempted(TrainerCallback):
