@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -172,16 +173,24 @@ def test_run_resumes_in_every_phase(parent: type[Trainer], tmp_path: Path) -> No
         assert_same(adapter(resumed.model), adapter(whole.model), phase)
 
 
-def test_run_with_completions_left_over_resumes(tmp_path: Path) -> None:
-    args = {"steps_per_generation": 4, "gradient_accumulation_steps": 2}
-    rollout_trainer(tmp_path, args={"save_strategy": "steps", "save_steps": 1, **args}).train()
-    for step in (5, 9):
+@pytest.mark.parametrize(
+    "args", [{"steps_per_generation": 4, "gradient_accumulation_steps": 2}, {"num_iterations": 2}]
+)
+def test_run_with_completions_left_over_resumes(args: dict[str, Any], tmp_path: Path) -> None:
+    """Exactly from a step after which new completions are made; from another one with new ones for its prompts."""
+    whole = rollout_trainer(tmp_path, args={"save_strategy": "steps", "save_steps": 1, **args})
+    whole.train()
+    for step in (4, 5, 9, 10):
         resumed = rollout_trainer(tmp_path / str(step), args=args)
         resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
         assert resumed.selection.step == CUT and resumed.state.global_step == 12
         losses = [log for log in step_logs(resumed).values() if "diffora/arch_loss" in log]
         # The log of the steps until the checkpoint is that of the run which made it.
         assert len(losses) == ARCHITECTURE_STEPS
+        assert len(calls(resumed)) == math.ceil((12 - step) / 2)
+        if step % 2 == 0:
+            assert calls(resumed) == calls(whole)[step // 2 :]
+            assert_same(adapter(resumed.model), adapter(whole.model), f"from step {step}")
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
