@@ -116,9 +116,13 @@ class Chain:
             rounds.masked = weakref.ref(a), weakref.ref(b)
             rounds.earlier = a.detach()[:before].clone(), b.detach()[:, :before].clone()
             _mask(a, 0, before if self.train_a else site.rank)
+            if not self.train_a:  # what a search has left there would move it without a gradient
+                innermost(optimizer).state.pop(a, None)
             _mask(b, 1, before)
             changed = True
         if changed:
+            trained = {parameter for site in sites for parameter in _weights(site)[0 if self.train_a else 1 :]}
+            _check_held({parameter for parameter in trained if parameter.requires_grad}, optimizer)
             own_config(self.model, self.adapter_name)
             write_ranks(self.model, self.adapter_name, sites)
 
@@ -224,6 +228,15 @@ def _mask(parameter: nn.Parameter, dim: int, before: int) -> None:
         trained = parameter.requires_grad
         parameter.requires_grad_(True).register_hook(mask)  # it may be frozen for now
         parameter.requires_grad_(trained)
+
+
+def _check_held(parameters: set[nn.Parameter], optimizer: Any) -> None:
+    held = {parameter for group in innermost(optimizer).param_groups for parameter in group["params"]}
+    if missing := parameters - held:
+        raise ValueError(
+            f"The optimizer does not hold {len(missing)} of the {len(parameters)} matrices of the rounds, so they "
+            "would not be trained. Please make it of the LoRA parameters that the model has now."
+        )
 
 
 def _check_no_decay(parameters: list[nn.Parameter], optimizer: Any) -> None:

@@ -21,11 +21,12 @@ from .compiled import drop_graphs
 
 
 _ATTACHED: weakref.WeakSet[Gates] = weakref.WeakSet()
+_EXPECTED: weakref.WeakSet[Gates] = weakref.WeakSet()
 
 
 def gates_active(model: nn.Module) -> bool:
-    """Whether gates act on a model: from the beginning of a search until its modules are pruned."""
-    found = [gates._modules[0] for gates in _ATTACHED]
+    """Whether gates act on a model, or will from the next step on: until its modules are pruned."""
+    found = [gates._modules[0] for gates in (*_ATTACHED, *_EXPECTED)]
     return bool(found) and any(module is other for module in model.modules() for other in found)
 
 
@@ -82,11 +83,16 @@ class Gates:
         """Whether the gates act on the model."""
         return bool(self._handles)
 
+    def expect(self) -> None:
+        """Tell [`gates_active`] of them ahead of [`attach`]: a training schedule may be asked before a run begins."""
+        _EXPECTED.add(self)
+
     def attach(self) -> None:
         """Let the gates act. Until values are set they change nothing."""
         if not self._handles:
             self._handles = [site.attach(partial(self._scale, index)) for index, site in enumerate(self._sites)]
             _ATTACHED.add(self)
+            _EXPECTED.discard(self)
             if self._training is None:
                 self.set_training(None)
             if self._evaluation is None:
@@ -102,6 +108,7 @@ class Gates:
             handle.remove()
         self._handles = []
         _ATTACHED.discard(self)
+        _EXPECTED.discard(self)
 
     def set_training(self, values: Tensor | None) -> None:
         """Set the gates of training, `(n,)`, or leave them open."""
@@ -127,7 +134,14 @@ class Gates:
 
     @contextmanager
     def override(self, values: Tensor | None) -> Iterator[None]:
-        """Use these gates, `(n,)`, in either mode, or open ones; gradients flow into them."""
+        """
+        Use these gates, `(n,)`, in either mode, or open ones; gradients flow into them.
+
+        Raises:
+            ValueError: if there are values and the gates are not on the model, where these would change nothing.
+        """
+        if values is not None:
+            self._check_attached()
         before = self._training, self._evaluation
         self._training = self._evaluation = self._split(values)
         try:
@@ -137,13 +151,26 @@ class Gates:
 
     @contextmanager
     def masked(self, masks: Sequence[Tensor | None]) -> Iterator[None]:
-        """Multiply the components of each adapter for a while, as [`set_masks`] does."""
+        """
+        Multiply the components of each adapter for a while, as [`set_masks`] does.
+
+        Raises:
+            ValueError: if the gates are not on the model, where this would change nothing.
+        """
+        self._check_attached()
         before = self._masks
         self.set_masks(masks)
         try:
             yield
         finally:
             self.set_masks(before)
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise ValueError(
+                "The gates of this search are not on the model, so nothing can be measured under them. Please call "
+                "its `begin()` first (a run does so in its first `before_step()`); after the pruning they are gone."
+            )
 
     def _changed(self) -> None:
         if self._compiled:

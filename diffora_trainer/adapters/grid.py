@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,7 @@ class AdapterGrid:
         Raises:
             TypeError: if the model is not a `PeftModel`, or the adapter is not LoRA.
             ValueError: if the adapter has no layer, is merged, disabled or frozen, or is of a variant whose effect a
-                gate cannot scale exactly.
+                gate cannot scale exactly, or if modules share their weights.
         """
         config = _check_adapter(model, adapter_name)
         assert isinstance(model, PeftModel)
@@ -56,6 +56,7 @@ class AdapterGrid:
             )
         for site in found.values():
             site.check()
+        _check_not_shared(found)
         grid = Grid.arrange([(site.name, site.rank, site.cost, site.kind) for site in found.values()])
         return cls(adapter_name, grid, tuple(found[name] for name in grid.names))
 
@@ -76,6 +77,19 @@ def describe_base(model: Any) -> dict[str, Any]:
     parameters = sum(p.numel() for name, p in model.named_parameters() if not any(part in name for part in added))
     # FSDP2 makes a class of its own of a model's.
     return {"class": type(model.get_base_model()).__name__.removeprefix("FSDP"), "parameters": parameters}
+
+
+def _check_not_shared(sites: Mapping[str, AdapterSite]) -> None:
+    owners: dict[nn.Parameter, str] = {}
+    for name, site in sites.items():
+        for parameter in site.parameters:
+            other = owners.setdefault(parameter, name)
+            if other != name and parameter.requires_grad:
+                raise ValueError(
+                    f"The adapters of {other!r} and {name!r} have one weight together, as after a search with "
+                    "`weight_sharing`, so neither can be kept, pruned or resized alone. Please save the adapter and "
+                    "load it into a fresh base model, where each has its own, or search without `weight_sharing`."
+                )
 
 
 def _check_adapter(model: nn.Module, adapter_name: str | None) -> Any:

@@ -79,6 +79,9 @@ def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = No
     Append entries to a module's weight along a dimension. What an optimizer holds of the weight is forgotten: it
     begins anew.
 
+    Without an optimizer the parameter stays the same one, for an optimizer that is not known here may hold it already.
+    That is for a model whose weights are being loaded: see [`narrow_weight`] for why it is another one otherwise.
+
     Args:
         module (`nn.Module`): the module.
         dim (`int`): the dimension.
@@ -87,12 +90,14 @@ def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = No
     """
     old: Any = module.weight
     value = torch.cat([old.detach(), added.to(old.device, old.dtype)], dim)
+    if optimizer is None:
+        old.data, old.grad = value, None
+        return
     module.weight = new = nn.Parameter(value, requires_grad=old.requires_grad)
-    if optimizer is not None:
-        optimizer = innermost(optimizer)
-        optimizer.state.pop(old, None)
-        for group in optimizer.param_groups:
-            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    optimizer = innermost(optimizer)
+    optimizer.state.pop(old, None)
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
 def innermost(optimizer: Any) -> Any:
