@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from transformers import HfArgumentParser
 from trl import TrlParser  # type: ignore[attr-defined]
 
 
@@ -35,13 +36,19 @@ class ConfigParser(TrlParser):
         return super().parse_args_and_config(words, *others, **options)
 
 
-def _check_file(path: str) -> None:
-    import yaml  # a dependency of the parser, not of this package
+class _Reader(HfArgumentParser):
+    """Gives what a YAML file holds as it is: PyYAML is a dependency of transformers, not of this package."""
 
+    def parse_dict(self, args: Any, allow_extra_keys: bool = False) -> Any:
+        return [args]
+
+
+def _check_file(path: str) -> None:
     try:
-        with open(path, encoding="utf-8") as file:
-            found = yaml.safe_load(file)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        (found,) = _Reader(()).parse_yaml_file(path)
+    except Exception as error:
+        if not isinstance(error, UnicodeDecodeError) and not type(error).__module__.startswith("yaml."):
+            raise
         where = " ".join(str(error).split())  # the file and the line, over several lines
         raise ValueError(f"`--config {path}` names no valid YAML: {where}. Please mend it.") from error
     names = list(found) if isinstance(found, dict) else []

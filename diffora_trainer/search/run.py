@@ -358,5 +358,3 @@ class SelectionRun(RunParts):
         if self._begun:
             raise ValueError("A state can only be restored before the first step. Please make a new run for it.")
         self._begun = restore_run(self, state, tensors, sources)
-        if self._begun:  # pruned: there will be no gates
-            self.search.gates.detach()

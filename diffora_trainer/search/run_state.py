@@ -81,6 +81,7 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     if state.selection is not None:
         apply_selection(run.model, state.selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
         run.selection, run.step = state.selection, state.step
+        search.gates.detach()  # there will be none
         return True
     if run.config.decide_early and state.kept is not None and state.discretize < run.schedule.discretize:
         run.schedule = run.schedule.decided(state.discretize)
