@@ -48,12 +48,12 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
     from transformers import AutoConfig
 
     from ..search.search import ArchitectureSearch
-    from ..serving.export import model_class
+    from ..serving.loading import model_class, on_meta
 
     found = AutoConfig.from_pretrained(words.model)
     lora = initial_lora(words.task, words.r, words.target_modules)
     with torch.device("meta"):
-        model = get_peft_model(model_class(words.task).from_config(found), lora)
+        model = get_peft_model(on_meta(model_class(words.task, found), found), lora)
     search = ArchitectureSearch(model, config, loss_fn=lambda model, batch: model(**batch).loss)
     grid, method, schedule = search.grid, search.method, make_schedule(config, words.steps)
     lines = [("Modules", f"{grid.describe()}")]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection
 from typing import Any
 
 from peft import LoraConfig
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
 from peft.tuners.vera import VeraModel
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ try:
 except ImportError:
     convert_peft_config_for_transformers = None
 
+
+# Modules in which PEFT keeps an entry for each adapter, by its name
+_BY_ADAPTER = (nn.ModuleDict, nn.ParameterDict, BufferDict)
 
 VERA_LOADER = "PEFT 0.21"
 """The first version that loads the shared matrices of a saved VeRA. Goes with these before it."""
@@ -143,3 +148,21 @@ def rewrites_all_linear(model: nn.Module) -> bool:
     probe = LoraConfig(target_modules="all-linear")
     convert_peft_config_for_transformers(probe, model=model, conversions=None)
     return probe.target_modules != "all-linear" or bool(probe.target_parameters)
+
+
+def keys_not_loaded(model: Any, folder: str | os.PathLike) -> list[str]:
+    """
+    Keys in the file of an adapter that the model it was loaded into has no place for, in order.
+
+    `PeftModel.from_pretrained` drops them in silence; `load_adapter`, of an adapter that is there already, returns
+    them, in PEFT 0.18 to 0.21. It is passed `_checkpoint_conversion_mapping` of the model, names of older versions of
+    transformers, as there. What lies where each adapter has an entry is a second copy (embeddings that have grown and
+    are in `modules_to_save`), or what a version passes over (see `LOADS_VERA_MATRICES`). Goes when PEFT tells of them.
+    """
+    base, name = model.get_base_model(), model.active_adapter
+    if model.peft_config[name].is_prompt_learning:  # whose file holds nothing else
+        return []
+    mapping = getattr(base, "_checkpoint_conversion_mapping", {})
+    found = model.load_adapter(str(folder), name, torch_device="cpu", key_mapping=mapping)
+    entries = {place for place, module in model.named_modules() if isinstance(module, _BY_ADAPTER)}
+    return sorted(key for key in found.unexpected_keys if key.rpartition(".")[0] not in entries)

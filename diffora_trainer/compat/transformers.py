@@ -82,6 +82,17 @@ def own_input_embeddings(module: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
+def takes_config(auto_class: str, config: Any) -> bool:
+    """
+    Whether an auto class of transformers loads models of a configuration: it is a key of `_model_mapping`, or names
+    the class in its own code (`auto_map`), in all versions. A public function that says it would let it go.
+    """
+    import transformers
+
+    found = getattr(transformers, auto_class)
+    return auto_class in (getattr(config, "auto_map", None) or {}) or type(config) in found._model_mapping
+
+
 def trainer_of_callback(callback: Any) -> Any:
     """
     The trainer that is calling a callback now, or `None`.

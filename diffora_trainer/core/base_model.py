@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ..compat import takes_config
+from .files import ADAPTER_CONFIG_NAME, read_json, write_file
 
 
 LABELS_NAME = "id2label.json"
 """The names of the classes that a classifier was trained on, beside its adapter, which has no place for them."""
+PROBLEM_NAME = "problem_type.json"
+"""What a model with a head was trained to predict, where it is not one class of several, beside its adapter too."""
+# What transformers makes of outputs by itself is one class of several.
+_PROBLEMS = ("regression", "multi_label_classification")
 
 _AUTO_CLASSES = {
     "CAUSAL_LM": "AutoModelForCausalLM",
@@ -18,23 +28,40 @@ _AUTO_CLASSES = {
 }
 
 
-def base_class(task_type: Any, auto_mapping: Mapping[str, str] | None = None) -> tuple[str, str] | None:
+def base_class(
+    task_type: Any, auto_mapping: Mapping[str, str] | None = None, config: Any = None
+) -> tuple[str, str] | None:
     """
     The class of a base model, as PEFT says it.
 
     Args:
         task_type (`str` or `None`): PEFT's name of what is trained.
         auto_mapping (`Mapping[str, str]`, *optional*): what PEFT saves of the class where there is no task type.
+        config (`PretrainedConfig`, *optional*): that of the model. A task type can stand for models that its class
+            does not load: "CAUSAL_LM" for a vision-language model, "SEQ_2_SEQ_LM" for one of speech.
 
     Returns:
         `tuple[str, str]` or `None`: the module to import from, and the name in it; `None` if PEFT does not say it.
     """
     if (name := _AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)))) is not None:
-        return "transformers", name
+        return "transformers", name if config is None else _class_for(name, config)
     name, module = (str((auto_mapping or {}).get(key) or "") for key in ("base_model_class", "parent_library"))
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")) or module == "__main__":
         return None
     return ("transformers" if module.startswith("transformers.") else module), name
+
+
+def _class_for(auto_class: str, config: Any) -> str:
+    """This class of transformers, or another that loads models of the configuration if this one does not."""
+    import transformers
+
+    if takes_config(auto_class, config):
+        return auto_class
+    for name in getattr(config, "architectures", None) or ():
+        if hasattr(transformers, name):
+            return name
+    other = "AutoModelForImageTextToText"
+    return other if takes_config(other, config) else auto_class
 
 
 def label_names(config: Any) -> dict[int, str] | None:
@@ -45,6 +72,57 @@ def label_names(config: Any) -> dict[int, str] | None:
     return {int(index): str(name) for index, name in names.items()}
 
 
-def predicts_classes(class_name: str) -> bool:
-    """Whether a model of this class has a head whose outputs are counted by `num_labels`."""
-    return class_name.endswith("Classification")
+def problem_type(config: Any) -> str | None:
+    """What the outputs of a head are, or `None` for one class of several, as which transformers takes them."""
+    found = getattr(config, "problem_type", None)
+    return found if found in _PROBLEMS else None
+
+
+def predicts_classes(module: str, name: str, config: Any = None) -> bool:
+    """
+    Whether a model has a head whose outputs are counted by `num_labels`.
+
+    Args:
+        module (`str`): where its class is from.
+        name (`str`): the name of the class.
+        config (`PretrainedConfig`, *optional*): that of the model. A class of one's own with any name may count by it.
+    """
+    cls = getattr(sys.modules.get(module), name, None)
+    names = [parent.__name__ for parent in cls.__mro__] if isinstance(cls, type) else [name]
+    if any(found.endswith("Classification") for found in names):
+        return True
+    two_by_default = label_names(config) is None and getattr(config, "num_labels", 2) == 2
+    return module.partition(".")[0] != "transformers" and not two_by_default
+
+
+def save_head(folder: Path, model_class: type, config: Any) -> None:
+    """Save what the head of a model of this class and configuration predicts beside its adapter, if it has one."""
+    names = problem = None
+    if predicts_classes(model_class.__module__, model_class.__name__, config):
+        names, problem = label_names(config), problem_type(config)
+    if names is not None:
+        write_file(folder / LABELS_NAME, json.dumps(names, ensure_ascii=False, indent=2).encode())
+    if problem is not None:
+        write_file(folder / PROBLEM_NAME, json.dumps({"problem_type": problem}).encode())
+    else:  # of an earlier run
+        (folder / PROBLEM_NAME).unlink(missing_ok=True)
+
+
+def read_head(folder: Path) -> dict[str, Any]:
+    """
+    What [`save_head`] has saved beside an adapter, as options of a configuration.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    if not (folder.parent / ADAPTER_CONFIG_NAME).is_file() and not any(
+        (folder / name).is_file() for name in (LABELS_NAME, PROBLEM_NAME)
+    ):
+        folder = folder.parent  # PEFT saves an adapter that is not called "default" to a folder of its own
+    options: dict[str, Any] = {}
+    if (folder / LABELS_NAME).is_file():
+        names = {int(index): str(label) for index, label in read_json(folder / LABELS_NAME).items()}
+        options |= {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+    if (folder / PROBLEM_NAME).is_file():
+        options["problem_type"] = read_json(folder / PROBLEM_NAME).get("problem_type")
+    return options

@@ -14,6 +14,11 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 
 
+def adapters_inside(folder: str | os.PathLike) -> list[str]:
+    """Names of the folders inside of one that hold an adapter: PEFT gives each that is not called "default" one."""
+    return sorted(path.parent.name for path in Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and move it into place, so that nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,8 +13,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapters.base import SiteKind, extra_kinds
-from ..core.base_model import base_class, label_names, predicts_classes
-from ..core.files import write_file
+from ..core.base_model import base_class, label_names, predicts_classes, problem_type
+from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside, tensor_shapes, write_file
 from ..core.selection import Selection
 from ..core.text import sanitize
 from ..methods.facts import method_facts
@@ -65,7 +65,8 @@ def write_card(
     text = re.sub(rf"\n*{_BEGIN}.*?{_END}\n*", "\n", card.text, flags=re.DOTALL)
     if selection is not None:
         method = method_facts(selection.config)
-        base = _base_class(folder, peft_config)
+        subfolder = "" if kind is not None else _subfolder(folder, peft_config)
+        base = _base_class(folder / subfolder, peft_config, model_config)
         shares = {
             keep: [share for share, kept in zip(selection.frequency, selection.kept, strict=True) if kept == keep]
             for keep in (True, False)
@@ -89,7 +90,9 @@ def write_card(
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             went_on=went_on,
             base=base,
-            labels=_labels(base[1], model_config),
+            labels=_labels(base, model_config),
+            rows=_grown_rows(folder / subfolder, model_config),
+            subfolder=subfolder and json.dumps(subfolder, ensure_ascii=False),
             base_model=base_model,
             adapter=json.dumps(name, ensure_ascii=False),  # a string of the snippet
         )
@@ -99,24 +102,53 @@ def write_card(
     return path
 
 
-def _base_class(folder: Path, peft_config: Any) -> tuple[str, str]:
+def _subfolder(folder: Path, peft_config: Any) -> str:
+    """Where in a folder PEFT has saved an adapter of this configuration: one not called "default" inside of it."""
+
+    def is_it(path: Path) -> bool:
+        try:
+            targets = json.loads((path / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))["target_modules"]
+        except (OSError, ValueError, KeyError):
+            return False
+        mine = peft_config.target_modules
+        return targets == mine or (isinstance(targets, list) and mine is not None and set(targets) == set(mine))
+
+    inside = [] if is_it(folder) else [name for name in adapters_inside(folder) if is_it(folder / name)]
+    return next((name for name in inside if not name.startswith("checkpoint-")), "")
+
+
+def _base_class(folder: Path, peft_config: Any, model_config: Any) -> tuple[str, str]:
     """Module and name of the class that loads the base model."""
     mapping = getattr(peft_config, "auto_mapping", None)
     with contextlib.suppress(OSError, ValueError):  # PEFT completes only what it writes
-        mapping = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("auto_mapping")
-    return base_class(peft_config.task_type, mapping) or ("transformers", "AutoModel")
+        mapping = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("auto_mapping")
+    return base_class(peft_config.task_type, mapping, model_config) or ("transformers", "AutoModel")
 
 
-def _labels(class_name: str, model_config: Any) -> str:
+def _labels(base: tuple[str, str], model_config: Any) -> str:
     """What the snippet passes so that the base model gets the head that was trained."""
     number = getattr(model_config, "num_labels", None)
-    if number is None or not predicts_classes(class_name):
+    if number is None or not predicts_classes(*base, model_config):
         return ""
+    problem = problem_type(model_config)
+    more = f', problem_type="{problem}"' if problem else ""
     names = label_names(model_config)
     if names is None or len(names) > _MOST_LABELS:
-        return f", num_labels={number}"
+        return f", num_labels={number}{more}"
     text = ", ".join(f"{index}: {json.dumps(name, ensure_ascii=False)}" for index, name in names.items())
-    return f", id2label={{{text}}}"
+    return f", id2label={{{text}}}{more}"
+
+
+def _grown_rows(folder: Path, model_config: Any) -> int | None:
+    """Rows of the embeddings that an adapter holds, which the base model gets first: its vocabulary may have grown."""
+    if not hasattr(model_config, "get_text_config"):  # none of transformers
+        return None
+    size = getattr(model_config.get_text_config(), "vocab_size", None)
+    with contextlib.suppress(OSError, ValueError):
+        shapes = tensor_shapes(folder / ADAPTER_NAME)
+        embeddings = [shape for name, shape in shapes.items() if "lora_" not in name and name.endswith(".weight")]
+        return size if any(len(shape) == 2 and shape[0] == size for shape in embeddings) else None
+    return None
 
 
 def _option(value: Any) -> str:

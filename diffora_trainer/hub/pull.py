@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from peft import LoraConfig, PeftConfig
 
 from ..adapters.handover import lora_config_of, lora_config_of_run
-from ..core.files import ADAPTER_CONFIG_NAME
+from ..core.files import ADAPTER_CONFIG_NAME, adapters_inside
 from ..core.selection import SELECTION_NAME, Selection
 
 
@@ -62,10 +62,15 @@ def selected_lora_config(source: Any) -> LoraConfig:
         return lora_config_of_run(source)
     selection = load_selection(source)
     folder = Path(source).parent if Path(source).is_file() else source
+    inside = adapters_inside(folder) if not Path(folder, ADAPTER_CONFIG_NAME).is_file() else []
+    inside = [name for name in inside if not name.startswith("checkpoint-")]
+    if len(inside) == 1:  # PEFT saves an adapter that is not called "default" there
+        folder = Path(folder, inside[0])
     if Path(folder).is_dir() and not Path(folder, ADAPTER_CONFIG_NAME).is_file():
         raise FileNotFoundError(
             f"There is a selection in {folder}, but no {ADAPTER_CONFIG_NAME}, which says the ranks and scales. Please "
             "pass the folder that a run has saved its adapter to."
+            + (f" There are adapters in the folders {inside} inside of it." if inside else "")
         )
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):

@@ -8,29 +8,21 @@ kind of module for all layers, with a warning alone, if one layer lacks it; llam
 
 from __future__ import annotations
 
-import copy
-import importlib
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..compat import own_input_embeddings
-from ..core.base_model import LABELS_NAME, base_class
-from ..core.files import read_json
+from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units
-from ..logging import get_logger
+from .loading import model_class, on_meta
+from .merged import write_merged
 from .pairs import PREFIX, Pair, check_start, read_pairs
 
-
-logger = get_logger(__name__)
 
 SERVERS = {
     "vllm": "one rank and one scale for all modules",
@@ -40,8 +32,6 @@ SERVERS = {
     "merged": "the whole model with the adapter in its weights, for any server",
 }
 """For what an adapter can be exported, and what that takes."""
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, base_model: Any = None) -> Path:
@@ -65,8 +55,12 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
     folder, target = Path(adapter), Path(output)
     if server not in SERVERS:
         raise ValueError(f"There is no export for {server!r}; there is one for {list(SERVERS)}.")
-    if not (folder / CONFIG).is_file():
-        raise FileNotFoundError(f"There is no adapter in {folder}: it has no {CONFIG}.")
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        inside = [str(folder / name) for name in adapters_inside(folder)]
+        raise FileNotFoundError(
+            f"There is no adapter in {folder}: it has no {ADAPTER_CONFIG_NAME}."
+            + (f" Inside of it there are adapters in {inside}. Please name one of these folders." if inside else "")
+        )
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty. Please name another folder.")
     if target.resolve() == Path.cwd():
@@ -79,43 +73,13 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
         building = Path(made) / "export"
         building.mkdir()
         if server == "merged":
-            _write_merged(folder, building, base_model)
+            write_merged(folder, building, base_model)
         else:
             _write_adapter(folder, building, server, base_model)
         if target.exists():
             target.rmdir()
         building.rename(target)
     return target
-
-
-def _write_merged(folder: Path, target: Path, base_model: Any) -> None:
-    from transformers import AutoTokenizer
-
-    model, name = _load(folder, base_model)
-    untied = _untie(model)
-    try:
-        merge = getattr(model, "merge_and_unload", None)
-        if merge is None:  # virtual tokens
-            raise NotImplementedError
-        merged = merge()
-    except NotImplementedError as error:
-        kind = model.peft_config[model.active_adapter].peft_type.value
-        raise ValueError(
-            f"The adapter is of type {kind}, which PEFT cannot merge into the weights of the base model. Please load "
-            "it with PEFT."
-        ) from error
-    if untied:  # one weight still, where PEFT merges one change into both (trained tokens, `ensure_weight_tying`)
-        tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
-        for config in (merged.config, merged.config.get_text_config()):
-            config.tie_word_embeddings = tied
-    merged.save_pretrained(target)
-    for source in (folder, name):
-        try:
-            AutoTokenizer.from_pretrained(source).save_pretrained(target)
-            return
-        except (OSError, ValueError, ImportError):  # there is none, or one that cannot be read here
-            continue
-    logger.warning(f"Neither the adapter nor {name} has a tokenizer; please add it to the merged model.")
 
 
 def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> None:
@@ -129,7 +93,7 @@ def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> 
             "alone. Please export it with `--for merged`, which takes every type that PEFT can merge into the weights."
         )
     check_start(config)
-    pairs = read_pairs(load_file(folder / WEIGHTS), config)
+    pairs = read_pairs(load_file(folder / ADAPTER_NAME), config)
     layers: Mapping[str, nn.Module] = {}
     if server in ("sglang", "lorax"):
         layers = _linear_layers(config, base_model)
@@ -150,7 +114,7 @@ def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> 
     if base_model is not None:
         config.base_model_name_or_path = str(base_model)
     config.save_pretrained(str(target))
-    save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors, target / ADAPTER_NAME, metadata={"format": "pt"})
 
 
 def _completed(pairs: dict[str, Pair], layers: Mapping[str, nn.Module], server: str) -> dict[str, Pair]:
@@ -199,104 +163,5 @@ def _linear_layers(config: Any, base_model: Any) -> dict[str, nn.Module]:
             f"The shapes of the other modules are those of the base model, whose configuration is not at {name!r}. "
             "Please name its folder or Hub id with `--base_model`."
         ) from error
-    model = _on_meta(model_class(config.task_type, found, config.auto_mapping), found)
+    model = on_meta(model_class(config.task_type, found, config.auto_mapping), found)
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, (nn.Linear, Conv1D))}
-
-
-def model_class(task_type: Any, config: Any = None, auto_mapping: Any = None) -> Any:
-    """
-    The class that loads a model.
-
-    Args:
-        task_type (`str` or `None`): PEFT's name of what is trained.
-        config (`PretrainedConfig`, *optional*): the model's configuration; read where PEFT says nothing.
-        auto_mapping (`dict`, *optional*): what PEFT has saved of the class where there is no task type.
-    """
-    import transformers
-
-    module, name = base_class(task_type, auto_mapping) or ("transformers", "")
-    cls = getattr(importlib.import_module(module), name, None)
-    of = getattr(cls, "config_class", None)
-    if cls is not None and (config is None or of is None or isinstance(config, of)):
-        return cls
-    architectures = getattr(config, "architectures", None) or [""]
-    return getattr(transformers, architectures[0], transformers.AutoModel)
-
-
-def _load(folder: Path, base_model: Any) -> tuple[Any, str]:
-    """The model with its adapter, and where the base model is from."""
-    from peft import PeftConfig, PeftModel
-    from transformers import AutoConfig
-
-    config = PeftConfig.from_pretrained(str(folder))
-    check_start(config, again=True)
-    name = base_model or config.base_model_name_or_path
-    if name is None:
-        raise ValueError(
-            f"The adapter in {folder} does not say what its base model is. Please name its folder or Hub id with "
-            "`--base_model`."
-        )
-    found = AutoConfig.from_pretrained(name)
-    cls = model_class(config.task_type, found, config.auto_mapping)
-    options: dict[str, Any] = {}
-    if (folder / LABELS_NAME).is_file():
-        names = {int(index): str(label) for index, label in read_json(folder / LABELS_NAME).items()}
-        options = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
-    elif (outputs := _outputs(folder, cls, found)) is not None:
-        options["num_labels"] = outputs
-    return PeftModel.from_pretrained(cls.from_pretrained(name, **options), folder), str(name)
-
-
-def _outputs(folder: Path, cls: Any, config: Any) -> int | None:
-    """Outputs of a classifier that was trained along; its base model does not know them."""
-    from safetensors import safe_open
-
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        saved = {n.removeprefix(PREFIX): n for n in file.keys() if n.startswith(PREFIX) and "lora_" not in n}
-        # What has another shape with another number of classes is the head, whatever it is called.
-        shapes = [_shapes(cls, config, number) for number in (3, 5)] if saved else [{}, {}]
-        heads = [name for name, shape in shapes[0].items() if shape != shapes[1].get(name) and name in saved]
-        return int(file.get_slice(saved[heads[0]]).get_shape()[0]) if heads else None
-
-
-def _shapes(cls: Any, config: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
-    found = copy.deepcopy(config)
-    found.num_labels = num_labels
-    return {name: tuple(parameter.shape) for name, parameter in _on_meta(cls, found).named_parameters()}
-
-
-def _on_meta(cls: Any, config: Any) -> nn.Module:
-    """A model without weights."""
-    with torch.device("meta"):
-        model: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-    return model
-
-
-def _untie(model: Any) -> bool:
-    """
-    Give the input and the output embeddings of a model weights of their own where an adapter acts on one of them:
-    merged into the weight that both share, it would change both.
-
-    Returns:
-        `bool`: whether they were tied and an adapter acts on them, so that they may differ once it is merged.
-
-    Raises:
-        ValueError: if the model ties more than these two.
-    """
-    base = model.get_base_model()
-    if (inputs := own_input_embeddings(base)) is None:  # as in a model of audio
-        return False
-    embeddings = [inputs, base.get_output_embeddings()]
-    adapted = [part for part in embeddings if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
-    if not adapted or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
-        return False
-    if None in embeddings or base.config.is_encoder_decoder:
-        raise ValueError(
-            f"The adapter acts on the embeddings of {type(base).__name__}, which shares their weight with other "
-            "layers, so a merged model cannot hold it. Please load the adapter with PEFT."
-        )
-    for part in adapted:
-        if isinstance(part, BaseTunerLayer):
-            layer: Any = part.get_base_layer()
-            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    return True

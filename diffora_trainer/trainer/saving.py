@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -15,8 +14,7 @@ from ..adapters.base import extra_kinds, kinds_of
 from ..adapters.lora import peft_model
 from ..adapters.optimizer import remove_empty_groups
 from ..compat import is_sentence_transformer, load_default_adapter, load_sentence_transformer
-from ..core.base_model import LABELS_NAME, label_names, predicts_classes
-from ..core.files import write_file
+from ..core.base_model import save_head
 from ..hub.card import write_card
 from ..hub.plots import plot_to
 from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
@@ -53,8 +51,7 @@ def save_findings(trainer: Any, folder: Path) -> None:
         went_on = not ended or not is_log_of_choice(trainer.state.log_history)
         peft_config, config = model.peft_config[model.active_adapters[0]], getattr(model, "config", None)
         write_card(folder, selection, peft_config, trainer.hub_model_id, config, went_on)
-        if (names := label_names(config)) is not None and predicts_classes(type(model.get_base_model()).__name__):
-            write_file(folder / LABELS_NAME, json.dumps(names, ensure_ascii=False, indent=2).encode())
+        save_head(folder, type(model.get_base_model()), config)
 
 
 def update_output(trainer: Any, checkpoint: str) -> None:

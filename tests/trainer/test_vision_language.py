@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import (
+    AutoProcessor,
     CLIPImageProcessor,
     CLIPVisionConfig,
     LlavaConfig,
@@ -22,6 +24,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
 from diffora_trainer import DiffoRAMixin, DiffoRASFTTrainer
+from diffora_trainer.cli import main
 from helpers.adapted import base_weights
 from helpers.checks import adapter, assert_same, assert_was_searched
 from helpers.data import tiny_tokenizer
@@ -201,3 +204,41 @@ def test_preferences_between_answers_to_an_image(tmp_path: Path) -> None:
     assert_was_searched(trainer, CUT)
     assert_base_is_untouched(trainer)
     assert_saved_is_trained(trainer, tmp_path / "saved")
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_its_card_and_its_exports_load_the_class_of_the_model(task: str | None, tmp_path: Path) -> None:
+    """The class that PEFT's task type stands for loads no vision-language model."""
+    base, out = tmp_path / "base", tmp_path / "out"
+    model().save_pretrained(base)
+    processor().save_pretrained(base)
+    trainer = sft(out, peft_config=lora(task_type=task))
+    trainer.train()
+    trainer.save_model(str(out))
+    batch = processor()(images=[rows(1)[0]["images"][0]], text=["<image> what colour ?"], return_tensors="pt")
+    with torch.no_grad():
+        trained = trainer.model.eval()(**batch).logits
+        (snippet,) = re.findall(r"```python\n(from peft.*?)```", (out / "README.md").read_text(), re.DOTALL)
+        scope: dict[str, Any] = {}
+        exec(snippet.replace("<the base model>", str(base)).replace('"out"', repr(str(out))), scope)
+        assert scope["model"].eval()(**batch).logits.equal(trained)
+        for path in out.glob("*processor*.json"):  # as a folder that holds a tokenizer alone
+            path.unlink()
+        for server in ("lorax", "merged"):
+            words = [
+                "export",
+                str(out),
+                "--for",
+                server,
+                "--output",
+                str(tmp_path / server),
+                "--base_model",
+                str(base),
+            ]
+            assert main(words) == 0
+        merged = LlavaForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()(**batch).logits
+        torch.testing.assert_close(merged, trained, rtol=1e-4, atol=1e-4)
+    again = AutoProcessor.from_pretrained(tmp_path / "merged")
+    found = again(images=[rows(1)[0]["images"][0]], text=["<image> what colour ?"], return_tensors="pt")
+    assert all(torch.equal(found[name], batch[name]) for name in batch)
+    assert main(["plan", str(base), "--steps", "12"]) == 0

@@ -1,0 +1,132 @@
+"""The base model of a saved adapter, of its class and of its sizes, and the adapter on it."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..compat import keys_not_loaded, own_input_embeddings
+from ..core.base_model import base_class, read_head
+from ..core.files import ADAPTER_NAME
+from .pairs import PREFIX, check_start
+
+
+# Where in their module PEFT saves the weights of embeddings: as they are, under a LoRA, under trained tokens.
+_PLACES = ("", "base_layer.", "token_adapter.base_layer.")
+_IN_PYTHON = (
+    "`PeftModel.from_pretrained({}.from_pretrained(base), adapter).merge_and_unload().save_pretrained(output)`"
+)
+
+
+def model_class(task_type: Any, config: Any = None, auto_mapping: Any = None) -> Any:
+    """
+    The class that loads a model.
+
+    Args:
+        task_type (`str` or `None`): PEFT's name of what is trained.
+        config (`PretrainedConfig`, *optional*): the model's configuration; read where PEFT says nothing.
+        auto_mapping (`dict`, *optional*): what PEFT has saved of the class where there is no task type.
+
+    Raises:
+        ValueError: if it is a class of the user's own, in a module that cannot be imported.
+    """
+    import transformers
+
+    module, name = base_class(task_type, auto_mapping, config) or ("transformers", "")
+    try:
+        cls = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(
+            f"The base model is of class {name} from {module!r}, which cannot be imported here ({error}). Please put "
+            "the folder that holds this module on PYTHONPATH, or merge in Python, with this class: "
+            f"{_IN_PYTHON.format(name)}."
+        ) from error
+    of = getattr(cls, "config_class", None)
+    if cls is not None and (config is None or of is None or isinstance(config, of)):
+        return cls
+    architectures = getattr(config, "architectures", None) or [""]
+    return getattr(transformers, architectures[0], transformers.AutoModel)
+
+
+def load(folder: Path, base_model: Any) -> tuple[Any, str]:
+    """The model with its adapter, and where the base model is from."""
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoConfig
+
+    config = PeftConfig.from_pretrained(str(folder))
+    check_start(config, again=True)
+    name = base_model or config.base_model_name_or_path
+    if name is None:
+        raise ValueError(
+            f"The adapter in {folder} does not say what its base model is. Please name its folder or Hub id with "
+            "`--base_model`."
+        )
+    found = AutoConfig.from_pretrained(name)
+    cls = model_class(config.task_type, found, config.auto_mapping)
+    saved = _saved_shapes(folder)
+    options = read_head(folder)
+    if "id2label" not in options and (outputs := _outputs(saved, cls, found)) is not None:
+        options["num_labels"] = outputs
+    base = cls.from_pretrained(name, **options)
+    _fit_embeddings(base, saved)
+    model = PeftModel.from_pretrained(base, folder)
+    if left := keys_not_loaded(model, folder):
+        raise ValueError(
+            f"The adapter holds {left[0].removeprefix(PREFIX)!r}"
+            + (f" and {len(left) - 1} more weights" if len(left) > 1 else "")
+            + f" for which a {type(base).__name__} has no place, so that they would be lost. The adapter does not say "
+            "which class it was trained with, if that is one of a script, or PEFT knows the task. Please merge in "
+            f"Python, with this class: {_IN_PYTHON.format('TheClass')}; or name another `--base_model`."
+        )
+    return model, str(name)
+
+
+def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of an adapter, by the names of a base model's parameters."""
+    from safetensors import safe_open
+
+    if not (folder / ADAPTER_NAME).is_file():  # in a file of the older form
+        return {}
+    with safe_open(folder / ADAPTER_NAME, "pt") as file:
+        return {name.removeprefix(PREFIX): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+
+
+def _fit_embeddings(model: Any, saved: Mapping[str, tuple[int, ...]]) -> None:
+    """Give the embeddings of a base model the rows of those in an adapter, whose vocabulary may have grown."""
+    if (inputs := own_input_embeddings(model)) is None:
+        return
+    embeddings = (inputs, model.get_output_embeddings())
+    names = [name for name, module in model.named_modules() if any(module is part for part in embeddings)]
+    for key in (f"{name}.{place}weight" for name in names for place in _PLACES):
+        if key in saved and saved[key][0] != inputs.weight.shape[0]:
+            model.resize_token_embeddings(saved[key][0], mean_resizing=False)  # the rows are replaced
+            return
+
+
+def _outputs(saved: Mapping[str, tuple[int, ...]], cls: Any, config: Any) -> int | None:
+    """Outputs of a classifier that was trained along; its base model does not know them."""
+    if all("lora_" in name for name in saved):
+        return None
+    # What has another shape with another number of classes is the head, whatever it is called.
+    three, five = (_shapes(cls, config, number) for number in (3, 5))
+    heads = [name for name, shape in three.items() if shape != five.get(name) and name in saved]
+    return saved[heads[0]][0] if heads else None
+
+
+def _shapes(cls: Any, config: Any, num_labels: int) -> dict[str, tuple[int, ...]]:
+    found = copy.deepcopy(config)
+    found.num_labels = num_labels
+    return {name: tuple(parameter.shape) for name, parameter in on_meta(cls, found).named_parameters()}
+
+
+def on_meta(cls: Any, config: Any) -> nn.Module:
+    """A model without weights."""
+    with torch.device("meta"):
+        model: nn.Module = cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+    return model
