@@ -82,15 +82,25 @@ def own_input_embeddings(module: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def takes_config(auto_class: str, config: Any) -> bool:
+def class_for(name: str, config: Any) -> str:
     """
-    Whether an auto class of transformers loads models of a configuration: it is a key of `_model_mapping`, or names
-    the class in its own code (`auto_map`), in all versions. A public function that says it would let it go.
+    The name of a class of transformers that loads models of a configuration: this one, or another if this is an auto
+    class that does not. What PEFT's "CAUSAL_LM" stands for loads no vision-language model, and "SEQ_2_SEQ_LM" none of
+    speech.
+
+    An auto class loads a configuration that is a key of its `_model_mapping`, or that names the class in its own code
+    (`auto_map`), in all versions. A public function that says it would let it go.
     """
     import transformers
 
-    found = getattr(transformers, auto_class)
-    return auto_class in (getattr(config, "auto_map", None) or {}) or type(config) in found._model_mapping
+    def loads(auto_class: str) -> bool:
+        mapping = getattr(getattr(transformers, auto_class, None), "_model_mapping", None)
+        return mapping is None or auto_class in (getattr(config, "auto_map", None) or {}) or type(config) in mapping
+
+    if config is None or loads(name):
+        return name
+    others = [*(getattr(config, "architectures", None) or ()), "AutoModelForImageTextToText"]
+    return next((other for other in others if hasattr(transformers, other) and loads(other)), name)
 
 
 def trainer_of_callback(callback: Any) -> Any:

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..compat import takes_config
 from .files import ADAPTER_CONFIG_NAME, read_json, write_file
 
 
@@ -28,40 +27,23 @@ _AUTO_CLASSES = {
 }
 
 
-def base_class(
-    task_type: Any, auto_mapping: Mapping[str, str] | None = None, config: Any = None
-) -> tuple[str, str] | None:
+def base_class(task_type: Any, auto_mapping: Mapping[str, str] | None = None) -> tuple[str, str] | None:
     """
     The class of a base model, as PEFT says it.
 
     Args:
         task_type (`str` or `None`): PEFT's name of what is trained.
         auto_mapping (`Mapping[str, str]`, *optional*): what PEFT saves of the class where there is no task type.
-        config (`PretrainedConfig`, *optional*): that of the model. A task type can stand for models that its class
-            does not load: "CAUSAL_LM" for a vision-language model, "SEQ_2_SEQ_LM" for one of speech.
 
     Returns:
         `tuple[str, str]` or `None`: the module to import from, and the name in it; `None` if PEFT does not say it.
     """
     if (name := _AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)))) is not None:
-        return "transformers", name if config is None else _class_for(name, config)
+        return "transformers", name
     name, module = (str((auto_mapping or {}).get(key) or "") for key in ("base_model_class", "parent_library"))
     if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")) or module == "__main__":
         return None
     return ("transformers" if module.startswith("transformers.") else module), name
-
-
-def _class_for(auto_class: str, config: Any) -> str:
-    """This class of transformers, or another that loads models of the configuration if this one does not."""
-    import transformers
-
-    if takes_config(auto_class, config):
-        return auto_class
-    for name in getattr(config, "architectures", None) or ():
-        if hasattr(transformers, name):
-            return name
-    other = "AutoModelForImageTextToText"
-    return other if takes_config(other, config) else auto_class
 
 
 def label_names(config: Any) -> dict[int, str] | None:

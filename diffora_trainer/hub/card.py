@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapters.base import SiteKind, extra_kinds
+from ..compat import class_for
 from ..core.base_model import base_class, label_names, predicts_classes, problem_type
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside, tensor_shapes, write_file
 from ..core.selection import Selection
@@ -122,7 +123,8 @@ def _base_class(folder: Path, peft_config: Any, model_config: Any) -> tuple[str,
     mapping = getattr(peft_config, "auto_mapping", None)
     with contextlib.suppress(OSError, ValueError):  # PEFT completes only what it writes
         mapping = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("auto_mapping")
-    return base_class(peft_config.task_type, mapping, model_config) or ("transformers", "AutoModel")
+    module, name = base_class(peft_config.task_type, mapping) or ("transformers", "AutoModel")
+    return module, class_for(name, model_config) if module == "transformers" else name
 
 
 def _labels(base: tuple[str, str], model_config: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat import keys_not_loaded, own_input_embeddings
+from ..compat import class_for, keys_not_loaded, own_input_embeddings
 from ..core.base_model import base_class, read_head
 from ..core.files import ADAPTER_NAME
 from .pairs import PREFIX, check_start
@@ -38,7 +38,9 @@ def model_class(task_type: Any, config: Any = None, auto_mapping: Any = None) ->
     """
     import transformers
 
-    module, name = base_class(task_type, auto_mapping, config) or ("transformers", "")
+    module, name = base_class(task_type, auto_mapping) or ("transformers", "")
+    if module == "transformers":
+        name = class_for(name, config)
     try:
         cls = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
@@ -99,7 +101,8 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 def _fit_embeddings(model: Any, saved: Mapping[str, tuple[int, ...]]) -> None:
     """Give the embeddings of a base model the rows of those in an adapter, whose vocabulary may have grown."""
-    if (inputs := own_input_embeddings(model)) is None:
+    inputs: Any = own_input_embeddings(model)
+    if inputs is None:
         return
     embeddings = (inputs, model.get_output_embeddings())
     names = [name for name, module in model.named_modules() if any(module is part for part in embeddings)]
