@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import ADAPTER_CONFIG_NAME, read_json, write_file
+from .selection import SELECTION_NAME
 
 
 LABELS_NAME = "id2label.json"
@@ -77,6 +78,13 @@ def predicts_classes(module: str, name: str, config: Any = None) -> bool:
     return module.partition(".")[0] != "transformers" and not two_by_default
 
 
+def output_folder(adapter: Path) -> Path:
+    """Where a run saved what is beside an adapter: above its folder, if it is not called "default" (see PEFT)."""
+    above = adapter.parent
+    apart = (above / SELECTION_NAME).is_file() and not (above / ADAPTER_CONFIG_NAME).is_file()
+    return above if apart else adapter
+
+
 def save_head(folder: Path, model_class: type, config: Any) -> None:
     """Save what the head of a model of this class and configuration predicts beside its adapter, if it has one."""
     names = problem = None
@@ -97,10 +105,7 @@ def read_head(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: if a file is damaged.
     """
-    if not (folder.parent / ADAPTER_CONFIG_NAME).is_file() and not any(
-        (folder / name).is_file() for name in (LABELS_NAME, PROBLEM_NAME)
-    ):
-        folder = folder.parent  # PEFT saves an adapter that is not called "default" to a folder of its own
+    folder = output_folder(folder)
     options: dict[str, Any] = {}
     if (folder / LABELS_NAME).is_file():
         names = {int(index): str(label) for index, label in read_json(folder / LABELS_NAME).items()}

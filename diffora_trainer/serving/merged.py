@@ -10,6 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..compat import own_input_embeddings
+from ..core.base_model import output_folder
 from ..logging import get_logger
 from .loading import load
 
@@ -68,7 +69,7 @@ def _check_merges(config: Any) -> None:
 def _write_processor(folder: Path, name: str, target: Path) -> None:
     from transformers import ProcessorMixin
 
-    own, of_base = _processor(folder), _processor(name)
+    own, of_base = _processor(output_folder(folder)), _processor(name)
     if own is None and of_base is None:
         logger.warning(
             f"Neither the adapter nor {name} has a tokenizer or processor; please add it to the merged model."

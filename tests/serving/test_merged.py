@@ -222,6 +222,8 @@ def test_an_adapter_by_another_name_is_in_a_folder_of_its_own(tmp_path: Path, ca
     assert str(out / "mine") in capsys.readouterr().err
     assert main(["export", str(out / "mine"), "--for", "vllm", "--output", str(tmp_path / "vllm")]) == 0
     assert main(["show", str(out), "--lora_config", str(tmp_path / "config.json")]) == 0
+    merged = export(out / "mine", "merged", tmp_path / "merged")
+    assert len(AutoTokenizer.from_pretrained(merged)) == len(tiny_tokenizer())  # of the output folder
     assert set(json.loads((tmp_path / "config.json").read_text())["target_modules"]) == set(trainer.selection.selected)
     trainer.model.add_adapter("second", config)
     trainer.model.save_pretrained(out)
