@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import ADAPTER_CONFIG_NAME, read_json, write_file
+from .files import ADAPTER_CONFIG_NAME, read_json
 from .selection import SELECTION_NAME
 
 
@@ -85,22 +85,23 @@ def output_folder(adapter: Path) -> Path:
     return above if apart else adapter
 
 
-def save_head(folder: Path, model_class: type, config: Any) -> None:
-    """Save what the head of a model of this class and configuration predicts beside its adapter, if it has one."""
+def head_files(model_class: type | None, config: Any) -> dict[str, bytes | None]:
+    """
+    What the head of a model of this class and configuration predicts: the files that are saved beside its adapter by
+    their names, with their contents, or `None` for one that it has not.
+    """
     names = problem = None
-    if predicts_classes(model_class.__module__, model_class.__name__, config):
+    if model_class is not None and predicts_classes(model_class.__module__, model_class.__name__, config):
         names, problem = label_names(config), problem_type(config)
-    if names is not None:
-        write_file(folder / LABELS_NAME, json.dumps(names, ensure_ascii=False, indent=2).encode())
-    if problem is not None:
-        write_file(folder / PROBLEM_NAME, json.dumps({"problem_type": problem}).encode())
-    else:  # of an earlier run
-        (folder / PROBLEM_NAME).unlink(missing_ok=True)
+    return {
+        LABELS_NAME: None if names is None else json.dumps(names, ensure_ascii=False, indent=2).encode(),
+        PROBLEM_NAME: None if problem is None else json.dumps({"problem_type": problem}).encode(),
+    }
 
 
 def read_head(folder: Path) -> dict[str, Any]:
     """
-    What [`save_head`] has saved beside an adapter, as options of a configuration.
+    What was saved of [`head_files`] beside an adapter, as options of a configuration.
 
     Raises:
         ValueError: if a file is damaged.

@@ -179,7 +179,8 @@ def newest_checkpoint(folder: str | os.PathLike) -> tuple[str | None, dict[str, 
 def atomic_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]:
     """
     While the Trainer writes a checkpoint. If an earlier one stands in its place, it first loses the file that makes it
-    look whole: a mixture of the two cannot pass for a checkpoint.
+    look whole, and the state of its search, which `save_only_model` does not write anew: a mixture of the two cannot
+    pass for a checkpoint.
 
     Args:
         folder (`str` or `os.PathLike`): the checkpoint.
@@ -191,6 +192,7 @@ def atomic_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]
     last = Path(folder) / TRAINER_STATE_NAME
     if writes:
         last.unlink(missing_ok=True)
+        last.with_name(STATE_NAME).unlink(missing_ok=True)
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:

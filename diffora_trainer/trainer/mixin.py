@@ -300,7 +300,7 @@ class DiffoRAMixin(_Base):
         """The parent's card, PEFT's facts, and what the search found."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            saving.save_findings(self, Path(self.args.output_dir))
+            saving.save_findings(self, Path(self.args.output_dir), new_adapter=False)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._session.in_loop and self._callback is not None:

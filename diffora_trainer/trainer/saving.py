@@ -14,9 +14,11 @@ from ..adapters.base import extra_kinds, kinds_of
 from ..adapters.lora import peft_model
 from ..adapters.optimizer import remove_empty_groups
 from ..compat import is_sentence_transformer, load_default_adapter, load_sentence_transformer
-from ..core.base_model import save_head
+from ..core.base_model import head_files
+from ..core.files import write_file
+from ..core.selection import SELECTION_NAME, Selection
 from ..hub.card import write_card
-from ..hub.plots import plot_to
+from ..hub.plots import PICTURE_NAME, plot_to
 from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
 from ..logging import get_logger
 from .checkpoint import find_checkpoint
@@ -35,9 +37,20 @@ def complete_adapter(trainer: Any, folder: Path) -> None:
     save_findings(trainer, folder)
 
 
-def save_findings(trainer: Any, folder: Path) -> None:
-    """Save what the search found beside the adapter: the selection, its picture, the report and the card."""
+def save_findings(trainer: Any, folder: Path, new_adapter: bool = True) -> None:
+    """
+    Save what the search found beside the adapter: the selection, its picture, the report and the card; and the names
+    of the classes of a classifier. What an earlier run has left of these in the folder is removed.
+
+    Args:
+        trainer (`Trainer`): the trainer.
+        folder (`Path`): where its adapter is, or will be.
+        new_adapter (`bool`, *optional*, defaults to `True`): whether the adapter in the folder is the trainer's: one
+            of an earlier run, which the trainer has not replaced yet, keeps what tells of it.
+    """
     model, selection = trainer.model, trainer.selection
+    if new_adapter or selection is not None:
+        _remove_other_selection(selection, folder)
     if selection is not None:
         selection.save(folder)
         plot_to(selection, folder)
@@ -45,13 +58,39 @@ def save_findings(trainer: Any, folder: Path) -> None:
         if is_log_of_choice(trainer.state.log_history) or not (folder / REPORT_NAME).is_file():
             title = trainer.hub_model_id or Path(trainer.args.output_dir).resolve().name
             write_report(folder / REPORT_NAME, selection, trainer.state.log_history, trainer.state.max_steps, title)
+    predicted = head_files(None, None)
     if isinstance(model, PeftModel):  # that of sentence-transformers is about the whole model
         # A log that is not of the choice is one of a training that went on.
         ended = selection is not None and trainer.state.global_step <= (selection.step or 0)
         went_on = not ended or not is_log_of_choice(trainer.state.log_history)
         peft_config, config = model.peft_config[model.active_adapters[0]], getattr(model, "config", None)
         write_card(folder, selection, peft_config, trainer.hub_model_id, config, went_on)
-        save_head(folder, type(model.get_base_model()), config)
+        predicted = head_files(type(model.get_base_model()), config)
+    for name, content in predicted.items():
+        if content is not None:
+            write_file(folder / name, content)
+        elif new_adapter:
+            _remove(folder / name)
+
+
+def _remove_other_selection(selection: Selection | None, folder: Path) -> None:
+    """Remove a selection that is not this one from a folder, with its picture and its report."""
+    path = folder / SELECTION_NAME
+    try:
+        other = path.read_bytes()
+    except OSError:  # most often there is none
+        return
+    if selection is None or other != selection.to_json().encode():
+        for name in (PICTURE_NAME, REPORT_NAME, SELECTION_NAME):  # by the last one the others are known to be ours
+            _remove(folder / name)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file of an earlier run, if it is there."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:  # no reason not to save the adapter
+        logger.warning(f"{path} is of another adapter, which was here before, and could not be removed: {error}")
 
 
 def update_output(trainer: Any, checkpoint: str) -> None:
