@@ -156,7 +156,7 @@ def initial_lora(task_type: str, r: int | None = None, target_modules: list[str]
 
 def run(trainer_class: type, parser: Any, words: Sequence[str], forms: Sequence[tuple[str, ...]]) -> dict[str, float]:
     """
-    Train as the words say, evaluate, save, and print what was chosen.
+    Train as the words say, save, evaluate, and print what was chosen.
 
     Args:
         trainer_class (`type`): a trainer that searches.
@@ -209,7 +209,7 @@ def check_form(splits: tuple[Any, Any], forms: Sequence[tuple[str, ...]], text_f
 
 def train_and_save(trainer: Any, dataset_name: str, named: str = "dataset") -> dict[str, float]:
     """
-    Train, evaluate, save, push if that was asked for, and print what was chosen.
+    Train, save, evaluate, push if that was asked for, and print what was chosen.
 
     Args:
         trainer (`Trainer`): a trainer that searches.
@@ -219,10 +219,14 @@ def train_and_save(trainer: Any, dataset_name: str, named: str = "dataset") -> d
     Returns:
         `dict[str, float]`: the metrics of the evaluation.
     """
+    from ..trainer.saving import save_findings
+
     args = trainer.args
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model(args.output_dir)  # first: what goes wrong in the evaluation must not cost the training
     metrics: dict[str, float] = trainer.evaluate()
-    trainer.save_model(args.output_dir)
+    if trainer.is_world_process_zero():  # the report, with the loss of the evaluation
+        save_findings(trainer, Path(args.output_dir))
     if args.push_to_hub:
         trainer.push_to_hub(**{named: None if Path(dataset_name).exists() else dataset_name})
     lines = ["", trainer.selection.table(), "", f"DiffoRA {trainer.selection.summary()}."]

@@ -146,12 +146,12 @@ def main(script_args: RecipeArguments, diffora_args: DiffoRAConfig) -> dict[str,
 
     loss_before = test_loss(model)
     selection = train(model, training, held_out, diffora_args, script_args.max_steps, script_args.learning_rate)
-    loss_after = test_loss(model)
 
     # What is saved is an ordinary PEFT adapter: it is loaded again without this package.
     output_dir = Path(script_args.output_dir)
     model.save_pretrained(output_dir)
     selection.save(output_dir)
+    loss_after = test_loss(model)
     reloaded = PeftModel.from_pretrained(make_base(script_args), output_dir)
     loss_reloaded = test_loss(reloaded)
 

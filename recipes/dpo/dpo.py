@@ -80,11 +80,12 @@ def main(
         diffora_config=diffora_args,
     )
 
-    # Train and evaluate
+    # Train, save, and evaluate: what goes wrong in the evaluation must not cost the training
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
     metrics = trainer.evaluate()
 
-    # Save and push to Hub
+    # Save once more, for the report holds the evaluation now, and push to Hub
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         trainer.push_to_hub(dataset_name=None if Path(script_args.dataset_name).exists() else script_args.dataset_name)

@@ -163,14 +163,15 @@ def main(
         network = trainer.accelerator.unwrap_model(trainer.model)
         return answer(network, trainer.processing_class, script_args.prompt, script_args.answer_tokens)
 
-    # Before, training, after
+    # Before, training, after. What goes wrong after it must not cost the training, so it is saved first.
     # FSDP2 shards the model when training begins, and accelerate cannot evaluate it before.
     sharded = trainer.is_fsdp_enabled
     loss_before, answer_before = (None, None) if sharded else (trainer.evaluate()["eval_loss"], ask())
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model(training_args.output_dir)
     loss_after, answer_after = trainer.evaluate()["eval_loss"], ask()
 
-    # Save and push to Hub
+    # Save once more, for the report holds the evaluation now, and push to Hub
     trainer.save_model(training_args.output_dir)
     if training_args.push_to_hub:
         local = Path(script_args.dataset_name).exists() or script_args.dataset_name == "embedded"

@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Trainer,
 )
 
 from helpers import ROOT, models
@@ -229,6 +230,25 @@ def test_recipe_runs(
     for name, value in result.items():
         if isinstance(value, float):
             assert value == value, f"{name} is not a number"
+
+
+@pytest.mark.parametrize("config", ["classification/sst2_minilm.yaml", "dpo/ultrafeedback.yaml", "sft/demo.yaml"])
+def test_an_evaluation_that_fails_costs_no_training(
+    config: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate = Trainer.evaluate
+
+    def fail_at_the_end(self: Trainer, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == self.state.max_steps > 0:
+            raise RuntimeError("no evaluation")
+        return evaluate(self, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "evaluate", fail_at_the_end)
+    overrides = overrides_of(config, folder, tmp_path) | {"eval_strategy": "no", "save_strategy": "no"}
+    with pytest.raises(RuntimeError, match="no evaluation"):
+        run(config, overrides)
+    selected = json.loads((tmp_path / "diffora_selection.json").read_text())["selected"]
+    check_adapter(tmp_path, load_base(config, folder), selected)
 
 
 def test_classification_without_search(folder: Path, tmp_path: Path) -> None:

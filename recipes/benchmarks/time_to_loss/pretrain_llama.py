@@ -133,9 +133,8 @@ def main(arguments: PretrainingArguments) -> dict[str, Any]:
         processing_class=tokenizer,
     )
     trainer.train()
-    metrics = trainer.evaluate()
     trainer.save_model()
-    return metrics
+    return trainer.evaluate()
 
 
 if __name__ == "__main__":
