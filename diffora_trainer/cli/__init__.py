@@ -64,7 +64,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found.options = rest
     try:
         found.run(found)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
+        if isinstance(error, ImportError) and not _is_of_installation(error):
+            raise
         print(f"diffora {found.command}: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _is_of_installation(error: ImportError) -> bool:
+    """
+    Whether something is not installed, and the error says what: it names a module that is not there, or was written
+    for the user, and then names none. Of a name that a module lacks, the traceback says more.
+    """
+    if isinstance(error, ModuleNotFoundError):
+        return bool(error.name) and error.name.partition(".")[0] != __name__.partition(".")[0]
+    return error.name is None

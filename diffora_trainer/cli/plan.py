@@ -50,6 +50,8 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
     from ..search.search import ArchitectureSearch
     from ..serving.loading import model_class, on_meta
 
+    if words.batch_size < 1:
+        raise ValueError(f"You passed `--batch_size {words.batch_size}`, but a batch has at least one row.")
     found = AutoConfig.from_pretrained(words.model)
     lora = initial_lora(words.task, words.r, words.target_modules)
     with torch.device("meta"):

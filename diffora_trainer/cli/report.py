@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.selection import SELECTION_NAME, Selection
-from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
+from ..hub.report import REPORT_NAME, is_log_of_choice, report_file, write_report
 from .source import load_selection
 
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output",
         metavar="FILE.html",
-        help=f"where to write it; by default {REPORT_NAME} in the folder, or here if the source is on the Hub",
+        help=f"where to write it, or a folder; by default {REPORT_NAME} in the source, or here if that is on the Hub",
     )
 
 
@@ -37,9 +37,7 @@ def run(words: argparse.Namespace) -> None:
     local = Path(words.source)
     folder = (local if local.is_dir() else local.parent) if local.exists() else None
     state = _hub_state(words.source) if folder is None else _local_state(folder, selection)
-    path = Path(words.output) if words.output else (folder or Path()) / REPORT_NAME
-    if path.is_dir():
-        path = path / REPORT_NAME
+    path = report_file(words.output or (folder or Path()) / REPORT_NAME)
     if not state and not words.output and path.exists():
         raise ValueError(
             f"{str(path)!r} is there already, and without a {_STATE_NAME} of its run beside the adapter or in a "

@@ -25,9 +25,10 @@ def run(words: argparse.Namespace) -> None:
     print(describe(selection))
     if words.ranking:
         print("\nAll modules, the best first:")
-        ranks = dict(zip(selection.modules, selection.ranks, strict=True))
+        fates = dict.fromkeys(selection.dropped, "removed") | dict.fromkeys(selection.frozen, "frozen")
+        fates |= {name: f"rank {rank}" for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank}
         for place, name in enumerate(selection.ranking(), start=1):
-            print(f"{place:4d}  {'rank ' + str(ranks[name]) if ranks[name] else 'removed':8s}  {name}")
+            print(f"{place:4d}  {fates.get(name, 'shares'):8s}  {name}")
     if words.diff:
         print("\n" + difference(selection, load_selection(words.diff), (words.source, words.diff)))
     if words.picture:

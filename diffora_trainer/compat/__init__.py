@@ -21,6 +21,7 @@ from .peft import (
     hook_lookup,
     keep_frozen,
     keys_not_loaded,
+    load_peft_config,
     rewrites_all_linear,
     shortened_targets,
 )
@@ -122,6 +123,7 @@ __all__ = [
     "keys_not_loaded",
     "knows_fsdp2",
     "load_default_adapter",
+    "load_peft_config",
     "load_sentence_transformer",
     "loss_is_of_rows",
     "loss_of_training_step",

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
 from peft.tuners.vera import VeraModel
@@ -31,6 +31,19 @@ LOADS_VERA_MATRICES = hasattr(VeraModel, "_remap_adapter_state_dict_for_load")
 Whether PEFT loads the shared matrices of a saved VeRA. Before 0.21 it passes them over, since it looks for them
 without the name of the adapter, and goes on with those that it has drawn. Goes with these versions.
 """
+
+
+def load_peft_config(source: str | os.PathLike) -> PeftConfig:
+    """
+    The configuration of an adapter in a folder or on the Hub. A type that PEFT does not know, as of an adapter with
+    shortcuts, is a `ValueError`: PEFT raises a `KeyError`, in all versions. Goes when PEFT says it.
+    """
+    try:
+        return PeftConfig.from_pretrained(os.fspath(source))
+    except KeyError as error:
+        raise ValueError(
+            f"The adapter in {os.fspath(source)} is of a type that PEFT does not know: {error.args[0]}."
+        ) from error
 
 
 def adapters_disabled(model: Any) -> bool:

@@ -124,8 +124,10 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     Raises:
         ImportError: if Matplotlib is not installed.
     """
-    import matplotlib  # noqa: F401, what is missing is said now
-
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"No picture {NO_MATPLOTLIB}") from error
     path = Path(path)
     write_file(path, _drawn(selection.to_json()))
     return path

@@ -8,9 +8,10 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 
 from ..adapters.handover import lora_config_of, lora_config_of_run
+from ..compat import load_peft_config
 from ..core.files import ADAPTER_CONFIG_NAME, adapters_inside
 from ..core.selection import SELECTION_NAME, Selection
 
@@ -72,7 +73,7 @@ def selected_lora_config(source: Any) -> LoraConfig:
             "pass the folder that a run has saved its adapter to."
             + (f" There are adapters in the folders {inside} inside of it." if inside else "")
         )
-    config = PeftConfig.from_pretrained(str(folder))
+    config = load_peft_config(folder)
     if not isinstance(config, LoraConfig):
         raise ValueError(
             f"The adapter in {folder} is configured by {type(config).__name__}, so no `LoraConfig` says what was "

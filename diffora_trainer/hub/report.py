@@ -64,7 +64,8 @@ def write_report(
     nothing beside it, runs no script and asks for nothing on the network.
 
     Args:
-        path (`str` or `os.PathLike`): the file, or a folder to write `diffora_report.html` into.
+        path (`str` or `os.PathLike`): the file, or a folder to write `diffora_report.html` into: one that is there, or
+            a name that ends with a slash.
         selection ([`Selection`]): what was chosen.
         log_history (`Sequence[Mapping]`, *optional*): the Trainer's log (`trainer.state.log_history`). Without it the
             page has no losses; so too if it is not that of the run that chose.
@@ -75,10 +76,16 @@ def write_report(
     Returns:
         `Path`: the file.
     """
-    path = Path(path)
-    path = path / REPORT_NAME if path.is_dir() else path
+    path = report_file(path)
     write_file(path, render_report(selection, log_history, max_steps, title).encode(errors="replace"))
     return path
+
+
+def report_file(path: str | os.PathLike) -> Path:
+    """The file of a report, by what [`write_report`] takes for it: a `Path` has lost its last slash."""
+    separators = tuple(separator for separator in (os.sep, os.altsep) if separator)
+    folder = os.fspath(path).endswith(separators) or Path(path).is_dir()
+    return Path(path) / REPORT_NAME if folder else Path(path)
 
 
 def is_log_of_choice(log_history: Sequence[Mapping[str, Any]]) -> bool:

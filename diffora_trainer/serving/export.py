@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from ..compat import load_peft_config
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units
@@ -61,6 +62,7 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
             f"There is no adapter in {folder}: it has no {ADAPTER_CONFIG_NAME}."
             + (f" Inside of it there are adapters in {inside}. Please name one of these folders." if inside else "")
         )
+    load_peft_config(folder)  # a type that PEFT does not know is said now
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty. Please name another folder.")
     if target.resolve() == Path.cwd():

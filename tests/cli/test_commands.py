@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -51,6 +52,22 @@ def test_show_a_run_and_compare_it_with_another(runs: tuple[Path, Path], capsys:
     assert "neither a folder here nor an adapter on the Hub" in capsys.readouterr().err
 
 
+def test_what_became_of_each_module(runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    first = Selection.load(runs[0])
+    fates = {"removed": {}, "frozen": {"frozen": first.dropped}, "shares": {"shared": (first.dropped,)}}
+    for fate, others in fates.items():
+        replace(first, **others).save(tmp_path)
+        assert main(["show", str(tmp_path), "--ranking"]) == 0
+        lines = [line.split() for line in capsys.readouterr().out.splitlines() if line[:4].strip().isdigit()]
+        assert {line[-1] for line in lines if line[1] == "rank"} == set(first.selected)
+        assert {line[-1] for line in lines if line[1] == fate} == set(first.dropped)
+
+
+def test_report_into_a_folder_that_is_not_there_yet(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    assert main(["report", str(runs[0]), "--output", f"{tmp_path / 'reports'}/"]) == 0
+    assert [path.name for path in (tmp_path / "reports").iterdir()] == ["diffora_report.html"]
+
+
 def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     llama_config(200, num_hidden_layers=2).save_pretrained(tmp_path)
     words = ["plan", str(tmp_path), "--steps", "300", "--rows", "1000", "--batch_size", "4"]
@@ -75,6 +92,9 @@ def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "until step 75" in text and "the run ends there" in text and "until step 300" not in text
     assert main([*words, "--selection_ratio", "3"]) == 1
     assert "selection_ratio=3.0" in capsys.readouterr().err
+    for size in ("0", "-1"):
+        assert main([*words, "--method", "snip", "--batch_size", size]) == 1
+        assert f"`--batch_size {size}`" in capsys.readouterr().err
     assert main(["plan", str(tmp_path), "--steps", "300", "--rows", "1"]) == 1
     assert "no row is left to train on" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.safetensors"))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from peft import PeftConfig
+from trl import SFTTrainer
 
+from diffora_trainer import Selection, selected_lora_config
 from diffora_trainer.cli import main
 from helpers.data import tiny_tokenizer
 from helpers.trainers import causal_model, make_trainer
@@ -108,15 +112,85 @@ def test_arguments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     assert "`--config` names no file" in said(capsys, ["sft", "--config"])
 
 
-def test_adapters(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+WITH_SHORTCUTS = "LoRA with shortcuts, which PEFT alone cannot load: use diffora_trainer.ShortcutModel.from_pretrained"
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    trainer = make_trainer(folder, search={"method": "random"})
+    trainer.train()
+    trainer.save_model(str(folder))
+    return folder
+
+
+def test_a_type_of_adapter_that_peft_does_not_know(adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    """One with shortcuts says in its type by what it is loaded."""
+    shutil.copytree(adapter, tmp_path / "run")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (tmp_path / "run" / "adapter_config.json").write_text(json.dumps({**config, "peft_type": WITH_SHORTCUTS}))
+    for server in ("vllm", "merged"):
+        words = ["export", str(tmp_path / "run"), "--for", server, "--output", str(tmp_path / "out")]
+        assert "ShortcutModel.from_pretrained" in said(capsys, words)
+    words = ["show", str(tmp_path / "run"), "--lora_config", str(tmp_path / "lora.json")]
+    assert "ShortcutModel.from_pretrained" in said(capsys, words)
+    with pytest.raises(ValueError, match="PEFT does not know"):
+        selected_lora_config(tmp_path / "run")
+
+
+def test_without_matplotlib(adapter: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    words = ["show", str(adapter), "--picture", str(tmp_path / "dam.png")]
+    assert "pip install diffora-trainer[plots]" in said(capsys, words)
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ImportError("Loading in 4 bits requires `bitsandbytes`: `pip install bitsandbytes`"), True),
+        (ModuleNotFoundError("No module named 'wandb'", name="wandb"), True),
+        (ModuleNotFoundError("No module named 'diffora_trainer.gone'", name="diffora_trainer.gone"), False),
+        (ImportError("cannot import name 'SFTConfig' from 'trl'", name="trl"), False),
+        (TypeError("'NoneType' object is not subscriptable"), False),
+    ],
+)
+def test_what_is_not_installed(error: Exception, line: bool, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said in a line, unless it is no more than a missing name, of which a traceback says more."""
+
+    def fail(words: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("diffora_trainer.cli.env.run", fail)
+    if line:
+        assert said(capsys, ["env"]) == f"diffora env: {error}"
+    else:
+        with pytest.raises(type(error)):
+            main(["env"])
+
+
+def test_an_evaluation_that_fails_costs_no_training(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("out of memory in the evaluation")
+
+    monkeypatch.setattr(SFTTrainer, "evaluate", fail)
+    (tmp_path / "rows.jsonl").write_text(rows(text=("red", "green")))
+    words = ["sft", "--model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    words += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--report_to", "none"]
+    words += ["--max_steps", "6", "--discretize_at", "4", "--save_strategy", "no"]
+    with pytest.raises(RuntimeError, match="in the evaluation"):
+        main(words)
+    selection = Selection.load(tmp_path / "out")
+    assert PeftConfig.from_pretrained(tmp_path / "out").target_modules == set(selection.selected)
+
+
+def test_adapters(adapter: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for command in ("show", "report"):
         assert "the Hub could not be reached" in said(capsys, [command, "somebody/adapter"])
-    trainer = make_trainer(tmp_path / "run", search={"method": "random"})
-    trainer.train()
-    trainer.save_model(str(tmp_path / "run"))
     for name, kind in (("adapter_model.safetensors", "weights"), ("adapter_config.json", "configuration")):
-        shutil.copytree(tmp_path / "run", tmp_path / kind)
+        shutil.copytree(adapter, tmp_path / kind)
         whole = (tmp_path / kind / name).read_bytes()
         (tmp_path / kind / name).write_bytes(whole[: len(whole) // 2])
         words = ["export", str(tmp_path / kind), "--for", "vllm", "--output", str(tmp_path / "out")]
