@@ -78,5 +78,5 @@ def _is_of_installation(error: ImportError) -> bool:
     for the user, and then names none. Of a name that a module lacks, the traceback says more.
     """
     if isinstance(error, ModuleNotFoundError):
-        return bool(error.name) and error.name.partition(".")[0] != __name__.partition(".")[0]
+        return (error.name or "").partition(".")[0] not in ("", __name__.partition(".")[0])
     return error.name is None

@@ -32,8 +32,22 @@ class ConfigParser(TrlParser):
             after = words[words.index("--config") + 1 :]
             if not after:
                 raise ValueError("`--config` names no file. Please pass a YAML file after it.")
-            _check_file(after[0])
+            self._check_numbers(after[0], _read(after[0]))
         return super().parse_args_and_config(words, *others, **options)
+
+    def _check_numbers(self, path: str, found: dict[str, Any]) -> None:
+        """The parent converts what a file holds as text, and takes anything else for a number as it is."""
+        takes: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
+        for action in self._actions:
+            value, kind = found.get(action.dest), action.type
+            if kind not in takes or action.nargs is not None or value is None or isinstance(value, str):
+                continue
+            if not isinstance(value, takes[kind]):
+                name = "an int" if kind is int else "a number"
+                raise ValueError(
+                    f"`--config {path}` gives `{action.dest}` as {value!r}, of type {type(value).__name__}, but it "
+                    f"must be {name}."
+                )
 
 
 class _Reader(HfArgumentParser):
@@ -43,7 +57,8 @@ class _Reader(HfArgumentParser):
         return [args]
 
 
-def _check_file(path: str) -> None:
+def _read(path: str) -> dict[str, Any]:
+    """What a file of arguments holds."""
     try:
         (found,) = _Reader(()).parse_yaml_file(path)
     except Exception as error:
@@ -54,7 +69,7 @@ def _check_file(path: str) -> None:
     names = list(found) if isinstance(found, dict) else []
     wrong = [name for name in names if not isinstance(name, str)]
     if names and not wrong:
-        return
+        return dict(found)
     if wrong:  # such as `on:`, which is `true` in YAML
         what = f"an argument that is called {wrong[0]!r}, of type {type(wrong[0]).__name__}"
     elif not found:

@@ -103,6 +103,10 @@ def test_arguments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         file.write_text(text)
         line = said(capsys, words)
         assert f"`--config {file}` holds {found}, but arguments by their names are expected" in line
+    wrong = ("max_steps", 4.5, "an int"), ("lora_r", [8], "an int"), ("learning_rate", [1], "a number")
+    for name, value, expected in wrong:
+        file.write_text(yaml.safe_dump({name: value}))
+        assert f"gives `{name}` as {value}, of type" in (line := said(capsys, words)) and expected in line
     file.write_text(yaml.safe_dump({"method_options": [1]}))
     assert "`method_options` must be a dictionary of options by their names, got [1]" in said(capsys, words)
     file.write_text(yaml.safe_dump({"method_options": {"arch_every": "four"}}))
