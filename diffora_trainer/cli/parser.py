@@ -9,6 +9,8 @@ from typing import Any
 from transformers import HfArgumentParser
 from trl import TrlParser  # type: ignore[attr-defined]
 
+from ..compat import number_arguments
+
 
 class ConfigParser(TrlParser):
     """
@@ -37,16 +39,12 @@ class ConfigParser(TrlParser):
 
     def _check_numbers(self, path: str, found: dict[str, Any]) -> None:
         """The parent converts what a file holds as text, and takes anything else for a number as it is."""
-        takes: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float)}
-        for action in self._actions:
-            value, kind = found.get(action.dest), action.type
-            if kind not in takes or action.nargs is not None or value is None or isinstance(value, str):
-                continue
-            if not isinstance(value, takes[kind]):
-                name = "an int" if kind is int else "a number"
+        for name, kind in number_arguments(self).items():
+            value = found.get(name)
+            if value is not None and not isinstance(value, (str, int, kind)):
                 raise ValueError(
-                    f"`--config {path}` gives `{action.dest}` as {value!r}, of type {type(value).__name__}, but it "
-                    f"must be {name}."
+                    f"`--config {path}` gives `{name}` as {value!r}, of type {type(value).__name__}, but it must be "
+                    f"{'an int' if kind is int else 'a number'}."
                 )
 
 
