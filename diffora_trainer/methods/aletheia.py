@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.values import check_integer
 from .base import ScoreMethod
-from .context import ScoreContext, wide
+from .context import ScoreContext, Site, wide
 from .hidden import numbered_rows, of_modules
 from .options import ScoreOptions
 from .papers import ALETHEIA
@@ -46,7 +48,8 @@ class Aletheia(ScoreMethod):
     This is the probe of the authors' published code. Chosen here: the batches have the size of those of the run, not
     one row; dropout is off; modules outside the numbered layers have the score 0; and all modules of a layer keep the
     rank of the configuration (the paper also gives MLPs another rank than attention: that is `rank_pattern`). A layer
-    that is trained itself, or whose weights are quantized, has no gradient to be probed.
+    that is trained itself, or whose weights are quantized, has no gradient to be probed: a model in which an adapted
+    weight is packed (4 and 8 bits of bitsandbytes, GPTQ, AWQ) is refused, since its norms alone would be compared.
     """
 
     paper = ALETHEIA
@@ -57,6 +60,16 @@ class Aletheia(ScoreMethod):
     compares_layers = True
     shardable = False
     unit = "layer"
+
+    def inspect(self, model: Any, sites: Sequence[Site]) -> None:
+        for name, module in model.named_modules():
+            if isinstance(module, BaseTunerLayer) and not _differentiable(module.get_base_layer()):
+                raise ValueError(
+                    f"You passed `method={self.name!r}`, which takes the gradient of pre-trained weights, but that of "
+                    f"{name!r} ({type(module.get_base_layer()).__name__}) is quantized and has none. Please use "
+                    "another method, such as 'grad_norm', whose gradients are those of the LoRA, or load the model "
+                    "without quantization."
+                )
 
     def score(self, context: ScoreContext) -> Tensor:
         names = [context.grid.rows[row] for row in numbered_rows(context.grid)]
@@ -89,10 +102,23 @@ class Aletheia(ScoreMethod):
 
     def _frozen(self, context: ScoreContext, name: str) -> list[nn.Parameter]:
         found = [p for p in context.base_model.get_submodule(name).parameters() if not p.requires_grad]
-        found = [parameter for parameter in found if parameter.is_floating_point()]
-        if not found:
+        if not found or not all(map(_has_gradient, found)):
             raise ValueError(
-                f"The layer {name!r} has no frozen weight in floating point, so its gradient cannot be probed. Please "
-                "use another method, such as 'grad_norm', whose gradients are those of the LoRA."
+                f"The layer {name!r} has {'quantized weights' if found else 'no frozen weight'}, so its gradient "
+                "cannot be probed. Please use another method, such as 'grad_norm', whose gradients are those of the "
+                "LoRA."
             )
         return found
+
+
+def _differentiable(base: nn.Module) -> bool:
+    """
+    Whether the weights of a layer are such as have a gradient. Packed ones are parameters of integers or of 8 bits
+    (bitsandbytes, FP8), or buffers beside no parameter or only a bias (GPTQ, AWQ).
+    """
+    parameters = list(base.parameters())
+    return any(p.ndim > 1 for p in parameters) and all(map(_has_gradient, parameters))
+
+
+def _has_gradient(weight: Tensor) -> bool:
+    return weight.is_floating_point() and weight.dtype.itemsize > 1

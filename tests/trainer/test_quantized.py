@@ -96,6 +96,16 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int8"])
+def test_a_probe_of_packed_weights_is_refused(kind: str, folder: Path) -> None:
+    """Else layers would be compared by the gradients of their norms alone."""
+    load, layer_type, peft_layer = KINDS[kind]
+    model = get_peft_model(load(folder), config_of(peft_layer))
+    with pytest.raises(ValueError, match=rf"q_proj' \({layer_type}\) is quantized.*'grad_norm'"):
+        ArchitectureSearch(model, DiffoRAConfig(method="aletheia"), loss_fn=lambda model, batch: model(**batch).loss)
+
+
 @pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:.*get_apply_tensor_subclass")
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantized_model(kind: str, folder: Path, tmp_path: Path) -> None:
