@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import DiffoRAConfig
 from ..core.costs import StepCosts
 from ..core.text import some
-from ..methods.base import SelectionMethod
+from ..methods.base import ScoreMethod, SelectionMethod
 from .confidence import Confidence
 
 
@@ -21,7 +21,8 @@ class Evidence:
     What a choice rests on.
 
     Args:
-        reached (`Tensor` of shape `(n,)` and dtype `torch.bool`): which gates ever had a gradient.
+        reached (`Tensor` of shape `(n,)` and dtype `torch.bool`): which gates ever had a gradient; of a
+            method that takes none, which adapters were ever called.
         skipped_steps (`int`): architecture steps whose loss was not finite.
         confidence ([`~diffora_trainer.search.confidence.Confidence`]): how sure the choice is.
         in_ranks (`bool`): whether the budget is spent in ranks, evenly where there is no evidence.
@@ -88,7 +89,9 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
         )
     if not method.steps:
         return (f"The choice is arbitrary: no architecture step was made, {arbitrary}",)
-    if len(missed) == count:
+    # Other scores are no gradients: all that can be said is which adapters took part in the loss.
+    by_calls = isinstance(method, ScoreMethod) and not method.gradient_score and not method.trains_gates
+    if len(missed) == count and not by_calls:
         return (
             f"The choice is arbitrary: the loss had a gradient of exactly 0 in all {count} gates, {arbitrary} "
             "`lora_B` starts at 0, and so do the gradients of the gates: with a learning rate of 0, an optimizer "
@@ -110,8 +113,9 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
     elif doubt := evidence.confidence.doubt():
         notes.append(f"{doubt}, so it is hardly better than a random one of the same size.")
     if missed:
+        parts, what = ("LoRA", "was never called") if by_calls else ("gates", "never had a gradient")
         notes.append(
-            f"The gates of {len(missed)} of {count} modules never had a gradient "
+            f"The {parts} of {len(missed)} of {count} modules {what} "
             f"({some([names[index] for index in missed])}), so nothing was learned of these modules and they were "
             "ranked without evidence. They take no part in the loss, or a fused kernel computes their LoRA without "
             "calling `lora_A`."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from ..adapters.base import plain_name
 from ..compat import checkpoints
 from ..core.grid import Grid
 from ..methods.base import ScoreMethod
-from ..methods.context import ScoreContext, ScoreFunction
+from ..methods.context import ScoreContext, ScoreFunction, Site
 from .base import SearchBase
 
 
@@ -27,7 +28,7 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
         )
     if not batches:
         raise ValueError("There is no batch to score the modules on. Please pass at least one.")
-    with _scoring(search, batches, function) as context:
+    with _scoring(search, batches, function) as context, _calls(context.sites) as called:
         found = method.score(context)
     scores, ties = found if isinstance(found, tuple) else (found, torch.zeros_like(found))
     _check_shape(method, scores, ties)
@@ -38,9 +39,13 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
     _check_finite(method, grid, scores)
     if len(set(grid.kinds)) > 1 and not method.comparable and not search.ranks_kinds_apart:
         scores = scale_free(grid, scores)
-    # Of a score that is a gradient, exactly 0 means that none has arrived.
     method.set_scores(scores, ties)
-    search.reached |= (method.scores() != 0) | torch.tensor(not method.gradient_score)
+    if method.gradient_score:  # exactly 0 means that none has arrived
+        search.reached |= method.scores() != 0
+    elif method.takes_function or not method.reads_data:
+        search.reached |= True
+    else:
+        search.reached |= search.runtime.reduce(called) > 0
     return method.scores()
 
 
@@ -76,6 +81,22 @@ def _scoring(search: SearchBase, batches: list[Any], function: ScoreFunction | N
             if checkpoints(module):
                 module.training = True  # it checkpoints in no other mode; its parts stay in evaluation
         yield context
+
+
+@contextmanager
+def _calls(sites: Sequence[Site]) -> Iterator[Tensor]:
+    """Which adapters are called meanwhile: a vector, `(n,)`, that is 1 for these in the end, and 0 for others."""
+    called = torch.zeros(len(sites))
+
+    def note(index: int, *_: Any) -> None:
+        called[index] = 1.0
+
+    handles = [site.gated.register_forward_pre_hook(partial(note, index)) for index, site in enumerate(sites)]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def scale_free(grid: Grid, scores: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by; of a search, the DAM.
         kept (`Tensor` of dtype `torch.bool`, or `None`): what stays, once that is decided: an entry for each gate.
-        reached (`Tensor` of dtype `torch.bool`): which gates ever had a gradient.
+        reached (`Tensor` of dtype `torch.bool`): which gates ever had a gradient, or adapters were called.
         effect (`tuple[float, float, float]` or `None`): held-out loss without the modules and with all of them, and
             the standard error of the difference, when the choice was made (see [`measure_effect`]).
         ranks (`tuple[int, ...]`): how many components of each adapter take part now (see `selection_granularity`).

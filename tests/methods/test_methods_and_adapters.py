@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +32,21 @@ class Block(nn.Module):
         x = x + torch.tanh(self.grouped(self.plane(x)))
         x = x + self.line(x.flatten(2)).view_as(x)
         return x + self.space(x[:, None])[:, 0]
+
+
+class Attended(nn.Module):
+    """Layers of PyTorch's own, whose attention reads the weight of `out_proj` and never calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0) for _ in range(2))
+        self.layers = nn.ModuleList(layers)
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, states: Tensor, labels: Tensor) -> Any:
+        for layer in self.layers:
+            states = layer(states)
+        return SimpleNamespace(loss=nn.functional.cross_entropy(self.head(states.mean(1)), labels))
 
 
 class Convolved(nn.Module):
@@ -117,8 +134,27 @@ def test_each_pair_works_or_is_refused_before_the_first_step(method: str, kind: 
     run, model, batches, optimizer = start(method, kind)
     make_steps(run, model, batches, optimizer, 4)
     assert run.selection is not None and any(run.selection.kept)
+    assert not [note for note in run.selection.notes if "never called" in note]
     if kind != "LoRA":
         assert not run.selection.in_ranks
+
+
+@pytest.mark.parametrize("method", ["prilora", "cka", "gelora", "eva", "alora", "aletheia", "adalora", "sora"])
+def test_modules_that_are_never_called_are_told(method: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(
+        Attended(),  # type: ignore[arg-type]
+        LoraConfig(r=2, target_modules=["out_proj", "linear1", "linear2"]),
+    )
+    batches = [{"states": torch.randn(8, 5, 16), "labels": torch.arange(8) % 2}]
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3)
+    config = make_config(method=method, selection_ratio=0.5, discretize_at=3)
+    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=4)
+    make_steps(run, model, batches, optimizer, 4)
+    assert run.selection is not None
+    what = "The gates .* never had a gradient" if method in ("adalora", "sora") else "The LoRA .* was never called"
+    pattern = what.replace(".*", r"of 2 of 6 modules") + r" \(.*0\.self_attn\.out_proj.*1\.self_attn\.out_proj\)"
+    assert [note for note in run.selection.notes if re.match(pattern, note)], run.selection.notes
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if ("sora", kind) not in REFUSED])
