@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..core.files import ADAPTER_NAME
@@ -243,6 +244,25 @@ def columns_of_model(trainer: Any) -> list[str]:
     """
     trainer._set_signature_columns_if_needed()
     return trainer._signature_columns
+
+
+def feature_mask(model: Any, mask: Any, length: int) -> Any:
+    """
+    The mask of the states that a model of speech makes of samples, `(batch, length)` bools, by its mask of samples;
+    `None` where a model does not make so many states of them, or none of samples.
+
+    `_get_feature_vector_attention_mask` and `_get_feat_extract_output_lengths` in all versions, in Wav2Vec2 and its
+    kin, in some of them with `add_adapter` for the states before the adapter. They have no other.
+    """
+    lengths = getattr(model, "_get_feat_extract_output_lengths", None)
+    masks = getattr(model, "_get_feature_vector_attention_mask", None)
+    if lengths is None or masks is None:
+        return None
+    adapters = "add_adapter" in inspect.signature(masks).parameters
+    for options in [{}, {"add_adapter": False}] if adapters else [{}]:
+        if int(lengths(torch.tensor(mask.shape[1]), **options)) == length:
+            return masks(length, mask, **options).bool()
+    return None
 
 
 def readable_help(parser: Any) -> None:

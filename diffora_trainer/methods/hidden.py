@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..core.grid import OTHER_ROW, Grid
 from .context import ScoreContext, matrices_of, wide
-from .tokens import TokenMasks, layers_that_look_ahead
+from .masks import TokenMasks
+from .tokens import layers_that_look_ahead
 
 
 POSITIONS = ("auto", "first", "last", "mean")
@@ -68,9 +69,7 @@ def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Ten
     """
     check_layers(context.grid)
     names = [context.grid.rows[row] for row in numbered_rows(context.grid)]
-    masks = TokenMasks(context)
-    ahead = layers_that_look_ahead(context, masks, names) if position == "auto" else set()
-    auto = ["first" if name in ahead else "last" for name in names]
+    masks, auto = TokenMasks(context), [""] * len(names)
     found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
 
     def note(module: nn.Module, index: int, place: int, value: Any) -> None:
@@ -83,23 +82,26 @@ def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Ten
         where = auto[index] if position == "auto" else position
         found[index][place].append(_pooled(value.detach(), masks.of(module, value), where))
 
-    handles: list[Any] = []
-    for index, name in enumerate(names):
-        layer = context.base_model.get_submodule(name)
-
-        def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
-            note(module, index, 0, args[0] if args else kwargs.get("hidden_states"))
-
-        def after(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
-            note(module, index, 1, output[0] if isinstance(output, tuple) else output)
-
-        handles += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
+    handles: list[Any] = [masks]
     try:
+        if position == "auto":
+            ahead = layers_that_look_ahead(context, masks, names)
+            auto = ["first" if name in ahead else "last" for name in names]
+        for index, name in enumerate(names):
+            layer = context.base_model.get_submodule(name)
+
+            def before(module: nn.Module, args: Any, kwargs: Any, index: int = index) -> None:
+                note(module, index, 0, args[0] if args else kwargs.get("hidden_states"))
+
+            def after(module: nn.Module, args: Any, output: Any, index: int = index) -> None:
+                note(module, index, 1, output[0] if isinstance(output, tuple) else output)
+
+            handles += [layer.register_forward_pre_hook(before, with_kwargs=True), layer.register_forward_hook(after)]
         with torch.no_grad():
             for masks.batch in context.batches:
                 context.loss(masks.batch)
     finally:
-        for handle in [masks, *handles]:
+        for handle in handles:
             handle.remove()
     if silent := [name for name, states in zip(names, found, strict=True) if not states[1]]:
         raise ValueError(
@@ -123,7 +125,7 @@ def inputs_of_adapters(context: ScoreContext, read: Callable[[int, Tensor], None
 
     def note(index: int, inputs: Tensor) -> None:
         mask = masks.of(context.sites[index].gated, inputs)
-        read(index, inputs.flatten(0, -2) if mask is None else inputs[mask])
+        read(index, (inputs if mask is None else inputs[mask].unsqueeze(0)).flatten(0, -2))
 
     handles = [site.watch_inputs(partial(note, index)) for index, site in enumerate(context.sites)]
 

@@ -1,86 +1,20 @@
-"""Which tokens a state belongs to: those that are no padding, and whether it has seen those behind it."""
+"""Whether the state of a token has seen the tokens behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .context import ScoreContext
+from .masks import TokenMasks
 
 
 # How much the state of the first token has to change, as a part of its size, to have seen the others change. In half
 # precision other experts beside it may move it by a few roundings.
 _CHANGE, _CHANGE_IN_HALF = 1e-4, 0.03
-
-
-class TokenMasks:
-    """
-    Which tokens are no padding, while a model runs. Of an encoder-decoder `attention_mask` is that of what the encoder
-    has read; of the decoder it is `decoder_attention_mask`, or follows from the labels, of which each token reads the
-    one before it.
-
-    Args:
-        context ([`~diffora_trainer.methods.context.ScoreContext`]): the model.
-
-    Attributes:
-        batch: the batch that the model runs on.
-    """
-
-    def __init__(self, context: ScoreContext) -> None:
-        self.batch: Any = None
-        base = context.base_model
-        self._two = bool(getattr(base.config, "is_encoder_decoder", False)) if hasattr(base, "config") else False
-        encoder = base.get_encoder() if self._two and hasattr(base, "get_encoder") else None
-        self._encoder: set[nn.Module] = set()
-        self._encoded: Tensor | None = None
-        self._handle = None
-        if isinstance(encoder, nn.Module):
-            self._encoder = set(encoder.modules())
-            self._handle = encoder.register_forward_hook(self._note)
-
-    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
-        states = output if isinstance(output, Tensor) else output[0]
-        self._encoded = states.detach() if isinstance(states, Tensor) else None
-
-    def remove(self) -> None:
-        """Take every hook off the model."""
-        if self._handle is not None:
-            self._handle.remove()
-
-    def of(self, module: nn.Module, states: Tensor) -> Tensor | None:
-        """
-        Which tokens of states are no padding, `(batch, tokens)`, or `None` if all count or it is not known.
-
-        Args:
-            module (`nn.Module`): the module that reads or returns them.
-            states (`Tensor` of shape `(batch, tokens, ...)`): the states.
-        """
-        if not isinstance(self.batch, Mapping) or states.ndim < 3:
-            return None
-        mask = self.batch.get("attention_mask")
-        if self._two and not self._of_encoder(module, states):
-            mask = self._of_decoder()
-        if not isinstance(mask, Tensor) or mask.shape != states.shape[:2]:
-            return None
-        return mask.bool().to(states.device)
-
-    def _of_encoder(self, module: nn.Module, states: Tensor) -> bool:
-        if module in self._encoder:
-            return True
-        # Cross-attention reads what the encoder gives, perhaps in another precision.
-        encoded = self._encoded
-        if encoded is None or encoded.shape != states.shape:
-            return False
-        return torch.equal(encoded.to(states.device, states.dtype), states)
-
-    def _of_decoder(self) -> Tensor | None:
-        mask, labels = self.batch.get("decoder_attention_mask"), self.batch.get("labels")
-        if mask is not None or not isinstance(labels, Tensor) or labels.ndim != 2:
-            return mask
-        return torch.cat([torch.ones_like(labels[:, :1], dtype=torch.bool), labels[:, :-1] != -100], dim=1)
 
 
 def layers_that_look_ahead(context: ScoreContext, masks: TokenMasks, names: Sequence[str]) -> set[str]:

@@ -6,6 +6,8 @@ import torch
 from transformers import (
     Speech2TextConfig,
     Speech2TextForConditionalGeneration,
+    Wav2Vec2Config,
+    Wav2Vec2ForSequenceClassification,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -54,3 +56,26 @@ def speech_to_text() -> TinyModel:
     config = Speech2TextConfig(**_SPEECH, **sizes, max_source_positions=40)
     batch = {**speech_batch((40, 8)), "attention_mask": torch.ones(BATCH, 40, dtype=torch.long)}
     return TinyModel(Speech2TextForConditionalGeneration(config), batch, "all-linear", None, 4, 10, 32)
+
+
+def wav2vec2() -> TinyModel:
+    """A classifier of sound that masks samples, of which its layers see one state for eight. Rows of 240 samples."""
+    torch.manual_seed(SEED)
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    config = Wav2Vec2Config(
+        hidden_size=HIDDEN,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=2 * HIDDEN,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        classifier_proj_size=16,
+        num_labels=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        **convolutions,
+    )
+    mask = (torch.arange(400) < 240).long().expand(8, -1)
+    batch = {"input_values": torch.randn(8, 400) * mask, "attention_mask": mask, "labels": torch.arange(8) % 2}
+    model = Wav2Vec2ForSequenceClassification(config)
+    return TinyModel(model, batch, ["q_proj", "k_proj", "v_proj", "output_dense"], None, 2, 0)

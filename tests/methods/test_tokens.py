@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
 
-from helpers.models import bert, t5
+from helpers.models import bert, llama, opt, t5
 from helpers.searches import make_search, warm
+from helpers.speech_models import wav2vec2
 from helpers.tiny_model import HIDDEN, VOCAB, TinyModel, causal_batch
 from helpers.trainers import lora
 
@@ -84,10 +86,125 @@ def test_padding_is_left_out_of_encoder_and_decoder(method: str) -> None:
     changed = {key: value.clone() for key, value in batch.items()}
     changed["input_ids"][batch["attention_mask"] == 0] = 9
     changed["decoder_input_ids"][torch.cat([start.bool(), labels[:, :-1] == -100], 1)] = 11
+    options = {"method_options": {"position": "mean"}} if method in ("cka", "gelora") else {}
+    assert_alike(model, method, [batch, changed], **options)
+
+
+FORMS: dict[str, tuple[Any, Any]] = {
+    "dictionary": (lambda batch: batch, lambda model, batch: model(**batch).loss),
+    "tuple": (
+        lambda batch: (batch["input_ids"], batch["attention_mask"], batch["labels"]),
+        lambda model, batch: model(batch[0], batch[1], labels=batch[2]).loss,
+    ),
+    "other names": (  # as those of GRPO
+        lambda batch: {"ids": batch["input_ids"], "mask": batch["attention_mask"], "labels": batch["labels"]},
+        lambda model, batch: model(batch["ids"], attention_mask=batch["mask"], labels=batch["labels"]).loss,
+    ),
+    "base model": (
+        lambda batch: (batch["input_ids"], batch["attention_mask"]),
+        lambda model, batch: model.get_base_model()(batch[0], batch[1]).logits.square().mean(),
+    ),
+    "backbone": (  # as fused losses call it
+        lambda batch: (batch["input_ids"], batch["attention_mask"]),
+        lambda model, batch: model.get_base_model().model(batch[0], batch[1])[0].square().mean(),
+    ),
+}
+
+
+def assert_alike(model: Any, method: str, batches: list[Any], loss_fn: Any = None, **options: Any) -> None:
+    """Batches that differ in their padding alone have the same scores."""
     scores = []
-    for one in (batch, changed):
-        options = {"method_options": {"position": "mean"}} if method in ("cka", "gelora") else {}
-        search = make_search(model, method, **options)
-        search.score([one])
+    for batch in batches:
+        search = make_search(model, method, loss_fn or FORMS["dictionary"][1], **options)
+        search.score([batch])
         scores.append(search.method._scores.clone())  # type: ignore[attr-defined]
     torch.testing.assert_close(scores[0], scores[1], atol=1e-6, rtol=1e-5)
+
+
+def padded(token: int) -> dict[str, Tensor]:
+    """Rows of other lengths, the first one whole, with some token as padding behind them."""
+    ids = torch.randint(3, VOCAB, (8, 10), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(10) < torch.arange(10, 2, -1)[:, None]).long()
+    labels = ids.masked_fill(mask == 0, -100)
+    return {"input_ids": ids.masked_fill(mask == 0, token), "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("method", ["eva", "prilora", "cka", "gelora"])
+def test_padding_is_what_the_model_is_told(method: str, form: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever batches look like."""
+    model, _ = warm(llama())
+    pack, loss_fn = FORMS[form]
+    assert_alike(model, method, [pack(padded(5)), pack(padded(9))], loss_fn)
+    assert "does not fit" not in caplog.text
+
+
+def test_padding_is_left_out_of_flattened_states(caplog: pytest.LogCaptureFixture) -> None:
+    """As OPT has them around its feed-forward."""
+    model, _ = warm(opt())
+    assert_alike(model, "eva", [padded(5), padded(9)])
+    assert "does not fit" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["eva", "gelora"])
+def test_a_mask_of_samples_is_one_of_states(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """More padding, which does not change what the model computes, changes no score either."""
+    tiny = wav2vec2()
+    batch = {key: value.clone() for key, value in tiny.batch.items()}
+    shorter = {key: value[:, :320] if value.ndim == 2 else value for key, value in batch.items()}
+    model, _ = warm(tiny)
+    model.eval()
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, model(**shorter).logits)
+    assert_alike(model, method, [batch, shorter])
+    assert "does not fit" not in caplog.text
+
+
+class Tagger(nn.Module):
+    """A model of one's own: tokens that one of transformers has read, two of which it may take together."""
+
+    def __init__(self, together: bool = False) -> None:
+        super().__init__()
+        self.encoder = bert().model.bert
+        self.together = together
+        self.layers = nn.ModuleList([nn.Linear(HIDDEN, HIDDEN)])
+        self.head = nn.Linear(HIDDEN, 2)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        states = self.encoder(input_ids=ids, attention_mask=mask)[0]
+        if self.together:
+            states = states[:, ::2] + states[:, 1::2]
+            mask = mask[:, ::2]
+        states = self.head(torch.tanh(self.layers[0](states)))
+        return (states.sum(-1) * mask).square().mean()
+
+
+def loss_of_pair(model: Any, batch: Any) -> Tensor:
+    return model(*batch)
+
+
+def test_a_head_of_ones_own_has_the_mask_of_the_model_below() -> None:
+    batches = [(one["input_ids"], one["attention_mask"]) for one in map(padded, (5, 9))]
+    torch.manual_seed(0)
+    model = get_peft_model(Tagger(), lora(target_modules=["query", "layers.0", "head"]))  # type: ignore[arg-type]
+    assert_alike(model, "eva", batches, loss_of_pair)
+
+
+def test_a_mask_that_does_not_fit_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    """States of other tokens than those of the mask, where some are padding; a state for each row has none."""
+    caplog.set_level(logging.WARNING)
+    torch.manual_seed(0)
+
+    class Pairs(Tagger):
+        def forward(self, ids: Tensor, attention_mask: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(ids, attention_mask)
+
+    for whole in (True, False):
+        model = get_peft_model(Pairs(together=True), lora(target_modules=["query", "layers.0", "head"]))  # type: ignore
+        one = padded(5)
+        batch = one["input_ids"], torch.ones_like(one["attention_mask"]) if whole else one["attention_mask"]
+        for _ in range(2):
+            make_search(model, "eva", loss_of_pair).score([batch])
+        told = [r.getMessage() for r in caplog.records if "does not fit" in r.getMessage()]
+        assert len(told) == (0 if whole else 1)
+    assert "(8, 10), does not fit the states (8, 5, 32) at 'layers.0.lora_A.default'" in told[0]
