@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from diffora_trainer.core.budget import Budget
@@ -221,6 +222,31 @@ def test_eva_is_the_variance_that_directions_explain(kind: Any) -> None:
     for (a, _), own in zip(pairs(model), directions, strict=True):
         overlap = np.abs(np.sum(a.detach().double().numpy() * own, axis=1))
         assert overlap[0] > 0.99 and np.allclose(np.linalg.norm(a.detach().numpy(), axis=1), 1.0, atol=1e-3)
+
+
+def test_eva_is_near_where_inputs_are_many_and_alike() -> None:
+    """More inputs than the sketch has directions, whose variances fall slowly; `narrow` is exact."""
+
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.narrow = nn.Linear(512, 16), nn.Linear(16, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.narrow(torch.tanh(self.wide(x))).square().mean()
+
+    torch.manual_seed(0)
+    model = get_peft_model(Wide(), LoraConfig(r=8, target_modules=["wide", "narrow"]))  # type: ignore[arg-type]
+    x = torch.randn(1500, 512) * torch.arange(1, 513) ** -0.25 @ torch.linalg.qr(torch.randn(512, 512)).Q
+    search = make_search(model, "eva", lambda model, batch: model(batch))
+    search.score(list(x.split(500)))
+    own = dict(zip(search.grid.names, components(search), strict=True))
+    with torch.no_grad():
+        hidden = torch.tanh(model.get_base_model().wide.base_layer(x))
+    for name, vectors, error in (("wide", x, 0.02), ("narrow", hidden, 1e-3)):
+        values = torch.linalg.eigvalsh(torch.cov(vectors.T.double())).flip(0)
+        found = own[name].sort(descending=True).values
+        torch.testing.assert_close(found, (values / values.sum())[:8], rtol=error, atol=0.0)
 
 
 @pytest.mark.parametrize("kind", [llama, bert])
