@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import _find_minimal_target_modules, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _find_minimal_target_modules, _maybe_include_all_linear_layers
 from peft.tuners.vera import VeraModel
 from torch import Tensor, nn
 
@@ -179,3 +179,11 @@ def keys_not_loaded(model: Any, folder: str | os.PathLike) -> list[str]:
     found = model.load_adapter(str(folder), name, torch_device="cpu", key_mapping=mapping)
     entries = {place for place, module in model.named_modules() if isinstance(module, _BY_ADAPTER)}
     return sorted(key for key in found.unexpected_keys if key.rpartition(".")[0] not in entries)
+
+
+def calls_around_hooks(module: Any, base: Any) -> bool:
+    """
+    Whether a module is what PEFT has put around a model and calls the model's `forward` itself, around its hooks:
+    `BaseTuner.forward` (PEFT 0.18 to 0.21). Goes when it calls the model.
+    """
+    return isinstance(module, BaseTuner) and module.model is base

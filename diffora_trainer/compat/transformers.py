@@ -246,6 +246,13 @@ def columns_of_model(trainer: Any) -> list[str]:
     return trainer._signature_columns
 
 
+def is_pretrained(module: Any) -> bool:
+    """Whether a module is a model of transformers, whose `attention_mask` means what it does in all of these."""
+    from transformers import PreTrainedModel  # not above, as in [`check_trainer_methods`]
+
+    return isinstance(module, PreTrainedModel)
+
+
 def feature_mask(model: Any, mask: Any, length: int) -> Any:
     """
     The mask of the states that a model of speech makes of samples, `(batch, length)` bools, by its mask of samples;

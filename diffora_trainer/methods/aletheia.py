@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..core.values import check_integer
@@ -63,12 +62,12 @@ class Aletheia(ScoreMethod):
 
     def inspect(self, model: Any, sites: Sequence[Site]) -> None:
         for name, module in model.named_modules():
-            if isinstance(module, BaseTunerLayer) and not _differentiable(module.get_base_layer()):
+            base = module.get_base_layer() if hasattr(module, "get_base_layer") else None  # of an adapted one
+            if isinstance(base, nn.Module) and not _differentiable(base):
                 raise ValueError(
                     f"You passed `method={self.name!r}`, which takes the gradient of pre-trained weights, but that of "
-                    f"{name!r} ({type(module.get_base_layer()).__name__}) is quantized and has none. Please use "
-                    "another method, such as 'grad_norm', whose gradients are those of the LoRA, or load the model "
-                    "without quantization."
+                    f"{name!r} ({type(base).__name__}) is quantized and has none. Please use another method, such as "
+                    "'grad_norm', whose gradients are those of the LoRA, or load the model without quantization."
                 )
 
     def score(self, context: ScoreContext) -> Tensor:

@@ -9,11 +9,9 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ..compat import feature_mask
+from ..compat import calls_around_hooks, feature_mask, is_pretrained
 from ..logging import get_logger
 from .context import ScoreContext
 
@@ -53,12 +51,12 @@ class TokenMasks:
         for name, module in self._base.named_modules():
             outer = above[name.rpartition(".")[0]] if name else []
             above[name] = self._owners[module] = outer
-            if module is self._base or isinstance(module, PreTrainedModel):
+            if module is self._base or is_pretrained(module):
                 above[name] = self._owners[module] = [module, *outer]
                 self._watch(module, module)
         for module in context.model.modules():
-            if isinstance(module, BaseTuner) and module.model is self._base:
-                self._watch(module, self._base)  # it calls the `forward` of the model, without its hooks
+            if calls_around_hooks(module, self._base):
+                self._watch(module, self._base)
 
         config, get_encoder = getattr(self._base, "config", None), getattr(self._base, "get_encoder", None)
         self._two = bool(getattr(config, "is_encoder_decoder", False))
@@ -130,14 +128,14 @@ class TokenMasks:
             mask = self._calls[owner].get("attention_mask")
             if isinstance(mask, Tensor) and mask.ndim == 2:
                 return owner, mask
-            if mask is None and isinstance(owner, PreTrainedModel):
+            if mask is None and is_pretrained(owner):
                 break  # such as a tower for images; what is around it has a mask of other tokens
         return self._base, None
 
     def _others(self, module: nn.Module) -> Iterator[Tensor]:
         """Masks that may belong to a module which none was given to."""
         found = [self.batch.get("attention_mask")] if isinstance(self.batch, Mapping) and not self._two else []
-        if not isinstance(self._base, PreTrainedModel) and self._owners.get(module) == [self._base]:
+        if not is_pretrained(self._base) and self._owners.get(module) == [self._base]:
             found += [call.get("attention_mask") for call in self._calls.values()]  # a head on a model of transformers
         return (mask for mask in found if isinstance(mask, Tensor) and mask.ndim == 2)
 
