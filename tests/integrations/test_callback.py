@@ -23,6 +23,7 @@ from diffora_trainer import ArchitectureSearch, DiffoRACallback, DiffoRAConfig, 
 from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_helpful, assert_same, assert_was_searched, step_logs
 from helpers.data import classification_dataset, preference_dataset, tiny_tokenizer
+from helpers.marks import mostly_slow
 from helpers.trainers import (
     SAVES,
     SaveAt,
@@ -65,7 +66,7 @@ def as_callback(folder: Path, task: str, given: Any = None) -> Any:
     return make_trainer(folder, task, callbacks=[SaveAt(), given], **settings)
 
 
-@pytest.mark.parametrize("task", ["cls", "sft"])
+@pytest.mark.parametrize("task", mostly_slow(["cls", "sft"], "sft"))
 def test_run_is_that_of_the_mixin(task: str, tmp_path: Path) -> None:
     """Losses, selection, adapter and files are equal, and so is what is resumed in every phase."""
     direct = directly(tmp_path / "direct", task)

@@ -75,6 +75,7 @@ def test_every_argument_of_a_yaml_is_known(config: str) -> None:
     assert recipe("heterolora").HeteroLoRAConfig(methods=values["methods"]).methods[0] == "lora"
 
 
+@pytest.mark.slow
 def test_all_rows_have_equal_parameters_and_none_is_made_twice(data: dict[str, Any], tmp_path: Path) -> None:
     methods = yaml.safe_load((FOLDER / "small_mrpc.yaml").read_text())["methods"]
     options = {**data, "seeds": [0], "output_dir": tmp_path}

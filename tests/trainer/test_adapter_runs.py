@@ -13,6 +13,7 @@ from diffora_trainer import Selection
 from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import VERA_TARGETS, base_weights
 from helpers.checks import assert_continues
+from helpers.marks import mostly_slow
 from helpers.trainers import SAVES, adapter_config, causal_model, lora, make_trainer, saving_trainer
 
 
@@ -36,7 +37,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", mostly_slow(CASES, "rsLoRA in ranks", "DoRA under gates", "PiSSA", "LoHa", "embeddings")
+)
 def test_a_run_chooses_saves_and_resumes(case: str, tmp_path: Path) -> None:
     options, search = CASES[case]
     started = "init_lora_weights" in options

@@ -84,7 +84,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "micro-batches": ("cls", {"fade_out": 2, "search_micro_batches": 2}),
 }
-LONG = ("ranks", "modules off and on again", "micro-batches")
+LONG = ("ranks", "other gates in each step", "modules off and on again", "micro-batches")
 """Of these runs those for `make test-all`: each takes up to half a minute."""
 
 

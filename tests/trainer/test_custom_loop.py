@@ -17,6 +17,7 @@ from helpers.adapted import adapted_names, base_weights
 from helpers.checks import adapter, assert_same, optimizer_state, step_logs
 from helpers.data import classification_dataset, tiny_tokenizer
 from helpers.loops import SOURCES, STEPS, Loop, batches, loss_of, trained, with_defaults
+from helpers.marks import mostly_slow
 from helpers.trainers import CUT, WARMUP, make_trainer
 
 
@@ -62,7 +63,7 @@ class Recording:
         return self._step(model, inputs, *args, **kwargs)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("accumulation", mostly_slow([1, 2], 2))
 @pytest.mark.parametrize("name", RUNS)
 def test_a_loop_of_ones_own_is_the_trainers_run(name: str, accumulation: int, tmp_path: Path) -> None:
     """Bit for bit, with dropout: losses, selection, weights and the optimizer's state."""
@@ -98,11 +99,19 @@ def test_a_loop_of_ones_own_is_the_trainers_run(name: str, accumulation: int, tm
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        *[
-            (name, source)
-            for name in ("diffora", "sigmoid, second order", "grad_norm", "sharing", "reallocation")
-            for source in ("list", "DataLoader", "iterator")
-        ],
+        *mostly_slow(
+            (
+                (name, source)
+                for name in ("diffora", "sigmoid, second order", "grad_norm", "sharing", "reallocation")
+                for source in ("list", "DataLoader", "iterator")
+            ),
+            ("diffora", "list"),
+            ("diffora", "DataLoader"),
+            ("sigmoid, second order", "iterator"),
+            ("grad_norm", "DataLoader"),
+            ("sharing", "list"),
+            ("reallocation", "iterator"),
+        ),
         ("diffora", "DataLoader of a stream"),
     ],
 )

@@ -16,6 +16,7 @@ from diffora_trainer.prefix.rows import rows_of, take_rows_along
 from helpers.checks import adapter, step_logs
 from helpers.data import lm_dataset
 from helpers.depth import LAYERS, NOT_REENTRANT, deep, layer_of, layers_of, trainer_of
+from helpers.marks import mostly_slow
 from helpers.rollouts import rollout_trainer
 from helpers.trainers import CUT
 
@@ -65,8 +66,19 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "task"), [("llama", "sft"), ("gpt2", "sft"), ("bert", "cls"), ("llama", "cls")])
-@pytest.mark.parametrize("where", ["memory", "disk"])
+@pytest.mark.parametrize(
+    ("kind", "task", "where"),
+    mostly_slow(
+        (
+            (kind, task, where)
+            for kind, task in (("llama", "sft"), ("gpt2", "sft"), ("bert", "cls"), ("llama", "cls"))
+            for where in ("memory", "disk")
+        ),
+        ("llama", "sft", "disk"),
+        ("gpt2", "sft", "memory"),
+        ("bert", "cls", "memory"),
+    ),
+)
 def test_the_same_training_with_each_row_once_below_the_lowest_lora(
     kind: str, task: str, where: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,6 +15,7 @@ from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import logits, lora_layers
 from helpers.checks import assert_continues
 from helpers.data import classification_dataset
+from helpers.marks import mostly_slow
 from helpers.models import llama_classifier
 from helpers.trainers import CUT, VOCABULARY, classifier, saving_trainer
 
@@ -36,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
 RANKS = ("adalora", "prilora", "gelora", "eva", "alora", "sora", "beamlora")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", mostly_slow(METHODS, "sora", "beamlora", "prilora"))
 def test_run_is_plain_peft_and_goes_on_where_it_stopped(method: str, tmp_path: Path) -> None:
     search = {"method": method, "selection_ratio": 0.3, "arch_split": 0.5, **METHODS[method]}
     rows = classification_dataset(24)
@@ -73,7 +74,9 @@ def test_run_is_plain_peft_and_goes_on_where_it_stopped(method: str, tmp_path: P
         assert_continues(resumed, whole, step)
 
 
-@pytest.mark.parametrize("method", ["prilora", "gelora", "eva", "cka", "aletheia", "grad_norm"])
+@pytest.mark.parametrize(
+    "method", mostly_slow(["prilora", "gelora", "eva", "cka", "aletheia", "grad_norm"], "eva", "aletheia")
+)
 def test_choice_before_the_first_step(method: str, tmp_path: Path) -> None:
     """A start: the run is one of a smaller LoRA from its first step on."""
     search = {

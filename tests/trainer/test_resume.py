@@ -19,6 +19,7 @@ from diffora_trainer import DiffoRATrainer
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.data import classification_dataset, lm_dataset
+from helpers.marks import mostly_slow
 from helpers.trainers import (
     CUT,
     MOMENTS,
@@ -152,8 +153,19 @@ class SavesByItself(TrainerCallback):
             self.trainer._save_checkpoint(self.trainer.model, None)
 
 
-@pytest.mark.parametrize("name", ["classifier", "closing", "components", "sft, accumulated"])
-@pytest.mark.parametrize("first", [True, False], ids=["before the search", "after the search"])
+@pytest.mark.parametrize(
+    ("first", "name"),
+    mostly_slow(
+        (
+            (first, name)
+            for first in (True, False)
+            for name in ("classifier", "closing", "components", "sft, accumulated")
+        ),
+        (True, "sft, accumulated"),
+        (True, "components"),
+        (False, "closing"),
+    ),
+)
 def test_a_callback_saves_by_itself(first: bool, name: str, tmp_path: Path) -> None:
     task, accumulation, options = RUNS[name]
     args = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 4 // accumulation}
@@ -180,7 +192,7 @@ def test_a_callback_saves_by_itself(first: bool, name: str, tmp_path: Path) -> N
         )
 
 
-@pytest.mark.parametrize("granularity", ["module", "rank", "component"])
+@pytest.mark.parametrize("granularity", mostly_slow(["module", "rank", "component"], "rank"))
 def test_a_run_whose_losses_were_not_finite_for_a_while_resumes(granularity: str, tmp_path: Path) -> None:
     class Overflows(DiffoRATrainer):
         def compute_architecture_loss(self, *args: Any) -> torch.Tensor:

@@ -16,6 +16,7 @@ from trl import GRPOTrainer, RLOOTrainer
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
 from helpers.checks import adapter, assert_same, step_logs
+from helpers.marks import mostly_slow
 from helpers.options import make_config
 from helpers.rollouts import (
     ARCHITECTURE_STEPS,
@@ -57,7 +58,7 @@ RUNS: dict[str, tuple[type[Trainer], dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_slow(RUNS, "GRPO, evaluated", "GRPO, steps repeated", "RLOO"))
 def test_run_is_the_stock_run(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Where no gate acts, a run is the parent's to the last bit: prompts, groups, completions, calls of the reward,
     metrics and weights. Architecture steps add nothing to any of them."""
@@ -159,7 +160,7 @@ def test_methods_read_the_latest_completions(name: str, tmp_path: Path) -> None:
 SAVES = {"warm-up": 2, "search": 5, "cut": CUT, "selected": 10}
 
 
-@pytest.mark.parametrize("parent", [GRPOTrainer, RLOOTrainer])
+@pytest.mark.parametrize("parent", mostly_slow([GRPOTrainer, RLOOTrainer], GRPOTrainer))
 def test_run_resumes_in_every_phase(parent: type[Trainer], tmp_path: Path) -> None:
     """With completions made anew for each step, a resumed run is the whole one; TRL itself resumes no more than that,
     since it does not save completions that are left over."""
@@ -174,7 +175,11 @@ def test_run_resumes_in_every_phase(parent: type[Trainer], tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "args", [{"steps_per_generation": 4, "gradient_accumulation_steps": 2}, {"num_iterations": 2}]
+    "args",
+    mostly_slow(
+        [{"steps_per_generation": 4, "gradient_accumulation_steps": 2}, {"num_iterations": 2}],
+        {"steps_per_generation": 4, "gradient_accumulation_steps": 2},
+    ),
 )
 def test_run_with_completions_left_over_resumes(args: dict[str, Any], tmp_path: Path) -> None:
     """Exactly from a step after which new completions are made; from another one with new ones for its prompts."""

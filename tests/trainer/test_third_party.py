@@ -23,6 +23,7 @@ from diffora_trainer.methods.base import ScoreMethod
 from diffora_trainer.methods.registry import method_names, unregister_method
 from helpers.adapted import lora_layers
 from helpers.checks import assert_continues
+from helpers.marks import mostly_slow
 from helpers.searches import warm
 from helpers.trainers import CUT, SAVES, causal_model, lora, make_trainer, saving_trainer
 
@@ -151,7 +152,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         sys.modules.pop(module, None)
 
 
-@pytest.mark.parametrize("task", ["cls", "sft"])
+@pytest.mark.parametrize("task", mostly_slow(["cls", "sft"], "cls"))
 @pytest.mark.parametrize(
     "search",
     [
