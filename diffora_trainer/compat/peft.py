@@ -177,7 +177,9 @@ def keys_not_loaded(model: Any, folder: str | os.PathLike) -> list[str]:
         return []
     mapping = getattr(base, "_checkpoint_conversion_mapping", {})
     found = model.load_adapter(str(folder), name, torch_device="cpu", key_mapping=mapping)
-    entries = {place for place, module in model.named_modules() if isinstance(module, _BY_ADAPTER)}
+    entries = {
+        place for place, module in model.named_modules(remove_duplicate=False) if isinstance(module, _BY_ADAPTER)
+    }
     return sorted(key for key in found.unexpected_keys if not {key, key.rpartition(".")[0]} & entries)
 
 
