@@ -172,6 +172,8 @@ CASES: dict[str, tuple[Any, Any, str, list[str], bool]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_heads_are_trained_and_saved_whole(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make, row, backbone, heads, own = CASES[name]
+    if name == "object-detection":
+        pytest.importorskip("scipy", reason="its loss matches boxes with SciPy")
     torch.manual_seed(0)
     model = make()
     start = {key: tensor.clone() for key, tensor in model.state_dict().items() if key.split(".")[0] not in heads}
