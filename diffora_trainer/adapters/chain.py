@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.files import ADAPTER_NAME, tensor_shapes
 from .base import find_sites, peft_name
 from .lora import LoraSite
-from .optimizer import innermost, widen_weight
+from .optimizer import innermost, parameters_of, widen_weight
 from .pruning import own_config, write_ranks
 
 
@@ -231,8 +231,7 @@ def _mask(parameter: nn.Parameter, dim: int, before: int) -> None:
 
 
 def _check_held(parameters: set[nn.Parameter], optimizer: Any) -> None:
-    held = {parameter for group in innermost(optimizer).param_groups for parameter in group["params"]}
-    if missing := parameters - held:
+    if missing := parameters - parameters_of(optimizer):
         raise ValueError(
             f"The optimizer does not hold {len(missing)} of the {len(parameters)} matrices of the rounds, so they "
             "would not be trained. Please make it of the LoRA parameters that the model has now."

@@ -20,13 +20,13 @@ from .base import AdapterSite, Handle, disabled
 from .compiled import drop_graphs
 
 
-_ATTACHED: weakref.WeakSet[Gates] = weakref.WeakSet()
-_EXPECTED: weakref.WeakSet[Gates] = weakref.WeakSet()
+_ACTIVE: weakref.WeakSet[Gates] = weakref.WeakSet()
+"""Gates that are attached, or will be from the next step on."""
 
 
 def gates_active(model: nn.Module) -> bool:
     """Whether gates act on a model, or will from the next step on: until its modules are pruned."""
-    found = [gates._modules[0] for gates in (*_ATTACHED, *_EXPECTED)]
+    found = [gates._modules[0] for gates in _ACTIVE]
     return bool(found) and any(module is other for module in model.modules() for other in found)
 
 
@@ -85,14 +85,13 @@ class Gates:
 
     def expect(self) -> None:
         """Tell [`gates_active`] of them ahead of [`attach`]: a training schedule may be asked before a run begins."""
-        _EXPECTED.add(self)
+        _ACTIVE.add(self)
 
     def attach(self) -> None:
         """Let the gates act. Until values are set they change nothing."""
         if not self._handles:
             self._handles = [site.attach(partial(self._scale, index)) for index, site in enumerate(self._sites)]
-            _ATTACHED.add(self)
-            _EXPECTED.discard(self)
+            _ACTIVE.add(self)
             if self._training is None:
                 self.set_training(None)
             if self._evaluation is None:
@@ -107,8 +106,7 @@ class Gates:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _ATTACHED.discard(self)
-        _EXPECTED.discard(self)
+        _ACTIVE.discard(self)
 
     def set_training(self, values: Tensor | None) -> None:
         """Set the gates of training, `(n,)`, or leave them open."""

@@ -8,8 +8,8 @@ from typing import Any
 from peft import TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
-from transformers import PreTrainedModel
 
+from ..compat import is_pretrained
 from ..logging import get_logger
 
 
@@ -108,9 +108,11 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     named = getattr(model, "base_model", model)
     if named is not model:
         return [named]
-    return [
-        child for child in model.children() if any(isinstance(module, PreTrainedModel) for module in child.modules())
-    ]
+    return [child for child in model.children() if _holds_pretrained(child)]
+
+
+def _holds_pretrained(module: nn.Module) -> bool:
+    return any(map(is_pretrained, module.modules()))
 
 
 def _beside_the_backbone(model: nn.Module, known: tuple[str, ...]) -> tuple[list[str], list[str]]:
@@ -118,7 +120,7 @@ def _beside_the_backbone(model: nn.Module, known: tuple[str, ...]) -> tuple[list
     backbones = _backbones(model)
     inside = [f".{name}" for backbone in backbones for name, _ in backbone.named_modules()]
     places = [id(module) for _, module in model.named_modules(remove_duplicate=False)]
-    output = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    output = model.get_output_embeddings() if is_pretrained(model) else None
     heads: list[str] = []
     left = [name for name, _ in model.named_parameters(recurse=False)] if backbones else []
 
@@ -128,7 +130,7 @@ def _beside_the_backbone(model: nn.Module, known: tuple[str, ...]) -> tuple[list
             heads.append(name)
         elif not beside or not list(child.parameters()) or any(module is output for module in child.modules()):
             return
-        elif any(isinstance(module, PreTrainedModel) for module in child.modules()):
+        elif _holds_pretrained(child):
             return  # a second one, which is no head
         elif isinstance(child, _LISTS):
             for part, module in child.named_children():

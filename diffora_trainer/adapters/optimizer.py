@@ -100,6 +100,11 @@ def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = No
         group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
+def parameters_of(optimizer: Any) -> set[nn.Parameter]:
+    """All parameters that an optimizer, or one inside of its wrappers, holds."""
+    return {parameter for group in innermost(optimizer).param_groups for parameter in group["params"]}
+
+
 def innermost(optimizer: Any) -> Any:
     """The optimizer inside of its wrappers."""
     while hasattr(optimizer, "optimizer"):  # accelerate's wrapper

@@ -11,7 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from ..adapters.gates import gates_active
-from ..adapters.optimizer import innermost
+from ..adapters.optimizer import parameters_of
 from ..compat import frozen_adapters
 from .base import FactorSchedule, check_every, lora_of
 
@@ -44,7 +44,7 @@ class AlternateFactors(FactorSchedule):
                 f"The adapter of this model ({type(model.peft_config[model.active_adapters[0]]).__name__}) has no "
                 "factors `lora_A` and `lora_B` that could be trained in turn. Please use a `LoraConfig`."
             )
-        trained = {p for group in innermost(optimizer).param_groups for p in group["params"]}
+        trained = parameters_of(optimizer)
         if left_out := [part for part, factors in parts.items() if not trained.issuperset(factors)]:
             raise ValueError(
                 f"The optimizer does not hold all of the {left_out[0]} factors, which are to be trained in turn. "

@@ -62,7 +62,7 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
             f"There is no adapter in {folder}: it has no {ADAPTER_CONFIG_NAME}."
             + (f" Inside of it there are adapters in {inside}. Please name one of these folders." if inside else "")
         )
-    load_peft_config(folder)  # a type that PEFT does not know is said now
+    config = load_peft_config(folder)  # of the type that the file names
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty. Please name another folder.")
     if target.resolve() == Path.cwd():
@@ -75,21 +75,20 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
         building = Path(made) / "export"
         building.mkdir()
         if server == "merged":
-            write_merged(folder, building, base_model)
+            write_merged(folder, building, config, base_model)
         else:
-            _write_adapter(folder, building, server, base_model)
+            _write_adapter(folder, building, config, server, base_model)
         if target.exists():
             target.rmdir()
         building.rename(target)
     return target
 
 
-def _write_adapter(folder: Path, target: Path, server: str, base_model: Any) -> None:
-    from peft import LoraConfig, PeftType
+def _write_adapter(folder: Path, target: Path, config: Any, server: str, base_model: Any) -> None:
+    from peft import PeftType
     from safetensors.torch import load_file, save_file
 
-    config = LoraConfig.from_pretrained(str(folder))
-    if config.peft_type is not PeftType.LORA:  # PEFT gives the class that the file names
+    if config.peft_type is not PeftType.LORA:
         raise ValueError(
             f"The adapter is of type {config.peft_type.value}, and what {server} takes holds the matrices of a LoRA "
             "alone. Please export it with `--for merged`, which takes every type that PEFT can merge into the weights."

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..compat import class_for, keys_not_loaded, own_input_embeddings
 from ..core.base_model import base_class, read_head
-from ..core.files import ADAPTER_NAME
+from ..core.files import ADAPTER_NAME, tensor_shapes
 from .pairs import PREFIX, check_start
 
 
@@ -56,12 +56,11 @@ def model_class(task_type: Any, config: Any = None, auto_mapping: Any = None) ->
     return getattr(transformers, architectures[0], transformers.AutoModel)
 
 
-def load(folder: Path, base_model: Any) -> tuple[Any, str]:
-    """The model with its adapter, and where the base model is from."""
-    from peft import PeftConfig, PeftModel
+def load(folder: Path, config: Any, base_model: Any) -> tuple[Any, str]:
+    """The model with its adapter, of this configuration, and where the base model is from."""
+    from peft import PeftModel
     from transformers import AutoConfig
 
-    config = PeftConfig.from_pretrained(str(folder))
     check_start(config, again=True)
     name = base_model or config.base_model_name_or_path
     if name is None:
@@ -91,12 +90,9 @@ def load(folder: Path, base_model: Any) -> tuple[Any, str]:
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of an adapter, by the names of a base model's parameters."""
-    from safetensors import safe_open
-
     if not (folder / ADAPTER_NAME).is_file():  # in a file of the older form
         return {}
-    with safe_open(folder / ADAPTER_NAME, "pt") as file:
-        return {name.removeprefix(PREFIX): tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    return {name.removeprefix(PREFIX): shape for name, shape in tensor_shapes(folder / ADAPTER_NAME).items()}
 
 
 def _fit_embeddings(model: Any, saved: Mapping[str, tuple[int, ...]]) -> None:

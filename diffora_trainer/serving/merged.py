@@ -18,38 +18,41 @@ from .loading import load
 logger = get_logger(__name__)
 
 
-def write_merged(folder: Path, target: Path, base_model: Any) -> None:
+def write_merged(folder: Path, target: Path, config: Any, base_model: Any) -> None:
     """
     Write the base model of an adapter with the adapter in its weights, and its processor or tokenizer.
 
     Args:
         folder (`Path`): the adapter.
         target (`Path`): an empty folder.
+        config (`PeftConfig`): the adapter's.
         base_model (`str`, *optional*): folder or Hub id of the base model, where it is not where the adapter says.
 
     Raises:
         ValueError: if the adapter cannot be merged, or not without losing a part of it.
     """
-    model, name = load(folder, base_model)
-    _check_merges(model.peft_config[model.active_adapter])
+    _check_merges(config)
+    model, name = load(folder, config, base_model)
     untied = _untie(model)
+    if not hasattr(model, "merge_and_unload"):  # virtual tokens
+        raise _unmergeable(config)
     try:
-        merge = getattr(model, "merge_and_unload", None)
-        if merge is None:  # virtual tokens
-            raise NotImplementedError
-        merged = merge()
-    except NotImplementedError as error:
-        kind = model.peft_config[model.active_adapter].peft_type.value
-        raise ValueError(
-            f"The adapter is of type {kind}, which PEFT cannot merge into the weights of the base model. Please load "
-            "it with PEFT."
-        ) from error
+        merged = model.merge_and_unload()
+    except NotImplementedError as error:  # PEFT's, of a type that has the method and cannot
+        raise _unmergeable(config) from error
     if untied:  # one weight still, where PEFT merges one change into both (trained tokens, `ensure_weight_tying`)
         tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
-        for config in (merged.config, merged.config.get_text_config()):
-            config.tie_word_embeddings = tied
+        for part in (merged.config, merged.config.get_text_config()):
+            part.tie_word_embeddings = tied
     merged.save_pretrained(target)
     _write_processor(folder, name, target)
+
+
+def _unmergeable(config: Any) -> ValueError:
+    return ValueError(
+        f"The adapter is of type {config.peft_type.value}, which PEFT cannot merge into the weights of the base "
+        "model. Please load it with PEFT."
+    )
 
 
 def _check_merges(config: Any) -> None:
