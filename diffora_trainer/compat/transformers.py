@@ -6,12 +6,16 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
 
 from ..core.files import ADAPTER_NAME
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 TRAINER_METHODS = (
@@ -246,7 +250,7 @@ def columns_of_model(trainer: Any) -> list[str]:
     return trainer._signature_columns
 
 
-def is_pretrained(module: Any) -> bool:
+def is_pretrained(module: Any) -> TypeGuard[PreTrainedModel]:
     """Whether a module is a model of transformers, whose `attention_mask` means what it does in all of these."""
     from transformers import PreTrainedModel  # not above, as in [`check_trainer_methods`]
 
