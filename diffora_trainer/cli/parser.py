@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
 from collections.abc import Iterable
-from typing import Any
+from enum import Enum
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser
 from trl import TrlParser  # type: ignore[attr-defined]
 
-from ..compat import number_arguments
+
+_KINDS = {int: "an int", float: "a number", str: "a string", bool: "true or false", list: "a list", dict: "a mapping"}
 
 
 class ConfigParser(TrlParser):
     """
-    A [`~trl.TrlParser`]. What that says of a YAML file depends on its version, and may be an error of its own code or
-    of PyYAML's.
+    A [`~trl.TrlParser`] that reads the file behind `--config` itself: what TRL says of one depends on its version, and
+    may be an error of its own code or of PyYAML's, and of what stands in the file TRL checks nothing but texts.
     """
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *others: Any, **options: Any) -> Any:
         """
-        The parent's.
+        The parent's. What the file holds that is no argument is always refused.
 
         Args:
             args (`Iterable[str]`, *optional*): the words of the command line; by default those of the process.
@@ -29,23 +34,72 @@ class ConfigParser(TrlParser):
             ValueError: if a value is wrong, or the file behind `--config` holds no arguments.
             OSError: if it cannot be read.
         """
-        words = list(sys.argv[1:] if args is None else args)
-        if "--config" in words:
-            after = words[words.index("--config") + 1 :]
-            if not after:
-                raise ValueError("`--config` names no file. Please pass a YAML file after it.")
-            self._check_numbers(after[0], _read(after[0]))
+        first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        first.add_argument("--config", nargs="?", action="append")
+        found, words = first.parse_known_args(sys.argv[1:] if args is None else list(args))
+        if found.config:
+            self._take_file(found.config)
         return super().parse_args_and_config(words, *others, **options)
 
-    def _check_numbers(self, path: str, found: dict[str, Any]) -> None:
-        """The parent converts what a file holds as text, and takes anything else for a number as it is."""
-        for name, kind in number_arguments(self).items():
-            value = found.get(name)
-            if value is not None and not isinstance(value, (str, int, kind)):
-                raise ValueError(
-                    f"`--config {path}` gives `{name}` as {value!r}, of type {type(value).__name__}, but it must be "
-                    f"{'an int' if kind is int else 'a number'}."
-                )
+    def _take_file(self, paths: list[str | None]) -> None:
+        """Make what a file holds the defaults."""
+        path = paths[0]
+        if path is None or len(paths) > 1:
+            what = "no file" if path is None else f"{len(paths)} files"
+            raise ValueError(f"`--config` names {what}. Please pass one YAML file after it.")
+        values = _read(path)
+        variables = values.pop("env", None)  # of the environment, as TRL sets them
+        if not _fits(variables, dict[str, Any] | None):
+            raise ValueError(
+                f"`--config {path}` gives `env` as {variables!r}, but it must be a mapping by their names."
+            )
+        hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in values.items():
+            self._check(path, name, value, hints.get(name, Any))
+        if unknown := self.set_defaults_with_config(**values)[::2]:  # names and values in turn
+            names = ", ".join(f"`{name.removeprefix('--')}`" for name in unknown)
+            raise ValueError(f"`--config {path}` gives {names}: there is no such argument. Please remove the line.")
+        os.environ.update({str(name): str(value) for name, value in (variables or {}).items()})
+
+    def _check(self, path: str, name: str, value: Any, hint: Any) -> None:
+        """Refuse a value of a wrong type. A text is converted as a word of the command line is, or refused there."""
+        of_default = value is None and self.get_default(name) is None
+        # A folder, or whether to take the last one in the output folder.
+        a_switch = isinstance(value, bool) and name == "resume_from_checkpoint"
+        if isinstance(value, str) or of_default or a_switch or _fits(value, hint):
+            return
+        kinds = [get_origin(kind) or kind for kind in ([hint] if not _is_union(hint) else get_args(hint))]
+        expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
+        remedy = ""
+        if value is None:
+            remedy = " Please write one, or leave the line out."
+        elif str in kinds and isinstance(value, bool):
+            remedy = " Please write it in quotes: YAML reads `no`, `off`, `on` and `yes` without them so."
+        elif str in kinds and not isinstance(value, (list, dict)):
+            remedy = f" Please write it in quotes: '{value}'."
+        raise ValueError(
+            f"`--config {path}` gives `{name}` as {'null' if value is None else repr(value)}, of type "
+            f"{type(value).__name__}, but it must be {expected}.{remedy}"
+        )
+
+
+def _is_union(hint: Any) -> bool:
+    return get_origin(hint) in (Union, UnionType)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of a YAML file is of a type; of one that is not looked into here, such as `Literal`, any is."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if _is_union(hint):
+        return any(_fits(value, one) for one in inner)
+    if kind is list:
+        return isinstance(value, list) and all(_fits(one, inner[0]) for one in value if inner)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if kind is bool:
+        return isinstance(value, int)  # 0 and 1 too, as on the command line
+    looked_into = kind in (str, dict, NoneType) or isinstance(kind, type) and issubclass(kind, Enum)
+    return isinstance(value, kind) if looked_into else True
 
 
 class _Reader(HfArgumentParser):

@@ -286,12 +286,3 @@ def readable_help(parser: Any) -> None:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
         except (TypeError, ValueError, KeyError):
             action.help = action.help.replace("%", "%%")
-
-
-def number_arguments(parser: Any) -> dict[str, type]:
-    """
-    The type, `int` or `float`, of each argument of an `argparse` parser that takes one number, by its name. Reads its
-    `_actions`, for which there is no public name.
-    """
-    found = [action for action in parser._actions if action.type in (int, float) and action.nargs is None]
-    return {action.dest: action.type for action in found}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from peft import PeftConfig
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
 
 from diffora_trainer import Selection, selected_lora_config
-from diffora_trainer.cli import main
+from diffora_trainer.cli import main, train
 from helpers.data import tiny_tokenizer
 from helpers.trainers import causal_model, make_trainer
 
@@ -93,6 +94,23 @@ NO_ARGUMENTS = {
     "max_steps: 8\non: epoch": "an argument that is called True, of type bool",
 }
 
+WRONG = (
+    ("max_steps", 4.5, "an int"),
+    ("max_steps", True, "an int"),
+    ("lora_r", [8], "an int"),
+    ("learning_rate", [1], "a number"),
+    ("seed", None, "an int. Please write one, or leave the line out"),
+    ("learning_rate", None, "a number"),
+    ("dataloader_pin_memory", None, "true or false"),
+    ("eval_strategy", False, "a string. Please write it in quotes: YAML reads `no`"),
+    ("output_dir", 3, "a string. Please write it in quotes: '3'"),
+    ("dataset_name", 5, "a string"),
+    ("model_name_or_path", 7, "a string"),
+    ("lora_target_modules", [5], "a list"),
+    ("model_init_kwargs", 5, "a mapping or a string"),
+    ("method_options", [1], "a mapping or a string"),
+)
+
 
 def test_arguments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     file = tmp_path / "run.yaml"
@@ -103,17 +121,47 @@ def test_arguments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
         file.write_text(text)
         line = said(capsys, words)
         assert f"`--config {file}` holds {found}, but arguments by their names are expected" in line
-    wrong = ("max_steps", 4.5, "an int"), ("lora_r", [8], "an int"), ("learning_rate", [1], "a number")
-    for name, value, expected in wrong:
+    for name, value, expected in WRONG:
         file.write_text(yaml.safe_dump({name: value}))
-        assert f"gives `{name}` as {value}, of type" in (line := said(capsys, words)) and expected in line
-    file.write_text(yaml.safe_dump({"method_options": [1]}))
-    assert "`method_options` must be a dictionary of options by their names, got [1]" in said(capsys, words)
+        shown = "null" if value is None else value
+        assert f"gives `{name}` as {shown}, of type" in (line := said(capsys, words)) and expected in line
+    file.write_text("max_step: 8\nlerning_rate: 1")
+    assert "gives `max_step`, `lerning_rate`: there is no such argument" in said(capsys, words)
+    file.write_text("env: 3\nmax_steps: 8")
+    assert "gives `env` as 3, but" in said(capsys, words)
     file.write_text(yaml.safe_dump({"method_options": {"arch_every": "four"}}))
     assert "`arch_every` must be an int, got 'four'" in said(capsys, words)
     plan = ["plan", str(base), "--steps", "8", "--method_options", "[1]"]
     assert "`method_options` must be a dictionary of options by their names, got [1]" in said(capsys, plan)
     assert "`--config` names no file" in said(capsys, ["sft", "--config"])
+    assert "`--config` names no file" in said(capsys, ["sft", "--config", "--max_steps", "8"])
+    assert "`--config` names 2 files" in said(capsys, [*words, "--config", str(file)])
+
+
+def test_what_a_file_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing for what is nothing by default, and each value in all the ways that it is written."""
+    values = {"data_seed": None, "max_length": None, "report_to": None, "learning_rate": "1e-3", "max_steps": 8}
+    values |= {"warmup_steps": 3, "packing": 1, "resume_from_checkpoint": True, "lora_target_modules": "q_proj"}
+    values |= {"model_init_kwargs": {"revision": "main"}, "eval_strategy": "no", "env": {"DIFFORA_TEST": 3}}
+    monkeypatch.setenv("DIFFORA_TEST", "")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**values, "project": "Grün", "use_cpu": True}))
+    words = [f"--config={tmp_path / 'run.yaml'}", "--max_steps", "9", "--output_dir", str(tmp_path / "out")]
+    _, args, model_args, _ = train.read_arguments(train.make_parser(SFTConfig), words)
+    assert args.max_steps == 9 and args.learning_rate == 1e-3 and args.max_length is None and args.data_seed is None
+    assert args.resume_from_checkpoint is True and args.project == "Grün" and os.environ["DIFFORA_TEST"] == "3"
+    assert args.model_init_kwargs == {"revision": "main"} and model_args.lora_target_modules == "q_proj"
+
+
+def test_a_file_that_can_be_read_once(tmp_path: Path) -> None:
+    """Such as what another command prints, `--config <(...)`."""
+    read, write = os.pipe()
+    with open(write, "w") as file:
+        file.write("max_steps: 7\nuse_cpu: true")
+    words = ["--config", f"/dev/fd/{read}", "--output_dir", str(tmp_path)]
+    try:
+        assert train.read_arguments(train.make_parser(SFTConfig), words)[1].max_steps == 7
+    finally:
+        os.close(read)
 
 
 WITH_SHORTCUTS = "LoRA with shortcuts, which PEFT alone cannot load: use diffora_trainer.ShortcutModel.from_pretrained"
