@@ -8,7 +8,7 @@ from pathlib import Path
 
 from peft import LoraConfig
 
-from ..core.files import ADAPTER_CONFIG_NAME, write_file
+from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, file_at, write_file
 from ..core.selection import Selection
 from .lora import peft_model
 from .pruning import finds
@@ -61,8 +61,17 @@ def lora_config_of_run(run: object) -> LoraConfig:
 
 
 def write_lora_config(config: LoraConfig, file: str | Path) -> Path:
-    """Write a configuration as PEFT does, into a file of any name, whole or not at all. Returns its path."""
+    """
+    Write a configuration as PEFT does, whole or not at all, into a file of any name, or into a folder (one that is
+    there, or a name that ends with a slash) under PEFT's name. Returns its path.
+
+    Raises:
+        ValueError: if it would take the place of the configuration of an adapter.
+    """
+    path = file_at(file, ADAPTER_CONFIG_NAME)
+    if path.name == ADAPTER_CONFIG_NAME and (path.parent / ADAPTER_NAME).exists():
+        raise ValueError(f"{str(path)!r} is the configuration of the adapter beside it. Please name another file.")
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
-        write_file(Path(file), Path(folder, ADAPTER_CONFIG_NAME).read_bytes())
-    return Path(file)
+        write_file(path, Path(folder, ADAPTER_CONFIG_NAME).read_bytes())
+    return path

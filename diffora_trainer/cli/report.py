@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..core.files import file_at
 from ..core.selection import SELECTION_NAME, Selection
-from ..hub.report import REPORT_NAME, is_log_of_choice, report_file, write_report
+from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
 from .source import load_selection
 
 
@@ -37,7 +38,7 @@ def run(words: argparse.Namespace) -> None:
     local = Path(words.source)
     folder = (local if local.is_dir() else local.parent) if local.exists() else None
     state = _hub_state(words.source) if folder is None else _local_state(folder, selection)
-    path = report_file(words.output or (folder or Path()) / REPORT_NAME)
+    path = file_at(words.output or folder or Path(), REPORT_NAME)
     if not state and not words.output and path.exists():
         raise ValueError(
             f"{str(path)!r} is there already, and without a {_STATE_NAME} of its run beside the adapter or in a "

@@ -19,6 +19,19 @@ def adapters_inside(folder: str | os.PathLike) -> list[str]:
     return sorted(path.parent.name for path in Path(folder).glob(f"*/{ADAPTER_CONFIG_NAME}"))
 
 
+def file_at(path: str | os.PathLike, name: str) -> Path:
+    """
+    The file to write by what a user calls it: a file, or a folder, which is there or whose path ends with a slash.
+
+    Args:
+        path (`str` or `os.PathLike`): as it was given: a `Path` has lost its last slash.
+        name (`str`): what the file in a folder is called.
+    """
+    separators = tuple(separator for separator in (os.sep, os.altsep) if separator)
+    folder = os.fspath(path).endswith(separators) or Path(path).is_dir()
+    return Path(path) / name if folder else Path(path)
+
+
 def write_file(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and move it into place, so that nobody ever reads half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.files import write_file
+from ..core.files import file_at, write_file
 from ..core.grid import Grid
 from ..core.selection import Selection
 from ..core.text import row_labels, sanitize, short_names
@@ -119,7 +119,8 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
 
     Args:
         selection ([`Selection`]): what to draw.
-        path (`str` or `os.PathLike`): the PNG file to write.
+        path (`str` or `os.PathLike`): the PNG file to write, or a folder to write `dam.png` into: one that is there,
+            or a name that ends with a slash.
 
     Raises:
         ImportError: if Matplotlib is not installed.
@@ -128,7 +129,7 @@ def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise ImportError(f"No picture {NO_MATPLOTLIB}") from error
-    path = Path(path)
+    path = file_at(path, PICTURE_NAME)
     write_file(path, _drawn(selection.to_json()))
     return path
 

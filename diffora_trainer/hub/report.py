@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from ..config import DiffoRAConfig
-from ..core.files import write_file
+from ..core.files import file_at, write_file
 from ..core.selection import Selection
 from ..core.text import row_labels, sanitize, short_names
 from ..methods.build import scope_of, unit_of
@@ -76,16 +76,9 @@ def write_report(
     Returns:
         `Path`: the file.
     """
-    path = report_file(path)
+    path = file_at(path, REPORT_NAME)
     write_file(path, render_report(selection, log_history, max_steps, title).encode(errors="replace"))
     return path
-
-
-def report_file(path: str | os.PathLike) -> Path:
-    """The file of a report, by what [`write_report`] takes for it: a `Path` has lost its last slash."""
-    separators = tuple(separator for separator in (os.sep, os.altsep) if separator)
-    folder = os.fspath(path).endswith(separators) or Path(path).is_dir()
-    return Path(path) / REPORT_NAME if folder else Path(path)
 
 
 def is_log_of_choice(log_history: Sequence[Mapping[str, Any]]) -> bool:

@@ -63,9 +63,26 @@ def test_what_became_of_each_module(runs: tuple[Path, Path], tmp_path: Path, cap
         assert {line[-1] for line in lines if line[1] == fate} == set(first.dropped)
 
 
-def test_report_into_a_folder_that_is_not_there_yet(runs: tuple[Path, Path], tmp_path: Path) -> None:
-    assert main(["report", str(runs[0]), "--output", f"{tmp_path / 'reports'}/"]) == 0
-    assert [path.name for path in (tmp_path / "reports").iterdir()] == ["diffora_report.html"]
+@pytest.mark.parametrize(
+    ("command", "option", "name"),
+    [
+        ("report", "--output", "diffora_report.html"),
+        ("show", "--picture", "dam.png"),
+        ("show", "--lora_config", "adapter_config.json"),
+    ],
+)
+def test_a_file_into_a_folder(
+    command: str, option: str, name: str, runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """One that is not there yet, and one that is."""
+    for folder in (f"{tmp_path / 'new'}/", str(tmp_path / "new")):
+        assert main([command, str(runs[0]), option, folder]) == 0
+        assert f"Written: {tmp_path / 'new' / name}" in capsys.readouterr().out
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [name]
+        (tmp_path / "new" / name).unlink()
+    if option == "--lora_config":
+        assert main([command, str(runs[0]), option, str(runs[1])]) == 1
+        assert "is the configuration of the adapter beside it" in capsys.readouterr().err
 
 
 def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
