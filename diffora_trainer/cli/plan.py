@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..config import DiffoRAConfig
 from ..core.grid import Grid
 from ..core.schedule import Schedule
+from ..methods.base import ScoreMethod
 from ..methods.build import make_schedule
 from .train import checked, initial_lora
 
@@ -134,13 +135,15 @@ def _extra(
         lines = [("Extra", "a gate for each component in the training steps until then")]
     elif method.searches:
         lines = [("Extra", f"{count} architecture steps of {rows} rows, a forward and a backward pass each")]
-    elif not getattr(method, "reads_data", True):
+    elif not (isinstance(method, ScoreMethod) and method.reads_data):
         lines = [("Extra", f"no scoring passes: {method.name} reads no rows")]
     else:
         batches = getattr(method.options, "score_batches", 1)
         if held_out is not None:  # each row is read once
             batches = min(batches, max(1, held_out // rows))
-        lines = [("Extra", f"{count * batches} scoring passes of {rows} rows")]
+        least, most = (count * passes for passes in method.num_passes(batches, search.grid, search.adapters.sites))
+        passes = f"{least:,}" if least == most else f"{least:,} to {most:,}"
+        lines = [("Extra", f"{passes} scoring passes of {rows} rows")]
     if search.config.limits_step:
         lines.append(("", "about ten passes of different depths, once, to measure what a step costs"))
     if method.searches or not search.keeps_function:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.grid import Grid
 from ..core.values import check_integer
 from .base import ScoreMethod
 from .context import ScoreContext, Site, wide
@@ -69,6 +71,10 @@ class Aletheia(ScoreMethod):
                     f"{name!r} ({type(base).__name__}) is quantized and has none. Please use another method, such as "
                     "'grad_norm', whose gradients are those of the LoRA, or load the model without quantization."
                 )
+
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        count = batches * math.ceil(len(numbered_rows(grid)) / self.options.layers_at_once)
+        return count, count
 
     def score(self, context: ScoreContext) -> Tensor:
         names = [context.grid.rows[row] for row in numbered_rows(context.grid)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .context import ScoreContext
+from ..core.grid import Grid
+from .context import ScoreContext, Site
 from .options import ScoreOptions
 from .papers import ALORA
 from .ranks import RankMethod
@@ -53,6 +55,10 @@ class ALora(RankMethod):
     compares_losses = True
     reads_matrices = False
     keeps_worthless = False
+
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        count = (2 + 2 * self.num_scores) * batches
+        return count, count
 
     def score(self, context: ScoreContext) -> Tensor:
         count = self.num_scores

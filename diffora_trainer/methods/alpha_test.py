@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from ..core.grid import Grid
 from .base import ScoreMethod
-from .context import ScoreContext
+from .context import ScoreContext, Site
 from .papers import HETEROLORA, ZERO_COST
 from .registry import register_method
 
@@ -26,6 +29,9 @@ class AlphaTest(ScoreMethod):
     described = f"`alpha_test`, {ZERO_COST}"
     comparable = True
     compares_losses = True
+
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        return (2 + len(grid)) * batches, (2 + 5 * len(grid)) * batches
 
     def score(self, context: ScoreContext) -> tuple[Tensor, Tensor]:
         # Over several processes they have to bisect alike: where the model is sharded, one that made more passes than

@@ -307,6 +307,10 @@ class ScoreMethod(SelectionMethod):
     def try_out(self, context: ScoreContext) -> None:  # noqa: B027 (most need no more than a loss)
         """Raise what [`score`] would raise of this model, before the first step: on one batch, and briefly."""
 
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        """How many passes through the model [`score`] makes over so many batches: at least, and at most."""
+        return batches, batches
+
     @property
     def owner(self) -> Tensor:
         """Index of the module of each number that [`score`] returns."""

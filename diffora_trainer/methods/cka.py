@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -9,8 +10,8 @@ from torch import Tensor
 from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from .base import ScoreMethod
-from .context import ScoreContext
-from .hidden import check_layers, check_position, layer_states, of_modules
+from .context import ScoreContext, Site
+from .hidden import check_layers, check_position, layer_states, of_modules, passes_for_states
 from .options import ScoreOptions
 from .papers import CKA
 from .registry import register_method
@@ -71,6 +72,10 @@ class CkaLayers(ScoreMethod):
 
     def try_out(self, context: ScoreContext) -> None:
         layer_states(context, self.options.position)
+
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        count = passes_for_states(batches, grid, self.options.position)
+        return count, count
 
     def score(self, context: ScoreContext) -> Tensor:
         states = layer_states(context, self.options.position)

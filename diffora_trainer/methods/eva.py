@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget
+from ..core.grid import Grid
 from .context import ScoreContext, Site, matrices_of
 from .hidden import inputs_of_adapters
 from .papers import EVA
@@ -50,6 +51,11 @@ class Eva(RankMethod):
         super().__init__(budget, seed)
         self._directions: list[Tensor] = []
 
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        shapes = [(down[0].numel(), len(down)) for down, _ in map(matrices_of, sites)]
+        count = batches * (_PASSES if any(_columns(size, rank) < size for size, rank in shapes) else 1)
+        return count, count
+
     def score(self, context: ScoreContext) -> Tensor:
         sketches = [_Sketch(down[0].numel(), len(down)) for down, _ in map(matrices_of, context.sites)]
         rough = {index for index, sketch in enumerate(sketches) if not sketch.exact}
@@ -89,6 +95,11 @@ def _read(context: ScoreContext, sketches: Sequence[_Sketch], wanted: Collection
             run(batch)
 
 
+def _columns(size: int, rank: int) -> int:
+    """How many numbers a sketch has for each input; as many as there are inputs, it is exact."""
+    return min(size, 4 * rank + _OVERSAMPLED)
+
+
 class _Sketch:
     """
     The covariance of vectors times a random matrix (Tropp et al., 2017, https://huggingface.co/papers/1706.05736), or
@@ -100,7 +111,7 @@ class _Sketch:
     """
 
     def __init__(self, size: int, rank: int) -> None:
-        count = min(size, 4 * rank + _OVERSAMPLED)
+        count = _columns(size, rank)
         generator = torch.Generator().manual_seed(size)
         self.exact = count == size
         # Orthonormal columns.

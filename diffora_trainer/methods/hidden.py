@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.grid import OTHER_ROW, Grid
 from .context import ScoreContext, matrices_of, wide
 from .masks import TokenMasks
-from .tokens import layers_that_look_ahead
+from .tokens import layers_that_look_ahead, stacks_of
 
 
 POSITIONS = ("auto", "first", "last", "mean")
@@ -52,6 +52,12 @@ def of_modules(grid: Grid, layers: Tensor, outside: float) -> Tensor:
     """
     values = dict(zip(numbered_rows(grid), layers.tolist(), strict=True))
     return torch.tensor([values.get(row, outside) for row in grid.row_of], dtype=torch.float64)
+
+
+def passes_for_states(batches: int, grid: Grid, position: str) -> int:
+    """How many passes [`layer_states`] makes over so many batches."""
+    layers = [grid.rows[row] for row in numbered_rows(grid)]
+    return batches + (1 + len(stacks_of(layers)) if position == "auto" else 0)
 
 
 def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Tensor]]:

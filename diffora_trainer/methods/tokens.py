@@ -29,9 +29,7 @@ def layers_that_look_ahead(context: ScoreContext, masks: TokenMasks, names: Sequ
         masks ([`TokenMasks`]): which tokens are no padding.
         names (`Sequence[str]`): names of the layers in the base model.
     """
-    stacks: dict[str, list[str]] = {}
-    for name in names:
-        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    stacks = stacks_of(names)
     usual = _first_states(context, masks, names, ())
     found: set[str] = set()
     for own in stacks.values():
@@ -39,6 +37,14 @@ def layers_that_look_ahead(context: ScoreContext, masks: TokenMasks, names: Sequ
         if any(_changed(a, b) for name in own for a, b in zip(usual[name], other[name], strict=False)):
             found |= set(own)
     return found
+
+
+def stacks_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names of layers, by the stack that they are in. To look ahead takes a usual pass and one for each of these."""
+    stacks: dict[str, list[str]] = {}
+    for name in names:
+        stacks.setdefault(name.rpartition(".")[0], []).append(name)
+    return stacks
 
 
 def _first_states(

@@ -97,6 +97,10 @@ def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "LoRA parameters to the end" in capsys.readouterr().out
     assert main([*words, "--method", "snip"]) == 0
     assert "25 scoring passes of 4 rows" in capsys.readouterr().out  # all of the 100 held-out rows
+    assert main([*words, "--method", "alora"]) == 0  # one batch: a component alone and missing, all, and none
+    assert f"{2 + 2 * 14 * 16} scoring passes" in capsys.readouterr().out
+    assert main([*words, "--method", "alpha_test"]) == 0
+    assert f"{25 * (2 + 14)} to {25 * (2 + 5 * 14):,} scoring passes" in capsys.readouterr().out
     assert main([*words, "--method", "random"]) == 0
     assert "random reads no rows" in capsys.readouterr().out
     assert main([*words, "--method", "snip", "--method_options", '{"reallocate_every": 20}']) == 0

@@ -95,6 +95,36 @@ def test_constant_is_a_seeded_random_order() -> None:
     assert len(set(orders)) == 3 and tuple(again.argsort().tolist()) == orders[1]
 
 
+@pytest.mark.parametrize(
+    ("method", "options", "passes"),
+    [
+        ("snip", {}, 3),
+        ("adalora", {}, 3),
+        ("prilora", {}, 3),
+        ("eva", {}, 9),
+        ("alora", {}, None),
+        ("alpha_test", {}, None),
+        ("aletheia", {"layers_at_once": 1}, 6),
+        ("cka", {}, 5),
+        ("cka", {"position": "mean"}, 3),
+        ("gelora", {}, 3),
+    ],
+)
+def test_as_many_passes_as_a_method_says(method: str, options: dict[str, Any], passes: int | None) -> None:
+    model, batches = warm()
+    calls = []
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        calls.append(batch)
+        return model_loss(model, batch)
+
+    search = make_search(model, method, loss_fn=loss, method_options=options)
+    least, most = search.method.num_passes(len(batches), search.grid, search.adapters.sites)
+    search.score(batches)
+    assert least <= len(calls) <= most and (least == most) == (method != "alpha_test")
+    assert passes is None or len(calls) == passes
+
+
 def bits(tensor: Tensor) -> Tensor:
     """With the sign of a zero, which `torch.equal` does not see."""
     return tensor.detach().clone().view(torch.int32) if tensor.dtype == torch.float32 else tensor.detach().clone()
