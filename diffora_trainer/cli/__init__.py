@@ -64,19 +64,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found.options = rest
     try:
         found.run(found)
-    except (ValueError, OSError, ImportError) as error:
-        if isinstance(error, ImportError) and not _is_of_installation(error):
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        if not isinstance(error, (ValueError, OSError)) and not _is_of_installation(error):
             raise
         print(f"diffora {found.command}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _is_of_installation(error: ImportError) -> bool:
+def _is_of_installation(error: ImportError | RuntimeError) -> bool:
     """
     Whether something is not installed, and the error says what: it names a module that is not there, or was written
     for the user, and then names none. Of a name that a module lacks, the traceback says more.
     """
+    if isinstance(error, RuntimeError):  # of the trackers in transformers, such as wandb's
+        return "to be installed" in str(error)
     if isinstance(error, ModuleNotFoundError):
         return (error.name or "").partition(".")[0] not in ("", __name__.partition(".")[0])
     return error.name is None

@@ -55,6 +55,8 @@ class LabelledDataArguments(DataArguments):
         columns: Any = self.text_columns
         if isinstance(columns, str):  # as a YAML file may name a single one
             self.text_columns = [columns]
+        if self.max_length < 1:
+            raise ValueError(f"You passed `max_length={self.max_length}`, but a text has at least one token.")
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def find_labels(data: Dataset, args: LabelledDataArguments) -> Labels:
     What is to be predicted, from the training set.
 
     Raises:
-        ValueError: if the column holds neither classes nor numbers.
+        ValueError: if the column holds neither classes nor numbers, or one class alone.
     """
     from datasets import ClassLabel
 
@@ -151,6 +153,11 @@ def find_labels(data: Dataset, args: LabelledDataArguments) -> Labels:
             "number. (To predict a number, pass `--regression true`.)"
         )
     ordered = sorted(set(values))
+    if len(ordered) == 1:
+        raise ValueError(
+            f"All rows of the training set have {ordered[0]!r} in the column {args.label_column!r}, so that there is "
+            "nothing to tell apart. Please name another column with `--label_column`, or check how the file was made."
+        )
     return Labels([str(value) for value in ordered], {value: index for index, value in enumerate(ordered)})
 
 
@@ -232,11 +239,8 @@ def run(words: argparse.Namespace) -> None:
 
     parser = train.make_parser(TrainingArguments, "diffora classify", LabelledDataArguments)
     data_args, training_args, model_args, config = train.read_arguments(parser, words.options)
-    if not model_args.model_name_or_path:
-        raise ValueError(train.NO_MODEL)
+    name = train.checked_model_name(model_args.model_name_or_path)
     splits = load_splits(data_args, seed=training_args.seed)
-    arguments, peft_config = trainer_arguments(
-        training_args, data_args, splits, model_args, model_args.model_name_or_path
-    )
+    arguments, peft_config = trainer_arguments(training_args, data_args, splits, model_args, name)
     trainer = DiffoRATrainer(peft_config=peft_config, diffora_config=config, **arguments)
     train.train_and_save(trainer, data_args.dataset_name)

@@ -78,6 +78,11 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
             f"`dataset_name` looks like a local path, but there is no {path}. Please start the script in the folder "
             "that the path is relative to, or pass a Hub id such as `--dataset_name stanfordnlp/sst2`."
         )
+    if path.is_file() and reader is None:
+        raise ValueError(
+            f"`dataset_name={args.dataset_name!r}` is a file of a kind that is not read. Please pass one whose name "
+            f"ends with {', '.join(FILE_READERS)}, or with .gz after that."
+        )
     if path.is_file() and not path.stat().st_size:  # each reader says something else of it, and so does each version
         raise ValueError(NO_ROWS.format(args.dataset_name))
     data = _load(args, path, reader if path.is_file() else None)
@@ -135,28 +140,36 @@ def _load(args: DataArguments, path: Path, reader: str | None) -> Any:
         raise
 
 
-def check_texts(splits: Sequence[Dataset], columns: Sequence[str]) -> None:
+def check_texts(splits: Sequence[Dataset], columns: Sequence[str], lists: bool = False) -> None:
     """
     Check that each row has something to read in some columns.
 
     Args:
         splits (`Sequence[Dataset]`): the training and the evaluation set.
         columns (`Sequence[str]`): what is read of them; they have them.
+        lists (`bool`, *optional*, defaults to `False`): whether lists may stand there too: of messages, or of tokens.
 
     Raises:
-        ValueError: if a column holds numbers and no texts (or lists), or rows have nothing there.
+        ValueError: if a column holds something else, or bytes that are no text, or rows have nothing there.
     """
     from datasets import Value
 
     for which, data in zip(("training", "evaluation"), splits, strict=True):
         for name in columns:
-            feature = data.features[name]
-            if isinstance(feature, Value) and "string" not in feature.dtype and feature.dtype != "null":
+            feature, column = data.features[name], data.data.column(name)
+            kind = feature.dtype if isinstance(feature, Value) else "string" if lists else type(feature).__name__
+            if "string" not in kind and kind != "null":
                 raise ValueError(
-                    f"The column {name!r} of the {which} set holds values of type {feature.dtype}, and no texts. "
+                    f"The column {name!r} of the {which} set holds values of type {kind}, and no texts. "
                     "Please name another column, or write its values as strings."
                 )
-            if not data.data.column(name).null_count:  # of the whole file, also of rows that are not in this split
+            try:
+                column.validate(full=True)  # the reader of JSON takes any bytes
+            except ValueError as error:
+                raise ValueError(
+                    f"The column {name!r} of the {which} set cannot be read: {error}. Please save the file as UTF-8."
+                ) from error
+            if not column.null_count:  # of the whole file, also of rows that are not in this split
                 continue
             batches = data.select_columns([name]).with_format("arrow").iter(1000)
             if missing := sum(batch.column(name).null_count for batch in batches):

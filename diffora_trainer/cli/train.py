@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compat import readable_help
+from ..core.files import ADAPTER_CONFIG_NAME
 from .data import DataArguments, check_texts, load_splits
 
 
@@ -16,8 +17,6 @@ METRICS = ("accuracy", "pearson", "mse")
 
 TEXT_FIELD = "dataset_text_field"
 """The option of TRL's that names the column with the text."""
-
-NO_MODEL = "`model_name_or_path` is missing: a Hub id or a local folder."
 
 
 def make_parser(config: type, prog: str | None = None, data: type = DataArguments) -> Any:
@@ -96,12 +95,57 @@ def prepare_model(training_args: Any, model_args: Any) -> Any:
 
     Raises:
         ValueError: if no model is named.
+        FileNotFoundError: if there is no such folder.
     """
-    if not model_args.model_name_or_path:
-        raise ValueError(NO_MODEL)
+    checked_model_name(model_args.model_name_or_path)
     options, peft_config = model_options(model_args)
     training_args.model_init_kwargs = {**options, **(training_args.model_init_kwargs or {})}
     return peft_config
+
+
+def checked_model_name(name: str | None) -> str:
+    """
+    A Hub id, or the folder of a model that is there.
+
+    Raises:
+        ValueError: if there is no name, or it is that of an adapter.
+        FileNotFoundError: if there is no such folder.
+    """
+    if not name:
+        raise ValueError("`model_name_or_path` is missing: a Hub id or a local folder.")
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.startswith(".")):
+        raise FileNotFoundError(f"`model_name_or_path` looks like a local path, but there is no {path}.")
+    if (path / ADAPTER_CONFIG_NAME).is_file() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"`model_name_or_path={name!r}` is an adapter, and not a model. Please name its base model; to go on from "
+            f"what it has learned, merge it first: `diffora export {name} --for merged --output FOLDER`."
+        )
+    return name
+
+
+def check_language_model(name: str, options: dict[str, Any]) -> None:
+    """
+    Check that a model is one that writes texts: TRL loads the class that a configuration names, whatever that is, and
+    fails on what it lacks.
+
+    Args:
+        name (`str`): Hub id or local folder.
+        options (`dict`): arguments of its `from_pretrained`.
+
+    Raises:
+        ValueError: if it is another one.
+    """
+    import transformers
+
+    options = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
+    cls = getattr(transformers, named[0], None)  # none of a class that comes with the model
+    if cls is not None and not cls.can_generate():
+        raise ValueError(
+            f"`model_name_or_path={name!r}` is a {named[0]}, which is no language model. Please name another one; "
+            "encoders are trained with `diffora classify`."
+        )
 
 
 def model_options(model_args: Any, task_type: str | None = None) -> tuple[dict[str, Any], Any]:
@@ -171,6 +215,7 @@ def run(trainer_class: type, parser: Any, words: Sequence[str], forms: Sequence[
     train, test = load_splits(data_args, seed=training_args.seed)
     check_form((train, test), forms, getattr(training_args, TEXT_FIELD, None))
     peft_config = prepare_model(training_args, model_args)
+    check_language_model(model_args.model_name_or_path, training_args.model_init_kwargs)
     trainer: Any = trainer_class(
         model=model_args.model_name_or_path,
         args=training_args,
@@ -204,7 +249,7 @@ def check_form(splits: tuple[Any, Any], forms: Sequence[tuple[str, ...]], text_f
             f"{wanted}. Please rename the columns"
             + (f", or name the one with the text with `--{TEXT_FIELD}`." if (TEXT_FIELD,) in forms else ".")
         )
-    check_texts(splits, form)
+    check_texts(splits, form, lists=form != (text_field,))
 
 
 def train_and_save(trainer: Any, dataset_name: str, named: str = "dataset") -> dict[str, float]:

@@ -36,13 +36,19 @@ without the name of the adapter, and goes on with those that it has drawn. Goes 
 def load_peft_config(source: str | os.PathLike) -> PeftConfig:
     """
     The configuration of an adapter in a folder or on the Hub. A type that PEFT does not know, as of an adapter with
-    shortcuts, is a `ValueError`: PEFT raises a `KeyError`, in all versions. Goes when PEFT says it.
+    shortcuts, is a `ValueError`: PEFT raises a `KeyError`, in all versions. So is a file of another tool, of which it
+    raises a `TypeError`. Goes when PEFT says it.
     """
     try:
         return PeftConfig.from_pretrained(os.fspath(source))
     except KeyError as error:
         raise ValueError(
             f"The adapter in {os.fspath(source)} is of a type that PEFT does not know: {error.args[0]}."
+        ) from error
+    except (TypeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"The configuration of the adapter in {os.fspath(source)} is none of PEFT's: {str(error).rstrip('.')}. "
+            "Please pass an adapter that PEFT has saved."
         ) from error
 
 

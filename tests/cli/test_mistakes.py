@@ -18,6 +18,7 @@ from trl import SFTConfig, SFTTrainer
 from diffora_trainer import Selection, selected_lora_config
 from diffora_trainer.cli import main, train
 from helpers.data import tiny_tokenizer
+from helpers.models import encoder_for
 from helpers.trainers import causal_model, make_trainer
 
 
@@ -57,6 +58,11 @@ def rows(**columns: Any) -> str:
         ("dpo", rows(prompt="red", rejected="green"), [], "is read from 'prompt' and 'chosen' and 'rejected', or"),
         ("dpo", rows(chosen="red", rejected=("green", None)), [], "nothing (null) in the column 'rejected'"),
         ("classify", rows(text=("red", None), label=1), [], "nothing (null) in the column 'text'"),
+        ("sft", rows(text=["red"]), [], "The column 'text' of the training set holds values of type List"),
+        ("sft", rows(text="r\udcfcd"), [], "'text' of the training set cannot be read: In chunk 0: Invalid"),
+        ("classify", rows(text=["red", "green"], label=1), [], "'text' of the training set holds values of type List"),
+        ("classify", rows(text="red", label=1), [], "All rows of the training set have 1 in the column 'label'"),
+        ("classify", rows(text="red", label=(0, 1)), ["--max_length", "0"], "`max_length=0`"),
         ("classify", rows(text="red", label=[1, 0]), [], "'label' holds values such as [1, 0]"),
         ("classify", rows(text="red", label=[1, 0]), ["--regression", "true"], "A label is [1, 0]"),
     ],
@@ -64,10 +70,46 @@ def rows(**columns: Any) -> str:
 def test_data(
     command: str, text: str, options: list[str], expected: str, base: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    (tmp_path / "rows.jsonl").write_text(text)
+    (tmp_path / "rows.jsonl").write_text(text.replace("\\udcfc", "\udcfc"), errors="surrogateescape")
     words = [command, "--model_name_or_path", str(base), "--dataset_name", str(tmp_path / "rows.jsonl")]
     words += ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--report_to", "none", "--max_steps", "8"]
     assert expected in said(capsys, [*words, *options])
+
+
+def test_models_and_files_of_another_kind(base: Path, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    encoder_for(tiny_tokenizer(), layers=2).bert.save_pretrained(tmp_path / "encoder")
+    (tmp_path / "rows.jsonl").write_text(rows(text=("red", "green"), prompt="red", chosen="red", rejected="green"))
+    words = [
+        "--dataset_name",
+        str(tmp_path / "rows.jsonl"),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--use_cpu",
+        "true",
+    ]
+    for command in ("sft", "dpo"):
+        line = said(capsys, [command, *words, "--model_name_or_path", str(tmp_path / "encoder")])
+        assert "is a BertModel, which is no language model" in line
+    for command in ("sft", "classify"):
+        assert "is an adapter, and not a model" in said(
+            capsys, [command, *words, "--model_name_or_path", str(adapter)]
+        )
+        line = said(capsys, [command, *words, "--model_name_or_path", str(tmp_path / "gone")])
+        assert f"but there is no {tmp_path / 'gone'}" in line
+    (tmp_path / "rows.txt").write_text("red\n")
+    words = ["sft", "--dataset_name", str(tmp_path / "rows.txt"), "--model_name_or_path", str(base), *words[2:]]
+    assert "is a file of a kind that is not read" in said(capsys, words)
+
+
+@pytest.mark.parametrize("content", ['{"fine_tune_type": "lora", "num_layers": 4}', "[]", "\udcfc"])
+def test_an_adapter_of_another_tool(content: str, adapter: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(adapter, tmp_path / "run")
+    (tmp_path / "run" / "adapter_config.json").write_text(content, errors="surrogateescape")
+    expected = f"The configuration of the adapter in {tmp_path / 'run'} is none of PEFT's: "
+    for server in ("vllm", "merged"):
+        words = ["export", str(tmp_path / "run"), "--for", server, "--output", str(tmp_path / "out")]
+        assert expected in said(capsys, words)
+    assert expected in said(capsys, ["show", str(tmp_path / "run"), "--lora_config", str(tmp_path / "lora.json")])
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.jsonl.gz", "folder"])
@@ -201,6 +243,8 @@ def test_without_matplotlib(adapter: Path, tmp_path: Path, capsys: Any, monkeypa
     [
         (ImportError("Loading in 4 bits requires `bitsandbytes`: `pip install bitsandbytes`"), True),
         (ModuleNotFoundError("No module named 'wandb'", name="wandb"), True),
+        (RuntimeError("WandbCallback requires wandb to be installed. Run `pip install wandb`."), True),
+        (RuntimeError("CUDA out of memory"), False),
         (ModuleNotFoundError("No module named 'diffora_trainer.gone'", name="diffora_trainer.gone"), False),
         (ImportError("cannot import name 'SFTConfig' from 'trl'", name="trl"), False),
         (TypeError("'NoneType' object is not subscriptable"), False),
