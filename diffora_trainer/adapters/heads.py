@@ -10,6 +10,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
 from ..compat import is_pretrained
+from ..core.base_model import class_names
 from ..logging import get_logger
 
 
@@ -39,7 +40,7 @@ def task_type_of_model(model: nn.Module) -> TaskType | None:
     """The task type by which PEFT knows what a model is trained for; `None` if it has none for it."""
     if not takes_input_ids(model):  # PEFT's classes of the tasks pass them on, also to a speech model
         return None
-    for name in _class_names(model):
+    for name in class_names(type(model)):
         if name.endswith("ForConditionalGeneration") and getattr(model.config, "is_encoder_decoder", False):
             return TaskType.SEQ_2_SEQ_LM
         for suffix, task in _TASKS.items():
@@ -67,7 +68,7 @@ def new_heads(model: nn.Module, task_type: TaskType | str | None, named_by_user:
         named_by_user (`bool`): whether the configuration has `modules_to_save`, empty or not. It is taken at its word
             for a class of the user's own.
     """
-    library, names = _is_of_a_library(model), _class_names(model)
+    library, names = _is_of_a_library(model), class_names(type(model))
     by_task = task_type in HEADS or any(name.endswith(_NEW_HEAD) for name in names)
     if not by_task and (library or named_by_user):
         return []
@@ -91,11 +92,6 @@ def new_heads(model: nn.Module, task_type: TaskType | str | None, named_by_user:
             "in `LoraConfig(modules_to_save=[...])`, or it stays as it was drawn."
         )
     return heads
-
-
-def _class_names(model: nn.Module) -> list[str]:
-    """Of the model's class and those that it is derived from, such as a user's `WeightedLoss(BertFor...)`."""
-    return [cls.__name__ for cls in type(model).__mro__ if issubclass(cls, nn.Module)]
 
 
 def _is_of_a_library(model: nn.Module) -> bool:

@@ -6,7 +6,8 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTuner, _find_minimal_target_modules, _maybe_include_all_linear_layers
 from peft.tuners.vera import VeraModel
@@ -22,6 +23,10 @@ except ImportError:
 
 # Modules in which PEFT keeps an entry for each adapter, by its name
 _BY_ADAPTER = (nn.ModuleDict, nn.ParameterDict, BufferDict)
+
+# Tuners that have `merge_and_unload` and no weights into which they could be merged: PEFT raises, or, of X-LoRA, whose
+# scales are computed from each input, merges something else.
+_NEVER_MERGED = ("LILY", "POLY", "SHADOW", "XLORA")
 
 VERA_LOADER = "PEFT 0.21"
 """The first version that loads the shared matrices of a saved VeRA. Goes with these before it."""
@@ -50,6 +55,15 @@ def load_peft_config(source: str | os.PathLike) -> PeftConfig:
             f"The configuration of the adapter in {os.fspath(source)} is none of PEFT's: {str(error).rstrip('.')}. "
             "Please pass an adapter that PEFT has saved."
         ) from error
+
+
+def merges(config: PeftConfig) -> bool:
+    """
+    Whether PEFT can merge adapters of the type of a configuration into the weights: its tuner is a `BaseTuner`, which
+    virtual tokens have not, and not one of a few, in PEFT 0.18 to 0.21. Goes when PEFT says it of a configuration.
+    """
+    kind = PeftType(config.peft_type)
+    return issubclass(PEFT_TYPE_TO_TUNER_MAPPING.get(kind, nn.Module), BaseTuner) and kind.value not in _NEVER_MERGED
 
 
 def adapters_disabled(model: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 from torch import nn
 
+from ..core.base_model import base_class
 from ..core.files import ADAPTER_NAME
 
 
@@ -87,14 +88,19 @@ def own_input_embeddings(module: Any) -> nn.Module | None:
     return found if isinstance(found, nn.Module) else None
 
 
-def class_for(name: str, config: Any) -> str:
+def loading_class(task_type: Any, auto_mapping: Mapping[str, str] | None, config: Any) -> tuple[str, str]:
     """
-    The name of a class of transformers that loads models of a configuration: this one, or another if this is an auto
-    class that does not. What PEFT's "CAUSAL_LM" stands for loads no vision-language model, and "SEQ_2_SEQ_LM" none of
-    speech.
+    Module and name of the class that loads a base model: as PEFT says it, or where that is an auto class which does
+    not load models of this configuration, another one of transformers. What "CAUSAL_LM" stands for loads no
+    vision-language model, and "SEQ_2_SEQ_LM" none of speech.
 
     An auto class loads a configuration that is a key of its `_model_mapping`, or that names the class in its own code
     (`auto_map`), in all versions. A public function that says it would let it go.
+
+    Args:
+        task_type (`str` or `None`): PEFT's name of what is trained.
+        auto_mapping (`Mapping[str, str]`, *optional*): what PEFT saves of the class where there is no task type.
+        config (`PretrainedConfig`, *optional*): the model's configuration.
     """
     import transformers
 
@@ -102,10 +108,12 @@ def class_for(name: str, config: Any) -> str:
         mapping = getattr(getattr(transformers, auto_class, None), "_model_mapping", None)
         return mapping is None or auto_class in (getattr(config, "auto_map", None) or {}) or type(config) in mapping
 
-    if config is None or loads(name):
-        return name
-    others = [*(getattr(config, "architectures", None) or ()), "AutoModelForImageTextToText"]
-    return next((other for other in others if hasattr(transformers, other) and loads(other)), name)
+    module, name = base_class(task_type, auto_mapping) or ("transformers", "")
+    if module != "transformers" or (name and (config is None or loads(name))):
+        return module, name
+    others = [*(getattr(config, "architectures", None) or ()), *(["AutoModelForImageTextToText"] if name else [])]
+    default = name or "AutoModel"
+    return module, next((other for other in others if hasattr(transformers, other) and loads(other)), default)
 
 
 def trainer_of_callback(callback: Any) -> Any:

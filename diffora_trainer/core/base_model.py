@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from .files import ADAPTER_CONFIG_NAME, read_json
 from .selection import SELECTION_NAME
@@ -37,12 +38,13 @@ def base_class(task_type: Any, auto_mapping: Mapping[str, str] | None = None) ->
         auto_mapping (`Mapping[str, str]`, *optional*): what PEFT saves of the class where there is no task type.
 
     Returns:
-        `tuple[str, str]` or `None`: the module to import from, and the name in it; `None` if PEFT does not say it.
+        `tuple[str, str]` or `None`: the module to import from, and the name in it; `None` if PEFT does not say it. The
+            module of a script is `"__main__"`.
     """
     if (name := _AUTO_CLASSES.get(str(getattr(task_type, "value", task_type)))) is not None:
         return "transformers", name
     name, module = (str((auto_mapping or {}).get(key) or "") for key in ("base_model_class", "parent_library"))
-    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")) or module == "__main__":
+    if not name.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
         return None
     return ("transformers" if module.startswith("transformers.") else module), name
 
@@ -61,21 +63,34 @@ def problem_type(config: Any) -> str | None:
     return found if found in _PROBLEMS else None
 
 
-def predicts_classes(module: str, name: str, config: Any = None) -> bool:
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class of a model. FSDP2 puts one of its own before that, which is of torch."""
+    classes = (cls for cls in type(model).__mro__ if cls.__module__.partition(".")[0] != "torch" and cls is not object)
+    return next(classes, type(model))
+
+
+def class_names(model_class: type[nn.Module]) -> list[str]:
+    """Of a class and those that it is derived from, such as a user's `WeightedLoss(BertForSequenceClassification)`."""
+    return [cls.__name__ for cls in model_class.__mro__ if issubclass(cls, nn.Module)]
+
+
+def is_own_class(model_class: type[nn.Module]) -> bool:
+    """Whether a class is of the user's, and not of transformers, nor of code that came with a model."""
+    return model_class.__module__.partition(".")[0] not in ("transformers", "transformers_modules")
+
+
+def predicts_classes(model_class: type[nn.Module], config: Any = None) -> bool:
     """
     Whether a model has a head whose outputs are counted by `num_labels`.
 
     Args:
-        module (`str`): where its class is from.
-        name (`str`): the name of the class.
+        model_class (`type`): its class.
         config (`PretrainedConfig`, *optional*): that of the model. A class of one's own with any name may count by it.
     """
-    cls = getattr(sys.modules.get(module), name, None)
-    names = [parent.__name__ for parent in cls.__mro__] if isinstance(cls, type) else [name]
-    if any(found.endswith("Classification") for found in names):
+    if any(name.endswith("Classification") for name in class_names(model_class)):
         return True
     two_by_default = label_names(config) is None and getattr(config, "num_labels", 2) == 2
-    return module.partition(".")[0] != "transformers" and not two_by_default
+    return model_class.__module__.partition(".")[0] != "transformers" and not two_by_default
 
 
 def output_folder(adapter: Path) -> Path:
@@ -85,13 +100,14 @@ def output_folder(adapter: Path) -> Path:
     return above if apart else adapter
 
 
-def head_files(model_class: type | None, config: Any) -> dict[str, bytes | None]:
+def head_files(model: nn.Module | None) -> dict[str, bytes | None]:
     """
-    What the head of a model of this class and configuration predicts: the files that are saved beside its adapter by
-    their names, with their contents, or `None` for one that it has not.
+    What the head of a base model predicts: the files that are saved beside its adapter by their names, with their
+    contents, or `None` for one that it has not.
     """
     names = problem = None
-    if model_class is not None and predicts_classes(model_class.__module__, model_class.__name__, config):
+    config = getattr(model, "config", None)
+    if model is not None and predicts_classes(class_of(model), config):
         names, problem = label_names(config), problem_type(config)
     return {
         LABELS_NAME: None if names is None else json.dumps(names, ensure_ascii=False, indent=2).encode(),

@@ -6,6 +6,9 @@ import contextlib
 import json
 import os
 import re
+import sys
+import sysconfig
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapters.base import SiteKind, extra_kinds
-from ..compat import class_for
-from ..core.base_model import base_class, label_names, predicts_classes, problem_type
+from ..compat import loading_class
+from ..core.base_model import class_of, is_own_class, label_names, predicts_classes, problem_type
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside, tensor_shapes, write_file
 from ..core.selection import Selection
 from ..core.text import sanitize
@@ -35,7 +38,7 @@ def write_card(
     selection: Selection | None,
     peft_config: Any,
     adapter: str | None = None,
-    model_config: Any = None,
+    model: Any = None,
     went_on: bool = True,
 ) -> Path:
     """
@@ -48,7 +51,7 @@ def write_card(
         peft_config (`LoraConfig`): the adapter's configuration.
         adapter (`str`, *optional*): Hub id of the adapter, for the snippet that loads it; defaults to the folder's
             name.
-        model_config (`PretrainedConfig`, *optional*): that of the base model as it was trained, for the classes that a
+        model (`nn.Module`, *optional*): the base model as it was trained, for its class, and the classes that a
             classifier predicts.
         went_on (`bool`, *optional*, defaults to `True`): whether anything was trained after the choice.
     """
@@ -67,7 +70,8 @@ def write_card(
     if selection is not None:
         method = method_facts(selection.config)
         subfolder = "" if kind is not None else _subfolder(folder, peft_config)
-        base = _base_class(folder / subfolder, peft_config, model_config)
+        model_config = getattr(model, "config", None)
+        base = _base_class(folder / subfolder, peft_config, model)
         shares = {
             keep: [share for share, kept in zip(selection.frequency, selection.kept, strict=True) if kept == keep]
             for keep in (True, False)
@@ -91,7 +95,7 @@ def write_card(
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             went_on=went_on,
             base=base,
-            labels=_labels(base, model_config),
+            labels=_labels(model, model_config),
             rows=_grown_rows(folder / subfolder, model_config),
             subfolder=subfolder and json.dumps(subfolder, ensure_ascii=False),
             base_model=base_model,
@@ -118,19 +122,42 @@ def _subfolder(folder: Path, peft_config: Any) -> str:
     return next((name for name in inside if not name.startswith("checkpoint-")), "")
 
 
-def _base_class(folder: Path, peft_config: Any, model_config: Any) -> tuple[str, str]:
-    """Module and name of the class that loads the base model."""
+@dataclass(frozen=True)
+class _BaseClass:
+    """Module and name of the class that loads the base model; whether the reader has to bring it, and how it loads."""
+
+    module: str
+    name: str
+    own: bool = False
+    loads: bool = True
+
+
+def _base_class(folder: Path, peft_config: Any, model: Any) -> _BaseClass:
+    """The class in the snippet: that of the model, if it is the user's own, or else by what PEFT says."""
+    cls = None if model is None else class_of(model)
+    if cls is not None and is_own_class(cls):
+        module, name = cls.__module__, cls.__name__
+        if not all(part.isidentifier() for part in module.split(".")) or module == "__mp_main__":
+            module = "__main__"
+        return _BaseClass(module, name, not _is_installed(module), hasattr(cls, "from_pretrained"))
     mapping = getattr(peft_config, "auto_mapping", None)
     with contextlib.suppress(OSError, ValueError):  # PEFT completes only what it writes
         mapping = json.loads((folder / ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("auto_mapping")
-    module, name = base_class(peft_config.task_type, mapping) or ("transformers", "AutoModel")
-    return module, class_for(name, model_config) if module == "transformers" else name
+    module, name = loading_class(peft_config.task_type, mapping, getattr(model, "config", None))
+    return _BaseClass(module, name, module == "__main__")
 
 
-def _labels(base: tuple[str, str], model_config: Any) -> str:
+def _is_installed(module: str) -> bool:
+    """Whether a module lies where packages are installed, so that others can have it too."""
+    file = getattr(sys.modules.get(module.partition(".")[0]), "__file__", None)
+    homes = {sysconfig.get_path(name) for name in ("purelib", "platlib", "stdlib")}
+    return file is not None and module != "__main__" and any(Path(home) in Path(file).parents for home in homes)
+
+
+def _labels(model: Any, model_config: Any) -> str:
     """What the snippet passes so that the base model gets the head that was trained."""
     number = getattr(model_config, "num_labels", None)
-    if number is None or not predicts_classes(*base, model_config):
+    if number is None or not predicts_classes(class_of(model), model_config):
         return ""
     problem = problem_type(model_config)
     more = f', problem_type="{problem}"' if problem else ""

@@ -16,11 +16,13 @@ from typing import Any
 
 from torch import nn
 
+from ..adapters.base import extra_kinds
 from ..compat import load_peft_config
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units
 from .loading import model_class, on_meta
+from .mergeable import remedy
 from .merged import write_merged
 from .pairs import PREFIX, Pair, check_start, read_pairs
 
@@ -62,6 +64,7 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
             f"There is no adapter in {folder}: it has no {ADAPTER_CONFIG_NAME}."
             + (f" Inside of it there are adapters in {inside}. Please name one of these folders." if inside else "")
         )
+    _check_is_all(folder)
     config = load_peft_config(folder)  # of the type that the file names
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is there already and not empty. Please name another folder.")
@@ -84,6 +87,19 @@ def export(adapter: str | os.PathLike, server: str, output: str | os.PathLike, b
     return target
 
 
+def _check_is_all(folder: Path) -> None:
+    """Refuse an adapter that lies inside of a folder with what PEFT cannot hold, beside which it was trained."""
+    above = folder.resolve().parent
+    for kind in extra_kinds():
+        if kind.adapter_folder == folder.resolve().name and kind.holds(above):
+            loader = ".".join(kind.loader)
+            raise ValueError(
+                f"The adapter in {folder} was trained beside the {kind.name} in {above}, which no server takes, and "
+                f"without them it is another model. Please load both with `{loader}.from_pretrained(base, "
+                f"{str(above)!r})`."
+            )
+
+
 def _write_adapter(folder: Path, target: Path, config: Any, server: str, base_model: Any) -> None:
     from peft import PeftType
     from safetensors.torch import load_file, save_file
@@ -91,7 +107,7 @@ def _write_adapter(folder: Path, target: Path, config: Any, server: str, base_mo
     if config.peft_type is not PeftType.LORA:
         raise ValueError(
             f"The adapter is of type {config.peft_type.value}, and what {server} takes holds the matrices of a LoRA "
-            "alone. Please export it with `--for merged`, which takes every type that PEFT can merge into the weights."
+            f"alone. {remedy(config)}"
         )
     check_start(config)
     pairs = read_pairs(load_file(folder / ADAPTER_NAME), config)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat import class_for, keys_not_loaded, own_input_embeddings
+from ..compat import keys_not_loaded, loading_class, own_input_embeddings
 from ..core.base_model import base_class, read_head
 from ..core.files import ADAPTER_NAME, tensor_shapes
 from .pairs import PREFIX, check_start
@@ -38,9 +38,7 @@ def model_class(task_type: Any, config: Any = None, auto_mapping: Any = None) ->
     """
     import transformers
 
-    module, name = base_class(task_type, auto_mapping) or ("transformers", "")
-    if module == "transformers":
-        name = class_for(name, config)
+    module, name = loading_class(task_type, auto_mapping, config)
     try:
         cls = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
@@ -76,16 +74,32 @@ def load(folder: Path, config: Any, base_model: Any) -> tuple[Any, str]:
         options["num_labels"] = outputs
     base = cls.from_pretrained(name, **options)
     _fit_embeddings(base, saved)
-    model = PeftModel.from_pretrained(base, folder)
+    try:
+        model = PeftModel.from_pretrained(base, folder)
+    except (ValueError, RuntimeError) as error:  # it lacks the modules, or has them in other shapes
+        if not saved:
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"The adapter does not fit a {type(base).__name__}: {said[:300]} {_other_class(config)}"
+        ) from error
     if left := keys_not_loaded(model, folder):
         raise ValueError(
             f"The adapter holds {left[0].removeprefix(PREFIX)!r}"
             + (f" and {len(left) - 1} more weights" if len(left) > 1 else "")
-            + f" for which a {type(base).__name__} has no place, so that they would be lost. The adapter does not say "
-            "which class it was trained with, if that is one of a script, or PEFT knows the task. Please merge in "
-            f"Python, with this class: {_IN_PYTHON.format('TheClass')}; or name another `--base_model`."
+            + f" for which a {type(base).__name__} has no place, so that they would be lost. {_other_class(config)}"
         )
     return model, str(name)
+
+
+def _other_class(config: Any) -> str:
+    """What to do where the class of the base model is not the one that the adapter was trained with."""
+    module, name = base_class(config.task_type, config.auto_mapping) or ("", "")
+    if module == "__main__":
+        why = f"It was trained with {name}, a class of the script that trained it, which cannot be imported from here."
+    else:
+        why, name = "It does not say its class, if that is one of a script, or PEFT knows the task.", "TheClass"
+    return f"{why} Please merge in Python, with this class: {_IN_PYTHON.format(name)}; or name another `--base_model`."
 
 
 def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from ..compat import own_input_embeddings
 from ..core.base_model import output_folder
 from ..logging import get_logger
 from .loading import load
+from .mergeable import check_merges, unmergeable
 
 
 logger = get_logger(__name__)
@@ -31,42 +32,19 @@ def write_merged(folder: Path, target: Path, config: Any, base_model: Any) -> No
     Raises:
         ValueError: if the adapter cannot be merged, or not without losing a part of it.
     """
-    _check_merges(config)
+    check_merges(config)
     model, name = load(folder, config, base_model)
     untied = _untie(model)
-    if not hasattr(model, "merge_and_unload"):  # virtual tokens
-        raise _unmergeable(config)
     try:
         merged = model.merge_and_unload()
-    except NotImplementedError as error:  # PEFT's, of a type that has the method and cannot
-        raise _unmergeable(config) from error
+    except NotImplementedError as error:  # PEFT's, of layers that have the method and cannot
+        raise unmergeable(config) from error
     if untied:  # one weight still, where PEFT merges one change into both (trained tokens, `ensure_weight_tying`)
         tied = merged.get_input_embeddings().weight is merged.get_output_embeddings().weight
         for part in (merged.config, merged.config.get_text_config()):
             part.tie_word_embeddings = tied
     merged.save_pretrained(target)
     _write_processor(folder, name, target)
-
-
-def _unmergeable(config: Any) -> ValueError:
-    return ValueError(
-        f"The adapter is of type {config.peft_type.value}, which PEFT cannot merge into the weights of the base "
-        "model. Please load it with PEFT."
-    )
-
-
-def _check_merges(config: Any) -> None:
-    """Refuse what PEFT could merge by its type, but not as it is configured."""
-    if getattr(config, "alora_invocation_tokens", None):
-        raise ValueError(
-            "The adapter is an activated LoRA (`alora_invocation_tokens`), which acts on the tokens behind its "
-            "invocation alone, so no weights hold it. Please load it with PEFT."
-        )
-    if getattr(config, "layer_replication", None):
-        raise ValueError(
-            "The adapter repeats layers of its base model (`layer_replication`), which share their weights and have a "
-            "LoRA each, so a merged model cannot be saved. Please load it with PEFT."
-        )
 
 
 def _write_processor(folder: Path, name: str, target: Path) -> None:

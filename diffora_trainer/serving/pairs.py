@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .mergeable import remedy
+
 
 # What does not change the base weights, and what does so in the same way each time it is computed.
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
@@ -66,7 +68,7 @@ def check_start(config: Any, again: bool = False) -> None:
     if start in _EXACT_STARTS:
         raise ValueError(
             f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`), so its matrices alone "
-            "are no update of the base model. Please export it with `--for merged`."
+            f"are no update of the base model. {remedy(config)}"
         )
     raise ValueError(
         f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`) that is not the same "
@@ -88,13 +90,11 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Pair]:
         ValueError: if it is no LoRA of linear layers and convolutions, or holds more than that.
     """
     if getattr(config, "use_dora", False):
-        raise ValueError(
-            "The adapter is a DoRA, whose magnitudes no pair of matrices holds. Please export it with `--for merged`."
-        )
+        raise ValueError(f"The adapter is a DoRA, whose magnitudes no pair of matrices holds. {remedy(config)}")
     if getattr(config, "target_parameters", None):
         raise ValueError(
             "The adapter holds a LoRA of parameters (`target_parameters`), such as fused experts, which is no pair "
-            "for a layer. Please export it with `--for merged`."
+            f"for a layer. {remedy(config)}"
         )
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
@@ -102,14 +102,13 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Pair]:
             halves.setdefault(match["module"], {})[match["part"]] = tensor
         elif "lora_" in name:
             raise ValueError(
-                f"The adapter holds {name!r}, which is no LoRA of a linear layer or a convolution. Please export it "
-                "with `--for merged`."
+                f"The adapter holds {name!r}, which is no LoRA of a linear layer or a convolution. {remedy(config)}"
             )
         else:
             raise ValueError(
                 f"The adapter holds {name!r} beside its LoRA, a whole weight (`modules_to_save`, `bias`, "
                 "`trainable_token_indices`, or embeddings that PEFT saved along). Servers refuse that or leave it "
-                "out. Please export it with `--for merged`."
+                f"out. {remedy(config)}"
             )
     if broken := [module for module, parts in halves.items() if set(parts) != {"A", "B"}]:
         raise ValueError(f"The adapter lacks one of the two matrices of {broken[0]!r}: the file is damaged.")

@@ -58,14 +58,14 @@ def save_findings(trainer: Any, folder: Path, new_adapter: bool = True) -> None:
         if is_log_of_choice(trainer.state.log_history) or not (folder / REPORT_NAME).is_file():
             title = trainer.hub_model_id or Path(trainer.args.output_dir).resolve().name
             write_report(folder / REPORT_NAME, selection, trainer.state.log_history, trainer.state.max_steps, title)
-    predicted = head_files(None, None)
+    predicted = head_files(None)
     if isinstance(model, PeftModel):  # that of sentence-transformers is about the whole model
         # A log that is not of the choice is one of a training that went on.
         ended = selection is not None and trainer.state.global_step <= (selection.step or 0)
         went_on = not ended or not is_log_of_choice(trainer.state.log_history)
-        peft_config, config = model.peft_config[model.active_adapters[0]], getattr(model, "config", None)
-        write_card(folder, selection, peft_config, trainer.hub_model_id, config, went_on)
-        predicted = head_files(type(model.get_base_model()), config)
+        peft_config, base = model.peft_config[model.active_adapters[0]], model.get_base_model()
+        write_card(folder, selection, peft_config, trainer.hub_model_id, base, went_on)
+        predicted = head_files(base)
     for name, content in predicted.items():
         if content is not None:
             write_file(folder / name, content)

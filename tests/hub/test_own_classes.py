@@ -37,10 +37,15 @@ class TwoHeads(BertPreTrainedModel):
 
 
 @pytest.mark.parametrize(
-    ("name", "heads"), [("Scorer", ["classifier"]), ("TwoHeads", ["heads.one", "heads.two"])], ids=str
+    ("name", "heads", "where"),
+    [
+        ("Scorer", ["classifier"], "module"),
+        ("TwoHeads", ["heads.one", "heads.two"], "module"),
+        ("TwoHeads", ["heads.one", "heads.two"], "__main__"),
+    ],
 )
 def test_the_snippet_loads_a_head_of_any_size(
-    name: str, heads: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, heads: list[str], where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "own_models_of_a_test.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -50,13 +55,19 @@ def test_the_snippet_loads_a_head_of_any_size(
     classifier().model.bert.save_pretrained(base)
     torch.manual_seed(0)
     model = getattr(own, name).from_pretrained(base, num_labels=3)
+    if where == "__main__":  # as in the script that trains it
+        monkeypatch.setattr(type(model), "__module__", where)
     folder = tmp_path / "out"
-    trainer = make_trainer(folder, model=model, peft_config=lora(modules_to_save=heads))
+    # With a task type PEFT does not save the class.
+    task = "SEQ_CLS" if where == "__main__" else None
+    trainer = make_trainer(folder, model=model, peft_config=lora(modules_to_save=heads, task_type=task))
     trainer.train()
     trainer.save_model(str(folder))
     card = (folder / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"### Load it with plain PEFT\n\n```python\n(.*?)```", card, re.DOTALL)
-    scope: dict[str, Any] = {}
+    note = "is a class of the script" if where == "__main__" else "a module that is in no package"
+    assert note in snippet
+    scope: dict[str, Any] = {name: type(model)} if where == "__main__" else {}
     exec(snippet.replace("<the base model>", str(base)).replace('"out"', repr(str(folder))), scope)
     batch = {"input_ids": torch.arange(3, 23).view(2, 10)}
     with torch.no_grad():

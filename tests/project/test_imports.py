@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "search": {"methods", "adapters", *LEAVES},
     "hub": {"methods", "adapters", *LEAVES},
     "schedules": {"adapters", *LEAVES},
-    "serving": {"core", "logging", "compat"},
+    "serving": {"adapters", "core", "logging", "compat"},
     "cli": {"serving", "trainer", "search", "hub", "methods", "adapters", *LEAVES},
     "__main__": {"cli"},
     "trainer": {"search", "prefix", "hub", "methods", "adapters", *LEAVES},

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import (
@@ -15,6 +17,7 @@ from peft import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PolyConfig,
     PromptTuningConfig,
     VeraConfig,
     get_peft_model,
@@ -35,6 +38,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from diffora_trainer import ShortcutConfig, ShortcutModel
 from diffora_trainer.serving import SERVERS, export
 from helpers.models import llama_config, vit
 
@@ -162,6 +166,7 @@ def test_heads_by_any_name_and_the_classes_they_predict(tmp_path: Path) -> None:
         torch.testing.assert_close(found.eval()(**tiny.batch).logits, known, rtol=1e-4, atol=1e-4)
 
 
+NOT_MERGED = ("LILY", "POLY", "PROMPT_TUNING")
 TIED = {
     "input embeddings": {"ranks": {"model.embed_tokens": 2, "model.layers.0.self_attn.q_proj": 2}},
     "output embeddings": {"ranks": {"lm_head": 2}},
@@ -199,6 +204,8 @@ def test_an_adapter_on_embeddings_that_share_their_weight(options: dict[str, Any
         VeraConfig(r=2, target_modules=["q_proj"]),
         IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
         PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"),
+        PolyConfig(r=2, n_tasks=1, target_modules=["q_proj"]),
+        *([peft.LilyConfig(r=2, target_modules=["q_proj"])] if hasattr(peft, "LilyConfig") else []),
     ],
     ids=lambda config: config.peft_type.value,
 )
@@ -211,15 +218,37 @@ def test_other_types_are_merged_or_refused_by_name(config: PeftConfig, tmp_path:
         if weight.requires_grad:
             torch.nn.init.normal_(weight, std=0.3)
     model.save_pretrained(adapter)
+    merges = kind not in NOT_MERGED
     for server in set(SERVERS) - {"merged"}:
-        with pytest.raises(ValueError, match=f"of type {kind}, and what {server} takes.*LoRA alone.*--for merged"):
+        with pytest.raises(ValueError, match=f"of type {kind}, and what {server} takes.*LoRA alone") as refused:
             export(adapter, server, out)
-    if config.is_prompt_learning:
+        assert ("--for merged" in str(refused.value)) == merges != ("load it with PEFT" in str(refused.value))
+    if not merges:
         with pytest.raises(ValueError, match=f"of type {kind}, which PEFT cannot merge"):
             export(adapter, "merged", out)
         return
     export(adapter, "merged", out)
     assert torch.allclose(logits(AutoModelForCausalLM.from_pretrained(out)), logits(model), atol=1e-5)
+
+
+def test_a_lora_that_no_weights_hold_is_not_sent_to_a_merge(tmp_path: Path) -> None:
+    adapter = saved(tmp_path, llama(), ODD, use_dora=True)[1]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "alora_invocation_tokens": [5]}))
+    with pytest.raises(ValueError, match="a DoRA.*load it with PEFT"):
+        export(adapter, "vllm", tmp_path / "out")
+
+
+def test_an_adapter_that_lies_beside_shortcuts_is_not_exported_without_them(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    ShortcutModel(model, ShortcutConfig(r=2, kinds=["residual1"])).save_pretrained(tmp_path / "out")
+    for server in SERVERS:
+        with pytest.raises(ValueError, match=r"beside the shortcuts in .*ShortcutModel\.from_pretrained"):
+            export(tmp_path / "out" / "adapter", server, tmp_path / server)
+        with pytest.raises(ValueError, match="LoRA with shortcuts, which PEFT alone cannot load"):
+            export(tmp_path / "out", server, tmp_path / server)
+    shutil.copytree(tmp_path / "out" / "adapter", tmp_path / "apart")  # a LoRA like any other
+    assert export(tmp_path / "apart", "vllm", tmp_path / "vllm").is_dir()
 
 
 def test_what_cannot_be_exported_says_why_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,27 @@ def test_a_head_that_the_class_has_no_place_for_is_not_lost(
     assert main(words) == 1
     said = capsys.readouterr().err
     assert "'topic.bias' and 1 more weights" in said and "merge_and_unload" in said
+    assert ("WithTopic.from_pretrained(base)" in said) == (task is None)
+    assert not (tmp_path / "out").exists()
+    # Where the script defines the class, it is found.
+    monkeypatch.setattr(sys.modules["__main__"], "WithTopic", WithTopic, raising=False)
+    if task is None:
+        assert export(tmp_path / "adapter", "merged", tmp_path / "out").is_dir()
+
+
+@pytest.mark.parametrize("task", [None, "SEQ_CLS"])
+def test_a_stock_class_that_lacks_the_modules(
+    task: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(WithTopic, "__module__", "__main__")
+    adapted(tmp_path, WithTopic(bert().model.config), target_modules=["topic"], task_type=task)
+    bert().model.save_pretrained(tmp_path / "base")
+    words = ["export", str(tmp_path / "adapter"), "--for", "merged", "--output", str(tmp_path / "out")]
+    assert main(words) == 1
+    said = capsys.readouterr().err
+    assert "does not fit a BertForSequenceClassification" in said
+    assert ("a class of the script" if task is None else "one of a script") in said
+    assert f"{'WithTopic' if task is None else 'TheClass'}.from_pretrained(base)" in said
     assert not (tmp_path / "out").exists()
 
 
