@@ -141,6 +141,7 @@ class DiffoRAMixin(_Base):
         self.arch_dataset = arch_dataset
         self._held_out = HeldOutData(self)
         self._public_copies = PublicCopies(self)
+        self._output_card = saving.OutputCard(self)
         self._prefix_cache = TrainingPrefix(self)
         self._session = TrainerSession(self.diffora_config, Hooks(self._make_run, self._set_prune_step))
 
@@ -291,16 +292,16 @@ class DiffoRAMixin(_Base):
     # Saving and resuming
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        self._output_card.write_waiting(folder)
         with self._public_copies.arguments():  # the parent pickles them
             super()._save(output_dir, state_dict)
         if self.args.should_save:
-            saving.complete_adapter(self, Path(output_dir if output_dir is not None else self.args.output_dir))
+            saving.complete_adapter(self, folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The parent's card, PEFT's facts, and what the search found."""
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            saving.save_findings(self, Path(self.args.output_dir), new_adapter=False)
+        self._output_card.write(partial(super().create_model_card, *args, **kwargs))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._session.in_loop and self._callback is not None:
@@ -309,7 +310,7 @@ class DiffoRAMixin(_Base):
             # trainer is built with would begin after the run has begun, and see a model that is pruned already.
             self._callback.on_step_end(self.args, self.state, self.control)
         folder = Path(output_dir(self, trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        with atomic_checkpoint(folder, self.args.should_save):
+        with atomic_checkpoint(folder, self.args.should_save), self._output_card.at_checkpoint():
             super()._save_checkpoint(model, trial)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

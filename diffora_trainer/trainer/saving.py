@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..adapters.base import extra_kinds, kinds_of
 from ..adapters.lora import peft_model
 from ..adapters.optimizer import remove_empty_groups
 from ..compat import is_sentence_transformer, load_default_adapter, load_sentence_transformer
 from ..core.base_model import head_files
-from ..core.files import write_file
+from ..core.files import ADAPTER_CONFIG_NAME, adapters_inside, write_file
 from ..core.selection import SELECTION_NAME, Selection
 from ..hub.card import write_card
 from ..hub.plots import PICTURE_NAME, plot_to
@@ -28,6 +30,53 @@ logger = get_logger(__name__)
 
 # What a checkpoint holds to resume from, and its card, of which the output has its own.
 _NOT_OF_THE_ADAPTER = ("README", "optimizer", "scheduler", "scaler", "rng_state", "trainer_state", "diffora_state")
+
+
+class OutputCard:
+    """
+    When the card of the output folder is written. TRL writes it at each checkpoint, and an adapter that is there then
+    is one of an earlier run or step: it keeps the card and the selection that tell of it until it is replaced.
+
+    Args:
+        trainer (`Trainer`): the trainer.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._at_checkpoint = False
+        self._waiting: Callable[[], None] | None = None
+
+    @contextmanager
+    def at_checkpoint(self) -> Iterator[None]:
+        """While the trainer writes a checkpoint."""
+        self._at_checkpoint = True
+        try:
+            yield
+        finally:
+            self._at_checkpoint = False
+
+    def write(self, parent: Callable[[], None]) -> None:
+        """
+        Write the card, and what the search found, or wait.
+
+        Args:
+            parent (`Callable[[], None]`): writes the card of the parent trainer.
+        """
+        output = Path(self._trainer.args.output_dir)
+        inside = (name for name in adapters_inside(output) if not name.startswith(("_", PREFIX_CHECKPOINT_DIR)))
+        if self._at_checkpoint and ((output / ADAPTER_CONFIG_NAME).is_file() or any(inside)):
+            self._waiting = parent
+            return
+        self._waiting = None
+        parent()
+        if self._trainer.is_world_process_zero():
+            save_findings(self._trainer, output, new_adapter=False)
+
+    def write_waiting(self, folder: Path) -> None:
+        """Write the parent's card if it waits for the adapter in this folder to be replaced, as it is now."""
+        if self._waiting is not None and folder.resolve() == Path(self._trainer.args.output_dir).resolve():
+            parent, self._waiting = self._waiting, None
+            parent()
 
 
 def complete_adapter(trainer: Any, folder: Path) -> None:
@@ -96,6 +145,7 @@ def _remove(path: Path) -> None:
 def update_output(trainer: Any, checkpoint: str) -> None:
     """Copy the adapter of a checkpoint to the output folder, as the parent does it before it pushes, with a card."""
     output = Path(trainer.args.output_dir)
+    trainer._output_card.write_waiting(output)
     for path in Path(checkpoint).iterdir():
         if path.is_file() and not path.name.startswith(_NOT_OF_THE_ADAPTER):
             shutil.copy(path, output)

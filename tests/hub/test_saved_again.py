@@ -74,7 +74,7 @@ def test_an_adapter_without_a_choice_replaces_one_with_it(out: Path, caplog: pyt
     trainer = make_trainer(out, "sft", args=CHECKPOINTS, search={"discretize_at": 9}, callbacks=[Interrupt()])
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    # So far the output has the adapter of the earlier run, although checkpoints of this one have written its card.
+    # So far the output has the adapter of the earlier run.
     assert adapted(out) == set(chosen.selected) and Selection.load(out) == chosen and names(out) >= FINDINGS
     (out / "dam.png").unlink()
     (out / "dam.png").mkdir()  # what cannot be removed is no reason not to save
@@ -83,6 +83,27 @@ def test_an_adapter_without_a_choice_replaces_one_with_it(out: Path, caplog: pyt
     assert len(adapted(out)) == 14 and names(out) & FINDINGS == {"dam.png"} and "notes.txt" in names(out)
     assert "dam.png is of another adapter" in caplog.text
     assert "## Chosen modules" not in (out / "README.md").read_text()
+
+
+def test_a_checkpoint_after_the_choice_leaves_an_earlier_adapter_its_own(out: Path) -> None:
+    """TRL writes the card of the output at each checkpoint."""
+
+    def told() -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in out.iterdir() if path.name in {*FINDINGS, "README.md"}}
+
+    before = told()
+    trainer = make_trainer(
+        out, "sft", args=CHECKPOINTS, search={"discretize_at": 4, "arch_seed": 1}, callbacks=[Interrupt()]
+    )
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert Selection.load(out / "checkpoint-6") == trainer.selection is not None
+    assert len(before) == 4 and told() == before
+    trainer.save_model()
+    assert Selection.load(out) == trainer.selection
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert adapted(out) == set(trainer.selection.selected)
+    assert "| `arch_seed` | 1 |" in card and "## Quick start" in card
 
 
 def test_weights_alone_have_no_state_of_an_earlier_run(out: Path) -> None:
