@@ -48,9 +48,12 @@ class SearchBase(GatedModel):
         self.micro_batches = wanted_micro_batches(config, runtime.splits_batches)
         # Training losses add up in another way: the Trainer divides them by the labels of all accumulated batches.
         self.training_micro_batches = wanted_micro_batches(config, runtime.splits_batches)
-        self.told_budget: RankBudget | None = told_rank_budget(config, adapters)
-        told = get_method(config.method).tells_ranks
-        self.rank_plan: RankPlan | None = None if told else find_rank_plan(config, adapters)
+        self.told_budget: RankBudget | None = None
+        self.rank_plan: RankPlan | None = None
+        if get_method(config.method).tells_ranks:
+            self.told_budget, self.why_whole_modules = told_rank_budget(config, adapters)
+        else:
+            self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
         self.kept: Tensor | None = None
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_plan is not None:

@@ -12,7 +12,6 @@ from ..core.grid import LORA, Grid
 from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
 from ..methods.base import SelectionMethod
-from .rank_rules import why_whole_modules
 
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
         data (`str`): what the gradient of the gates is taken on.
         anew (`bool`): whether modules are chosen anew and again.
     """
-    reason = why_whole_modules(search.config, search.adapters)
+    reason = search.why_whole_modules
     spent = "" if reason is None else f" The cap keeps or prunes whole modules, not ranks: {reason}."
     return _events(schedule, search, data, anew) + spent
 

@@ -13,9 +13,10 @@ from ..methods.registry import get_method
 from .ranks import ComponentPlan, ModulePlan, RankPlan
 
 
-def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | None:
+def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankPlan | None, str | None]:
     """
-    How the budget is spent in ranks, or `None` where whole modules are kept or pruned.
+    How the budget is spent in ranks, or `None` where whole modules are kept or pruned; and why a cap on the parameters
+    is spent in those, though they were not asked for.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
@@ -26,35 +27,24 @@ def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> RankPlan | N
     """
     granularity = config.selection_granularity
     if granularity == "module":
-        return None
+        return None, None
     if granularity == "auto" and config.max_trainable_parameters is None:
-        return None  # a share of the modules was asked for
-    if (reason := _why_not_in_ranks(config, adapters)) is not None:
+        return None, None  # a share of the modules was asked for
+    reason, budget = _obstacle(config, adapters), None
+    if reason is None:
+        budget = make_rank_budget(config, adapters, config.scope)
+        if granularity != "component" and budget is not None and not budget.fits(budget.start()):
+            reason = "the budget has no room for rank 1 in every module"
+    if reason is not None:
         if granularity != "auto":
             refuse(granularity, reason)
-        return None
-    budget = make_rank_budget(config, adapters, config.scope)
+        return None, reason
     if budget is None:
-        return None
+        return None, None
     if granularity == "component":
         _, options = method_of(config)
-        return ComponentPlan(budget, options.rank_margin, options.rank_growth)
-    return ModulePlan(budget)
-
-
-def why_whole_modules(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
-    """
-    Why a cap on the parameters is spent in whole modules, though they were not asked for; `None` where it is not.
-
-    Args:
-        config ([`DiffoRAConfig`]): the options.
-        adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
-    """
-    if config.selection_granularity != "auto" or config.max_trainable_parameters is None:
-        return None
-    if get_method(config.method).tells_ranks:
-        return uncombinable(config, adapters)
-    return _why_not_in_ranks(config, adapters)
+        return ComponentPlan(budget, options.rank_margin, options.rank_growth), None
+    return ModulePlan(budget), None
 
 
 def refuse(granularity: str, reason: str) -> NoReturn:
@@ -108,16 +98,6 @@ def uncombinable(config: DiffoRAConfig, adapters: AdapterGrid, **others: Any) ->
             "another rank"
         )
     return None
-
-
-def _why_not_in_ranks(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:
-    """Why a budget cannot be spent in ranks by a method that leaves them to the search; `None` if it can."""
-    if (reason := _obstacle(config, adapters)) is not None:
-        return reason
-    budget = make_rank_budget(config, adapters, config.scope)
-    if config.selection_granularity == "component" or budget is None or budget.fits(budget.start()):
-        return None
-    return "the budget has no room for rank 1 in every module"
 
 
 def _obstacle(config: DiffoRAConfig, adapters: AdapterGrid) -> str | None:

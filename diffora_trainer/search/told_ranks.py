@@ -10,9 +10,10 @@ from ..methods.registry import get_method, parse_options
 from .rank_rules import make_rank_budget, refuse, uncombinable
 
 
-def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
+def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankBudget | None, str | None]:
     """
-    The budget that the method of a run spends in ranks, or `None` where it keeps and prunes whole modules.
+    The budget that the method of a run spends in ranks, or `None` where it keeps and prunes whole modules; and why it
+    does so with a cap on the parameters, though they were not asked for.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
@@ -24,18 +25,20 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget
     """
     method = get_method(config.method)
     if not method.tells_ranks or config.selection_granularity == "module":
-        return None
+        return None, None
     assert not isinstance(config.method_options, str)
     options = parse_options(method, config.method_options)
     reason = uncombinable(config, adapters, reallocate_every=getattr(options, "reallocate_every", None))
-    if reason is not None and config.selection_granularity != "auto":
-        refuse(config.selection_granularity, reason)
-    budget = None if reason is not None else make_rank_budget(config, adapters, scope_of(config))
+    if reason is not None:
+        if config.selection_granularity != "auto":
+            refuse(config.selection_granularity, reason)
+        return None, reason if config.max_trainable_parameters is not None else None
+    budget = make_rank_budget(config, adapters, scope_of(config))
     if budget is None:
-        return None
+        return None, None
     if all(cost > budget.limits[group] for cost, group in zip(budget.costs, budget.groups, strict=True)):
         raise ValueError(
             f"The budget has room for {max(budget.limits):,} parameters, but rank 1 of the smallest LoRA module has "
             f"{min(budget.costs):,}. Please raise `max_trainable_parameters` or `selection_ratio`."
         )
-    return budget
+    return budget, None

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from diffora_trainer import DiffoRAConfig, SelectionRun
 from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.core.ranks import RankBudget
+from diffora_trainer.search import rank_rules
 from diffora_trainer.search.search import ArchitectureSearch
 from helpers.adapted import base_weights, logits, randomize
 from helpers.models import llama
@@ -83,6 +85,15 @@ def test_until_the_choice_a_run_is_one_of_plain_lora_of_the_budgets_rank() -> No
         torch.testing.assert_close(b[:, :4], fewer[1], atol=1e-3, rtol=1e-3)
         assert not b[:, 4:].any()  # what takes no part has not moved
     assert run.selection is None and set(run.search.ranks) != {4}  # the choice is made and has begun to act
+
+
+@pytest.mark.parametrize("cap", [3000, 600])  # in ranks, and in whole modules, for want of room for rank 1 in each
+def test_a_budget_is_made_once(cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    monkeypatch.setattr(rank_rules, "RankBudget", lambda *args: made.append(RankBudget(*args)) or made[-1])
+    run, _ = train(make(), DiffoRAConfig(max_trainable_parameters=cap, arch_warmup=4, discretize_at=PRUNE), steps=1)
+    assert (run.search.rank_plan is None) == (cap == 600)
+    assert len(made) == 1
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
