@@ -36,6 +36,13 @@ def as_whole(value: Any) -> int:
     return value
 
 
+def with_lists(value: Any) -> Any:
+    """A value of an option with lists in place of tuples, as it comes back out of JSON."""
+    if isinstance(value, dict):
+        return {name: with_lists(entry) for name, entry in value.items()}
+    return [with_lists(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+
+
 def site_record(site: SiteInfo, numbers: dict[str, float], rank: int) -> dict[str, Any]:
     """The record of a module in a selection: where it stands, what was found out of it, and the rank that it keeps."""
     return {

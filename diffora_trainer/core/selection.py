@@ -14,6 +14,7 @@ from .allocation import Allocation
 from .components import check_components
 from .drawn import draw_ranks, in_ranks, summarize
 from .files import write_file
+from .formats import with_lists
 from .grid import LORA, Grid
 from .selection_json import read_selection, selection_to_dict
 
@@ -50,7 +51,7 @@ class Selection:
             `max_step_time`).
         memory (`dict[str, float]`, *optional*): bytes of a training step beside the model, likewise (see
             `max_step_memory`).
-        config (`dict`): the options of the run.
+        config (`dict`): the options of the run, as JSON has them: with lists in place of tuples.
         versions (`dict`): versions of the libraries that made it.
         history (`tuple[Allocation, ...]`, *optional*): what was on before, one entry a reallocation.
         notes (`tuple[str, ...]`, *optional*): what makes the choice doubtful, in sentences: that nothing was learned
@@ -89,6 +90,7 @@ class Selection:
             object.__setattr__(self, "factors", (1.0,) * count)
         if not self.gains:
             object.__setattr__(self, "gains", self.scores)
+        object.__setattr__(self, "config", with_lists(self.config))
         for name in ("ranks", "scores", "gates", "factors", "gains"):
             if len(getattr(self, name)) != count:
                 raise ValueError(f"A selection of {count} modules has {len(getattr(self, name))} entries in `{name}`.")

@@ -180,6 +180,13 @@ def test_json_round_trip(tmp_path: Path) -> None:
         assert json.loads(path.read_text())["selected"] == ["layers.0.attn.q", "pooler"]
 
 
+def test_options_that_hold_tuples_are_the_same_after_a_way_through_json() -> None:
+    given = {"method_options": {"taps": (1, 2), "grid": {"pairs": [("a", 0.5)]}}, "extra_sites": None}
+    selection = make_selection(config=given)
+    assert Selection.from_json(selection.to_json()) == selection
+    assert given["method_options"]["taps"] == (1, 2)  # what was passed stays as it is
+
+
 def changed(**changes: Any) -> str:
     return json.dumps({**json.loads(make_selection().to_json()), **changes})
 
