@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import frozen_adapters
 from ..core.files import ADAPTER_NAME, tensor_shapes
 from .base import find_sites, peft_name
 from .lora import LoraSite
@@ -76,15 +77,19 @@ class Chain:
     def _sites(self) -> list[LoraSite]:
         return [site for site in find_sites(self.model, self.adapter_name).values() if isinstance(site, LoraSite)]
 
+    def _growing(self) -> list[LoraSite]:
+        """The sites that are trained: but those that a choice has left frozen (`unselected="freeze"`)."""
+        return [site for site in self._sites() if self.adapter_name not in frozen_adapters(site.layer)]
+
     @property
     def rank(self) -> int:
         """The largest rank of all its rounds together."""
-        return max(site.rank for site in self._sites())
+        return max(site.rank for site in self._growing())
 
     @property
     def rank_of_round(self) -> int:
         """The largest rank of one round."""
-        return max(_rounds_of(site.layer, self.adapter_name).size for site in self._sites())
+        return max(_rounds_of(site.layer, self.adapter_name).size for site in self._growing())
 
     def add_round(self, optimizer: Any, seed: int) -> None:
         """
@@ -95,7 +100,7 @@ class Chain:
             seed (`int`): what the random numbers are drawn from.
         """
         generator = torch.Generator().manual_seed(seed)
-        for site in self._sites():
+        for site in self._growing():
             self._check_earlier(site)
             a, _ = _weights(site)
             rows = torch.empty(_rounds_of(site.layer, self.adapter_name).size, a.shape[1])
@@ -105,7 +110,7 @@ class Chain:
 
     def train_last(self, optimizer: Any) -> None:
         """See to it that the last round alone is trained, also after the adapter was loaded or pruned."""
-        sites = self._sites()
+        sites = self._growing()
         _check_no_decay([p for site in sites for p in _weights(site)], optimizer)
         changed = False
         for site in sites:
@@ -124,7 +129,7 @@ class Chain:
             trained = {parameter for site in sites for parameter in _weights(site)[0 if self.train_a else 1 :]}
             _check_held({parameter for parameter in trained if parameter.requires_grad}, optimizer)
             own_config(self.model, self.adapter_name)
-            write_ranks(self.model, self.adapter_name, sites)
+            write_ranks(self.model, self.adapter_name, self._sites())
 
     def _check_earlier(self, site: LoraSite) -> None:
         """Raise a `ValueError` if an optimizer has moved what has no gradient."""

@@ -81,6 +81,25 @@ def test_a_chain_goes_on_where_its_checkpoint_was_taken(searches: bool, optimize
     assert min(ranks) > 2 and len(ranks) == (8 if searches else 14)
 
 
+def test_a_chain_leaves_alone_what_a_choice_has_frozen() -> None:
+    options = {"unselected": "freeze", "fade_out": 0}
+    whole = Loop(ChainedLoRA(every=3), **options)
+    whole.train(CHOICE)
+    frozen, start = whole.run.selection.frozen, adapter(whole.model)
+    whole.train(8)
+    checkpoint = whole.checkpoint()
+    whole.train(12)
+    ranks = {name: layer.r["default"] for name, layer in lora_layers(whole.model, "default").items()}
+    assert frozen and {name for name, rank in ranks.items() if rank == 2} == set(frozen)
+    assert set(ranks.values()) == {2, 6}  # rounds begin at steps 6 and 9
+    kept = {name: value for name, value in adapter(whole.model).items() if any(f".{one}." in name for one in frozen)}
+    assert_same(kept, {name: start[name] for name in kept})
+    resumed = Loop(ChainedLoRA(every=3), **options)
+    resumed.resume(checkpoint)
+    resumed.train(12)
+    assert_same(adapter(resumed.model), adapter(whole.model))
+
+
 def test_an_optimizer_without_the_rounds_is_refused() -> None:
     loop = Loop(ChainedLoRA(every=3), searches=False)
     name, layer = next(iter(lora_layers(loop.model, "default").items()))
