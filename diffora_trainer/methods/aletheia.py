@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.grid import Grid
 from ..core.values import check_integer
 from .base import ScoreMethod
-from .context import ScoreContext, Site, wide
+from .context import ScoreContext, Site, holds_floats, wide
 from .hidden import numbered_rows, of_modules
 from .options import ScoreOptions
 from .papers import ALETHEIA
@@ -50,7 +50,8 @@ class Aletheia(ScoreMethod):
     one row; dropout is off; modules outside the numbered layers have the score 0; and all modules of a layer keep the
     rank of the configuration (the paper also gives MLPs another rank than attention: that is `rank_pattern`). A layer
     that is trained itself, or whose weights are quantized, has no gradient to be probed: a model in which an adapted
-    weight is packed (4 and 8 bits of bitsandbytes, GPTQ, AWQ) is refused, since its norms alone would be compared.
+    weight is packed (4 and 8 bits of bitsandbytes, GPTQ, AWQ, the tensors of torchao) is refused, since its norms
+    alone would be compared.
     """
 
     paper = ALETHEIA
@@ -107,7 +108,7 @@ class Aletheia(ScoreMethod):
 
     def _frozen(self, context: ScoreContext, name: str) -> list[nn.Parameter]:
         found = [p for p in context.base_model.get_submodule(name).parameters() if not p.requires_grad]
-        if not found or not all(map(_has_gradient, found)):
+        if not found or not all(map(holds_floats, found)):
             raise ValueError(
                 f"The layer {name!r} has {'quantized weights' if found else 'no frozen weight'}, so its gradient "
                 "cannot be probed. Please use another method, such as 'grad_norm', whose gradients are those of the "
@@ -119,11 +120,8 @@ class Aletheia(ScoreMethod):
 def _differentiable(base: nn.Module) -> bool:
     """
     Whether the weights of a layer are such as have a gradient. Packed ones are parameters of integers or of 8 bits
-    (bitsandbytes, FP8), or buffers beside no parameter or only a bias (GPTQ, AWQ).
+    (bitsandbytes, FP8), tensors of a class of their own around such ones (torchao, Quanto), or buffers beside no
+    parameter or only a bias (GPTQ, AWQ).
     """
     parameters = list(base.parameters())
-    return any(p.ndim > 1 for p in parameters) and all(map(_has_gradient, parameters))
-
-
-def _has_gradient(weight: Tensor) -> bool:
-    return weight.is_floating_point() and weight.dtype.itemsize > 1
+    return any(p.ndim > 1 for p in parameters) and all(map(holds_floats, parameters))

@@ -157,6 +157,17 @@ class ScoreContext:
         return torch.stack(found).mean(dim=0)
 
 
+def holds_floats(weight: Any) -> bool:
+    """
+    Whether a weight is made of numbers that have a gradient and a sign, and is not quantized. A tensor around others,
+    such as torchao's, gives the dtype in which it computes; what it holds is told by the protocol by which
+    `torch.compile` takes it apart.
+    """
+    if (flatten := getattr(weight, "__tensor_flatten__", None)) is not None:
+        return all(holds_floats(getattr(weight, name)) for name in flatten()[0])
+    return bool(weight.is_floating_point() and weight.dtype.itemsize > 1)
+
+
 def wide(values: Tensor) -> Tensor:
     """In float64, but on MPS, which has none."""
     return values.double() if values.device.type != "mps" else values.float()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..compat import own_input_embeddings, saved_buffers
 from .base import ScoreMethod
-from .context import ScoreContext, Site, saliency, wide
+from .context import ScoreContext, Site, holds_floats, saliency, wide
 from .papers import HETEROLORA, ZERO_COST
 from .registry import register_method
 
@@ -103,11 +103,12 @@ def positive_weights(model: nn.Module) -> Iterator[None]:
             if buffer.is_floating_point():
                 tensors.append((f"{path}.{name}", buffer))
     for name, tensor in tensors:
-        if tensor.dtype not in _SIGNED or tensor.is_meta:
+        if tensor.dtype not in _SIGNED or tensor.is_meta or not holds_floats(tensor):
+            what = tensor.dtype if tensor.dtype not in _SIGNED else type(tensor).__name__
             raise ValueError(
                 f"You passed `method='synflow'`, which needs the absolute value of each weight, but {name!r} is "
-                f"{'offloaded' if tensor.is_meta else f'of {tensor.dtype}, as quantized weights are'}. Please use "
-                "another method, such as 'snip'."
+                f"{'offloaded' if tensor.is_meta else f'of {what}, as quantized weights are'}. Please use another "
+                "method, such as 'snip'."
             )
     negative: list[tuple[Tensor, Tensor]] = []
     try:

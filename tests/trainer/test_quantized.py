@@ -21,7 +21,7 @@ from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import lm_dataset, tiny_tokenizer
 from helpers.models import llama
-from helpers.quantized import PackedLinear
+from helpers.quantized import Int8Weight, PackedLinear
 from helpers.trainers import CUT, Probe, SaveAt, arguments, causal_model, lora, make_trainer, search_config
 
 
@@ -96,14 +96,31 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.filterwarnings("ignore:Unsupported layer type")
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "int8"])
+@pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:.*get_apply_tensor_subclass")
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_probe_of_packed_weights_is_refused(kind: str, folder: Path) -> None:
     """Else layers would be compared by the gradients of their norms alone."""
     load, layer_type, peft_layer = KINDS[kind]
     model = get_peft_model(load(folder), config_of(peft_layer))
     with pytest.raises(ValueError, match=rf"q_proj' \({layer_type}\) is quantized.*'grad_norm'"):
         ArchitectureSearch(model, DiffoRAConfig(method="aletheia"), loss_fn=lambda model, batch: model(**batch).loss)
+
+
+def test_a_probe_of_tensors_around_packed_ones_is_refused() -> None:
+    """Without torchao: by what its tensors are, a class of their own that gives a dtype of floats and holds others."""
+    tiny = llama()
+    for module in tiny.model.model.layers.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = Int8Weight.of(module.weight)
+    model = get_peft_model(tiny.model, config_of(None))
+    config, loss = DiffoRAConfig(method="aletheia"), lambda model, batch: model(**batch).loss
+    assert loss(model, tiny.batch).isfinite()
+    with pytest.raises(ValueError, match=r"q_proj' \(Linear\) is quantized.*'grad_norm'"):
+        ArchitectureSearch(model, config, loss_fn=loss)
+    search = ArchitectureSearch(model, DiffoRAConfig(method="synflow"), loss_fn=loss)
+    search.begin()
+    with pytest.raises(ValueError, match=r"q_proj.*weight' is of Int8Weight, as quantized weights are"):
+        search.score([tiny.batch])
 
 
 @pytest.mark.filterwarnings("ignore:Unsupported layer type", "ignore:.*get_apply_tensor_subclass")
