@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
@@ -18,7 +19,8 @@ from diffora_trainer.methods.base import GradientMethod
 from diffora_trainer.methods.build import make_method, module_budget
 from helpers.models import llama
 from helpers.options import make_config
-from helpers.searches import gradients_of
+from helpers.searches import by_hand as scores_by_hand
+from helpers.searches import gradients_of, make_search, pairs, warm
 
 
 class Toy(nn.Module):
@@ -120,6 +122,31 @@ def test_a_step_leaves_no_trace(order: int, training: bool) -> None:
         assert parameter.equal(value) and parameter.grad is grad
         assert grad is None or grad.equal(copy)
     assert {module.training for module in model.modules()} == {training}
+
+
+def test_hooks_are_called_where_a_pass_comes_by_and_never_for_a_grad() -> None:
+    """As docs/limits.md says; a score is that of the gradient that a hook leaves."""
+    model, batches = warm()
+    expected = scores_by_hand("snip", model, batches)
+    calls: Counter[str] = Counter()
+    (_, up), *others = pairs(model)
+    for parameter in (up, *(weight for pair in others for weight in pair)):
+        parameter.register_hook(lambda gradient: calls.update(["weight"]))
+        parameter.register_post_accumulate_grad_hook(lambda parameter: calls.update(["grad"]))
+    up.register_hook(torch.zeros_like)
+    model.get_base_model().lm_head.register_full_backward_hook(lambda *args: calls.update(["module"]))
+    search = make_search(model, "diffora")
+    search.step(batches[0])
+    search.gates.detach()
+    assert calls == {"module": 1}
+    calls.clear()
+    scores = make_search(model, "snip").score(batches)
+    assert calls == {"module": len(batches), "weight": len(batches) * (1 + 2 * len(others))}
+    assert 0 < float(scores[0]) < expected[0] and scores[1:].tolist() == pytest.approx(expected[1:], rel=1e-4)
+    calls.clear()
+    make_search(model, "diffora", method_options={"arch_order": 2}).step(batches[0], batches[1], learning_rate=0.01)
+    assert calls["weight"] > 0 == calls["grad"]
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_a_step_keeps_the_mode_of_each_part() -> None:
