@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from ..methods.registry import get_method
-from .confidence import Confidence, SplitHalf
+from .confidence import Confidence, SplitHalf, paired
 from .diagnosis import out_of_limits
 from .measured import GatedModel, LossFunction
 from .micro_batches import wanted_micro_batches
@@ -55,6 +56,7 @@ class SearchBase(GatedModel):
         else:
             self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
         self.kept: Tensor | None = None
+        self.faded = 0.0  # how far what goes has faded out: at 1 it takes no part
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_plan is not None:
             self.set_ranks(self.rank_plan.start)
@@ -169,6 +171,34 @@ class SearchBase(GatedModel):
         # Of modules, also where single components are chosen: those of one module are no independent evidence.
         halves = SplitHalf(self.of_modules(self.halves.sums, mean=False), self.halves.steps)
         return Confidence(halves.correlation(), len(self.grid), self.effect, self.progress)
+
+    def measure_effect(self, batches: Iterable[Any]) -> float:
+        """
+        Measure what the modules have learned: the held-out loss without them and with all of them. A choice among
+        modules that lower nothing is noise, and the selection says so in its `notes`. Call it right before the choice;
+        like [`held_out_loss`] it leaves no trace.
+
+        Args:
+            batches (`Iterable`): as `loss_fn` takes them.
+
+        Returns:
+            `float`: the held-out loss with all modules, under the gates of evaluation.
+        """
+        batches = list(batches)
+        with_all = self.held_out_losses(batches)
+        with self.gates.override(torch.zeros(len(self.gates))):
+            without = self.held_out_losses(batches)
+        self.effect = paired(without, with_all) or self.effect
+        if len(self.early_losses) == len(with_all):
+            self.progress = paired(torch.tensor(self.early_losses), with_all)
+        return float(with_all.mean())
+
+    def measure_early(self, batches: Iterable[Any]) -> None:
+        """
+        Measure the held-out loss after a third of the search, which [`measure_effect`] compares with that of the same
+        batches at the choice, if all of it is finite."""
+        losses = self.held_out_losses(batches)
+        self.early_losses = tuple(losses.tolist()) if bool(losses.isfinite().all()) else ()
 
     def choice(self) -> tuple[Tensor, tuple[int, ...]]:
         """

@@ -15,6 +15,13 @@ from ..core.isolation import OwnRandomState
 IGNORED_LABEL = -100
 """The label of what is not trained on."""
 
+NO_LABELS = (
+    "Nothing in these rows is trained on: every label is -100. With `assistant_only_loss=True`, please check that the "
+    "chat template marks the assistant's tokens (`{% generation %}`) and that the rows have an assistant's turn; with "
+    "`completion_only_loss=True`, that the completions are not empty; and that truncation (`max_length`) does not cut "
+    "off what is to be learned."
+)
+
 
 @runtime_checkable
 class Batches(Protocol):

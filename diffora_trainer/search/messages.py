@@ -19,13 +19,6 @@ if TYPE_CHECKING:
     from .reallocation import Reallocation
 
 
-NO_LABELS = (
-    "Nothing in these rows is trained on: every label is -100. With `assistant_only_loss=True`, please check that the "
-    "chat template marks the assistant's tokens (`{% generation %}`) and that the rows have an assistant's turn; with "
-    "`completion_only_loss=True`, that the completions are not empty; and that truncation (`max_length`) does not cut "
-    "off what is to be learned."
-)
-
 _OVER = 1.02
 """How far above a limit a measured step may be before there is a warning."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from ..adapters.optimizer import innermost
 from ..compat import beside_the_training_loader
 from ..config import DiffoRAConfig
-from ..core.agreement import is_main_process, world_size
+from ..core.agreement import is_main_process
 from ..core.schedule import Event
 from ..core.state import RunState
 from ..logging import get_logger
@@ -137,11 +136,7 @@ class SelectionRun(RunParts):
         if self._begun:
             return
         if self.step == 0:  # what is wrong with the data should be said now
-            batch = self.held_out.check()
-            self.search.check_start(batch)
-            # If this batch has no label, none has. A loss of the user's own may not need any.
-            if without_labels(batch) and (world_size() > 1 or math.isnan(self.search.held_out_loss([batch]))):
-                raise ValueError(f"No held-out row has a label, so its loss is not a number. {messages.NO_LABELS}")
+            self.search.check_start(self.held_out.check())
         self._begun = True
         self.search.begin()
         if self._trained is not None:

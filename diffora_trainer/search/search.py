@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..adapters.backward import check_backward_ends_early, suspend_input_gradien
 from ..adapters.gates import checkpoints_activations
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
-from ..core.agreement import is_main_process
+from ..core.agreement import is_main_process, world_size
 from ..core.costs import StepCosts
 from ..core.selection import Selection
 from ..logging import get_logger
@@ -21,8 +22,8 @@ from ..methods.base import GradientMethod
 from ..methods.build import check_score_function
 from ..methods.context import ScoreFunction, bounded
 from .base import SearchBase
+from .batches import NO_LABELS, without_labels
 from .bilevel import ArchitectureGradient
-from .confidence import paired
 from .deprecated import OldNames
 from .diagnosis import keeps_all
 from .measured import LossFunction
@@ -109,9 +110,15 @@ class ArchitectureSearch(OldNames, SearchBase):
         return limited and not self.config.limits_step and keeps_all(self.method)
 
     def check_start(self, batch: Any) -> None:
-        """Before the first step: raise a `ValueError` if it cannot begin with this adapter, or look at this model."""
+        """
+        Before the first step: raise a `ValueError` if it cannot begin with this adapter, look at this model, or learn
+        from this batch.
+        """
         self.check_ranks()
         try_out(self, batch)
+        # If this batch has no label, none has. A loss of the user's own may not need any.
+        if without_labels(batch) and (world_size() > 1 or math.isnan(self.held_out_loss([batch]))):
+            raise ValueError(f"No held-out row has a label, so its loss is not a number. {NO_LABELS}")
 
     def begin(self) -> None:
         """
@@ -167,6 +174,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         """
         if self.kept is None:
             raise ValueError("Nothing can fade out before the choice is made: call `discretize` first.")
+        self.faded = progress
         if self.rank_plan is not None:
             self.set_ranks(self.ranks, progress)
             return
@@ -242,34 +250,6 @@ class ArchitectureSearch(OldNames, SearchBase):
             ValueError: if the method searches, a score is not finite, or all scores tie.
         """
         return score_sites(self, list(batches), self._score_function)
-
-    def measure_effect(self, batches: Iterable[Any]) -> float:
-        """
-        Measure what the modules have learned: the held-out loss without them and with all of them. A choice among
-        modules that lower nothing is noise, and the selection says so in its `notes`. Call it right before the choice;
-        like [`held_out_loss`] it leaves no trace.
-
-        Args:
-            batches (`Iterable`): as `loss_fn` takes them.
-
-        Returns:
-            `float`: the held-out loss with all modules, under the gates of evaluation.
-        """
-        batches = list(batches)
-        with_all = self.held_out_losses(batches)
-        with self.gates.override(torch.zeros(len(self.gates))):
-            without = self.held_out_losses(batches)
-        self.effect = paired(without, with_all) or self.effect
-        if len(self.early_losses) == len(with_all):
-            self.progress = paired(torch.tensor(self.early_losses), with_all)
-        return float(with_all.mean())
-
-    def measure_early(self, batches: Iterable[Any]) -> None:
-        """
-        Measure the held-out loss after a third of the search, which [`measure_effect`] compares with that of the same
-        batches at the choice, if all of it is finite."""
-        losses = self.held_out_losses(batches)
-        self.early_losses = tuple(losses.tolist()) if bool(losses.isfinite().all()) else ()
 
     # Limits of a step
 

@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from transformers.trainer_utils import has_length
 
 from ..compat import columns_of_model, preparation, with_reference_log_probs
-from ..search.messages import NO_LABELS
+from ..search.batches import NO_LABELS
 
 
 def check_dataset(name: str, dataset: Any) -> None:
