@@ -56,7 +56,6 @@ class SearchBase(GatedModel):
         else:
             self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
         self.kept: Tensor | None = None
-        self.faded = 0.0  # how far what goes has faded out: at 1 it takes no part
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_plan is not None:
             self.set_ranks(self.rank_plan.start)

@@ -174,7 +174,6 @@ class ArchitectureSearch(OldNames, SearchBase):
         """
         if self.kept is None:
             raise ValueError("Nothing can fade out before the choice is made: call `discretize` first.")
-        self.faded = progress
         if self.rank_plan is not None:
             self.set_ranks(self.ranks, progress)
             return
