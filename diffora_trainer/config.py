@@ -43,8 +43,8 @@ class DiffoRAConfig(Derived, OldMoments):
     selection_ratio (`float`, *optional*):
         Share of the LoRA modules to keep, in (0, 1]. Defaults to 0.5 if nothing else limits what is kept.
     selection_scope (`str`, *optional*, defaults to `"layer"`):
-        `"layer"` keeps the best `round(selection_ratio * n)` of the `n` modules of each layer, and at least one;
-        `"model"` does so in the whole model, as do all limits of it (`max_trainable_parameters`, `max_step_time`,
+        `"layer"` keeps the best `selection_ratio * n` (halves rounded up) of the `n` modules of each layer, at least
+        one; `"model"` does so in the whole model, as do all limits of it (`max_trainable_parameters`, `max_step_time`,
         `max_step_memory`, `selection_unit="layer"`).
     max_trainable_parameters (`int`, *optional*):
         Exact cap on the number of trainable LoRA parameters: the best modules of the whole model are kept as long as
@@ -114,9 +114,9 @@ class DiffoRAConfig(Derived, OldMoments):
     fade_out (`float`, *optional*, defaults to `0.05`):
         For how long, in the same two forms, the gates of the modules that go fade out before they are pruned. The
         choice is made so much earlier, and these gates fall linearly to 0 while all weights train on, so that the
-        selected modules take over and nothing is lost at the pruning. `0` searches until then and drops the others at
-        once, as where weights train under gates, shared pairs come back (`weight_sharing`) or modules stay
-        (`unselected`).
+        selected modules take over and nothing is lost at the pruning. A fraction leaves the search one step at least.
+        `0` searches until then and drops the others at once, as where weights train under gates, shared pairs come
+        back (`weight_sharing`) or modules stay (`unselected`).
     search_only (`bool`, *optional*, defaults to `False`):
         End the run once the modules are chosen and the others pruned. A second run, of any trainer, launcher or tool,
         then begins anew with the `LoraConfig` of [`~diffora_trainer.selected_lora_config`]. The moments above are

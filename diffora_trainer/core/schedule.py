@@ -138,7 +138,8 @@ class Moments:
             total_steps (`int`): optimizer steps of the whole run.
 
         Raises:
-            ValueError: if the run is too short, the pruning comes after its last step or not after the warm-up.
+            ValueError: if the run is too short, the pruning comes after its last step or not after the warm-up, or a
+                `fade_out` in steps leaves none for the search.
         """
         total_steps = check_integer("total_steps", total_steps)
         if total_steps > sys.maxsize:
@@ -167,7 +168,15 @@ class Moments:
         if not self.decides:
             return Schedule(total_steps, warmup, range(warmup, prune, every), prune, prune)
         fade_out = _round_half_up(self.fade_out * total_steps) if self.fade_out < 1 else int(self.fade_out)
-        discretize = max(warmup + 1, prune - fade_out)  # not before one step of the search
+        discretize = prune - fade_out
+        if discretize <= warmup:
+            if self.fade_out >= 1:
+                raise ValueError(
+                    f"You passed `fade_out={fade_out}`, but the warm-up lasts until step {warmup} and the modules are "
+                    f"pruned at step {prune}, so no step is left for the search. Please make `fade_out` or "
+                    "`arch_warmup` smaller or `discretize_at` larger, or give `fade_out` as a fraction, which bends."
+                )
+            discretize = warmup + 1
         if self.most_updates is not None:
             every = max(every, -(-(discretize - warmup) // self.most_updates))  # rounded up
         updates = range(warmup + 1, discretize + 1, every)

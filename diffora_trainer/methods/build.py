@@ -86,7 +86,8 @@ def make_schedule(config: DiffoRAConfig, total_steps: int) -> Schedule:
         total_steps (`int`): optimizer steps of the whole run.
 
     Raises:
-        ValueError: if the run is too short, or the pruning comes after its last step or not after the warm-up.
+        ValueError: if the run is too short, the pruning comes after its last step or not after the warm-up, or a
+            `fade_out` in steps leaves none for the search.
     """
     method_of(config)
     return moments_of(config).resolve(total_steps)

@@ -15,6 +15,9 @@ from ..methods.base import ScoreMethod, SelectionMethod
 from .confidence import Confidence
 
 
+_TOO_FEW = "The search made too few steps to compare two halves of it"
+
+
 @dataclass(frozen=True)
 class Evidence:
     """
@@ -66,8 +69,8 @@ def out_of_limits(config: DiffoRAConfig, costs: StepCosts, rows: Collection[int]
 
 def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wants_all: bool) -> tuple[str, ...]:
     """
-    What a choice does not rest on: modules of which nothing was learned, equal scores at the edge of the choice, and a
-    budget that leaves nothing to choose. Empty if there is nothing to say.
+    What a choice does not rest on: modules of which nothing was learned, too few steps, equal scores at the edge of
+    the choice, and a budget that leaves nothing to choose. Empty if there is nothing to say.
 
     Args:
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by.
@@ -100,8 +103,7 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
     notes = []
     effect = evidence.confidence.effect
     if in_ranks and not evidence.confidence.beyond_chance:
-        why = evidence.confidence.doubt() or "The search made too few steps to compare two halves of it"
-        notes.append(f"{why}, {evenly}")
+        notes.append(f"{evidence.confidence.doubt() or _TOO_FEW}, {evenly}")
     elif effect is not None and not effect[1] < effect[0]:
         without, with_all, _ = effect
         notes.append(
@@ -112,6 +114,8 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
         )
     elif doubt := evidence.confidence.doubt():
         notes.append(f"{doubt}, so it is hardly better than a random one of the same size.")
+    elif method.searches and method.steps < 2:
+        notes.append(f"{_TOO_FEW}, so nothing tells the choice from a random one of the same size.")
     if missed:
         parts, what = ("LoRA", "was never called") if by_calls else ("gates", "never had a gradient")
         notes.append(

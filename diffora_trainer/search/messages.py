@@ -17,6 +17,7 @@ from ..methods.base import SelectionMethod
 if TYPE_CHECKING:
     from .base import SearchBase
     from .reallocation import Reallocation
+    from .search import ArchitectureSearch
 
 
 _OVER = 1.02
@@ -84,12 +85,26 @@ def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> st
     )
 
 
-def nothing_to_choose(count: int, what: str) -> str:
-    """A budget that keeps all modules, or components, though only a part of them was asked for."""
-    return (
-        f"There is nothing to choose: the budget keeps all {count} {what}. Please set `selection_scope='model'` "
-        "where each layer has one module, or a smaller budget."
-    )
+def start_warning(schedule: Schedule, search: ArchitectureSearch) -> str | None:
+    """
+    What keeps a run from choosing well, before it is paid: a budget that keeps all modules, or components, though only
+    a part of them was asked for, or a search that is too short. `None` if nothing does.
+    """
+    if search.has_no_choice:
+        what = "modules" if search.components is None else "components"
+        return (
+            f"There is nothing to choose: the budget keeps all {len(search.gates)} {what}. Please set "
+            "`selection_scope='model'` where each layer has one module, or a smaller budget."
+        )
+    if search.method.searches and len(schedule.updates) < 2:
+        fading = f" and gates fade out until step {schedule.prune}" if schedule.fades else ""
+        return (
+            f"The search makes one architecture step, too few to choose by: the warm-up lasts until step "
+            f"{schedule.warmup}, the search until step {schedule.discretize}{fading}. Please train for longer, or "
+            "leave the search more of the run (a larger `discretize_at`, a smaller `fade_out`, `arch_warmup` or "
+            "`arch_every`)."
+        )
+    return None
 
 
 def costs(measured: StepCosts, ceilings: Sequence[Ceiling], grid: Grid) -> str:

@@ -145,9 +145,8 @@ class SelectionRun(RunParts):
         self._say(f"Grid: {self.search.grid.describe()}.")
         data, anew = self.held_out.describe(), self.reallocation is not None
         self._say(messages.plan(self.schedule, self.search, data, anew))
-        if self.search.has_no_choice:
-            what = "modules" if self.search.components is None else "components"
-            self._warn(messages.nothing_to_choose(len(self.search.gates), what))
+        if (line := messages.start_warning(self.schedule, self.search)) is not None:
+            self._warn(line)
         if (parts := self.search.micro_batches.parts) > 1:
             self._say(f"Batches are split into {parts} micro-batches until the pruning.")
         if self.schedule.prune == 0:

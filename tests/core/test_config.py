@@ -223,7 +223,8 @@ def test_schedule(options: dict[str, Any], steps: int, expected: tuple[int, int]
         ({}, 14, 3),
         ({"fade_out": 0}, 300, 75),
         ({"fade_out": 10}, 300, 65),
-        ({"fade_out": 1000}, 300, 16),  # one step of the search at least
+        ({"fade_out": 59}, 300, 16),
+        ({"fade_out": 0.9}, 300, 16),  # one step of the search at least
         ({"method": "softmax"}, 300, 60),
         ({"method": "sampled"}, 300, 75),  # its weights train under drawn gates
         ({"weight_sharing": "layer"}, 300, 75),  # what fades out would come back as a shared pair

@@ -104,6 +104,7 @@ def test_what_cannot_happen_in_this_order(moments: tuple[int, int, int]) -> None
     [
         (Moments(20, 3, every=1.0), 12, "discretize_at=20.*only 12 optimizer steps.*fraction"),
         (Moments(0.25, 6, every=1.0), 12, "pruned at step 3.*warm-up lasts until step 6.*larger"),
+        (Moments(0.25, 0.05, fade_out=60, every=4.0), 300, "fade_out=60.*step 15.*step 75.*no step is left.*fraction"),
         (Moments(0.25, 0.05, every=1.0), 1, "1 optimizer step.*at least 2.*max_steps"),
         (Moments(0.25, 0.05, every=1.0), 10**30, "no run is as long"),
     ],

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from diffora_trainer import DiffoRATrainer, Selection
+from diffora_trainer import DiffoRAConfig, DiffoRATrainer, Selection
 from helpers.adapted import format_1, lora_layers
 from helpers.checks import step_logs
 from helpers.searches import gain_relaxation
@@ -98,6 +98,23 @@ def test_nothing_to_choose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
     assert trainer.selection.selected == trainer.selection.modules
     assert any("nothing to choose" in line and "selection_scope='model'" in line for line in seen)  # before it is paid
     assert_told(trainer, tmp_path / "saved", caplog, "nothing to choose: the budget keeps all 2.*each layer")
+
+
+@pytest.mark.parametrize(
+    ("steps", "search"),
+    [(3, {}), (20, {}), (60, {"fade_out": 0.3}), (60, {"arch_warmup": 0.24})],
+    ids=["a first try", "a short run", "a long fade-out", "a long warm-up"],
+)
+def test_one_architecture_step(
+    steps: int, search: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str] = []
+    trainer = make_trainer(tmp_path, args={"max_steps": steps}, diffora_config=DiffoRAConfig(**search))
+    trainer.add_callback(Probe(lambda **kwargs: seen.extend(warnings_of(caplog)), 1))
+    trainer.train()
+    assert any("makes one architecture step" in line and "`discretize_at`" in line for line in seen)
+    assert trainer.selection.confidence is None
+    assert_told(trainer, tmp_path / "saved", caplog, "too few steps to compare two halves.*from a random one")
 
 
 def test_a_sound_choice_is_not_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
