@@ -55,6 +55,7 @@ class SearchBase(GatedModel):
             self.told_budget, self.why_whole_modules = told_rank_budget(config, adapters)
         else:
             self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
+        self.trained_before = False
         self.kept: Tensor | None = None
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_plan is not None:
@@ -135,7 +136,7 @@ class SearchBase(GatedModel):
     def check_ranks(self) -> None:
         """
         Before the first step: an adapter that was trained before cannot begin with a smaller rank. Whole modules are
-        chosen of it, or, if ranks were asked for, a `ValueError` is raised.
+        chosen of it, which the log and the notes tell, or, if ranks were asked for, a `ValueError` is raised.
         """
         if self.rank_plan is None:
             return
@@ -143,14 +144,16 @@ class SearchBase(GatedModel):
         trained = [site.name for site, rank in sites if site.has_effect_beyond(rank)]
         if not trained:
             return
+        reason = f"the adapter of {trained[0]!r} was trained before, so it cannot begin with a smaller rank"
         if self.config.selection_granularity != "auto":
-            reason = f"the adapter of {trained[0]!r} was trained before, so it cannot begin with a smaller rank"
             refuse(self.config.selection_granularity, reason)
-        self.forgo_ranks()
+        self.why_whole_modules = reason
+        self.forgo_ranks(trained_before=True)
 
-    def forgo_ranks(self) -> None:
-        """Keep or prune whole modules."""
+    def forgo_ranks(self, trained_before: bool) -> None:
+        """Keep or prune whole modules, for want of ranks, maybe since the adapter was trained before."""
         if self.rank_plan is not None:
+            self.trained_before = trained_before
             self.rank_plan, self.ranks = None, self.grid.ranks
             self.gates.set_masks([None] * len(self.grid))
             self.method = self.make_method()

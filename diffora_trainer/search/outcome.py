@@ -18,7 +18,7 @@ from ..core.selection import Selection
 from ..core.text import short_names
 from ..methods.base import GradientMethod, SelectionMethod
 from .base import SearchBase
-from .diagnosis import Evidence, doubts
+from .diagnosis import TRAINED_BEFORE, Evidence, doubts
 
 
 _MAX_LOGGED_KINDS = 16
@@ -46,6 +46,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     evidence = Evidence(reached, search.skipped_steps, confidence, evenly, what)
     rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
     costs = StepCosts() if search.costs is None else search.costs
+    notes = doubts(method, grid.names, evidence, wants_all=config.ratio >= 1)
     return Selection(
         grid=grid,
         ranks=ranks,
@@ -61,7 +62,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
         memory=_predicted(costs.memory, rows),
         config={**config.to_dict(), "method_options": asdict(method.options)},
         versions=library_versions(),
-        notes=doubts(method, grid.names, evidence, wants_all=config.ratio >= 1),
+        notes=(*notes, TRAINED_BEFORE) if search.trained_before else notes,
         components=search.kept_components(chosen, ranks),
     )
 

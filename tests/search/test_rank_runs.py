@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -218,11 +219,23 @@ def test_the_log_says_why_a_cap_drops_modules(
     assert reason is None or reason in caplog.text
 
 
-def test_an_adapter_that_was_trained_before_keeps_its_ranks() -> None:
+def test_an_adapter_that_was_trained_before_keeps_its_ranks(caplog: pytest.LogCaptureFixture) -> None:
+    config = DiffoRAConfig(max_trainable_parameters=4000, **{**CONFIG, "selection_granularity": "auto"})
     made = make()
     randomize(made[1])
-    run, _ = train(made, DiffoRAConfig(max_trainable_parameters=4000, **{**CONFIG, "selection_granularity": "auto"}))
-    assert run.selection is not None and not run.selection.in_ranks and run.selection.dropped
+    with caplog.at_level(logging.INFO, logger="diffora_trainer"):
+        begun, _ = train(made, config, steps=CHOICE)
+    assert "whole modules, not ranks: the adapter of 'model.layers.0" in caplog.text
+    resumed = copy.deepcopy(made)
+    run, _ = train(resumed, config, steps=0)
+    run.load_state_dict(begun.state_dict())
+    for continued in (begun, run):
+        for _ in range(PRUNE - CHOICE):
+            continued.before_step()
+            continued.after_step()
+        selection = continued.selection
+        assert selection is not None and not selection.in_ranks and selection.dropped
+        assert [note for note in selection.notes if "trained before" in note and "whole modules" in note]
     again = make()
     randomize(again[1])
     with pytest.raises(ValueError, match="'rank'`, but the adapter of 'model.layers.0.*' was trained before"):
