@@ -109,7 +109,7 @@ def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointi
     the transformers model inside.
 
     Raises:
-        ValueError: if the model is a `PeftModel` and a configuration is given too.
+        ValueError: if the model is a `PeftModel` and a configuration is given too, or it has another adapter.
     """
     slot = backbone_of_sentence_transformer(model)
     if isinstance(peft_model(model), PeftModel):
@@ -120,12 +120,7 @@ def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointi
             )
         return model
     base = model if slot is None else getattr(*slot)
-    if any(isinstance(module, BaseTunerLayer) for module in base.modules()):
-        raise ValueError(
-            f"The {type(base).__name__} that you passed has an adapter already, put in by `add_adapter` or by PEFT's "
-            "injection, which is not a `PeftModel`. Please pass the model without it, and its configuration as "
-            "`peft_config` to the trainer."
-        )
+    check_no_adapter(base)
     wrapped = get_peft_model(base, complete_lora_config(config, base, None))
     if slot is not None:
         setattr(*slot, wrapped)
@@ -133,6 +128,17 @@ def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointi
         # Checkpointed blocks need an input that requires a gradient, and with frozen embeddings none does.
         wrapped.enable_input_require_grads()
     return wrapped if slot is None else model
+
+
+def check_no_adapter(model: nn.Module) -> None:
+    """Raise a `ValueError` if a model that is to get a LoRA has an adapter: PEFT would put another in its place."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError(
+            f"The {type(model).__name__} that you passed has an adapter already, put in by `load_adapter`, "
+            "`add_adapter` or PEFT's injection, which is not a `PeftModel`. To train it further, please pass "
+            "`PeftModel.from_pretrained(base_model, folder, is_trainable=True)`; to begin anew, the model without it, "
+            "and the configuration as `peft_config` to the trainer."
+        )
 
 
 def wrap_model_init(

@@ -16,7 +16,7 @@ from ..adapters.base import extra_kinds, site_kind
 from ..adapters.compiled import check_not_compiled
 from ..adapters.lora import peft_model
 from ..adapters.pruning import own_config
-from ..adapters.wrapping import complete_lora_config, wrap_model, wrap_model_init
+from ..adapters.wrapping import check_no_adapter, complete_lora_config, wrap_model, wrap_model_init
 from ..compat import activation_checkpointing, is_reward_trainer
 from ..config import DiffoRAConfig
 from ..methods.build import make_schedule
@@ -127,6 +127,8 @@ def with_lora(
                 "it, for example with `AutoModelForCausalLM.from_pretrained`."
             )
         if not isinstance(model, PeftModel):
+            if isinstance(model, nn.Module):
+                check_no_adapter(model)
             options = getattr(args, "model_init_kwargs", None) or {}
             peft_config = complete_lora_config(peft_config, model, task_type, options)
         return {**arguments, "peft_config": peft_config}

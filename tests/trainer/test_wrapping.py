@@ -26,14 +26,24 @@ from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.handover import lora_config_of_run
 from diffora_trainer.adapters.wrapping import wrap_model
 from diffora_trainer.compat.peft import convert_peft_config_for_transformers
-from helpers.adapted import base_weights, lora_layers
+from helpers.adapted import base_weights, lora_layers, randomize
 from helpers.checks import assert_continues, assert_same
 from helpers.data import tiny_tokenizer
 from helpers.models import MOE_PARAMETERS, moe
 from helpers.speech_models import speech_to_text, whisper
 from helpers.tasks import Rows, model_for, rows_for
 from helpers.tiny_model import HIDDEN
-from helpers.trainers import SAVES, VOCABULARY, arguments, lora, make_trainer, saving_trainer, search_config
+from helpers.trainers import (
+    SAVES,
+    VOCABULARY,
+    arguments,
+    causal_model,
+    classifier,
+    lora,
+    make_trainer,
+    saving_trainer,
+    search_config,
+)
 
 
 def whole_parts(model: nn.Module) -> set[str]:
@@ -208,3 +218,22 @@ def test_models_without_input_ids(make: Any, parent: type[Trainer], tmp_path: Pa
 def test_task_type_that_passes_input_ids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"SEQ_2_SEQ_LM.*Whisper.*input_features.*leave `task_type` out"):
         DiffoRATrainer(whisper().model, arguments(tmp_path), peft_config=lora(task_type="SEQ_2_SEQ_LM"))
+
+
+@pytest.mark.parametrize("task", ["cls", "sft"])
+def test_adapter_that_transformers_has_loaded_is_refused(task: str, tmp_path: Path) -> None:
+    """A `PeftAdapterMixin` model is no `PeftModel`: PEFT would put a new LoRA in the place of the trained one."""
+    make = (lambda: classifier().model) if task == "cls" else causal_model
+    module = "query" if task == "cls" else "q_proj"
+    model = make()
+    model.add_adapter(lora(target_modules=[module]))
+    randomize(model)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = make()
+    loaded.load_adapter(str(tmp_path / "adapter"))
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    with pytest.raises(ValueError, match=r"load_adapter.*`PeftModel.from_pretrained\(base_model.*`peft_config`"):
+        make_trainer(tmp_path, task, model=loaded, peft_config=None)
+    assert loaded.state_dict().keys() == before.keys()
+    assert all(tensor.equal(before[name]) for name, tensor in loaded.state_dict().items())
+    assert any(tensor.any() for name, tensor in before.items() if "lora_B" in name)
