@@ -177,14 +177,26 @@ def _figure(picture: Picture) -> Any:
     axes.tick_params(length=2, pad=2)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_ylabel(f"layer ({sanitize(prefix)[-_MAX_LABEL:]})" if prefix else "layer", **text)
+    label = axes.set_ylabel(f"layer ({sanitize(prefix)[-_MAX_LABEL:]})" if prefix else "layer", **text)
     head, under = picture.title
     figure.suptitle(f"{head}\n{under}", fontsize=_TITLE, x=0.02, ha="left", parse_math=False)
     bar = figure.colorbar(image, ax=axes, location="bottom", fraction=0.04, aspect=30, pad=0.01)
     bar.set_label(picture.label, **text)
     bar.ax.tick_params(labelsize=_TEXT, length=2, pad=2)
     bar.outline.set_visible(False)
+    if len(label.get_text()) * 0.065 > row_height * max(rows, 6):  # beside few rows it may run through the title
+        figure.draw_without_rendering()
+        room = axes.get_window_extent().height / label.get_window_extent().height
+        label.set_text(_shortened(sanitize(prefix), int(room * len(label.get_text()))))
     return figure
+
+
+def _shortened(prefix: str, room: int) -> str:
+    """The label of the layers in so many characters, with what of their names' common part has room."""
+    parts = prefix.split(".")
+    tails = [".".join(parts[start:]) for start in range(1, len(parts))]
+    labels = [f"layer ({prefix})", *(f"layer (…{tail})" for tail in tails)]
+    return next((label for label in labels if len(label) <= min(room, _MAX_LABEL + 8)), "layer")
 
 
 def _mark(axes: Any, picture: Picture, shade: Any) -> None:

@@ -244,6 +244,7 @@ class GradientMethod(SelectionMethod):
 
     @classmethod
     def create(cls, budget: Budget, options: Any, seed: int = 0) -> SelectionMethod:
+        """The method with its [`Options`], of which the step size is an argument of the constructor."""
         method = cls(budget, options.arch_learning_rate, seed)
         method.options = options
         return method

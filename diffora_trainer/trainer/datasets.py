@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from torch.utils.data import Subset
 from transformers.trainer_utils import has_length
 
@@ -52,6 +52,7 @@ def prepare_arch_dataset(trainer: Any, given: Any, formatting_func: Any) -> Any:
         formatting_func (`Callable`, *optional*): what was passed for both.
 
     Raises:
+        TypeError: if the trainer can only prepare data sets of `datasets`, and was given another.
         ValueError: if the data cannot be prepared, lacks columns, or no row is left of it or of the training set.
     """
     dataset = trainer.arch_dataset
@@ -119,6 +120,11 @@ def _prepare(trainer: Any, dataset: Any, formatting_func: Any) -> Any:
         dataset = prepare(**{name: known[name] for name in inspect.signature(prepare).parameters if name in known})
         return with_reference_log_probs(trainer, dataset)
     except (AttributeError, KeyError, StopIteration) as error:
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise TypeError(
+                f"`arch_dataset` must be a `Dataset` or `IterableDataset` here, as the training set, got "
+                f"`{type(dataset).__name__}`. Please make one, for example with `datasets.Dataset.from_list`."
+            ) from error
         raise ValueError(
             f"The `arch_dataset` with the columns {getattr(dataset, 'column_names', None)} could not be prepared as "
             f"the training set was ({type(error).__name__}: {error}). Please pass rows in the same form."

@@ -323,3 +323,15 @@ def test_the_picture_is_legible_at_half_of_its_size(layers: int, tmp_path: Path)
     numbered = imread(plot_selection(of_layers(layers, in_ranks=True), tmp_path / "ranks.png"))
     orange = [((p[..., 0] > 0.85) & (p[..., 1] < 0.5) & (p[..., 2] < 0.3)).mean() for p in (framed, numbered)]
     assert orange[0] > 0.02 and orange[1] == 0
+
+
+def test_a_long_common_name_of_few_layers_leaves_the_title_alone(tmp_path: Path) -> None:
+    def picture(prefix: str) -> Any:
+        grid = Grid.arrange([(f"{prefix}.{i}.{k}", 8, 2048, "lora") for i in range(3) for k in KINDS])
+        shades = tuple(index / len(grid) for index in range(len(grid)))
+        return imread(plot_selection(Selection(grid, (8,) * len(grid), shades, shades), tmp_path / PICTURE_NAME))
+
+    short, long = picture("layers"), picture("encoder.block_of_a_long_prefix.model.layers")
+    title = slice(0, round(0.3 * 200))  # the first of its inches, at 200 dots
+    assert short.shape == long.shape and (short[title] < 0.5).any()
+    assert (short[title] == long[title]).all() and not (short == long).all()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import diffora_trainer
 from helpers import ROOT
 
 
@@ -126,3 +127,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
             arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
             given = [a.arg for a in arguments if a.arg not in ("self", "cls")]
             assert len(given) <= MAX_PARAMETERS, (node.name, given)
+
+
+def test_the_package_lists_its_public_names_alone() -> None:
+    listed = {name for name in dir(diffora_trainer) if not name.startswith("__")}
+    assert listed == set(diffora_trainer.__all__)

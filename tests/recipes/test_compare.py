@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
+from matplotlib.axes import Axes
 from peft import get_peft_model
 
 from diffora_trainer import DiffoRAConfig
@@ -298,7 +299,9 @@ def test_percentiles_differences_and_overlaps() -> None:
     assert recipe("comparison").Results(timed).time("diffora") == pytest.approx(1.2)  # over the seeds of both
 
 
-def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path) -> None:
+def test_confidence_is_compared_with_the_percentile_of_the_choice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     draws = [record("random", seed, seed + draw / 10, draw=draw) for seed in (0, 1, 2) for draw in range(10)]
     found = [(0, 0.45, 0.2), (1, 1.05, 0.9), (2, 2.25, 0.6)]  # percentiles 50, 90 and 70
     ours = [{**record("diffora", seed, 1.0), "confidence": sure} for seed, _, sure in found]
@@ -310,6 +313,13 @@ def test_confidence_is_compared_with_the_percentile_of_the_choice(tmp_path: Path
     assert "With a confidence above 0.05 the mean percentile is 70 (3 runs), otherwise not known." in table
     assert (tmp_path / "confidence.png").stat().st_size > 1000
     confidence = recipe("confidence")
+    drawn: list[float] = []
+    plain = Axes.scatter
+    monkeypatch.setattr(
+        Axes, "scatter", lambda self, xs, ys, **style: drawn.extend(ys) or plain(self, xs, ys, **style)
+    )
+    confidence.plot([("t", 0.5, percentile) for percentile in [0.0] * 9 + [100.0] * 9], tmp_path / "edges.png")
+    assert len(set(drawn)) > 6 and min(drawn) >= 0 and max(drawn) <= 100
     # One of the six orders of three values is theirs; in a quarter of those of four the largest one is first.
     assert confidence.by_chance(lambda ys: -sum(y * 10**i for i, y in enumerate(ys)), [3, 2, 1]) == pytest.approx(
         1 / 6, abs=0.03

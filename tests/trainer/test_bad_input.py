@@ -197,6 +197,11 @@ SFT: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = {
         ValueError,
         r"arch_dataset.*\['a'\].*same form",
     ),
+    "arch_dataset as a list": (
+        lambda: {"arch_dataset": lm_dataset(4).to_list()},
+        TypeError,
+        "`arch_dataset` must be a `Dataset` or `IterableDataset`.*got `list`.*from_list",
+    ),
 }
 
 

@@ -101,7 +101,8 @@ def plot(found: list[Point], path: Path) -> None:
     for name in dict.fromkeys(name for name, *_ in found):
         axis.scatter(
             [confidence for other, confidence, _ in found if other == name],
-            [percentile + rng.uniform(-2, 2) for other, _, percentile in found if other == name],
+            # A percentile is in [0, 100], also where it is drawn a little off.
+            [min(100, max(0, percentile + rng.uniform(-2, 2))) for other, _, percentile in found if other == name],
             s=28,
             alpha=0.7,
             label=name,
