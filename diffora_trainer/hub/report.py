@@ -2,53 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from ..config import DiffoRAConfig
 from ..core.files import file_at, write_file
 from ..core.selection import Selection
-from ..core.text import row_labels, sanitize, short_names
-from ..methods.build import scope_of, unit_of
+from ..core.text import CONFIDENCE, row_labels, sanitize, short_names
 from ..methods.facts import MethodFacts, method_facts
 from . import charts
+from .measures import Measure, Rules, chosen_by, decider, measures_of
 from .redact import Private
 
 
 REPORT_NAME = "diffora_report.html"
 _TEMPLATES = Path(__file__).parent / "templates"
-_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-# What may leave out a module that is ranked above one that is kept.
-_LIMITS = ("max_step_time", "max_step_memory", "max_trainable_parameters")
-
-
-@dataclass(frozen=True)
-class Measure:
-    """
-    What the grid shows of each module.
-
-    Args:
-        key (`str`): its letter in the page.
-        name (`str`): what it is.
-        note (`str`): how it is shown.
-        texts (`list[str]`): the value of each module, in units of `unit`.
-        shades (`list[float]`): how dark each module is, in [0, 1].
-        unit (`str`): what the values are multiples of; nothing if they are what they are.
-    """
-
-    key: str
-    name: str
-    note: str
-    texts: list[str]
-    shades: list[float]
-    unit: str = ""
 
 
 def write_report(
@@ -102,7 +74,7 @@ def render_report(
     steps = max_steps or charts.last_step(log_history)
     run = charts.phases(selection, log_history, max_steps)
     lines, skipped, undrawn = charts.losses(log_history, selection.step)
-    measures = _measures(selection, method)
+    measures = measures_of(selection, method)
     page = _template().render(
         selection=selection,
         method=method,
@@ -110,6 +82,7 @@ def render_report(
         facts=_facts(selection, log_history, steps),
         notes=[sanitize(note, limit=None) for note in selection.notes],
         measures=measures,
+        chosen_by=chosen_by(selection, method),
         owner=sanitize(row_labels(selection.rows)[0]),
         columns=[(sanitize(short), sanitize(name)) for short, name in _named(selection.columns)],
         rows=_grid_rows(selection, measures),
@@ -118,9 +91,9 @@ def render_report(
         skipped=skipped,
         undrawn=undrawn,
         costs=_costs(selection),
-        outcomes=_outcomes(selection, method),
+        outcomes=_outcomes(selection, method, measures),
+        decider=decider(selection, method),
         versions={sanitize(str(name)): sanitize(str(version)) for name, version in selection.versions.items()},
-        by_gain=selection.gains != selection.scores,
         options={
             sanitize(name): sanitize(_option(value))
             for name, value in method.options.items()
@@ -161,9 +134,8 @@ def _facts(selection: Selection, log: Sequence[Mapping[str, Any]], steps: int | 
     facts.append(("LoRA parameters", f"{after:,}", f"{after / before:.1%} of {before:,}"))
     if selection.step is not None:
         facts.append(("Chosen after step", f"{selection.step:,}", "" if steps is None else f"of {steps:,}"))
-    meaning = "1: another search would rank the modules alike; 0: as chance would"
     if selection.confidence is not None:
-        facts.append(("Confidence", f"{selection.confidence:.2f}", meaning))
+        facts.append(("Confidence", f"{selection.confidence:.2f}", CONFIDENCE))
     pruned = charts.last(log, "diffora/held_out_loss_after_cut")
     if pruned is not None:
         fading = charts.last(log, "diffora/held_out_loss_before_closing")
@@ -176,55 +148,10 @@ def _facts(selection: Selection, log: Sequence[Mapping[str, Any]], steps: int | 
     return facts
 
 
-def _measures(selection: Selection, method: MethodFacts) -> list[Measure]:
-    """What there is to show of each module, the most telling first."""
-    gates = ("gate", "The gate when the modules were chosen: 0 is closed, 1 is open.", selection.gates)
-    gain = "The averaged gain: by how much a unit of the gate lowers the held-out loss"
-    found: list[tuple[str, str, Sequence[float]]] = []
-    if selection.history:
-        found.append(("share", "The share of the choices that switched the module on.", selection.frequency))
-    if method.searches:
-        found += [("gain", gain, selection.gains)] if selection.gains != selection.scores else []
-        found.append(gates)
-    else:
-        found.append(("score", f"The score by {method.name}", selection.scores))
-    measures = []
-    for key, (name, note, values) in zip("abc", found, strict=False):
-        if name in ("gate", "share"):
-            shown = Measure(key, name, note, [f"{value:.2f}" for value in values], [_part(v) for v in values])
-        else:
-            texts, unit = _scaled(values)
-            order = sorted(range(len(values)), key=lambda index: values[index])
-            shades = [0.0] * len(values)
-            for place, index in enumerate(order):
-                shades[index] = _part(place / max(1, len(values) - 1))
-            note += f"{f', in units of {unit}' if unit else ''}. The shade is the place among all modules."
-            shown = Measure(key, name, note, texts, shades, unit)
-        measures.append(shown)
-    return measures
-
-
-def _part(value: float) -> float:
-    return round(min(1.0, max(0.0, value)), 2)
-
-
-def _scaled(values: Sequence[float]) -> tuple[list[str], str]:
-    """Numbers with three digits in a common power of ten, and that power."""
-    largest = max(map(abs, values))
-    power = 0 if largest == 0 else max(-300, 3 * math.floor(math.log10(largest) / 3))
-    power = power if power not in (-3, 0) or largest < 0.1 else 0
-    scaled = [value / 10.0**power for value in values]
-    digits = 2 - min(2, max(0, math.floor(math.log10(max(map(abs, scaled))) if largest else 0)))
-    digits += 1 if largest and max(map(abs, scaled)) < 1 else 0
-    texts = [f"{value:.{digits}f}" for value in scaled]
-    zero = f"{0:.{digits}f}"
-    unit = "10" + str(power).translate(_RAISED) if power else ""
-    return [zero if text == f"-{zero}" else text for text in texts], unit
-
-
 def _grid_rows(selection: Selection, measures: Sequence[Measure]) -> list[tuple[str, list[dict[str, Any] | None]]]:
     sharing = {name for group in selection.shared for name in group}
-    places = {name: place for place, name in enumerate(selection.ranking(), start=1)}
+    positions = {name: position for position, name in enumerate(selection.ranking(), start=1)}
+    total, by = len(selection.modules), measures[0].name
     cells = []
     for index, (name, rank) in enumerate(zip(selection.modules, selection.ranks, strict=True)):
         mark = str(rank) if rank and selection.in_ranks else "✓" if rank else "s" if name in sharing else ""
@@ -233,7 +160,7 @@ def _grid_rows(selection: Selection, measures: Sequence[Measure]) -> list[tuple[
                 "mark": mark,
                 "kept": bool(rank),
                 "shared": name in sharing,
-                "tip": f"{sanitize(name)}, place {places[name]}",
+                "tip": f"{sanitize(name)}: position {positions[name]} of {total} by {by}",
                 "values": [(measure.key, measure.texts[index], measure.shades[index]) for measure in measures],
             }
         )
@@ -268,17 +195,16 @@ def _costs(selection: Selection) -> list[list[str]]:
     return rows
 
 
-def _outcomes(selection: Selection, method: MethodFacts) -> list[list[str]]:
+def _outcomes(selection: Selection, method: MethodFacts, measures: Sequence[Measure]) -> list[list[str]]:
     """
-    What became of modules and why, the best first: of those that are removed, or of all where ranks were given. Place,
-    name, gain or score, gate, parameters before, what became of it.
+    What became of modules and why, in the order of what decided: of those that are removed, or of all where ranks were
+    given. Position, name, each measure, parameters before, what became of it.
     """
-    ranking = selection.ranking()
     index_of = {name: index for index, name in enumerate(selection.modules)}
     leaders = {name: group[0] for group in selection.shared for name in group}
     reasons = _reasons(selection, method)
     rows = []
-    for place, name in enumerate(ranking, start=1):
+    for position, name in enumerate(selection.ranking(), start=1):
         index = index_of[name]
         rank, site = selection.ranks[index], selection.grid.sites[index]
         if rank and not selection.in_ranks:
@@ -286,40 +212,35 @@ def _outcomes(selection: Selection, method: MethodFacts) -> list[list[str]]:
         why = f"rank {rank} of {site.rank}" if rank else reasons[index]
         if name in leaders:
             why = f"shares the pair of {sanitize(leaders[name])}: {why}"
-        gain = selection.gains[index]
-        gate = f"{selection.gates[index]:.2f}" if method.searches else "–"
-        rows.append([str(place), sanitize(name), f"{gain:.3g}", gate, f"{site.parameters:,}", why])
+        values = [measure.listed(index) for measure in measures]
+        rows.append([str(position), sanitize(name), *values, f"{site.parameters:,}", why])
     return rows
 
 
 def _reasons(selection: Selection, method: MethodFacts) -> list[str]:
-    """Of each module, its place among those it competes with, and how many of these are kept."""
-    try:
-        config = DiffoRAConfig.from_dict({"method": "diffora", **selection.config})
-        in_layer, unit = scope_of(config) == "layer", unit_of(config)
-        limits = [f"`{name}`" for name in _LIMITS if getattr(config, name) is not None]
-    except (TypeError, ValueError):  # of another version
-        in_layer, unit, limits = False, "module", []
-    if unit != "module":
-        limits.append(f"`selection_unit={unit}`")
+    """Of each module, its position among those it competes with, and how many of these are kept."""
+    rules = Rules.of(selection)
+    limits = [f"`{name}`" for name in rules.limits]
+    if rules.unit != "module":
+        limits.append(f"`selection_unit={rules.unit}`")
     if selection.components:
         limits.append("the choice of single components")
     mixed = len(set(selection.grid.kinds)) > 1
-    places = {name: place for place, name in enumerate(selection.ranking())}
+    positions = {name: position for position, name in enumerate(selection.ranking())}
     groups: dict[tuple[int, str], list[int]] = {}
     for index, site in enumerate(selection.grid.sites):
-        groups.setdefault((site.row if in_layer else 0, site.kind), []).append(index)
+        groups.setdefault((site.row if rules.in_layer else 0, site.kind), []).append(index)
     reasons = [""] * len(selection.modules)
-    where = ("in its layer" if in_layer else "in the model") + (" and of its kind" if mixed else "")
+    where = ("in its layer" if rules.in_layer else "in the model") + (" and of its kind" if mixed else "")
     for members in groups.values():
-        members.sort(key=lambda index: places[selection.modules[index]])
-        kept = [place for place, index in enumerate(members) if selection.kept[index]]
-        for place, index in enumerate(members):
-            behind = sum(other > place for other in kept)
-            text = f"place {place + 1} of {len(members)} {where}, {len(kept)} kept"
+        members.sort(key=lambda index: positions[selection.modules[index]])
+        kept = [position for position, index in enumerate(members) if selection.kept[index]]
+        for position, index in enumerate(members):
+            behind = sum(other > position for other in kept)
+            text = f"position {position + 1} of {len(members)} {where}, {len(kept)} kept"
             if behind:
-                text += f", {behind} of them ranked lower: " + (
-                    f"also bound by {' and '.join(limits)}" if limits else "the choice was bound by more than ranks"
+                text += f", {behind} of them further down the list: " + (
+                    f"also bound by {' and '.join(limits)}" if limits else "the choice was bound by more than this"
                 )
             reasons[index] = text if method.informed else f"at random; {text}"
     return reasons

@@ -24,6 +24,7 @@ class MethodFacts:
         described (`str`): what it is, in Markdown.
         citation (`str`): BibTeX of its paper, or nothing.
         options (`dict`): the options of the run and of the method, by their names.
+        gives_ranks (`bool`): whether it says itself how many components each module keeps.
     """
 
     name: str
@@ -32,6 +33,7 @@ class MethodFacts:
     described: str
     citation: str
     options: dict[str, Any]
+    gives_ranks: bool = False
 
 
 def method_facts(options: dict[str, Any]) -> MethodFacts:
@@ -53,4 +55,4 @@ def method_facts(options: dict[str, Any]) -> MethodFacts:
     paper = method.paper
     described = method.described or f"`{method.name}`" + (f" ({paper.link})" if paper is not None else "")
     citation = paper.bibtex if paper is not None and method.informed else ""
-    return MethodFacts(method.name, method.searches, method.informed, described, citation, shown)
+    return MethodFacts(method.name, method.searches, method.informed, described, citation, shown, method.tells_ranks)

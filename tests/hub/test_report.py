@@ -102,20 +102,29 @@ def test_a_page_of_its_own(layers: int, in_ranks: bool, tmp_path: Path) -> None:
     cells = [cell for row in page.tables[0][1 : layers + 1] for cell in row[1:]]
     for cell, rank, gate, gain in zip(cells, selection.ranks, selection.gates, selection.gains, strict=True):
         mark = str(rank) if in_ranks else "✓" if rank else ""
-        assert cell == f"{mark}{gain * 1e6:.1f}{gate:.2f}".replace("-0.0", "0.0")
-    assert "in units of 10⁻⁶" in page.text
+        assert cell == f"{mark}{gate:.2f}" + f"{gain * 1e6:.1f}".replace("-0.0", "0.0")
+    assert "in units of 10⁻⁶" in page.text and "agreement of the two halves of this search" in page.text
+    rule = "Ranks were given by gate" if in_ranks else "Modules were chosen within each layer by the highest gates;"
+    assert rule in page.text and "the gain only decides between equal gates" in page.text
+    assert [label["for"] for label in page.named("label")] == ["m-a", "m-b"]
 
-    # What became of each module, and its place.
-    places = {name: place for place, name in enumerate(selection.ranking(), start=1)}
+    # What became of each module, in the order of what decided.
+    positions = {name: position for position, name in enumerate(selection.ranking(), start=1)}
     rows = page.tables[2][1:]
     listed = selection.ranking() if in_ranks else [n for n in selection.ranking() if n in set(selection.dropped)]
-    assert [row[1] for row in rows] == list(listed) and [int(row[0]) for row in rows] == [places[n] for n in listed]
-    by_name = dict(zip(selection.modules, zip(selection.gains, selection.ranks, strict=True), strict=True))
+    assert [row[1] for row in rows] == list(listed) and [int(row[0]) for row in rows] == [positions[n] for n in listed]
+    assert page.tables[2][0][:5] == ["position", "module", "gate", "gain", "parameters"]
+    gates = [float(row[2]) for row in rows]
+    assert gates == sorted(gates, reverse=True)
+    of_each = zip(selection.gates, selection.gains, selection.ranks, strict=True)
+    by_name = dict(zip(selection.modules, of_each, strict=True))
+    tips = {str(cell.get("title")) for cell in page.named("td")}
     for row in rows:
-        gain, rank = by_name[row[1]]
-        assert row[2] == f"{gain:.3g}" and row[4] == "16,384"
+        gate, gain, rank = by_name[row[1]]
+        assert row[2:5] == [f"{gate:.3f}", f"{gain:.3g}", "16,384"]
+        assert f"{row[1]}: position {row[0]} of {len(positions)} by gate" in tips
         assert row[5] == (f"rank {rank} of 8" if in_ranks else row[5])
-        assert in_ranks or re.fullmatch(r"place [567] of 7 in its layer, 4 kept", row[5])
+        assert in_ranks or re.fullmatch(r"position [567] of 7 in its layer, 4 kept", row[5])
 
     # The phases are those of the schedule, and drawn with the losses.
     table = page.tables[1]
@@ -181,21 +190,24 @@ def test_phases() -> None:
 
 
 def test_why_a_module_was_removed() -> None:
-    """Its place among those that it competes with; and where a limit has left it out, which one."""
+    """Its position among those that it competes with; and where a limit has left it out, which one."""
     selection = of_layers(3)
     of_model = replace(selection, config={**OPTIONS, "selection_scope": "model"})
     kept = len(selection.selected)
     worst = len(selection.modules)
     text = Page(render_report(of_model)).text
-    assert f"place {worst} of {worst} in the model, {kept} kept" in text and "bound by more than ranks" in text
+    assert f"position {worst} of {worst} in the model, {kept} kept" in text and "bound by more than this" in text
+    assert "chosen in the whole model by the highest gates;" in text
     timed = replace(selection, config={**OPTIONS, "max_step_time": 0.7, "selection_ratio": None})
-    assert "ranked lower: also bound by `max_step_time`" in Page(render_report(timed)).text
-    assert "ranked lower" not in Page(render_report(selection)).text
+    text = Page(render_report(timed)).text
+    assert "further down the list: also bound by `max_step_time`" in text
+    assert "within `max_step_time`" in text and "between sets of modules that begin at different layers" in text
+    assert "further down" not in Page(render_report(selection)).text
     control = Page(render_report(replace(selection, config={**OPTIONS, "method": "random", "method_options": {}})))
-    assert "at random; place" in control.text and "chose its modules at random" in control.text
+    assert "at random; position" in control.text and "Modules were chosen at random" in control.text
     shared = make_selection(shared=(("layers.1.attn.q", "layers.0.attn.v"),))
     page = Page(render_report(shared))
-    assert [row[5] for row in page.tables[-2] if row[1] == "layers.0.attn.v"][0].startswith(
+    assert [row[-1] for row in page.tables[-2] if row[1] == "layers.0.attn.v"][0].startswith(
         "shares the pair of layers.1"
     )
     assert [cell[0] for row in page.tables[0] for cell in row[1:] if cell[:1] == "s"] == ["s", "s"]
@@ -241,16 +253,32 @@ def test_logs_of_any_kind() -> None:
 
 
 def test_scores_and_choices_made_anew() -> None:
-    """Of a method that scores the scores are shown, and of one that chose again how often each module was on."""
+    """
+    Of a method that scores the scores are shown, also of a search whose gates are made from scores, and of one that
+    chose again how often each module was on.
+    """
     selection = of_layers(2, config={**OPTIONS, "method": "snip", "method_options": {}})
     page = check_page(render_report(selection), 2)
     assert "scored its modules by snip" in page.text and len(page.named("label")) == 1
+    assert "chosen within each layer by the highest scores." in page.text and page.tables[2][0][2:4] == [
+        "score",
+        "parameters",
+    ]
+    logits = tuple(4 * gate - 2 for gate in selection.gates)
+    drawn = replace(selection, scores=logits, gains=logits, config={**OPTIONS, "method": "sampled"})
+    page = check_page(render_report(drawn), 2)
+    assert page.tables[2][0][2:4] == ["score", "gate"] and "by the highest scores." in page.text
+    ranks = replace(of_layers(2, in_ranks=True), config={**OPTIONS, "method": "adalora", "method_options": {}})
+    assert "Components were chosen by scores of their own" in Page(render_report(ranks)).text
+    single = replace(of_layers(2, in_ranks=True), config={**OPTIONS, "selection_granularity": "component"})
+    assert "Components were chosen by gates of their own and new ones" in Page(render_report(single)).text
     on = tuple(rank > 0 for rank in selection.ranks)
     from diffora_trainer.core.allocation import Allocation
 
     entries = (Allocation(10, selection.scores, on), Allocation(20, selection.scores, tuple(not bit for bit in on)))
     page = check_page(render_report(replace(selection, history=entries)), 2)
     assert [a["for"] for a in page.named("label")] == ["m-a", "m-b"] and "0.50" in page.tables[0][1][1]
+    assert "chosen anew several times" in page.text
 
 
 def test_a_run_writes_it_and_the_command_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
