@@ -38,14 +38,14 @@ class DiffoRAConfig(Derived, OldMoments):
 
     > Parameters that control how much is kept
 
-    Limits hold together: what is kept is within all that are set, of a step by its prediction.
+    Limits hold together: what is kept is within all that are set. Time and memory limits apply to the predicted step.
 
     selection_ratio (`float`, *optional*):
         Share of the LoRA modules to keep, in (0, 1]. Defaults to 0.5 if nothing else limits what is kept.
     selection_scope (`str`, *optional*, defaults to `"layer"`):
         `"layer"` keeps the best `selection_ratio * n` (halves rounded up) of the `n` modules of each layer, at least
-        one; `"model"` does so in the whole model, as do all limits of it (`max_trainable_parameters`, `max_step_time`,
-        `max_step_memory`, `selection_unit="layer"`).
+        one: 4 of the 7 of a Llama layer at 0.5. `"model"` rounds once for the whole model, as do all limits of it
+        (`max_trainable_parameters`, `max_step_time`, `max_step_memory`, `selection_unit="layer"`).
     max_trainable_parameters (`int`, *optional*):
         Exact cap on the number of trainable LoRA parameters: the best modules of the whole model are kept as long as
         they fit, or the ranks of all (see `selection_granularity`). Parameters that are not LoRA (a new classification
@@ -72,7 +72,8 @@ class DiffoRAConfig(Derived, OldMoments):
         kept as this one has room for. If not even one is fast enough, the run ends there with an error.
     max_step_memory (`float`, *optional*):
         The same for the memory of a training step: what it holds on top of the model (activations, gradients, and LoRA
-        weights with two moments each), counted at the end of the warm-up. More than 2 % above it is warned of.
+        weights with two moments each), counted at the end of the warm-up. A warning is logged if the step exceeds the
+        limit by more than 2 %.
     selection_unit (`str`, *optional*, defaults to `"module"`):
         What is kept or pruned together: each `"module"` for itself, a `"group"` of modules that fused kernels and
         servers compute as one (query, key and value; gate and up), or a whole `"layer"` (of the whole model then). A
@@ -107,12 +108,11 @@ class DiffoRAConfig(Derived, OldMoments):
         method that scores.
     arch_warmup (`float`, *optional*, defaults to `0.05`):
         For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
-        at the start every gate has a gradient of exactly zero, so at least one step of warm-up is always made. Not
-        read by a method that scores once.
+        every gate has a gradient of 0, so at least one step is always made. Not read by a method that scores once.
         Example: of 300 steps with the defaults, 1 to 15 are the warm-up and 16 to 60 the search, which decides; from
-        61 on the gates of the modules that go fade out, and 76 to 300 train the selected modules alone.
+        61 on the gates of the pruned modules fade out, and 76 to 300 train the selected modules alone.
     fade_out (`float`, *optional*, defaults to `0.05`):
-        For how long, in the same two forms, the gates of the modules that go fade out before they are pruned. The
+        For how long, in the same two forms, the gates of the pruned modules fade out before they leave the model. The
         choice is made so much earlier, and these gates fall linearly to 0 while all weights train on, so that the
         selected modules take over and nothing is lost at the pruning. A fraction leaves the search one step at least.
         `0` searches until then and drops the others at once, as where weights train under gates, shared pairs come
@@ -140,18 +140,18 @@ class DiffoRAConfig(Derived, OldMoments):
 
     search_micro_batches (`int`, *optional*):
         Into how many micro-batches each training batch and each held-out batch of an architecture step are split until
-        the pruning, so that the whole run does not need the memory of a step with all modules. The update is the same
-        up to rounding, but for dropout. Defaults to 1, or with `max_step_memory` to as many as keep these steps within
-        that limit. Whether the loss of a batch comes apart into those of its parts, as in `Trainer` and `SFTTrainer`,
-        is tried out on the first one; in a loop of your own only the held-out batches are split.
+        the pruning, so that the whole run does not need the memory of a step with all modules. The update is identical
+        up to rounding, except with dropout. Defaults to 1, or with `max_step_memory` to as many as keep these steps
+        within that limit. Whether the loss of a batch is that of its parts, as in `Trainer` and `SFTTrainer`, is
+        tested on the first one; in a loop of your own only the held-out batches are split.
 
     > Parameters that control what the steps after the pruning cost
 
     prefix_cache (`str`, *optional*, defaults to `"none"`):
         Keep what the layers below the lowest trained LoRA compute for a row, in `"memory"` or on `"disk"` (in
-        `output_dir`), so that a row which comes again begins at that layer: the same update up to rounding. Rows are
-        known by their content. It is tried out on the first batch after the pruning, and off, with a warning, where
-        these layers draw random numbers (dropout) or the loss would differ. For one process.
+        `output_dir`), so that a row which comes again begins at that layer. The update is identical up to rounding.
+        Rows are known by their content. The cache is tested on the first batch after the pruning, and switched off,
+        with a warning, where these layers draw random numbers (dropout) or the loss differs. For one process.
     prefix_cache_gib (`float`, *optional*, defaults to `4.0`):
         GiB that it may take up; rows beyond are computed again.
 
@@ -231,7 +231,7 @@ class DiffoRAConfig(Derived, OldMoments):
     fade_out: float = field(
         default=0.05,
         metadata={
-            "help": "For how long the gates of the modules that go fade out before they are pruned: a number of "
+            "help": "For how long the gates of the pruned modules fade out before they leave the model: a number of "
             "steps, or a fraction in [0, 1)."
         },
     )

@@ -6,6 +6,7 @@ import argparse
 
 from ..adapters.handover import write_lora_config
 from ..core.selection import Selection
+from ..core.text import CONFIDENCE
 from ..hub.pull import selected_lora_config
 from .source import load_selection
 
@@ -27,8 +28,8 @@ def run(words: argparse.Namespace) -> None:
         print("\nAll modules, the best first:")
         fates = dict.fromkeys(selection.dropped, "removed") | dict.fromkeys(selection.frozen, "frozen")
         fates |= {name: f"rank {rank}" for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank}
-        for place, name in enumerate(selection.ranking(), start=1):
-            print(f"{place:4d}  {fates.get(name, 'shares'):8s}  {name}")
+        for position, name in enumerate(selection.ranking(), start=1):
+            print(f"{position:4d}  {fates.get(name, 'shares'):8s}  {name}")
     if words.diff:
         print("\n" + difference(selection, load_selection(words.diff), (words.source, words.diff)))
     if words.picture:
@@ -44,8 +45,7 @@ def describe(selection: Selection) -> str:
     lines = [f"{selection.summary()}, by {selection.config.get('method')}, after step {selection.step}."]
     lines.append(selection.table())
     if selection.confidence is not None:
-        meaning = "1: another search would rank the modules alike; 0: as chance would"
-        lines.append(f"Confidence: {selection.confidence:.2f} ({meaning}).")
+        lines.append(f"Confidence: {selection.confidence:.2f} ({CONFIDENCE}).")
     for name, costs, unit in (("time", selection.times, "s"), ("memory", selection.memory, "bytes")):
         if costs:
             after = costs.get("after_cut", costs["predicted"])

@@ -25,7 +25,7 @@ class Schedule:
     The events of a run, by the optimizer step after which they happen; 0 is before the first one.
 
     Example: in a run of 300 steps with the defaults, steps 1 to 15 are the warm-up and steps 16 to 60 the search,
-    which decides; from step 61 on the gates of the modules that go fade out, they are pruned at the end of step 75,
+    which decides; from step 61 on the gates of the pruned modules fade out, they are removed at the end of step 75,
     and steps 76 to 300 train the selected modules alone.
 
     Args:

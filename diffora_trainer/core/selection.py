@@ -44,9 +44,11 @@ class Selection:
             its weights were trained for. Defaults to 1 for all.
         shared (`tuple[tuple[str, ...], ...]`): groups of module names that share one LoRA pair (see `weight_sharing`).
         step (`int`, *optional*): optimizer step after which the others were pruned.
-        confidence (`float`, *optional*): reliability of the ranking, in [0, 1]: how alike two searches would rank the
-            modules, predicted from the two halves of this one, and 0 if nothing was learned yet when the choice was
-            made. `None` where it cannot be told: of a method that scores once, say.
+        confidence (`float`, *optional*): agreement of the two halves of this search on the ranking of the modules, in
+            [0, 1], as the rank correlation of two such searches of full length that it predicts: 1 if they rank alike,
+            0 if no better than chance, or if nothing was learned yet when the choice was made. The halves share
+            weights and steps, so other seeds or data can agree less. `None` where it cannot be told: of a method that
+            scores once, say.
         times (`dict[str, float]`, *optional*): seconds of a training step as they were measured and predicted (see
             `max_step_time`).
         memory (`dict[str, float]`, *optional*): bytes of a training step beside the model, likewise (see

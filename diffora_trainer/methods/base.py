@@ -222,7 +222,7 @@ class GradientMethod(SelectionMethod):
     masked: the state is a float32 vector with an entry for each module that exists, in the order of the grid.
 
     A new one is a subclass that says at which gates the held-out gradient is taken, how that gradient moves the
-    matrix, and under which gates the weights train: all open (`trains_open`), so that the gates of the modules that go
+    matrix, and under which gates the weights train: all open (`trains_open`), so that the gates of the pruned modules
     fade out before they are pruned, or those of [`training_gates`].
 
     Args:

@@ -6,8 +6,8 @@ from .parts import RunParts
 
 
 RELIABILITY, EFFECT = 0.8, 0.01
-"""How alike two searches of this length have to rank the modules (see [`Confidence.value`]), and by which part of it
-the LoRA has to lower the held-out loss."""
+"""How well the halves of the search have to agree (see [`Confidence.value`]), and by which part of it the LoRA has to
+lower the held-out loss."""
 
 
 def is_due(updates: int) -> bool:

@@ -11,6 +11,7 @@ from ..core.costs import Ceiling, StepCosts
 from ..core.grid import LORA, Grid
 from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
+from ..core.text import CONFIDENCE
 from ..methods.base import SelectionMethod
 
 
@@ -80,7 +81,7 @@ def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> st
         )
     return (
         f"Warm-up until step {schedule.warmup}, search ({search_of}) until step {schedule.discretize}"
-        + (f", the gates of the others fade out until step {prune}" if schedule.fades else "")
+        + (f", the gates of the unselected modules fade out until step {prune}" if schedule.fades else "")
         + f" of {total}, then the selected modules{stay or ' alone'}."
     )
 
@@ -154,7 +155,8 @@ def discretized(step: int, ranks: Sequence[int], schedule: Schedule, in_ranks: b
     if in_ranks:
         return f"Step {step}: the ranks are chosen: {min(kept)} to {max(kept)}, {sum(kept)} in all."
     return (
-        f"Step {step}: {len(kept)} modules are chosen; the gates of the others fade out until step {schedule.prune}."
+        f"Step {step}: {len(kept)} modules are chosen; the gates of the unselected modules fade out until step "
+        f"{schedule.prune}."
     )
 
 
@@ -195,10 +197,7 @@ def pruned(selection: Selection, losses: tuple[float, float] | None, before_fadi
     """
     lines = [f"Step {selection.step}: {selection.summary()}.\n{selection.table()}"]
     if selection.confidence is not None:
-        lines.append(
-            f"Confidence of the choice: {selection.confidence:.2f} (1: another search would rank the modules alike; "
-            "0: as chance would)."
-        )
+        lines.append(f"Confidence of the choice: {selection.confidence:.2f} ({CONFIDENCE}).")
     if losses is not None:
         before, after = losses
         start, when = (

@@ -157,7 +157,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         if gates is None and not self.method.trains_open:
             raise TypeError(
                 f"`training_gates` of {type(self.method).__name__} returned None, which leaves all gates open, but "
-                "its `trains_open` is False, so the gates of the modules that go would not fade out before the "
+                "its `trains_open` is False, so the gates of the pruned modules would not fade out before the "
                 "pruning. Please set `trains_open = True` in the class, or return gates."
             )
         return gates
@@ -273,7 +273,7 @@ class ArchitectureSearch(OldNames, SearchBase):
     def discretize(self, kept: Tensor | None = None) -> Tensor:
         """
         Make the choice, ahead of the pruning: what the method learns from here on does not change it any more.
-        [`fade_out`] then closes the gates of the others.
+        [`fade_out`] then closes the gates of the unselected modules.
 
         Args:
             kept (`Tensor` of dtype `torch.bool`, *optional*): a choice that was made before, when a run is resumed.
