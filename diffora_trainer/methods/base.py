@@ -51,7 +51,7 @@ class SelectionMethod(ABC):
     """Whether it learns from architecture steps, and does not score."""
     trains_open: ClassVar[bool] = True
     """Whether the weights train with all gates open, so that at the pruning nothing has got used to doing without the
-    modules that go. Then the gates of these fade out before they are pruned."""
+    pruned modules. Then the gates of these fade out before they are removed."""
     spends_ranks: ClassVar[bool] = False
     """Whether its matrix can say where ranks are worth most, and not only which modules are kept."""
     tells_ranks: ClassVar[bool] = False
