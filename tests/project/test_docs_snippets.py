@@ -21,7 +21,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from trl import DPOConfig, SFTConfig
 
-from diffora_trainer import DiffoRAConfig
+from diffora_trainer import DiffoRAConfig, Selection
 from diffora_trainer.cli import TRAINING, classify, make_parser, train
 from diffora_trainer.methods import registry
 from helpers import ROOT
@@ -93,14 +93,13 @@ def second_run_trains_the_chosen_modules(names: dict[str, Any], said: str) -> No
 def stock_trainer_goes_on(names: dict[str, Any], said: str) -> None:
     assert type(names["trainer"]).__name__ == "SFTTrainer" and names["trainer"].state.global_step == 40
     assert names["config"].target_modules
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return
-    # The quantized run has chosen, and what goes on with its adapter trains those modules and prunes none.
-    chosen = set(names["qlora"].selection.selected)
-    assert names["qlora"].model.get_base_model().is_loaded_in_4bit and 0 < len(chosen) < 7
-    assert type(names["further"]).__name__ == "SFTTrainer" and names["further"].state.global_step == 10
-    trained = {name.split(".lora_A")[0] for name, _ in names["further"].model.named_parameters() if ".lora_A." in name}
-    assert {name.removeprefix("base_model.model.") for name in trained} == chosen
+    further, chosen = names["further"], Selection.load("out/checkpoint-40").selected
+    assert type(further).__name__ == "SFTTrainer" and further.state.global_step == 10
+    trained = {name.split(".lora_A")[0] for name, _ in further.model.named_parameters() if ".lora_A." in name}
+    assert {name.removeprefix("base_model.model.") for name in trained} == set(chosen)
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        qlora = names["qlora"]
+        assert qlora.model.get_base_model().is_loaded_in_4bit and 0 < len(qlora.selection.selected) < 7
 
 
 SAID = {
