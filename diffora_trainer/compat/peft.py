@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftType
@@ -82,32 +83,60 @@ def disable_layer(layer: Any, disabled: bool) -> None:
     layer._disable_adapters = disabled
 
 
-def keep_frozen(layer: Any, adapter_name: str) -> None:
+def keep_frozen(layer: Any, adapter_name: str, weights: Collection[str] | None = None) -> None:
     """
-    Leave an adapter of one layer frozen where PEFT makes adapters trainable, as it does at the end of each
+    Leave weights of an adapter of one layer frozen where PEFT makes adapters trainable, as it does at the end of each
     `disable_adapter()`: by `frozen_peft_weight_names`, or before PEFT 0.21, which has no such names, by its
     `set_adapter`. Goes when PEFT leaves alone what was frozen.
-    """
-    vars(layer).setdefault("diffora_frozen", set()).add(adapter_name)
-    if hasattr(layer, "frozen_peft_weight_names"):
-        names = {**layer.frozen_peft_weight_names, adapter_name: tuple(layer.adapter_layer_names)}
-        layer.frozen_peft_weight_names = names
-        return
-    set_adapter = layer.set_adapter
 
-    def stay_frozen(*args: Any, **kwargs: Any) -> None:
-        set_adapter(*args, **kwargs)
-        for name in layer.adapter_layer_names:
-            if adapter_name in (held := getattr(layer, name)):
+    Args:
+        layer (`LoraLayer`): the layer; what is trainable in it now stays as it is.
+        adapter_name (`str`): one of its adapters.
+        weights (`Collection[str]`, *optional*): names of those of its `adapter_layer_names` that stay frozen, in place
+            of those of an earlier call; by default all of them, for good.
+    """
+    kept = tuple(layer.adapter_layer_names if weights is None else weights)
+    by_adapter = vars(layer).setdefault("diffora_frozen", {})
+    names = getattr(layer, "frozen_peft_weight_names", None)
+    # What PEFT itself leaves frozen (in its MiCA one factor) stays on its list when ours are taken off.
+    own = by_adapter[adapter_name][1] if adapter_name in by_adapter else (names or {}).get(adapter_name)
+    by_adapter[adapter_name] = kept, own
+    if names is None:
+        layer.set_adapter = partial(_set_adapter, layer)
+    else:
+        layer.frozen_peft_weight_names = {**names, adapter_name: tuple(dict.fromkeys((*(own or ()), *kept)))}
+
+
+def _set_adapter(layer: Any, *args: Any, **kwargs: Any) -> None:
+    """`set_adapter` of PEFT before 0.21, and then what [`keep_frozen`] leaves frozen."""
+    type(layer).set_adapter(layer, *args, **kwargs)
+    for adapter_name, (weights, _) in vars(layer)["diffora_frozen"].items():
+        for weight in weights:
+            if adapter_name in (held := getattr(layer, weight)):
                 held[adapter_name].requires_grad_(False)
 
-    layer.set_adapter = stay_frozen
+
+def keep_frozen_no_longer(layer: Any, adapter_name: str) -> None:
+    """Undo [`keep_frozen`]: PEFT makes all weights of the adapter trainable again that it did before."""
+    by_adapter = vars(layer).get("diffora_frozen", {})
+    if adapter_name not in by_adapter:
+        return
+    _, own = by_adapter.pop(adapter_name)
+    names = getattr(layer, "frozen_peft_weight_names", None)
+    if names is not None:
+        others = {name: weights for name, weights in names.items() if name != adapter_name}
+        layer.frozen_peft_weight_names = others if own is None else {**others, adapter_name: own}
+    elif not by_adapter:
+        vars(layer).pop("set_adapter", None)
 
 
 def frozen_adapters(layer: Any) -> set[str]:
-    """The adapters of one layer that [`keep_frozen`] leaves frozen: it notes them on the layer, in all versions."""
-    found: set[str] = vars(layer).get("diffora_frozen", set())
-    return found
+    """
+    The adapters of one layer that [`keep_frozen`] leaves frozen as a whole: it notes them on the layer, in all
+    versions.
+    """
+    whole = set(layer.adapter_layer_names)
+    return {name for name, (weights, _) in vars(layer).get("diffora_frozen", {}).items() if whole <= set(weights)}
 
 
 class _Replaced:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
@@ -12,7 +13,7 @@ from transformers.training_args import ParallelMode
 
 from ..adapters.gates import gates_active
 from ..adapters.optimizer import parameters_of
-from ..compat import frozen_adapters
+from ..compat import frozen_adapters, keep_frozen, keep_frozen_no_longer
 from .base import FactorSchedule, check_every, lora_of
 
 
@@ -53,6 +54,9 @@ class AlternateFactors(FactorSchedule):
         if gates_active(model):
             return
         turn = "BA"[step // self.every % 2]
+        # Trainers that take their reference from the base model switch the adapter off and on within a step.
+        for layer, name in _adapters(model):
+            keep_frozen(layer, name, _names("B" if turn == "A" else "A"))
         for part, factors in parts.items():
             for parameter in factors:
                 parameter.requires_grad_(part == turn)
@@ -73,7 +77,10 @@ class AlternateFactors(FactorSchedule):
 
     def finish(self, model: Any) -> None:
         """Make both factors trainable again."""
-        for factors in _factors(lora_of(model)).values():
+        model = lora_of(model)
+        for layer, name in _adapters(model):
+            keep_frozen_no_longer(layer, name)
+        for factors in _factors(model).values():
             for parameter in factors:
                 parameter.requires_grad_(True)
 
@@ -83,18 +90,29 @@ class AlternateFactors(FactorSchedule):
         self.finish(kwargs["model"])
 
 
-def _factors(model: Any) -> dict[str, list[nn.Parameter]]:
+def _adapters(model: Any) -> Iterator[tuple[LoraLayer, str]]:
     """
-    The parameters of the first and of the second factor of all adapters that are active, but of those that a choice
-    has left frozen for good (`unselected="freeze"`).
+    The layers with the names of their adapters that are active, but of those that a choice has left frozen for good
+    (`unselected="freeze"`).
     """
-    found: dict[str, list[nn.Parameter]] = {"A": [], "B": []}
     active = set(model.active_adapters)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
-            for part, factors in found.items():
-                for holder in (getattr(layer, f"lora_{part}"), getattr(layer, f"lora_embedding_{part}")):
-                    for name in active & set(holder.keys()) - frozen_adapters(layer):
-                        factor = holder[name]
-                        factors.extend([factor] if isinstance(factor, nn.Parameter) else factor.parameters())
+            yield from ((layer, name) for name in sorted(active - frozen_adapters(layer)))
+
+
+def _names(part: str) -> tuple[str, str]:
+    """Where a layer holds the first or the second factor of its adapters."""
+    return f"lora_{part}", f"lora_embedding_{part}"
+
+
+def _factors(model: Any) -> dict[str, list[nn.Parameter]]:
+    """The parameters of the first and of the second factor of these adapters."""
+    found: dict[str, list[nn.Parameter]] = {"A": [], "B": []}
+    for layer, adapter_name in _adapters(model):
+        for part, factors in found.items():
+            for held in (getattr(layer, name) for name in _names(part)):
+                if adapter_name in held:
+                    factor = held[adapter_name]
+                    factors.extend([factor] if isinstance(factor, nn.Parameter) else factor.parameters())
     return {part: list(dict.fromkeys(factors)) for part, factors in found.items()}

@@ -11,14 +11,16 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import TrainerCallback
-from trl import SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOTrainer, SFTTrainer
 
 from diffora_trainer import AlternateFactors, ChainedLoRA
 from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import adapted_names, base_weights, logits
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
+from helpers.data import preference_dataset, tiny_tokenizer
 from helpers.models import llama
-from helpers.trainers import CUT, SAVES, SaveAt, causal_model, classifier, lora, make_trainer
+from helpers.rollouts import rollout_trainer
+from helpers.trainers import CUT, SAVES, SaveAt, arguments, causal_model, classifier, lora, make_trainer
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
@@ -55,6 +57,44 @@ def test_factors_take_turns_in_a_stock_trainer(tmp_path: Path) -> None:
     )
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     assert_same(adapter(resumed.model), adapter(trainer.model))
+
+
+def with_a_reference(kind: str, folder: Path, callbacks: list[Any]) -> Any:
+    """A trainer that switches the adapter off and on within a step, for the reference that it compares with."""
+    if kind == "GRPO":
+        return rollout_trainer(folder, cls=GRPOTrainer, args={"beta": 0.1, "max_steps": 6}, callbacks=callbacks)
+    halves = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2, "max_steps": 6}
+    return DPOTrainer(
+        causal_model(),
+        args=arguments(folder, DPOConfig, **halves),
+        train_dataset=preference_dataset(24),
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(task_type="CAUSAL_LM"),
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+def test_factors_take_turns_where_the_adapter_is_switched_off_and_on(kind: str, tmp_path: Path) -> None:
+    moves = Moves()
+    trainer = with_a_reference(kind, tmp_path, [AlternateFactors(every=2), moves])
+    trainer.train()
+    assert moves.found == {step: {"BA"[(step - 1) // 2 % 2]} for step in range(1, 7)}
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained == {name for name, _ in trainer.model.named_parameters() if "lora_" in name}
+    with trainer.model.disable_adapter():
+        copied = copy.deepcopy(trainer.model)
+    for model in (trainer.model, copied):  # nothing is left on it that would freeze a factor
+        model.set_adapter("default")
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+def test_earlier_rounds_stay_where_the_adapter_is_switched_off_and_on(kind: str, tmp_path: Path) -> None:
+    moves = Moves()
+    trainer = with_a_reference(kind, tmp_path, [ChainedLoRA(every=3, train_a=False), moves])
+    trainer.train()  # stops if an earlier round has moved
+    assert moves.found == {step: {"B"} for step in range(1, 7)} and trainer.model.peft_config["default"].r == 8
 
 
 @pytest.mark.parametrize("schedule", [lambda: AlternateFactors(every=1), lambda: ChainedLoRA(every=5)])
