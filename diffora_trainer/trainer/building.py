@@ -42,10 +42,16 @@ def parent_arguments(
         mixin (`type`): the class after which its parents stand.
         args (`tuple`): what was passed by position.
         kwargs (`dict`): what was passed by name.
-        peft_config (`LoraConfig`, *optional*): the LoRA that was asked for.
+        peft_config (`LoraConfig`, *optional*): the LoRA that was asked for by name.
+
+    Raises:
+        TypeError: if there are too many arguments, or one was passed twice.
     """
     names = parent_parameters(type(trainer), mixin)
+    if peft_config is not None:  # some parents take it by position
+        kwargs = {**kwargs, "peft_config": peft_config}
     named = arguments_by_name(type(trainer), names, args, kwargs)
+    peft_config = named.pop("peft_config", None)
     return with_lora(named, peft_config, "peft_config" in names, task_type_of_trainer(trainer))
 
 

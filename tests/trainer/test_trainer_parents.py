@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, TrlPa
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin, DiffoRATrainer
 from helpers.checks import step_logs
-from helpers.data import classification_dataset, preference_dataset, rows_of, tiny_tokenizer
+from helpers.data import classification_dataset, lm_dataset, preference_dataset, rows_of, tiny_tokenizer
 from helpers.parents import TOKENS, kto_dataset, of_trl, reward_dataset, searching
+from helpers.rollouts import Reward, prompts
 from helpers.trainers import CUT, arguments, causal_model, classifier, lora, make_trainer, search_config
 
 
@@ -43,6 +45,27 @@ def test_precomputed_reference_and_own_held_out_data(name: str, data: Any, tmp_p
         trainer.train()
         scores.append(trainer.selection.scores)
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["SFT", "GRPO"])
+def test_a_lora_that_is_passed_by_position(name: str, tmp_path: Path) -> None:
+    """As the parent takes it, and not replaced by the default LoRA."""
+    parent, args = of_trl(name)
+    names = list(inspect.signature(parent.__init__).parameters)[1:]
+    given = {
+        "model": causal_model(),
+        "reward_funcs": Reward(),
+        "args": arguments(tmp_path, args, **({"num_generations": 4} if name == "GRPO" else {})),
+        "train_dataset": lm_dataset(8) if name == "SFT" else prompts(8),
+        "processing_class": tiny_tokenizer(),
+        "optimizers": (None, None),
+        "peft_config": lora(r=3, target_modules=["q_proj"]),
+    }
+    values = [given.get(one) for one in names[: names.index("peft_config") + 1]]
+    config = searching(parent)(*values, diffora_config=search_config()).model.peft_config["default"]
+    assert (config.r, config.target_modules) == (3, {"q_proj"})
+    with pytest.raises(TypeError, match="got peft_config both by position and by name"):
+        searching(parent)(*values, peft_config=lora(), diffora_config=search_config())
 
 
 @pytest.mark.parametrize("data", [preference_dataset, reward_dataset], ids=["texts", "conversations"])
