@@ -142,8 +142,8 @@ class DiffoRAConfig(Derived, OldMoments):
         Into how many micro-batches each training batch and each held-out batch of an architecture step are split until
         the pruning, so that the whole run does not need the memory of a step with all modules. The update is identical
         up to rounding, except with dropout. Defaults to 1, or with `max_step_memory` to as many as keep these steps
-        within that limit. Whether the loss of a batch is that of its parts, as in `Trainer` and `SFTTrainer`, is
-        tested on the first one; in a loop of your own only the held-out batches are split.
+        within that limit. Whether the loss of a batch is that of its parts (in `Trainer` and `SFTTrainer` it is, but
+        for an auxiliary loss of routers) is tested on the first one; a loop of your own splits held-out batches only.
 
     > Parameters that control what the steps after the pruning cost
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -263,6 +264,38 @@ def is_pretrained(module: Any) -> TypeGuard[PreTrainedModel]:
     from transformers import PreTrainedModel  # not above, as in [`check_trainer_methods`]
 
     return isinstance(module, PreTrainedModel)
+
+
+_AUXILIARY_LOSSES = ("aux_loss", "encoder_aux_loss", "decoder_aux_loss")
+
+
+@contextmanager
+def noted_auxiliary_losses(model: Any) -> Iterator[set[str]]:
+    """
+    For a while, note by their names which auxiliary losses of its routers a model returns: `aux_loss`, of an
+    encoder-decoder `encoder_aux_loss` and `decoder_aux_loss`, in all versions. Mixtures of experts return them, and
+    take them into their loss, with `output_router_logits=True`, which TRL's `SFTTrainer` sets by itself (seen in 1.16,
+    not in 0.28) unless their weight `router_aux_loss_coef` is 0; then none is noted. It goes when a loss says of what
+    it is made.
+    """
+    found: set[str] = set()
+
+    def note(module: Any, args: Any, output: Any) -> None:
+        found.update(name for name in _AUXILIARY_LOSSES if isinstance(getattr(output, name, None), torch.Tensor))
+
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if model is None or getattr(config, "router_aux_loss_coef", None) == 0:
+        yield found
+        return
+    # A `PeftModel` calls the `forward` of its base model around the hooks of that.
+    called = {model, model.get_base_model()} if hasattr(model, "get_base_model") else {model}
+    hooks = [module.register_forward_hook(note) for module in called]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def feature_mask(model: Any, mask: Any, length: int) -> Any:

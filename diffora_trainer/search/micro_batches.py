@@ -5,7 +5,8 @@ rounding.
 Whether the loss of a batch is the mean over its rows, over its labels or a sum under a normaliser of its own, or none
 of these, as where rows are compared with each other, cannot be read off a loss function. So it is tried out once, on
 the first batch: the loss of the whole is compared with what each rule makes of the losses of its parts. If none fits,
-batches are not split.
+batches are not split. Nor are they with the auxiliary loss of a mixture of experts, which is made of products of means
+over all tokens, and so small that a wrong sum of it passes for rounding.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..compat import noted_auxiliary_losses
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process
 from ..core.rows import number_of_rows, take_rows
@@ -37,14 +39,15 @@ class MicroBatches:
         parts (`int`): into how many parts a batch is split, or into its rows if it has fewer.
         asked (`bool`, *optional*, defaults to `True`): whether the user has asked for it, so that a batch that cannot
             be split is an error.
+        model (`nn.Module`, *optional*): the model whose loss it is.
 
     Attributes:
         parts (`int`): into how many; 1 once it is known that batches cannot be split.
     """
 
-    def __init__(self, parts: int, asked: bool = True) -> None:
+    def __init__(self, parts: int, asked: bool = True, model: nn.Module | None = None) -> None:
         self.parts = self._wanted = parts
-        self._asked = asked
+        self._asked, self._model = asked, model
         self._rules: Sequence[str] = _RULES
         self._untried, self._warned = True, False
 
@@ -58,7 +61,8 @@ class MicroBatches:
                 how losses add up.
 
         Raises:
-            ValueError: if it was asked for, and the loss of this batch is no sum or mean of those of its parts.
+            ValueError: if it was asked for, and the loss of this batch is no sum or mean of those of its parts, as
+                with an auxiliary loss of routers.
         """
         rows = number_of_rows(batch)
         if self.parts == 1:
@@ -82,7 +86,15 @@ class MicroBatches:
         return [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
 
     def _try_out(self, batch: Any, rows: int, loss_of: LossOf) -> None:
-        whole = loss_of(batch)
+        with noted_auxiliary_losses(self._model) as auxiliary:
+            whole = loss_of(batch)
+        if auxiliary:
+            names = ", ".join(sorted(auxiliary))
+            self._refuse(
+                f"the model returns an auxiliary loss of its routers ({names}), which is no sum or mean over rows; "
+                "with a `router_aux_loss_coef` of 0 there would be none in its loss"
+            )
+            return
         if not math.isfinite(whole):
             return  # nothing can be said of such a batch
         # Equal parts do not tell a mean over rows from one over labels; one row and the rest do it better.
@@ -126,20 +138,21 @@ class MicroBatches:
             )
 
 
-def wanted_micro_batches(config: DiffoRAConfig, splits_batches: bool) -> MicroBatches:
+def wanted_micro_batches(config: DiffoRAConfig, splits_batches: bool, model: nn.Module) -> MicroBatches:
     """
     What splits the batches of a run while all modules are there.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
         splits_batches (`bool`): whether the training loop splits its batches, so that it does so without being asked.
+        model (`nn.Module`): the model that is trained.
     """
     if config.search_micro_batches is not None:
-        return MicroBatches(config.search_micro_batches)
+        return MicroBatches(config.search_micro_batches, model=model)
     if config.max_step_memory is None or not splits_batches:
         return MicroBatches(1)
     # What a step makes grows with its rows, so that parts of this size stay within the limit.
-    return MicroBatches(math.ceil(1 / config.max_step_memory - 1e-9), asked=False)
+    return MicroBatches(math.ceil(1 / config.max_step_memory - 1e-9), asked=False, model=model)
 
 
 _RULES = ("sum", "shifted labels", "labels", "rows")

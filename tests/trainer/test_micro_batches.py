@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,18 @@ from diffora_trainer.search.micro_batches import MicroBatches
 from helpers.checks import step_logs
 from helpers.data import preference_dataset, tiny_tokenizer, token_rows
 from helpers.marks import mostly_slow
-from helpers.trainers import CUT, WARMUP, arguments, causal_model, deep_model, lora, make_trainer, search_config
+from helpers.models import moe
+from helpers.trainers import (
+    CUT,
+    VOCABULARY,
+    WARMUP,
+    arguments,
+    causal_model,
+    deep_model,
+    lora,
+    make_trainer,
+    search_config,
+)
 
 
 STILL = {"attention_dropout": 0.0}
@@ -108,6 +120,39 @@ def test_rows_that_are_compared_with_each_other_are_not_split(tmp_path: Path, ca
     assert caplog.text.count("not split into micro-batches: the loss of a batch") == 2  # of training and held-out ones
 
 
+def mixture_of_experts(coefficient: float) -> nn.Module:
+    model = moe(VOCABULARY).model
+    model.config.output_router_logits = True
+    model.config.router_aux_loss_coef = model.router_aux_loss_coef = coefficient
+    return model
+
+
+def test_the_auxiliary_loss_of_routers_is_not_split(tmp_path: Path, caplog) -> None:
+    """It is no sum over rows, and each part would add one. With its usual coefficient it is as small as rounding."""
+
+    def build(coefficient: float, **search: Any) -> Any:
+        options = {"peft_config": lora(target_modules=["q_proj", "v_proj"]), "search": search}
+        return make_trainer(tmp_path, "sft", model=mixture_of_experts(coefficient), **options)
+
+    routers = {"model": mixture_of_experts(0.001), "peft_config": lora(target_modules=["q_proj", "v_proj"])}
+    plain = make_trainer(tmp_path, search={"search_micro_batches": 2}, **{**setting("lm"), **routers})
+    for trainer in (plain, build(0.001, search_micro_batches=2)):
+        with pytest.raises(ValueError, match=r"search_micro_batches=2.*auxiliary loss of its routers \(aux_loss\)"):
+            trainer.train()
+    runs = []
+    for limits in ({"max_step_memory": 0.99}, {"max_step_memory": 0.99, "search_micro_batches": 1}):
+        trainer = build(0.001, **limits)
+        trainer.train()
+        runs.append([log["loss"] for log in step_logs(trainer).values()])
+    assert runs[0] == runs[1]  # nobody asked for it, so it is said
+    assert caplog.text.count("not split into micro-batches: the model returns an auxiliary loss") == 2
+    whole, split = (build(0.0, search_micro_batches=parts) for parts in (1, 2))  # without it nothing stands in the way
+    for trainer in (whole, split):
+        trainer.train()
+    for step, log in step_logs(whole).items():
+        assert step_logs(split)[step]["loss"] == pytest.approx(log["loss"], rel=2e-4)
+
+
 def test_a_memory_limit_holds_for_the_whole_run(tmp_path: Path) -> None:
     """Counted in the real steps of the trainer, the same batches with and without a limit."""
     peaks: dict[str, dict[str, list[int]]] = {}
@@ -155,6 +200,18 @@ def test_the_architecture_gradient_of_a_loop_of_one_s_own(tmp_path: Path) -> Non
     for loss, gains in gradients[1:]:
         assert loss == pytest.approx(gradients[0][0], rel=1e-5)
         assert gains == pytest.approx(gradients[0][1], rel=1e-3, abs=1e-7)
+
+
+def test_the_auxiliary_loss_of_routers_in_a_loop_of_one_s_own() -> None:
+    tokens = torch.randint(3, 30, (4, 12), generator=torch.Generator().manual_seed(3))
+    for coefficient, refused in ((0.001, True), (0.0, False)):
+        model = get_peft_model(mixture_of_experts(coefficient), lora(target_modules=["q_proj", "v_proj"]))
+        config = DiffoRAConfig(search_micro_batches=2)
+        search = ArchitectureSearch(model, config, loss_fn=lambda m, b: m(**b).loss)
+        search.begin()
+        with pytest.raises(ValueError, match="auxiliary loss of its routers") if refused else nullcontext():
+            search.step({"input_ids": tokens, "labels": tokens})
+        assert not model._forward_hooks and not model.get_base_model()._forward_hooks
 
 
 def test_how_the_losses_of_parts_add_up_is_found_out() -> None:
