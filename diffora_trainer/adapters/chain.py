@@ -99,11 +99,12 @@ class Chain:
             optimizer (`torch.optim.Optimizer`): the live optimizer, or one that wraps it.
             seed (`int`): what the random numbers are drawn from.
         """
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(device="cpu").manual_seed(seed)
         for site in self._growing():
             self._check_earlier(site)
             a, _ = _weights(site)
-            rows = torch.empty(_rounds_of(site.layer, self.adapter_name).size, a.shape[1])
+            shape = (_rounds_of(site.layer, self.adapter_name).size, a.shape[1])
+            rows = torch.empty(shape, dtype=torch.float32, device="cpu")
             nn.init.kaiming_uniform_(rows, a=math.sqrt(5), generator=generator)
             _grow(site.layer, self.adapter_name, rows, optimizer)
         self.train_last(optimizer)

@@ -175,7 +175,7 @@ class Gates:
             drop_graphs()
 
     def _ones(self) -> Tensor:
-        return torch.ones(len(self))
+        return torch.ones(len(self), dtype=torch.float32)
 
     def _split(self, values: Tensor | None) -> Sequence[Tensor] | None:
         if values is None:

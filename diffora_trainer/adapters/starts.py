@@ -138,7 +138,10 @@ def _start(layer: Any, adapter_name: str, init: str) -> tuple[Tensor, Tensor] | 
     if init == "pissa":  # singular vectors of the weight, of which the rest is orthogonal to them
         checks = [(b.T @ b, a @ a.T), (b.T @ weight, 0.0 * a), (weight @ a.T, 0.0 * b)]
     else:  # the first columns of Q, and rows of R
-        checks = [(b.T @ b, torch.eye(len(a), device=b.device)), (b.T @ weight, (1.0 - scale) * a)]
+        checks = [
+            (b.T @ b, torch.eye(len(a), dtype=torch.float32, device=b.device)),
+            (b.T @ weight, (1.0 - scale) * a),
+        ]
     size = float(torch.linalg.matrix_norm(weight)) + float(torch.linalg.matrix_norm(a)) + 1.0
     if any(float((found - wanted).abs().max()) > _TOLERANCE * size for found, wanted in checks):
         return None

@@ -82,7 +82,10 @@ class Budget:
         # A kind whose part of the cap is not one parameter takes no part.
         self.allowed = (self.targets > 0)[self.group]
         self._ceilings = [(self.allowed, most)]
-        self._sizes, self._costs = self._of_units(torch.ones(len(rows))), self._of_units(self.weights)
+        self._sizes, self._costs = (
+            self._of_units(torch.ones(len(rows), dtype=torch.float32)),
+            self._of_units(self.weights),
+        )
         self._groups = self._of_units(self.group, "amin").long()
         self._check_cap(cap)
         smallest = torch.full_like(self.targets, math.inf).scatter_reduce(0, self._groups, self._costs, "amin")

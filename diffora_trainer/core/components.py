@@ -121,7 +121,7 @@ class Components:
         ends = self.indices(stay, self.counts if kept is None else ranks)
         found: list[Tensor | None] = []
         for own, size, count in zip(ends, self.ranks, self.counts, strict=True):
-            mask = torch.zeros(size)
+            mask = torch.zeros(size, dtype=torch.float32)
             mask[:count] = 1.0 - faded
             mask[list(own)] = 1.0
             found.append(None if bool((mask == 1).all()) else mask)

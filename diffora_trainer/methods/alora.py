@@ -67,10 +67,10 @@ class ALora(RankMethod):
             with torch.no_grad(), context.masked(self.split(open_)):
                 return sum(float(context.loss(batch)) for batch in context.batches) / len(context.batches)
 
-        whole, bare = loss(torch.ones(count)), loss(torch.zeros(count))
+        whole, bare = loss(torch.ones(count, dtype=torch.float32)), loss(torch.zeros(count, dtype=torch.float32))
         found = torch.zeros(count, dtype=torch.float64)
         for index in range(count):
-            alone = torch.zeros(count)
+            alone = torch.zeros(count, dtype=torch.float32)
             alone[index] = 1.0
             found[index] = (loss(1.0 - alone) - whole) + (bare - loss(alone))
         return found

@@ -44,12 +44,12 @@ class AlphaTest(ScoreMethod):
             return float(context.reduce(torch.cat(losses).mean().reshape(1)))
 
         def without(index: int, tenths: int) -> float:
-            values = torch.ones(count)
+            values = torch.ones(count, dtype=torch.float32)
             values[index] = tenths / 10
             return mean_loss(values)
 
-        whole = mean_loss(torch.ones(count))
-        limit = whole + max(0.0, mean_loss(torch.zeros(count)) - whole) / count
+        whole = mean_loss(torch.ones(count, dtype=torch.float32))
+        limit = whole + max(0.0, mean_loss(torch.zeros(count, dtype=torch.float32)) - whole) / count
         scores, rises = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
         for index in range(count):
             off = without(index, 0)

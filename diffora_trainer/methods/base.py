@@ -71,7 +71,7 @@ class SelectionMethod(ABC):
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         self.budget = budget
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self.seed = seed
         self.steps = 0
         self.options: Any = self.Options()
@@ -323,7 +323,7 @@ class ScoreMethod(SelectionMethod):
         return len(self.owner)
 
     def values(self) -> Tensor:
-        return torch.ones(len(self.budget))
+        return torch.ones(len(self.budget), dtype=torch.float32)
 
     def scores(self) -> Tensor:
         return self._scores.clone()

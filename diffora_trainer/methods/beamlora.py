@@ -80,15 +80,15 @@ class BeamLora(RankMethod):
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
         self._on = torch.ones(len(budget), dtype=torch.bool)
-        self._logits = torch.zeros(len(budget))
+        self._logits = torch.zeros(len(budget), dtype=torch.float32)
         self._sizes = [0] * len(budget)
-        self._past = torch.zeros(0)
+        self._past = torch.zeros(0, dtype=torch.float32)
         self._adam = Adam(len(budget))
 
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
         super().prepare(grid, ranks)
         even = self._counts if ranks is None else ranks.start()
-        whole = ranks is None and not bool(self.budget.discretize(torch.zeros(len(grid))).all())
+        whole = ranks is None and not bool(self.budget.discretize(torch.zeros(len(grid), dtype=torch.float32)).all())
         if whole or (ranks is not None and not ranks.fits(even)):
             raise ValueError(
                 f"You passed `method={self.name!r}`, which keeps every module, with a budget that "
@@ -96,9 +96,9 @@ class BeamLora(RankMethod):
                 "`selection_granularity` and limits of a step at their defaults, or use another method."
             )
         self._on = torch.cat([torch.arange(count) < rank for count, rank in zip(self._counts, even, strict=True)])
-        self._logits = torch.zeros(len(self._on))
+        self._logits = torch.zeros(len(self._on), dtype=torch.float32)
         self._adam = Adam(len(self._on))
-        self._past = torch.zeros(sum(self._sizes))
+        self._past = torch.zeros(sum(self._sizes), dtype=torch.float32)
 
     def inspect(self, model: Any, sites: Sequence[Site]) -> None:
         super().inspect(model, sites)
@@ -129,7 +129,7 @@ class BeamLora(RankMethod):
     def after_gate_step(self, sites: Sequence[Site], progress: float) -> None:
         every = self.options.beam_every
         if self.steps % every == every // 2:
-            self._past = torch.cat([torch.zeros(0), *[
+            self._past = torch.cat([torch.zeros(0, dtype=torch.float32), *[
                 torch.cat(rows_and_columns(matrices_of(site)), dim=1).flatten().float().cpu()
                 for site, size in zip(sites, self._sizes, strict=True) if size
             ]])  # fmt: skip

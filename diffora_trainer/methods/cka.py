@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ..core.grid import Grid
@@ -85,7 +86,7 @@ class CkaLayers(ScoreMethod):
                 "line through two points. Please score on more batches (`score_batches`), some hundreds of rows."
             )
         changes = [1.0 - linear_cka(into, out) for into, out in states]
-        return of_modules(context.grid, Tensor(changes), outside=0.0)
+        return of_modules(context.grid, torch.tensor(changes, dtype=torch.float32), outside=0.0)
 
 
 def linear_cka(x: Tensor, y: Tensor) -> float:

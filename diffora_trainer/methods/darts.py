@@ -20,7 +20,7 @@ class _AdamMatrix(GradientMethod):
 
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
         super().__init__(budget, learning_rate, seed)
-        self._logits = torch.zeros(len(budget), requires_grad=True)
+        self._logits = torch.zeros(len(budget), dtype=torch.float32, requires_grad=True)
         assert self.learning_rate is not None
         self._optimizer = torch.optim.Adam([self._logits], lr=self.learning_rate, betas=(0.5, 0.999))
         # Create the moments now, so that the state has the same entries before and after the first step.
@@ -71,10 +71,10 @@ class Softmax(_AdamMatrix):
     def _relax(self, logits: Tensor) -> Tensor:
         budget = self.budget
         # The same shift for all logits of a group changes no softmax and keeps `exp` in range.
-        largest = torch.zeros(len(budget.targets)).scatter_reduce(
+        largest = torch.zeros(len(budget.targets), dtype=torch.float32).scatter_reduce(
             0, budget.group, logits.detach(), "amax", include_self=False
         )
         weights = (logits - largest[budget.group]).exp()
-        totals = torch.zeros(len(budget.targets)).index_add(0, budget.group, weights)
+        totals = torch.zeros(len(budget.targets), dtype=torch.float32).index_add(0, budget.group, weights)
         counts = budget.counts_of_groups().float()
         return (weights / totals[budget.group] * counts[budget.group]).clamp(max=1.0)

@@ -112,17 +112,18 @@ class _Sketch:
 
     def __init__(self, size: int, rank: int) -> None:
         count = _columns(size, rank)
-        generator = torch.Generator().manual_seed(size)
+        generator = torch.Generator(device="cpu").manual_seed(size)
         self.exact = count == size
         # Orthonormal columns.
-        self.test = torch.linalg.qr(torch.randn(size, count, generator=generator, dtype=torch.float64)).Q
+        drawn = torch.randn(size, count, generator=generator, dtype=torch.float64, device="cpu")
+        self.test = torch.linalg.qr(drawn).Q
         self._sums: list[Tensor] = []
 
     def add(self, vectors: Tensor) -> None:
         """Add vectors, `(k, size)`."""
         vectors = vectors.float()
         own = [vectors.T @ (vectors @ self.test.to(vectors)), vectors.sum(dim=0), vectors.square().sum(dim=0)]
-        own.append(torch.full((1,), float(len(vectors)), device=vectors.device))
+        own.append(torch.full((1,), float(len(vectors)), dtype=torch.float32, device=vectors.device))
         self._sums = own if not self._sums else [a + b for a, b in zip(self._sums, own, strict=True)]
 
     def refine(self, context: ScoreContext) -> None:
@@ -136,7 +137,9 @@ class _Sketch:
         """The covariance times the matrix, and the whole variance; zeros if there were no vectors."""
         size, count = self.test.shape
         shapes = ((size, count), (size,), (size,), (1,))
-        sums = self._sums or [torch.zeros(shape) for shape in shapes]  # of a module that was never called
+        sums = self._sums or [
+            torch.zeros(shape, dtype=torch.float32) for shape in shapes
+        ]  # of a module that was never called
         flat = context.reduce(torch.cat([part.cpu().float().flatten() for part in sums])).double()
         image, total, squares, number = (
             part.reshape(shape) for part, shape in zip(flat.split([size * count, size, size, 1]), shapes, strict=True)

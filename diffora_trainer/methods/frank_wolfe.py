@@ -50,7 +50,7 @@ class FrankWolfe(GradientMethod):
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
         super().__init__(budget, learning_rate, seed)
         self._values = budget.share.float()
-        self._gains = torch.zeros(len(budget))
+        self._gains = torch.zeros(len(budget), dtype=torch.float32)
 
     def values(self) -> Tensor:
         return self._values.clone()

@@ -18,8 +18,7 @@ class Adam:
     """
 
     def __init__(self, count: int) -> None:
-        self._mean, self._square = torch.zeros(count), torch.zeros(count)
-        self._steps = torch.zeros(count)
+        self._mean, self._square, self._steps = (torch.zeros(count, dtype=torch.float32) for _ in range(3))
 
     def step(self, gradient: Tensor, learning_rate: float) -> Tensor:
         """What to add to the vector."""

@@ -163,7 +163,10 @@ def input_squares(context: ScoreContext) -> list[Tensor]:
             run(batch)
     # Those of a module that was never called, such as an expert without a token.
     sizes = [matrices_of(site)[0][0].numel() for site in context.sites]
-    found = [sums[index].cpu().float() if index in sums else torch.zeros(size) for index, size in enumerate(sizes)]
+    found = [
+        sums[index].cpu().float() if index in sums else torch.zeros(size, dtype=torch.float32)
+        for index, size in enumerate(sizes)
+    ]
     return [part.double() for part in context.reduce(torch.cat(found)).split([len(part) for part in found])]
 
 
@@ -172,7 +175,7 @@ def _pooled(states: Tensor, mask: Tensor | None, position: str) -> Tensor:
     steps = torch.arange(1, states.shape[1] + 1, device=states.device)
     rows = torch.arange(len(states), device=states.device)
     if position == "mean":
-        weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+        weights = mask.float() / mask.sum(dim=1, keepdim=True).clamp(min=1)
         pooled = (wide(states) * wide(weights).unsqueeze(-1)).sum(dim=1)
     elif position == "last":
         pooled = states[rows, (mask * steps).argmax(dim=1)]

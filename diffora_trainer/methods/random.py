@@ -24,5 +24,6 @@ class Random(ScoreMethod):
     reads_data = False
 
     def score(self, context: ScoreContext) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
-        return torch.rand(context.draw + 1, len(context.grid), dtype=torch.float64, generator=generator)[-1]
+        generator = torch.Generator(device="cpu").manual_seed(self.seed)
+        shape = (context.draw + 1, len(context.grid))
+        return torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu")[-1]

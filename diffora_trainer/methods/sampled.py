@@ -24,8 +24,8 @@ class Sampled(GradientMethod):
 
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
         super().__init__(budget, learning_rate, seed)
-        self._logits = torch.zeros(len(budget))
-        self._mean_square = torch.zeros(())
+        self._logits = torch.zeros(len(budget), dtype=torch.float32)
+        self._mean_square = torch.zeros((), dtype=torch.float32)
 
     def values(self) -> Tensor:
         return self.budget.calibrate(self._logits)
@@ -34,7 +34,11 @@ class Sampled(GradientMethod):
         return self._logits.clone()
 
     def training_gates(self) -> Tensor:
-        noise = -torch.empty(len(self.budget)).exponential_(generator=self.generator).log()
+        noise = (
+            -torch.empty(len(self.budget), dtype=torch.float32, device="cpu")
+            .exponential_(generator=self.generator)
+            .log()
+        )
         return self.budget.discretize(self._logits + noise).float()
 
     def evaluation_gates(self) -> Tensor:

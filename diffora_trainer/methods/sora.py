@@ -73,12 +73,12 @@ class Sora(RankMethod):
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
-        self._gates = torch.ones(len(budget))
+        self._gates = torch.ones(len(budget), dtype=torch.float32)
         self._adam = Adam(len(budget))
 
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
         super().prepare(grid, ranks)
-        self._gates = torch.ones(self.num_scores)
+        self._gates = torch.ones(self.num_scores, dtype=torch.float32)
         self._adam = Adam(self.num_scores)
 
     def component_gates(self) -> list[Tensor]:

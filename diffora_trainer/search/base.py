@@ -188,11 +188,11 @@ class SearchBase(GatedModel):
         """
         batches = list(batches)
         with_all = self.held_out_losses(batches)
-        with self.gates.override(torch.zeros(len(self.gates))):
+        with self.gates.override(torch.zeros(len(self.gates), dtype=torch.float32)):
             without = self.held_out_losses(batches)
         self.effect = paired(without, with_all) or self.effect
         if len(self.early_losses) == len(with_all):
-            self.progress = paired(torch.tensor(self.early_losses), with_all)
+            self.progress = paired(torch.tensor(self.early_losses, dtype=torch.float32), with_all)
         return float(with_all.mean())
 
     def measure_early(self, batches: Iterable[Any]) -> None:

@@ -87,7 +87,12 @@ class ArchitectureGradient:
             place(descent, -learning_rate)
             loss, (gradient, *ahead) = self._gradients(batch, values, weights)
             norm = float(
-                torch.sqrt(sum((g.float().square().sum() for g in ahead), torch.zeros((), device=loss.device)))
+                torch.sqrt(
+                    sum(
+                        (g.float().square().sum() for g in ahead),
+                        torch.zeros((), dtype=torch.float32, device=loss.device),
+                    )
+                )
             )
             if norm == 0 or not math.isfinite(norm):  # nothing to correct, or a step that will be skipped
                 return loss, gradient

@@ -46,7 +46,7 @@ class Evidence:
 
 def keeps_all(method: SelectionMethod) -> bool:
     """Whether the budget has room for every module, so that there is nothing to choose."""
-    return bool(method.budget.discretize(torch.zeros(len(method.budget))).all())
+    return bool(method.budget.discretize(torch.zeros(len(method.budget), dtype=torch.float32)).all())
 
 
 def out_of_limits(config: DiffoRAConfig, costs: StepCosts, rows: Collection[int]) -> str:

@@ -111,8 +111,8 @@ class HeldOutBatches:
     def _index(self, position: int) -> int:
         epoch, offset = divmod(position, len(self.dataset))
         if self._order is None or self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = (epoch, torch.randperm(len(self.dataset), generator=generator).tolist())
+            generator = torch.Generator(device="cpu").manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = (epoch, torch.randperm(len(self.dataset), generator=generator, device="cpu").tolist())
         return self._order[1][offset]
 
 

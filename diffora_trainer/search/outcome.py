@@ -33,7 +33,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
     relaxed, scores = search.of_modules(method.values()), search.of_modules(method.scores())
     trained = method.evaluation_gates()
-    selected = torch.ones(len(kept))
+    selected = torch.ones(len(kept), dtype=torch.float32)
     if trained is not None and getattr(method.options, "fold_gates", True):
         selected = trained
     factors = torch.where(torch.tensor(kept), selected, relaxed)
@@ -82,7 +82,9 @@ def search_metrics(search: SearchBase) -> dict[str, float]:
     report[f"diffora/{what}_mean"] = float(values.mean())
     report[f"diffora/{what}_max"] = float(values.max())
     if search.config.log_gates_by_kind and len(grid.columns) <= _MAX_LOGGED_KINDS:
-        table = torch.tensor(grid.table(search.of_modules(values.float()).tolist(), empty=float("nan")))
+        table = torch.tensor(
+            grid.table(search.of_modules(values.float()).tolist(), empty=float("nan")), dtype=torch.float32
+        )
         for column, value in zip(short_names(grid.columns), table.nanmean(dim=0).tolist(), strict=True):
             report[f"diffora/{what}/{column}"] = value
     if search.pending_losses:

@@ -106,7 +106,7 @@ class ModulePlan(RankPlan):
     def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
         found: list[Tensor | None] = []
         for old, new, size in zip(self.start, ranks, self.budget.ranks, strict=True):
-            mask = torch.zeros(size)
+            mask = torch.zeros(size, dtype=torch.float32)
             mask[:old] = 1.0 - faded
             mask[:new] = 1.0
             found.append(None if bool((mask == 1).all()) else mask)
@@ -161,7 +161,9 @@ class ComponentPlan(RankPlan):
         ranks = self.components.count(kept)
         # What is new is no entry of the matrix, so that it has room beside those that stay.
         room = map(lambda rank, old, every: rank + every - old, ranks, self.start, self.budget.ranks)
-        worth = self.components.mean(scores if gains is None else gains) / torch.tensor(self.budget.costs)
+        worth = self.components.mean(scores if gains is None else gains) / torch.tensor(
+            self.budget.costs, dtype=torch.float32
+        )
         order = torch.sort(worth, descending=True, stable=True).indices.tolist()
         return kept, replace(self.budget, ranks=tuple(room)).grow(ranks, order)
 

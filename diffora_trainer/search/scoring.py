@@ -86,7 +86,7 @@ def _scoring(search: SearchBase, batches: list[Any], function: ScoreFunction | N
 @contextmanager
 def _calls(sites: Sequence[Site]) -> Iterator[Tensor]:
     """Which adapters are called meanwhile: a vector, `(n,)`, that is 1 for these in the end, and 0 for others."""
-    called = torch.zeros(len(sites))
+    called = torch.zeros(len(sites), dtype=torch.float32)
 
     def note(index: int, *_: Any) -> None:
         called[index] = 1.0

@@ -177,7 +177,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         if self.rank_plan is not None:
             self.set_ranks(self.ranks, progress)
             return
-        self._fading = torch.where(self.kept, 1.0, 1.0 - progress)
+        self._fading = torch.ones(len(self.kept), dtype=torch.float32).masked_fill(~self.kept, 1.0 - progress)
         self.gates.set_evaluation(self._fading)
 
     # Learning

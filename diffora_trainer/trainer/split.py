@@ -93,7 +93,7 @@ class HeldOutSampler(Sampler[int]):
             drawn[index] = True
             yield index
             position += 1
-        generator = torch.Generator().manual_seed(self.plan.seed + epoch)
+        generator = torch.Generator(device="cpu").manual_seed(self.plan.seed + epoch)
         for index in put_off:
             yield index if position >= before_cut else self._stand_in(generator, drawn)
             position += 1
@@ -119,7 +119,7 @@ class HeldOutSampler(Sampler[int]):
                 "is nothing to train on before the pruning. Please pass `arch_dataset=` to the trainer."
             )
         while True:
-            index = int(torch.randint(self.size, (), generator=generator))
+            index = int(torch.randint(self.size, (), generator=generator, device="cpu"))
             if drawn[index] and index not in self.plan.held_out:
                 return index
 
@@ -180,5 +180,5 @@ def split_indices(size: int, part: float, seed: int) -> list[int]:
             f"The training set has {size} row(s), and `arch_split={part}` holds out {held_out} of them, so no data is "
             "left to train on. Please use a smaller `arch_split`, more data, or pass `arch_dataset=` to the trainer."
         )
-    generator = torch.Generator().manual_seed(seed)
-    return sorted(torch.randperm(size, generator=generator)[:held_out].tolist())
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    return sorted(torch.randperm(size, generator=generator, device="cpu")[:held_out].tolist())

@@ -261,7 +261,8 @@ def _outputs(model: nn.Module, layers: list[nn.Module]) -> list[Tensor]:
     handles = [layer.register_forward_hook(lambda *args: found.append(_tensor(args[-1]))) for layer in layers]
     try:
         vectors = base.get_input_embeddings().weight
-        ids = torch.randint(len(vectors), (1, _TOKENS), generator=torch.Generator().manual_seed(0)).to(vectors.device)
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        ids = torch.randint(len(vectors), (1, _TOKENS), generator=generator, device="cpu").to(vectors.device)
         with torch.no_grad():
             output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
     except (AttributeError, TypeError, ValueError) as error:
