@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..compat import is_sentence_transformer, keep_frozen
 from ..core.grid import LORA
 from .base import AdapterSite, SiteKind, peft_name, register_site_kind
-from .optimizer import narrow_weight
+from .optimizer import NO_LORA_FA, narrow_weight
 
 
 # These initialisations subtract the LoRA from the base weight. Given back to a module that is pruned it has to be what
@@ -198,7 +198,13 @@ class LoraSite(AdapterSite):
             raise ValueError(
                 f"The adapters of {self.name!r} are disabled. Please call `model.enable_adapter_layers()` first."
             )
-        if not all(parameter.requires_grad for parameter in self.parameters):
+        trained = [parameter.requires_grad for parameter in self.parameters]
+        if any(trained) and not all(trained):
+            raise ValueError(
+                f"A part of the LoRA of {self.name!r} is frozen, and another is trained. A search trains and prunes "
+                f"it as a whole. {NO_LORA_FA}"
+            )
+        if not all(trained):
             raise ValueError(
                 f"The LoRA of {self.name!r} is frozen, so it cannot be trained. Load the adapter with "
                 "`is_trainable=True`, or call `model.set_adapter(name)`."

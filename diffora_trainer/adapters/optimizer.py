@@ -12,10 +12,24 @@ from torch.optim import Optimizer
 from ..compat import SCHEDULER_LISTS, inner_schedulers
 
 
+NO_LORA_FA = (
+    "LoRA-FA (`peft.optimizers.create_lorafa_optimizer`) freezes `lora_A`, and keeps its state by the names of the "
+    "parameters: it would keep those of pruned modules, and moments of another shape for modules that lose ranks. "
+    "Please train the whole LoRA with another optimizer, or use the parent trainer."
+)
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Raise a `ValueError` if parameters cannot leave an optimizer in the middle of a run."""
+    if any(cls.__name__ == "LoraFAOptimizer" for cls in type(innermost(optimizer)).__mro__):  # not in all of PEFT's
+        raise ValueError(f"You passed a `{type(innermost(optimizer)).__name__}`. {NO_LORA_FA}")
+
+
 def remove_from_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:
     """
-    Take parameters out of a live optimizer: out of its groups and its state. Groups that this empties go too, together
-    with the scheduler's entries for them. A group that was empty before stays, as the optimizer of a plain run has it.
+    Take parameters out of a live optimizer: out of its groups, with their entries in lists that run beside them (as
+    the names of named parameters do), and out of its state. Groups that this empties go too, together with the
+    scheduler's entries for them. A group that was empty before stays, as the optimizer of a plain run has it.
 
     Args:
         optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it in an attribute `optimizer`.
@@ -26,9 +40,9 @@ def remove_from_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Paramete
     gone = set(parameters)
     keep = []
     for group in optimizer.param_groups:
-        left = [parameter for parameter in group["params"] if parameter not in gone]
+        left = [index for index, parameter in enumerate(group["params"]) if parameter not in gone]
         keep.append(bool(left) or not group["params"])
-        group["params"] = left
+        _take(optimizer, group, left)
     for parameter in gone:
         optimizer.state.pop(parameter, None)
     _keep_groups(optimizer, keep, scheduler)
@@ -125,8 +139,24 @@ def sort_parameters(optimizer: Optimizer, model: nn.Module) -> None:
     module, and an optimizer built anew on resume, whose saved state is matched by position, will find it there.
     """
     order = {parameter: index for index, parameter in enumerate(model.parameters())}
-    for group in optimizer.param_groups:
-        group["params"].sort(key=lambda parameter: order.get(parameter, len(order)))
+    for group in innermost(optimizer).param_groups:
+        places = [order.get(parameter, len(order)) for parameter in group["params"]]
+        _take(innermost(optimizer), group, sorted(range(len(places)), key=places.__getitem__))
+
+
+def _take(optimizer: Any, group: dict[str, Any], indices: Sequence[int]) -> None:
+    """
+    Let some parameters of a group stay, in this order, and with them their entries in lists that run beside them:
+    `param_names`, where an optimizer was given named parameters, and others of a user's. An option that all groups
+    have, such as `betas`, is none of these, though it may be a list and as long.
+    """
+    beside = [
+        name
+        for name, values in group.items()
+        if isinstance(values, list) and len(values) == len(group["params"]) and name not in optimizer.defaults
+    ]
+    for name in beside:
+        group[name] = [group[name][index] for index in indices]
 
 
 def _forget_groups(scheduler: Any, filled: list[bool]) -> None:

@@ -79,7 +79,7 @@ class SelectionRun(RunParts):
 
     Raises:
         TypeError: if the model is not a `PeftModel`, or its adapter not LoRA.
-        ValueError: if the adapter cannot be searched, no module fits the budget, or the run is too short for it.
+        ValueError: if model or optimizer cannot be searched with, no module fits the budget, or the run too short.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ from accelerate.utils import parse_flag_from_env
 from torch import nn
 
 from ..adapters.base import kinds_of
+from ..adapters.optimizer import check_optimizer
 from ..compat import (
     activation_checkpointing,
     activation_checkpointing_kwargs,
@@ -59,6 +60,7 @@ def check_trainer(trainer: Any) -> None:
     """Raise a `ValueError` if the training arguments ask for something that a search cannot run with."""
     args = trainer.args
     _check_sentence_transformer(trainer)
+    check_optimizer(trainer.optimizer)
     if activation_checkpointing(args) and activation_checkpointing_kwargs(args).get("use_reentrant"):
         raise ValueError(
             "You passed `use_reentrant=True` for gradient checkpointing. Its backward pass cannot give the gradient "

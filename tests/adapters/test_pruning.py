@@ -17,7 +17,7 @@ from torch.optim import lr_scheduler
 from transformers import get_cosine_schedule_with_warmup, get_wsd_schedule
 
 from diffora_trainer.adapters.grid import AdapterGrid
-from diffora_trainer.adapters.optimizer import remove_from_optimizer
+from diffora_trainer.adapters.optimizer import remove_from_optimizer, sort_parameters
 from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.selection import Selection
 from helpers.adapted import adapted_names, logits, lora_layers, random_selection, randomize
@@ -232,3 +232,20 @@ def test_wrapped_optimizer_and_scheduler() -> None:
     optimizer.step()
     wrapped.step()
     assert wrapped.get_last_lr() == [pytest.approx(0.2 * 0.81)] and scheduler.base_lrs == [0.2]
+
+
+def test_lists_beside_the_parameters_of_a_group_go_with_them() -> None:
+    """The names of named parameters, and what a user has put beside them; no option, such as `betas`."""
+    model = nn.ParameterDict({name: nn.Parameter(torch.ones(2)) for name in "abcd"})
+    group = [(name, model[name]) for name in "dbac"]
+    sizes, betas = [4.0, 2.0, 1.0, 3.0], [0.5, 0.9]
+    optimizer = torch.optim.AdamW([{"params": group, "sizes": sizes, "betas": betas, "kinds": ("x",) * 4}], lr=0.1)
+    (found,) = optimizer.param_groups
+    remove_from_optimizer(optimizer, [model["b"], model["c"]])
+    assert found["param_names"] == ["d", "a"] and found["sizes"] == [4.0, 1.0]
+    assert found["params"] == [model["d"], model["a"]]
+    sort_parameters(optimizer, model)
+    assert found["param_names"] == ["a", "d"] and found["sizes"] == [1.0, 4.0]
+    assert found["params"] == [model["a"], model["d"]]
+    remove_from_optimizer(optimizer, [model["d"]])
+    assert found["param_names"] == ["a"] and found["betas"] == betas

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from peft.optimizers import create_lorafa_optimizer
 from torch import nn
 
 from diffora_trainer import add_shortcuts
@@ -39,6 +40,15 @@ def with_shortcuts_and_a_reference() -> PeftModel:
 def frozen() -> PeftModel:
     model = ready_model()
     return model.requires_grad_(False)
+
+
+def with_lora_fa(thawed: bool = False) -> dict[str, Any]:
+    """A model whose `lora_A` is frozen, and its optimizer; `thawed`, as one may who is told that it is."""
+    model = ready_model()
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    if thawed:
+        model.set_adapter("default")
+    return {"model": model, "peft_config": None, "optimizers": (optimizer, None)}
 
 
 def two_adapters() -> PeftModel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from helpers.unfit_models import (
     on_meta,
     ready_model,
     two_adapters,
+    with_lora_fa,
     with_shortcuts_and_a_reference,
     without_layers,
 )
@@ -90,6 +92,13 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
         r"2 adapters \(\['default', 'ref'\]\).*leave the shortcuts out",
     ),
     "frozen": (ready(frozen), ValueError, "frozen.*is_trainable=True"),
+    "LoRA-FA": (with_lora_fa, ValueError, "`LoraFAOptimizer`.*another optimizer"),
+    "frozen in part": (
+        lambda: {**with_lora_fa(), "optimizers": (None, None)},
+        ValueError,
+        "is frozen, and another is trained.*create_lorafa_optimizer.*parent trainer",
+    ),
+    "LoRA-FA, thawed": (partial(with_lora_fa, thawed=True), ValueError, "`LoraFAOptimizer`.*another optimizer"),
     "two active adapters": (ready(two_adapters), ValueError, "2 active adapters.*set_adapter"),
     "model and configuration": (lambda: {"model": ready_model()}, ValueError, "`PeftModel` together.*peft_config"),
     # Options and training arguments
