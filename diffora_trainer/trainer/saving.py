@@ -80,7 +80,13 @@ class OutputCard:
 
 
 def complete_adapter(trainer: Any, folder: Path) -> None:
-    """Complete what the parent trainer has just saved: with what its model has beside LoRA, and what was found."""
+    """
+    Complete what the parent trainer has just saved: with what its model has beside LoRA, and what was found. A model
+    without an adapter, into which its user has merged it, is whole as the parent saves it: as `diffora export --for
+    merged` leaves one, with nothing that tells of LoRA modules.
+    """
+    if not isinstance(peft_model(trainer.model), PeftModel):
+        return
     for kind in extra_kinds():
         kind.save(peft_model(trainer.model), folder)
     save_findings(trainer, folder)
@@ -89,7 +95,9 @@ def complete_adapter(trainer: Any, folder: Path) -> None:
 def save_findings(trainer: Any, folder: Path, new_adapter: bool = True) -> None:
     """
     Save what the search found beside the adapter: the selection, its picture, the report and the card; and the names
-    of the classes of a classifier. What an earlier run has left of these in the folder is removed.
+    of the classes of a classifier. What an earlier run has left of these in the folder is removed. Of an adapter that
+    the selection does not describe, since the user has put another model in place of the trained one, only the card is
+    written.
 
     Args:
         trainer (`Trainer`): the trainer.
@@ -97,7 +105,12 @@ def save_findings(trainer: Any, folder: Path, new_adapter: bool = True) -> None:
         new_adapter (`bool`, *optional*, defaults to `True`): whether the adapter in the folder is the trainer's: one
             of an earlier run, which the trainer has not replaced yet, keeps what tells of it.
     """
-    model, selection = trainer.model, trainer.selection
+    model, selection = trainer.model, trainer._session.selection_of(trainer.model)
+    if new_adapter and selection is None and trainer.selection is not None:
+        logger.warning(
+            "The adapter of this trainer's model is not the one of its run, so `diffora_selection.json`, the picture "
+            "and the report are not saved beside it. `trainer.selection.save(folder)` writes the first elsewhere."
+        )
     if new_adapter or selection is not None:
         _remove_other_selection(selection, folder)
     if selection is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerState
@@ -16,7 +17,7 @@ from ..adapters.backward import keep_suspended, restore_input_gradients
 from ..adapters.base import extra_kinds
 from ..adapters.grid import describe_base
 from ..adapters.lora import peft_model
-from ..adapters.pruning import restore_selection
+from ..adapters.pruning import is_applied, restore_selection
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
@@ -96,6 +97,13 @@ class TrainerSession:
     def is_pruned(self, model: nn.Module) -> bool:
         """Whether a model has already lost its unselected modules: it is trained on as an ordinary LoRA model."""
         return self._pruned_model is not None and self._pruned_model() is peft_model(model)
+
+    def selection_of(self, model: nn.Module) -> Selection | None:
+        """What was chosen, unless a model was put in the place of the trained one that has other modules, or none."""
+        model, selection = peft_model(model), self.selection
+        if selection is None or self.is_pruned(model):
+            return selection
+        return selection if isinstance(model, PeftModel) and is_applied(model, selection) else None
 
     @property
     def finished(self) -> bool:

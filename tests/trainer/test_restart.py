@@ -10,12 +10,13 @@ from typing import Any
 
 import optuna
 import pytest
+from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, set_seed
 
 from diffora_trainer import Selection
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import classification_dataset
-from helpers.trainers import CUT, SaveAt, classifier, make_trainer, out_of_memory, running
+from helpers.trainers import CUT, SaveAt, classifier, lora, make_trainer, out_of_memory, running
 from helpers.trials import Given
 
 
@@ -34,6 +35,44 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 
 def after(step: int, trainer: Trainer) -> dict[int, dict[str, float]]:
     return {at: log for at, log in step_logs(trainer).items() if at > step}
+
+
+# A model in place of the trained one
+
+
+def test_a_merged_model_is_saved_as_the_parent_saves_it(tmp_path: Path) -> None:
+    """Beside the adapter of the run, of which the findings still tell, or in a folder of its own."""
+    trainer = build(tmp_path / "run", task="llama")
+    trainer.train()
+    trainer.save_model()
+    trainer.model = trainer.model.merge_and_unload()
+    for folder, told in (("run", True), ("merged", False)):
+        trainer.save_model(str(tmp_path / folder))
+        assert (tmp_path / folder / "model.safetensors").is_file()
+        for name in ("diffora_selection.json", "dam.png", "diffora_report.html", "adapter_config.json"):
+            assert (tmp_path / folder / name).is_file() is told, name
+    loaded = type(trainer.model).from_pretrained(tmp_path / "merged")
+    assert_same(loaded.state_dict(), trainer.model.state_dict())
+
+
+def test_findings_are_saved_with_the_adapter_that_they_describe(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build(tmp_path / "run", task="llama")
+    trainer.train()
+    trainer.save_model()
+    files = ("diffora_selection.json", "dam.png", "diffora_report.html")
+    # The run's own adapter, loaded again, is another object with the same modules.
+    trainer.model = PeftModel.from_pretrained(classifier("llama").model, tmp_path / "run", is_trainable=True)
+    trainer.save_model(str(tmp_path / "again"))
+    assert all((tmp_path / "again" / name).is_file() for name in files)
+    assert "is not the one of its run" not in caplog.text
+    trainer.model = get_peft_model(classifier("llama").model, lora(task_type="SEQ_CLS"))
+    trainer.save_model()
+    assert "is not the one of its run" in caplog.text
+    assert not any((tmp_path / "run" / name).is_file() for name in files)
+    assert "LoRA modules" not in (tmp_path / "run" / "README.md").read_text()
+    assert trainer.selection is not None
 
 
 # Second runs
