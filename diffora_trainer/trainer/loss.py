@@ -21,6 +21,7 @@ from ..compat import (
     uses_vllm,
 )
 from ..core.isolation import replaced
+from .bookkeeping import own_containers
 from .checks import check_generation
 
 
@@ -94,16 +95,19 @@ def check_own_loss(trainer: Any) -> None:
         )
 
 
+_DATA = ("train_dataset", "eval_dataset", "arch_dataset")
 _PLAIN = (int, float, bool, str, type(None), Tensor)
 
 
 @contextmanager
 def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
     """
-    Put a trainer's counters and metrics back as they were. TRL's `compute_loss` appends to `_metrics`, counts tokens
-    in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`, and in 0.28 its BCO, and DPO
-    with `loss_type="bco_pair"`, have a mean of all rewards in `running`; an architecture step must not show in any of
-    them.
+    Put a trainer's counters and metrics back as they were, and let it log nothing. TRL's `compute_loss` appends to
+    `_metrics`, counts tokens in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`, and
+    in 0.28 its BCO, and DPO with `loss_type="bco_pair"`, have a mean of all rewards in `running`; what users write
+    does the like under other names. An architecture step must not show in any of them.
+
+    What is kept of the trainer's attributes are numbers, texts, and what [`own_containers`] copies.
     """
     kept = {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)}
     records = {
@@ -112,13 +116,17 @@ def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
         if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats", "counters"))
     }
     statistics = [(owner, dict(vars(owner))) for owner in vars(trainer).values() if _is_statistic(owner)]
+    others = {n: v for n, v in vars(trainer).items() if n not in records and n not in _DATA}
+    copies = own_containers(others)
+    originals = {name: others[name] for name in copies}
     try:
-        vars(trainer).update(copy.deepcopy(records))
+        vars(trainer).update(copy.deepcopy(records), **copies)
         for owner, values in statistics:  # tensors may be changed in place
             vars(owner).update({n: v.detach().clone() for n, v in values.items() if isinstance(v, Tensor)})
-        yield
+        with replaced(trainer, "log", lambda *args, **kwargs: None):
+            yield
     finally:
-        vars(trainer).update(kept, **records)
+        vars(trainer).update({**kept, **records, **originals})
         for owner, values in statistics:
             vars(owner).update(values)
 
