@@ -32,6 +32,11 @@ class SessionCallback(TrainerCallback):
         if self.session.finished:  # the loop looks at this once it has asked for batches, and is given none
             control.should_training_stop = True
 
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.session.begin_epoch(state.global_step, skips_rows=not args.ignore_data_skip)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:

@@ -172,6 +172,11 @@ class HeldOutData:
             self.split.set_prune_step(step, *steps_of_epoch(self._trainer))
             self.split.given_back = given_back
 
+    def begin_epoch(self, step: int) -> None:
+        """Note at which optimizer step the epoch begins that will be read now."""
+        if self.split is not None:
+            self.split.begin_epoch(step)
+
     def keep_rollouts(self, searching: bool) -> AbstractContextManager[None]:
         """While the search lasts, keep for it what a training step is given, if that is what it reads."""
         if self.rollouts is None or not searching:

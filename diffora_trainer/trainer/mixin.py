@@ -143,7 +143,9 @@ class DiffoRAMixin(_Base):
         self._public_copies = PublicCopies(self)
         self._output_card = saving.OutputCard(self)
         self._prefix_cache = TrainingPrefix(self)
-        self._session = TrainerSession(self.diffora_config, Hooks(self._make_run, self._set_prune_step))
+        self._session = TrainerSession(
+            self.diffora_config, Hooks(self._make_run, self._set_prune_step, self._held_out.begin_epoch)
+        )
 
     def _prepare_search(self, given: Any = None, formatting_func: Any = None) -> None:
         """
@@ -245,7 +247,10 @@ class DiffoRAMixin(_Base):
         """
         The loss of an architecture step, whose gradient moves the matrix: `compute_loss`, or, in a trainer that takes
         its loss elsewhere, what its `training_step` would take the gradient of. Override it where an architecture step
-        should minimise another loss. Counters and metrics of the trainer are put back after the call.
+        should minimise another loss. The trainer's `log` does nothing meanwhile, and its counters and metrics are put
+        back after the call: attributes that are numbers, texts, tensors without a gradient, NumPy arrays, lists,
+        dictionaries, sets and deques, up to 100,000 entries or 16 MiB each. What else the call changes (attributes of
+        objects of other classes, files, what is sent to a tracker directly) stays changed.
 
         Args:
             model (`nn.Module`): the model as it is trained, under the gates of the search.

@@ -40,10 +40,12 @@ class Hooks:
         make_run (`Callable`): makes the run of a model, its optimizer and its scheduler, of so many steps.
         resume_split (`Callable[[int], None]`): tells the training data of a run that is resumed after the pruning at
             which step that was: until the end of that epoch the order of the rows depends on it.
+        begin_epoch (`Callable[[int], None]`): tells the training data at which step an epoch begins.
     """
 
     make_run: Callable[[nn.Module, Any, Any, int], SelectionRun]
     resume_split: Callable[[int], None]
+    begin_epoch: Callable[[int], None]
 
 
 class TrainerSession:
@@ -141,6 +143,14 @@ class TrainerSession:
             self.run.restore(saved, tensors, (folder, os.path.join(folder, TENSORS_NAME)))
         self.run.begin()
         return self._take_over()
+
+    def begin_epoch(self, step: int, skips_rows: bool) -> None:
+        """
+        Before the rows of an epoch are read, at an optimizer step of this number. The first epoch of a run that is
+        resumed (`skips_rows`) may be read from its middle on, which is where the Trainer takes the step to be.
+        """
+        if step > self._first_step or not skips_rows:
+            self._hooks.begin_epoch(step)
 
     def before_step(self, batch: Any) -> None:
         """Before a forward pass of a training batch."""

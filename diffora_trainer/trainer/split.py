@@ -17,8 +17,8 @@ class SplitPlan:
     Which rows are held out, and until when. Shared by all readers of the training data; the moment of the pruning is
     filled in when the length of the run is known, before the first row is read.
 
-    Everything is a function of the position in the data, not of time, so workers that fetch ahead and runs that are
-    resumed see the same order.
+    Everything is a function of the position in the data and of the step at which an epoch began, so workers that fetch
+    ahead and runs that are resumed see the same order.
 
     Args:
         held_out (`Iterable[int]`): indices (map-style) or ordinals (streaming) of the held-out rows.
@@ -33,6 +33,7 @@ class SplitPlan:
         self.seed = seed
         self.given_back = False
         self._cut = self._steps_per_epoch = self._rows_per_step = 0
+        self._began: int | None = None
 
     def set_prune_step(self, step: int, steps_per_epoch: int, rows_per_step: int) -> None:
         """
@@ -43,9 +44,16 @@ class SplitPlan:
         """
         self._cut, self._steps_per_epoch, self._rows_per_step = step, steps_per_epoch, rows_per_step
 
+    def begin_epoch(self, step: int) -> None:
+        """
+        Say at which optimizer step the epoch that will be read next begins in fact. It may be an earlier one than by
+        the steps of an epoch: a callback can end one before its last row (`control.should_epoch_stop`).
+        """
+        self._began = step
+
     def rows_before_cut(self, epoch: int) -> float:
         """Rows of an epoch that are read before the pruning; infinite if all of them are."""
-        steps = self._cut - epoch * self._steps_per_epoch
+        steps = self._cut - (epoch * self._steps_per_epoch if self._began is None else self._began)
         if steps >= self._steps_per_epoch > 0:
             return math.inf
         return max(0, steps) * self._rows_per_step

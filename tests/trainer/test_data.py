@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
-from transformers import DataCollatorWithPadding, Trainer, set_seed
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_seed
 
 from diffora_trainer import DiffoRATrainer
 from helpers.checks import adapter, assert_same, step_logs
@@ -29,12 +29,16 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
     return batch
 
 
+class Notes(list):
+    """Of a class of its own, so that it is not put back after an architecture step as a trainer's lists are."""
+
+
 class Recorder:
     """Notes the rows of each training step, those of evaluations, and those of every other loss."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         self.trained: dict[int, list[int]] = {}
-        self.searched: list[int] = []
+        self.searched = Notes()
         self.evaluated: list[int] = []
         self._place = "search"
         super().__init__(*args, **kwargs)
@@ -78,13 +82,14 @@ class Stock(Recorder, Trainer):
 
 def run(folder: Path, cls: type[Recorder] = Searching, **kwargs: object) -> Recorder:
     args = {"remove_unused_columns": False, **kwargs.pop("args", {})}
+    resume = kwargs.pop("resume", None)
     settings = {"train_dataset": rows_of(ROWS), "data_collator": collate, **kwargs}
     if cls is Stock:
         settings["model"] = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
         settings.pop("search", None)
         settings.pop("arch_dataset", None)
     trainer = make_trainer(folder, cls=cls, args=args, **settings)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -126,6 +131,29 @@ def test_held_out_rows_are_kept_from_the_weights_until_the_cut(name: str, tmp_pa
     # Nothing of it changes the number of steps, or of rows in a step.
     assert {s: len(rows) for s, rows in found.trained.items()} == {s: len(rows) for s, rows in stock.trained.items()}
     assert found.state.max_steps == stock.state.max_steps and found.state.epoch == stock.state.epoch
+
+
+class StopEpochs(TrainerCallback):
+    """Ends each epoch after its third step, and saves one of them."""
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_epoch_stop = state.global_step % 3 == 0
+        control.should_save = state.global_step == 7
+
+
+def test_held_out_rows_stay_out_where_epochs_end_early(tmp_path: Path) -> None:
+    """Also in a run that is resumed, whose place the parent takes from full epochs, and in one that skips no rows."""
+    args = {"num_train_epochs": 10, "max_steps": -1, "save_strategy": "steps", "save_steps": 1000}
+    options = {"train_dataset": rows_of(24), "search": {"discretize_at": 16}, "callbacks": [StopEpochs()]}
+    runs = [run(tmp_path, args=args, **options)]
+    for skip in (False, True):
+        resumed = {**args, "ignore_data_skip": skip}
+        runs.append(run(tmp_path / "resumed", args=resumed, resume=str(tmp_path / "checkpoint-7"), **options))
+    for found in runs:
+        held_out, first, last = set(found.searched), min(found.trained), max(found.trained)
+        assert found.selection is not None and found.selection.step == 16 and len(held_out) == 3
+        assert not held_out & set(found.rows(first, 16))
+        assert held_out & set(found.rows(17, last))
 
 
 def test_search_never_reads_the_evaluation_set(tmp_path: Path) -> None:
