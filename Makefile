@@ -27,7 +27,7 @@ TEST_ENV := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(ENV)
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 # The tests of what most depends on the versions of the libraries: some five minutes on two slow cores.
 CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop third_party preference trainers_table freezing \
-	trainer_parents loop_habits rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume callback_saves checkpoint time_budget micro_batches \
+	trainer_parents loop_habits own_loss rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume callback_saves checkpoint time_budget micro_batches \
 	prefix_cache early_choice images progress adapter_runs rank_method_runs heads) \
 	$(addprefix adapters/test_,gates architectures pruning backward sites lora_sites) $(addprefix core/test_,selection config state units) \
 	search/test_search search/test_rank_runs $(addprefix methods/test_rank_,methods surgery) schedules/test_factors schedules/test_loops integrations/test_callback serving/test_export serving/test_merged hub/test_saving hub/test_report project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
