@@ -86,7 +86,7 @@ class CompareConfig:
             Runs at a time. On a CPU one worker a core is faster than several cores a run for small models; `0` makes
             them one after the other in this process.
         output_dir (`str`, *optional*, defaults to `"compare"`):
-            Where `results.jsonl`, `table.md` and `percentiles.png` go.
+            Where `results.jsonl`, `table.md`, `losses.png` and `confidence.png` go.
     """
 
     methods: list[str] = field(
