@@ -38,12 +38,12 @@ class AdapterGrid:
 
         Args:
             model (`PeftModel`): a model with a LoRA adapter.
-            adapter_name (`str`, *optional*): which adapter; defaults to the active one.
+            adapter_name (`str`, *optional*): which adapter; defaults to the active one, and has to be it.
 
         Raises:
             TypeError: if the model is not a `PeftModel`, or the adapter is not LoRA.
-            ValueError: if the adapter has no layer, is merged, disabled or frozen, or is of a variant whose effect a
-                gate cannot scale exactly, or if modules share their weights.
+            ValueError: if the adapter has no layer, is not the only active one, is merged, disabled or frozen, or is
+                of a variant whose effect a gate cannot scale exactly, or if modules share their weights.
         """
         config = _check_adapter(model, adapter_name)
         assert isinstance(model, PeftModel)
@@ -79,6 +79,33 @@ def describe_base(model: Any) -> dict[str, Any]:
     return {"class": type(model.get_base_model()).__name__.removeprefix("FSDP"), "parameters": parameters}
 
 
+def only_active(model: PeftModel, adapter_name: str | None = None) -> str:
+    """
+    The name of the adapter that is searched or pruned; by default the active one.
+
+    Raises:
+        ValueError: if there is none of that name, or it is not the one and only active adapter. A module that is
+            pruned, or off for a while, is without any: another one that acts beside it would be off there too.
+    """
+    active = list(model.active_adapters)
+    if adapter_name is not None and adapter_name not in model.peft_config:
+        raise ValueError(
+            f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
+            "Please pass one of them, or none for the active one."
+        )
+    if adapter_name is None and len(active) == 1:
+        return active[0]
+    if active != [adapter_name]:
+        named = "one" if adapter_name is None else repr(adapter_name)
+        call = "name" if adapter_name is None else repr(adapter_name)
+        raise ValueError(
+            f"The model has {len(active)} active adapters ({active}), but {named} alone has to be active, since a "
+            f"module without it is the base model's. Please call `model.set_adapter({call})`; what another adapter "
+            "is to add goes into the base model first (load that one alone, `model.merge_and_unload()`)."
+        )
+    return active[0]
+
+
 def _check_not_shared(sites: Mapping[str, AdapterSite]) -> None:
     owners: dict[nn.Parameter, str] = {}
     for name, site in sites.items():
@@ -99,18 +126,7 @@ def _check_adapter(model: nn.Module, adapter_name: str | None) -> Any:
             f"Expected a `peft.PeftModel` with a LoRA adapter, got {type(model).__name__}. Please wrap the model with "
             "`peft.get_peft_model`, or pass `peft_config` to the trainer."
         )
-    active = model.active_adapters
-    if adapter_name is None and len(active) != 1:
-        raise ValueError(
-            f"The model has {len(active)} active adapters ({active}), but one is searched at a time. Please activate "
-            "one with `model.set_adapter(name)`."
-        )
-    adapter_name = adapter_name or active[0]
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
-            "Please pass one of them, or none for the active one."
-        )
+    adapter_name = only_active(model, adapter_name)
     config = model.peft_config[adapter_name]
     if not isinstance(config, LoraConfig) and not searchable(config):
         raise TypeError(

@@ -19,6 +19,7 @@ from .backward import suspend_input_gradients
 from .base import AdapterSite, find_sites, prune_sites
 from .distributed import reshard, unregister_fsdp_parameters
 from .freezing import check_freezable
+from .grid import only_active
 from .optimizer import remove_from_optimizer, sort_parameters
 
 
@@ -49,23 +50,19 @@ def apply_selection(
         optimizer (`torch.optim.Optimizer`, *optional*): the live optimizer of the model's weights, or one that wraps
             it in an attribute `optimizer`.
         scheduler (*optional*): its learning rate scheduler, or one that wraps it.
-        adapter_name (`str`, *optional*): the adapter; defaults to the active one.
+        adapter_name (`str`, *optional*): the adapter; defaults to the active one, and has to be it.
 
     Raises:
         TypeError: if the model is not a `PeftModel`, or the selection not a [`Selection`].
-        ValueError: if the modules of the model are not those of the selection.
+        ValueError: if the modules of the model are not those of the selection, the adapter is not the only active
+            one, or it is merged.
     """
     if not isinstance(model, PeftModel) or not isinstance(selection, Selection):
         raise TypeError(
             f"Expected a `PeftModel` and a `Selection`, got {type(model).__name__} and {type(selection).__name__}. "
             "Please pass the model that was searched, and what its search found or `Selection.load(folder)` read."
         )
-    adapter_name = str(adapter_name or model.active_adapters[0])
-    if adapter_name not in model.peft_config:
-        raise ValueError(
-            f"You passed `adapter_name={adapter_name!r}`, but the model's adapters are {sorted(model.peft_config)}. "
-            "Please pass one of them, or none for the active one."
-        )
+    adapter_name = only_active(model, adapter_name)
     reshard(model)
     sites = find_sites(model, adapter_name)
     _check_sites(sites, selection)

@@ -66,7 +66,8 @@ class SelectionRun(RunParts):
             `DataLoader`, which is read again and again, or an endless iterator.
         total_steps (`int`): optimizer steps of the whole run.
         scheduler (*optional*): the learning rate scheduler, if it holds values for each group of the optimizer.
-        adapter_name (`str`, *optional*): which adapter to search; defaults to the active one.
+        adapter_name (`str`, *optional*): which adapter to search; defaults to the active one,
+            and no other may be active.
         score_function (`Callable`, *optional*): for `method="custom"`: `score_function(model, batches)` gives a
             dictionary from the name of each LoRA module to its score; higher is kept.
         runtime ([`~diffora_trainer.search.runtime.Runtime`], *optional*): several processes and a loss scaler.

@@ -48,7 +48,8 @@ class ArchitectureSearch(OldNames, SearchBase):
         model (`PeftModel`): a model with an active LoRA adapter.
         config ([`DiffoRAConfig`], *optional*): the options; what concerns a schedule and data is not read.
         loss_fn (`Callable`): `loss_fn(model, batch)` gives the scalar loss of a batch.
-        adapter_name (`str`, *optional*): which adapter to search; defaults to the active one.
+        adapter_name (`str`, *optional*): which adapter to search; defaults to the active one,
+            and no other may be active.
         score_function (`Callable`, *optional*): for `method="custom"`: `score_function(model, batches)` gives a
             dictionary from the name of each LoRA module to its score; higher is kept.
         runtime ([`~diffora_trainer.search.runtime.Runtime`], *optional*): several processes and a loss scaler.

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from diffora_trainer.adapters.gates import Gates
 from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.adapters.pruning import apply_selection
+from helpers.adapted import random_selection
 from helpers.models import bert, llama
 
 
@@ -149,6 +151,26 @@ def test_states_that_cannot_be_searched_are_refused(change: Any, message: str) -
     change(model)
     with pytest.raises(ValueError, match=message):
         AdapterGrid.from_model(model)
+
+
+def test_the_named_adapter_has_to_be_the_only_active_one() -> None:
+    """Where it is pruned, or off, another one beside it would be off too."""
+    model, _, _ = gated()
+    selection = random_selection(AdapterGrid.from_model(model).grid)
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+    before = list(model.named_parameters())
+    for active in (["default", "other"], ["other"]):
+        model.base_model.set_adapter(active)
+        for parameter_name, parameter in model.named_parameters():
+            parameter.requires_grad_(".default." in parameter_name)
+        message = f"{len(active)} active adapters.*'default' alone.*set_adapter\\('default'\\).*merge_and_unload"
+        with pytest.raises(ValueError, match=message):
+            AdapterGrid.from_model(model, "default")
+        with pytest.raises(ValueError, match=message):
+            apply_selection(model, selection, adapter_name="default")
+    assert [name for name, _ in model.named_parameters()] == [name for name, _ in before]
+    model.set_adapter("default")
+    assert AdapterGrid.from_model(model, "default").grid.names == selection.grid.names
 
 
 def test_other_models_are_refused() -> None:
