@@ -14,6 +14,7 @@ from .base import AdapterSite, find_sites, site_kind, site_kinds
 from .compiled import check_not_compiled
 from .fused import check_not_fused
 from .lora import check_lora_config, searchable
+from .starts import check_plain
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class AdapterGrid:
             )
         for site in found.values():
             site.check()
+        check_plain(found.values())
         _check_not_shared(found)
         grid = Grid.arrange([(site.name, site.rank, site.cost, site.kind) for site in found.values()])
         return cls(adapter_name, grid, tuple(found[name] for name in grid.names))

@@ -11,6 +11,7 @@ singular value decomposition (PiSSA) or the QR decomposition (OLoRA) of a weight
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -19,13 +20,15 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .base import Handle, Scale
+from .base import AdapterSite, Handle, Scale
 from .distributed import add_to_weight
 from .lora import LoraSite, register_lora_site
 
 
 _STARTS = ("pissa", "olora")
 _TOLERANCE = 1e-4
+_LIKENESS = 0.05
+"""How far a start may be from an exact one and be told all the same: in bfloat16, or approximate."""
 
 
 class _Handles:
@@ -123,6 +126,56 @@ class StartedSite(LoraSite):
                 "`init_lora_weights=True`."
             )
         return super().obstacle()
+
+
+def check_plain(sites: Iterable[AdapterSite]) -> None:
+    """
+    Raise a `ValueError` if an adapter that is configured as plain LoRA is the start of PiSSA or OLoRA that its base
+    weight lacks. Saving a start for PEFT's conversion leaves the configuration like that, and pruning would take a
+    part of the base weight away with the adapter. What has been trained on since is no longer told from plain LoRA.
+    """
+    for site in sites:
+        if type(site) is not LoraSite or (init := _likeness(site.layer, site.adapter_name)) is None:
+            continue
+        raise ValueError(
+            f"The LoRA of {site.name!r} is a part that was taken out of its base weight, as "
+            f"`init_lora_weights={init!r}` does, but its configuration does not say so, and a module that is pruned "
+            "would lose that part for good. If you have set the flag to True to save the start, please set it back: "
+            f"`model.peft_config[{site.adapter_name!r}].init_lora_weights = {init!r}`. If the base model was saved "
+            "without that part, please load the pre-trained one and let PEFT make the adapter, with "
+            f"`LoraConfig(init_lora_weights={init!r})`."
+        )
+
+
+def _likeness(layer: Any, adapter_name: str) -> str | None:
+    """Which start a pair has that was not trained yet, if it looks like one. What is trained never does."""
+    if not isinstance(layer, Linear):
+        return None
+    base = layer.get_base_layer().weight.detach()
+    a, b = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
+    if any(type(value.data) is not Tensor or value.is_meta for value in (a, b, base)) or not base.is_floating_point():
+        return None
+    weight = base.T if layer.fan_in_fan_out else base
+    if weight.shape != (b.shape[0], a.shape[1]):
+        return None
+    a, b = a.float(), b.float()
+    ours, theirs, one = b.T @ b, a @ a.T, torch.eye(len(a), device=a.device)
+    # The columns of `lora_B` have the lengths of the rows of `lora_A` and are orthogonal (PiSSA), or are of length 1.
+    if not (found := [init for init, wanted in zip(_STARTS, (theirs, one), strict=True) if _near(ours, wanted)]):
+        return None
+    # What is left of the weight is orthogonal to them, with OLoRA but for a multiple of `lora_A`.
+    left = (b.T.to(weight.dtype) @ weight).float()
+    size = torch.linalg.vector_norm(b) * torch.linalg.vector_norm(weight, dtype=torch.float32)
+    for init in found:
+        expected = (1.0 - layer.scaling[adapter_name]) * a if init == "olora" else torch.zeros_like(a)
+        if float(torch.linalg.vector_norm(left - expected)) <= _LIKENESS * float(size) / len(b) ** 0.5:
+            return init
+    return None
+
+
+def _near(found: Tensor, wanted: Tensor) -> bool:
+    norm = torch.linalg.matrix_norm
+    return bool(norm(found - wanted) <= _LIKENESS * norm(wanted)) and bool(wanted.any())
 
 
 def _start(layer: Any, adapter_name: str, init: str) -> tuple[Tensor, Tensor] | None:

@@ -17,7 +17,7 @@ from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
-from helpers.adapted import VERA_TARGETS, base_weights, logits, random_selection
+from helpers.adapted import VERA_TARGETS, base_weights, logits, lora_layers, random_selection
 from helpers.models import MOE_PARAMETERS, gpt2, llama, moe
 from helpers.tiny_model import TinyModel
 
@@ -269,3 +269,38 @@ def test_a_start_that_cannot_be_given_back_is_refused(init: str, tmp_path: Path)
     model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
     with pytest.raises(ValueError, match="another adapter on its layer would lose"):
         AdapterGrid.from_model(model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_start_that_says_it_is_plain_lora_is_refused(init: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    """PEFT's conversion of such adapters has the flag set to True while the start is saved."""
+    # PEFT's OLoRA does not know the transposed weights of GPT-2.
+    for alpha, build in ((4, gpt2 if init == "pissa" else llama), (8, llama)):
+        config = LoraConfig(r=4, lora_alpha=alpha, target_modules="all-linear", init_lora_weights=init)
+        model = get_peft_model(build().model.to(dtype), config)
+        model.peft_config["default"].init_lora_weights = True
+        message = f"taken out of its base weight.*\\['default'\\].init_lora_weights = '{init}'.*pre-trained one"
+        with pytest.raises(ValueError, match=message):
+            AdapterGrid.from_model(model)
+    model.save_pretrained(tmp_path)
+    residual = PeftModel.from_pretrained(model.unload(), tmp_path, is_trainable=True)
+    with pytest.raises(ValueError, match=message):
+        AdapterGrid.from_model(residual)
+
+
+def test_plain_lora_is_never_taken_for_a_start() -> None:
+    for rank in (1, 4):
+        for init in (True, False, "gaussian", "orthogonal")[: 3 if rank == 1 else None]:
+            options: Any = {"r": rank, "target_modules": "all-linear", "init_lora_weights": init}
+            tiny = llama()
+            model = get_peft_model(tiny.model, LoraConfig(**options))
+            optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+            for _ in range(3):
+                AdapterGrid.from_model(model)
+                model(**tiny.batch).loss.backward()
+                optimizer.step()
+            for layer in lora_layers(model, "default").values():  # of the lengths that PiSSA would give it
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                b.data = torch.linalg.qr(b.data)[0] @ torch.linalg.cholesky((a @ a.T).detach()).T
+            AdapterGrid.from_model(model)
