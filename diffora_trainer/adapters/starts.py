@@ -135,7 +135,9 @@ def check_plain(sites: Iterable[AdapterSite]) -> None:
     part of the base weight away with the adapter. What has been trained on since is no longer told from plain LoRA.
     """
     for site in sites:
-        if type(site) is not LoraSite or (init := _likeness(site.layer, site.adapter_name)) is None:
+        if type(site) is not LoraSite or not isinstance(site.layer, Linear):
+            continue
+        if (init := _likeness(site.layer, site.adapter_name)) is None:
             continue
         raise ValueError(
             f"The LoRA of {site.name!r} is a part that was taken out of its base weight, as "
@@ -148,9 +150,7 @@ def check_plain(sites: Iterable[AdapterSite]) -> None:
 
 
 def _likeness(layer: Any, adapter_name: str) -> str | None:
-    """Which start a pair has that was not trained yet, if it looks like one. What is trained never does."""
-    if not isinstance(layer, Linear):
-        return None
+    """Which start, not trained yet, the pair of a linear layer looks like, if any. A trained one never does."""
     base = layer.get_base_layer().weight.detach()
     a, b = layer.lora_A[adapter_name].weight.detach(), layer.lora_B[adapter_name].weight.detach()
     if any(type(value.data) is not Tensor or value.is_meta for value in (a, b, base)) or not base.is_floating_point():
@@ -174,8 +174,8 @@ def _likeness(layer: Any, adapter_name: str) -> str | None:
 
 
 def _near(found: Tensor, wanted: Tensor) -> bool:
-    norm = torch.linalg.matrix_norm
-    return bool(norm(found - wanted) <= _LIKENESS * norm(wanted)) and bool(wanted.any())
+    apart, size = torch.linalg.matrix_norm(found - wanted), torch.linalg.matrix_norm(wanted)
+    return bool(size > 0) and bool(apart <= _LIKENESS * size)
 
 
 def _start(layer: Any, adapter_name: str, init: str) -> tuple[Tensor, Tensor] | None:
