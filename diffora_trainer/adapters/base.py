@@ -84,6 +84,11 @@ class AdapterSite(Adapter):
     @abstractmethod
     def enabled(self, value: bool) -> None: ...
 
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter stands in the weight of its module for now, and takes no part of its own."""
+        return False
+
     @abstractmethod
     def check(self) -> None:
         """Raise a `ValueError` if a gate cannot scale the adapter exactly, or it cannot be trained."""

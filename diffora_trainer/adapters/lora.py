@@ -119,12 +119,18 @@ class LoraSite(AdapterSite):
         if self.enabled and not value:
             replaced = self.layer.__dict__.get("forward")  # of a hook of accelerate
             self.layer.forward = partial(_passed_by, self, replaced)
+            self.layer.merge = partial(_refuse_merge, self)
         elif value and not self.enabled:
             replaced = self.layer.__dict__.pop("forward").args[1]
+            del self.layer.merge
             if replaced is not None:
                 self.layer.forward = replaced
         for parameter in self.parameters:
             parameter.requires_grad_(value)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.layer.merged)
 
     def freeze(self) -> None:
         super().freeze()
@@ -189,7 +195,7 @@ class LoraSite(AdapterSite):
         layer = self.layer
         if (reason := self.obstacle()) is not None:
             raise ValueError(f"The LoRA of {self.name!r} cannot be gated: {reason}")
-        if layer.merged:
+        if self.merged:
             raise ValueError(
                 f"The adapter is merged into {self.name!r}, so its LoRA takes no part in the forward pass. Please "
                 "call `model.unmerge_adapter()` first."
@@ -217,6 +223,19 @@ def _passed_by(site: LoraSite, replaced: Any, *args: Any, **kwargs: Any) -> Any:
     if list(layer.active_adapters) == [site.adapter_name]:
         return site.without_adapter(*args, **kwargs)
     return replaced(*args, **kwargs) if replaced is not None else type(layer).forward(layer, *args, **kwargs)
+
+
+def _refuse_merge(site: LoraSite, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """What merges adapters of a layer whose LoRA is off."""
+    layer: Any = site.layer
+    if site.adapter_name not in (adapter_names or layer.active_adapters):
+        type(layer).merge(layer, safe_merge, adapter_names)
+        return
+    raise ValueError(
+        f"The LoRA of {site.name!r} is off (`reallocate_every`), and merged it would act again. Please evaluate "
+        "without `merge_adapter`, or merge once modules are chosen; `model.unmerge_adapter()` takes back what was "
+        "merged of the other modules."
+    )
 
 
 _OTHER_SITES: list[type[LoraSite]] = []

@@ -149,6 +149,11 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
             f"({some(sorted(missing))}), and {len(extra)} LoRA modules of the model are not in it "
             f"({some(sorted(extra))}). Please pass the model that was searched, with all its LoRA modules."
         )
+    if merged := [name for name, site in sites.items() if site.merged]:
+        raise ValueError(
+            f"The adapter is merged into {some(merged)}, and what is pruned would stay in the base weights. Please "
+            "call `model.unmerge_adapter()` first."
+        )
     partly = [info for info, rank in zip(selection.grid.sites, selection.ranks, strict=True) if 0 < rank < info.rank]
     if other := [info for info in partly if info.rank != sites[info.name].rank]:
         raise ValueError(
@@ -186,6 +191,8 @@ def write_ranks(model: Any, adapter_name: str, lora: Iterable[Any]) -> None:
         if (rank, alpha) != (config.r, config.lora_alpha):
             pattern = _pattern(name, base)
             config.rank_pattern[pattern], config.alpha_pattern[pattern] = rank, alpha
+    if config.init_lora_weights == "orthogonal":  # PEFT makes none of an odd rank, also where weights are loaded after
+        config.init_lora_weights = True
 
 
 def _pattern(name: str, names: Iterable[str]) -> str:

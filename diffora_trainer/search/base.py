@@ -135,8 +135,9 @@ class SearchBase(GatedModel):
 
     def check_ranks(self) -> None:
         """
-        Before the first step: an adapter that was trained before cannot begin with a smaller rank. Whole modules are
-        chosen of it, which the log and the notes tell, or, if ranks were asked for, a `ValueError` is raised.
+        Before the first step: an adapter whose `lora_B` is not zero, as one that was trained before, cannot begin with
+        a smaller rank. Whole modules are chosen of it, which the log and the notes tell, or, if ranks were asked for,
+        a `ValueError` is raised.
         """
         if self.rank_plan is None:
             return
@@ -144,7 +145,10 @@ class SearchBase(GatedModel):
         trained = [site.name for site, rank in sites if site.has_effect_beyond(rank)]
         if not trained:
             return
-        reason = f"the adapter of {trained[0]!r} was trained before, so it cannot begin with a smaller rank"
+        reason = (
+            f"the adapter of {trained[0]!r} was trained before, or its `lora_B` does not start at zero "
+            "(`init_lora_weights`), so it cannot begin with a smaller rank"
+        )
         if self.config.selection_granularity != "auto":
             refuse(self.config.selection_granularity, reason)
         self.why_whole_modules = reason

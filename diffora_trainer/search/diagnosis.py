@@ -16,9 +16,10 @@ from .confidence import Confidence
 
 
 TRAINED_BEFORE = (
-    "The adapter was trained before this run, so it could not begin with a smaller rank, and the cap kept or pruned "
-    "whole modules: what the others had learned is gone. With a larger `max_trainable_parameters` fewer of them go; a "
-    "new adapter begins at the rank that fits."
+    "The adapter was trained before this run, or its `lora_B` does not start at zero (`init_lora_weights`), so it "
+    "could not begin with a smaller rank, and the cap kept or pruned whole modules: what the others had learned is "
+    "gone. With a larger `max_trainable_parameters` fewer of them go; a new one with `init_lora_weights=True` begins "
+    "at the rank that fits."
 )
 _TOO_FEW = "The search made too few steps to compare two halves of it"
 

@@ -51,6 +51,15 @@ def test_another_models_selection_is_refused() -> None:
         apply_selection(model, selection)
 
 
+def test_a_merged_adapter_is_not_pruned() -> None:
+    _, model, selection = make()
+    model.merge_adapter()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="merged into model.layers.0.*unmerge_adapter"):
+        apply_selection(model, selection)
+    assert all(before[name].equal(value) for name, value in model.state_dict().items())
+
+
 def test_survivors_keep_weights_and_moments_and_go_on_training() -> None:
     for fold in (True, False):
         tiny, model, selection = make()

@@ -305,6 +305,8 @@ def test_where_components_cannot_be_chosen_the_reason_is_told() -> None:
     randomize(trained.model)
     with pytest.raises(ValueError, match="'component'`, but the adapter of 'model.layers.0.*' was trained before"):
         trained.step()
+    with pytest.raises(ValueError, match="or its `lora_B` does not start at zero.*`init_lora_weights`"):
+        Loop(config(), init_lora_weights="orthogonal").step()
     every = Loop(config(method_options={"arch_every": 1, "rank_margin": 4.0}))
     randomize(every.model)
     selection = every.train(PRUNE).run.selection  # it begins with all of its components

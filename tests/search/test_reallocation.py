@@ -91,10 +91,17 @@ def test_reference_passes_do_not_switch_on(dynamic: Any) -> None:
         assert torch.equal(model(**batches[0]).logits, half)
         with use_adapter(model, "ref"):
             assert torch.equal(model(**batches[0]).logits, reference)
-        assert torch.equal(model(**batches[0]).logits, half)
+            model.merge_adapter()  # which the modules that are off have no part in
+            torch.testing.assert_close(model(**batches[0]).logits, reference)
+            model.unmerge_adapter()
+        with pytest.raises(ValueError, match=r"is off \(`reallocate_every`\), and merged.*unmerge_adapter"):
+            model.merge_adapter()
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(**batches[0]).logits, half)
         assert reallocation.release() and not reallocation.release()
-        assert torch.equal(model(**batches[0]).logits, everything)
-    assert not any("forward" in vars(layer) for layer in lora_layers(model, "default").values())
+        torch.testing.assert_close(model(**batches[0]).logits, everything)
+    for layer in lora_layers(model, "default").values():
+        assert not {"forward", "merge"} & set(vars(layer))
 
 
 def test_scoring_leaves_no_trace(dynamic: Any) -> None:

@@ -17,7 +17,7 @@ from helpers.checks import assert_continues
 from helpers.data import classification_dataset
 from helpers.marks import mostly_slow
 from helpers.models import llama_classifier
-from helpers.trainers import CUT, VOCABULARY, classifier, saving_trainer
+from helpers.trainers import CUT, VOCABULARY, causal_model, classifier, lora, saving_trainer
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -71,6 +71,27 @@ def test_run_is_plain_peft_and_goes_on_where_it_stopped(method: str, tmp_path: P
     for step in (5, CUT, 10):
         resumed = saving_trainer(tmp_path / str(step), "cls", 2, search=search, rows=rows)
         resumed.train(resume_from_checkpoint=f"{folder}/checkpoint-{step}")
+        assert_continues(resumed, whole, step)
+
+
+def test_orthogonal_start_of_odd_ranks_is_loaded_and_resumed(tmp_path: Path) -> None:
+    """PEFT makes none of an odd rank, and makes it before it loads what was saved."""
+    options = {"search": {"method": "adalora", "selection_ratio": 0.4, "score_batches": 1}}
+
+    def trainer(folder: str) -> Any:
+        return saving_trainer(tmp_path / folder, "sft", peft_config=lora(init_lora_weights="orthogonal"), **options)
+
+    whole = trainer("whole")
+    whole.train()
+    whole.save_model()
+    assert {rank % 2 for rank in whole.selection.ranks} == {0, 1}
+    batch = {"input_ids": torch.tensor([[3, 4, 5, 6]])}
+    reloaded = PeftModel.from_pretrained(causal_model(), whole.args.output_dir).eval()
+    with torch.no_grad():
+        assert reloaded(**batch).logits.equal(whole.model.eval()(**batch).logits)
+    for step in (5, 10):
+        resumed = trainer(str(step))
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
         assert_continues(resumed, whole, step)
 
 
