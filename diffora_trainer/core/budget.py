@@ -82,10 +82,8 @@ class Budget:
         # A kind whose part of the cap is not one parameter takes no part.
         self.allowed = (self.targets > 0)[self.group]
         self._ceilings = [(self.allowed, most)]
-        self._sizes, self._costs = (
-            self._of_units(torch.ones(len(rows), dtype=torch.float32)),
-            self._of_units(self.weights),
-        )
+        self._sizes = self._of_units(torch.ones(len(rows), dtype=torch.float32))
+        self._costs = self._of_units(self.weights)
         self._groups = self._of_units(self.group, "amin").long()
         self._check_cap(cap)
         smallest = torch.full_like(self.targets, math.inf).scatter_reduce(0, self._groups, self._costs, "amin")
@@ -152,7 +150,7 @@ class Budget:
 
     def discretize(self, scores: Tensor, tie_breaker: Tensor | None = None, worth: Tensor | None = None) -> Tensor:
         """
-        The best affordable set.
+        The best set within the budget.
 
         With a count for each group these are the top scores of the group. Under a cap modules are taken by falling
         score, and those that do not fit any more are passed over, so that no other module would still fit. If none of
@@ -236,9 +234,9 @@ class Budget:
 
     def linear_oracle(self, gains: Tensor) -> Tensor:
         """
-        The affordable set with the largest linear gain: the linear maximisation oracle of Frank-Wolfe over the
-        polytope `{0 <= gate <= 1, sum of gate x weight <= target in each group}`, or over the convex hull of several,
-        one for each ceiling. Modules without a gain stay out. Under a cap gains count per parameter, as in a
+        The set within the budget that has the largest linear gain: the linear maximisation oracle of Frank-Wolfe over
+        the polytope `{0 <= gate <= 1, sum of gate x weight <= target in each group}`, or over the convex hull of
+        several, one for each ceiling. Modules without a gain stay out. Under a cap gains count per parameter, as in a
         fractional knapsack.
 
         Args:

@@ -79,9 +79,8 @@ class AdaLora(RankMethod):
                 mean.lerp_(now, 1 - beta1)
                 deviation.lerp_((now - mean).abs(), 1 - beta2)
         scores = [(mean * deviation).mean(dim=1).cpu() for mean, deviation in zip(means, deviations, strict=True)]
-        return torch.cat(
-            [sum(scores[i : i + 3], torch.zeros((), dtype=torch.float32)) for i in range(0, len(scores), 3)]
-        ).double()
+        zero = torch.zeros((), dtype=torch.float32)
+        return torch.cat([sum(scores[i : i + 3], zero) for i in range(0, len(scores), 3)]).double()
 
 
 def _sensitivities(site: Site, gradients: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -137,9 +137,8 @@ class _Sketch:
         """The covariance times the matrix, and the whole variance; zeros if there were no vectors."""
         size, count = self.test.shape
         shapes = ((size, count), (size,), (size,), (1,))
-        sums = self._sums or [
-            torch.zeros(shape, dtype=torch.float32) for shape in shapes
-        ]  # of a module that was never called
+        # A module that was never called has no sums.
+        sums = self._sums or [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
         flat = context.reduce(torch.cat([part.cpu().float().flatten() for part in sums])).double()
         image, total, squares, number = (
             part.reshape(shape) for part, shape in zip(flat.split([size * count, size, size, 1]), shapes, strict=True)

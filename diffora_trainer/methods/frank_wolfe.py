@@ -31,9 +31,9 @@ class FrankWolfeOptions(GradientOptions):
 class FrankWolfe(GradientMethod):
     """
     The matrix kept in the budget polytope `{0 <= gate <= 1, sum of gates <= budget}` and learned by stochastic
-    Frank-Wolfe: at each step `t` it moves by `2 / (t + 2)` towards the affordable set with the largest linear gain on
-    held-out data. One held-out batch is noisy, so gains are averaged over steps, as Mokhtari et al., 2018
-    (https://huggingface.co/papers/1804.09554) do. The newest weighs `2 / (t + 1)`, which makes the weights rise
+    Frank-Wolfe: at each step `t` it moves by `2 / (t + 2)` towards the set within the budget that has the largest
+    linear gain on held-out data. One held-out batch is noisy, so gains are averaged over steps, as Mokhtari et al.,
+    2018 (https://huggingface.co/papers/1804.09554) do. The newest weighs `2 / (t + 1)`, which makes the weights rise
     linearly with `t`: it remembers longer than their `(t + 8)^(-2/3)`, since a search makes tens of steps and not
     thousands.
 

@@ -34,11 +34,8 @@ class Sampled(GradientMethod):
         return self._logits.clone()
 
     def training_gates(self) -> Tensor:
-        noise = (
-            -torch.empty(len(self.budget), dtype=torch.float32, device="cpu")
-            .exponential_(generator=self.generator)
-            .log()
-        )
+        drawn = torch.empty(len(self.budget), dtype=torch.float32, device="cpu")
+        noise = -drawn.exponential_(generator=self.generator).log()
         return self.budget.discretize(self._logits + noise).float()
 
     def evaluation_gates(self) -> Tensor:

@@ -86,14 +86,8 @@ class ArchitectureGradient:
             _, (_, *descent) = self._gradients(train_batch, values, weights)
             place(descent, -learning_rate)
             loss, (gradient, *ahead) = self._gradients(batch, values, weights)
-            norm = float(
-                torch.sqrt(
-                    sum(
-                        (g.float().square().sum() for g in ahead),
-                        torch.zeros((), dtype=torch.float32, device=loss.device),
-                    )
-                )
-            )
+            zero = torch.zeros((), dtype=torch.float32, device=loss.device)
+            norm = float(torch.sqrt(sum((g.float().square().sum() for g in ahead), zero)))
             if norm == 0 or not math.isfinite(norm):  # nothing to correct, or a step that will be skipped
                 return loss, gradient
             epsilon = 0.01 / norm

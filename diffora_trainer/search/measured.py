@@ -175,9 +175,8 @@ class GatedModel:
     def _measure(self, cost_of: Callable[[Sequence[int]], float], repeats: int) -> StepCost:
         numbered = [row != OTHER_ROW for row in self.grid.rows]
         cost = timing.measure_step_cost(cost_of, self.grid.row_of, numbered, repeats)
-        flat = self.runtime.reduce(
-            torch.tensor([cost.all_modules, cost.per_module, *cost.depth], dtype=torch.float32)
-        ).tolist()
+        found = torch.tensor([cost.all_modules, cost.per_module, *cost.depth], dtype=torch.float32)
+        flat = self.runtime.reduce(found).tolist()
         return StepCost(flat[0], tuple(flat[2:]), flat[1])
 
     def _lora_states(self, kept: Sequence[int]) -> int:

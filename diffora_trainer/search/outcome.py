@@ -82,9 +82,8 @@ def search_metrics(search: SearchBase) -> dict[str, float]:
     report[f"diffora/{what}_mean"] = float(values.mean())
     report[f"diffora/{what}_max"] = float(values.max())
     if search.config.log_gates_by_kind and len(grid.columns) <= _MAX_LOGGED_KINDS:
-        table = torch.tensor(
-            grid.table(search.of_modules(values.float()).tolist(), empty=float("nan")), dtype=torch.float32
-        )
+        cells = grid.table(search.of_modules(values.float()).tolist(), empty=float("nan"))
+        table = torch.tensor(cells, dtype=torch.float32)
         for column, value in zip(short_names(grid.columns), table.nanmean(dim=0).tolist(), strict=True):
             report[f"diffora/{what}/{column}"] = value
     if search.pending_losses:

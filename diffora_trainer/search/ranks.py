@@ -161,9 +161,8 @@ class ComponentPlan(RankPlan):
         ranks = self.components.count(kept)
         # What is new is no entry of the matrix, so that it has room beside those that stay.
         room = map(lambda rank, old, every: rank + every - old, ranks, self.start, self.budget.ranks)
-        worth = self.components.mean(scores if gains is None else gains) / torch.tensor(
-            self.budget.costs, dtype=torch.float32
-        )
+        costs = torch.tensor(self.budget.costs, dtype=torch.float32)
+        worth = self.components.mean(scores if gains is None else gains) / costs
         order = torch.sort(worth, descending=True, stable=True).indices.tolist()
         return kept, replace(self.budget, ranks=tuple(room)).grow(ranks, order)
 
