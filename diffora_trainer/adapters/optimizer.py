@@ -21,8 +21,9 @@ NO_LORA_FA = (
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise a `ValueError` if parameters cannot leave an optimizer in the middle of a run."""
-    if any(cls.__name__ == "LoraFAOptimizer" for cls in type(innermost(optimizer)).__mro__):  # not in all of PEFT's
-        raise ValueError(f"You passed a `{type(innermost(optimizer)).__name__}`. {NO_LORA_FA}")
+    found = type(innermost(optimizer))
+    if any(cls.__name__ == "LoraFAOptimizer" for cls in found.__mro__):  # by its name: older versions of PEFT lack it
+        raise ValueError(f"You passed a `{found.__name__}`. {NO_LORA_FA}")
 
 
 def remove_from_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:

@@ -109,7 +109,8 @@ def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointi
     the transformers model inside.
 
     Raises:
-        ValueError: if the model is a `PeftModel` and a configuration is given too, or it has another adapter.
+        ValueError: if the model is a `PeftModel` and a configuration is given too, or if it has an
+            adapter without being one.
     """
     slot = backbone_of_sentence_transformer(model)
     if isinstance(peft_model(model), PeftModel):

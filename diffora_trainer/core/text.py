@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 MAX_SHOWN = 80
 CONFIDENCE = "agreement of the two halves of this search: 1 alike, 0 no better than chance"
-"""What the confidence of a selection is, as it stands in the log, the report and what `diffora show` prints."""
+"""What the confidence of a selection is, as the log, the report, the model card and `diffora show` say it."""
 
 
 def sanitize(name: str, markdown: bool = False, limit: int | None = MAX_SHOWN) -> str:

@@ -20,7 +20,7 @@ from ..compat import loading_class
 from ..core.base_model import class_of, is_own_class, label_names, predicts_classes, problem_type
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside, tensor_shapes, write_file
 from ..core.selection import Selection
-from ..core.text import sanitize
+from ..core.text import CONFIDENCE, sanitize
 from ..methods.facts import method_facts
 from .plots import PICTURE_NAME
 from .redact import public_model_id
@@ -90,6 +90,7 @@ def write_card(
             loader=SiteKind.loader if kind is None else kind.loader,
             notes=[sanitize(note, markdown=True, limit=None) for note in selection.notes],
             method=method,
+            confidence=CONFIDENCE,
             picture=PICTURE_NAME if (folder / PICTURE_NAME).is_file() else None,
             report=REPORT_NAME if (folder / REPORT_NAME).is_file() else None,
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},

@@ -55,7 +55,7 @@ class SearchBase(GatedModel):
             self.told_budget, self.why_whole_modules = told_rank_budget(config, adapters)
         else:
             self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
-        self.trained_before = False
+        self.trained_before = False  # known once the weights are there: see `check_ranks`
         self.kept: Tensor | None = None
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_plan is not None:
@@ -155,7 +155,12 @@ class SearchBase(GatedModel):
         self.forgo_ranks(trained_before=True)
 
     def forgo_ranks(self, trained_before: bool) -> None:
-        """Keep or prune whole modules, for want of ranks, maybe since the adapter was trained before."""
+        """
+        Keep or prune whole modules, where the budget cannot be spent in ranks.
+
+        Args:
+            trained_before (`bool`): whether that is since the adapter was trained before, which the notes tell.
+        """
         if self.rank_plan is not None:
             self.trained_before = trained_before
             self.rank_plan, self.ranks = None, self.grid.ranks
@@ -202,7 +207,11 @@ class SearchBase(GatedModel):
     def measure_early(self, batches: Iterable[Any]) -> None:
         """
         Measure the held-out loss after a third of the search, which [`measure_effect`] compares with that of the same
-        batches at the choice, if all of it is finite."""
+        batches at the choice, if all of it is finite.
+
+        Args:
+            batches (`Iterable`): as `loss_fn` takes them.
+        """
         losses = self.held_out_losses(batches)
         self.early_losses = tuple(losses.tolist()) if bool(losses.isfinite().all()) else ()
 

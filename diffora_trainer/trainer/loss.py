@@ -95,6 +95,7 @@ def check_own_loss(trainer: Any) -> None:
         )
 
 
+# A loss reads these and notes nothing in them, and a list of rows may be long.
 _DATA = ("train_dataset", "eval_dataset", "arch_dataset")
 _PLAIN = (int, float, bool, str, type(None), Tensor)
 
@@ -107,7 +108,8 @@ def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
     in 0.28 its BCO, and DPO with `loss_type="bco_pair"`, have a mean of all rewards in `running`; what users write
     does the like under other names. An architecture step must not show in any of them.
 
-    What is kept of the trainer's attributes are numbers, texts, and what [`own_containers`] copies.
+    What is put back of the trainer's attributes are numbers, texts, dictionaries by their names, objects that hold
+    nothing but numbers, and what [`own_containers`] copies.
     """
     kept = {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)}
     records = {

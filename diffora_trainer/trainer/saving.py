@@ -57,7 +57,7 @@ class OutputCard:
 
     def write(self, parent: Callable[[], None]) -> None:
         """
-        Write the card, and what the search found, or wait.
+        Write the card, and what the search found; or wait, while a checkpoint is written beside an earlier adapter.
 
         Args:
             parent (`Callable[[], None]`): writes the card of the parent trainer.
