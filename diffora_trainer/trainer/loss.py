@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,7 @@ from ..compat import (
     uses_vllm,
 )
 from ..core.isolation import replaced
-from .bookkeeping import own_containers
+from .bookkeeping import Snapshot, holds_plain_values
 from .checks import check_generation
 
 
@@ -108,29 +107,34 @@ def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
     in 0.28 its BCO, and DPO with `loss_type="bco_pair"`, have a mean of all rewards in `running`; what users write
     does the like under other names. An architecture step must not show in any of them.
 
-    What is put back of the trainer's attributes are numbers, texts, dictionaries by their names, objects that hold
-    nothing but numbers, and what [`own_containers`] copies.
+    What is put back of the trainer's attributes are numbers, texts, objects that hold nothing but numbers, and what a
+    [`Snapshot`] takes in, of which dictionaries by their names without a limit. New numbers and containers go again.
     """
-    kept = {name: value for name, value in vars(trainer).items() if isinstance(value, _PLAIN)}
-    records = {
-        name: value
-        for name, value in vars(trainer).items()
-        if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats", "counters"))
-    }
-    statistics = [(owner, dict(vars(owner))) for owner in vars(trainer).values() if _is_statistic(owner)]
-    others = {n: v for n, v in vars(trainer).items() if n not in records and n not in _DATA}
-    copies = own_containers(others)
-    originals = {name: others[name] for name in copies}
+    before = dict(vars(trainer))
+    kept = {name: value for name, value in before.items() if _is_kept(value)}
+    snapshot = Snapshot()
+    for name, value in kept.items():
+        if isinstance(value, dict) and any(part in name for part in ("metrics", "logs", "stats", "counters")):
+            snapshot.add(value, limited=False)
+    for name, value in kept.items():
+        if name not in _DATA:
+            snapshot.add(value)
+    for owner in filter(_is_statistic, before.values()):
+        snapshot.add(vars(owner))
     try:
-        vars(trainer).update(copy.deepcopy(records), **copies)
-        for owner, values in statistics:  # tensors may be changed in place
-            vars(owner).update({n: v.detach().clone() for n, v in values.items() if isinstance(v, Tensor)})
+        vars(trainer).update({name: snapshot.copy_of(value) for name, value in kept.items()})
+        snapshot.put_copies()
         with replaced(trainer, "log", lambda *args, **kwargs: None):
             yield
     finally:
-        vars(trainer).update({**kept, **records, **originals})
-        for owner, values in statistics:
-            vars(owner).update(values)
+        snapshot.restore()
+        for name in [name for name, value in vars(trainer).items() if name not in before and _is_kept(value)]:
+            del vars(trainer)[name]
+        vars(trainer).update(kept)
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, _PLAIN) or holds_plain_values(value)
 
 
 def _is_statistic(value: Any) -> bool:

@@ -249,8 +249,8 @@ class DiffoRAMixin(_Base):
         its loss elsewhere, what its `training_step` would take the gradient of. Override it where an architecture step
         should minimise another loss. The trainer's `log` does nothing meanwhile, and its counters and metrics are put
         back after the call: numbers, texts, tensors without a gradient, NumPy arrays, lists, dictionaries, sets and
-        deques (up to 100,000 entries or 16 MiB each), and objects that hold nothing but numbers. What else it changes
-        (attributes of other objects, files, what is sent to a tracker directly) stays changed.
+        deques (up to 100,000 entries each, 16 MiB in all), and objects that hold nothing but numbers. What else it
+        changes (attributes of other objects, files, what is sent to a tracker directly) stays changed.
 
         Args:
             model (`nn.Module`): the model as it is trained, under the gates of the search.
