@@ -133,11 +133,15 @@ def is_applied(model: Any, selection: Selection) -> bool:
     Whether a model has lost modules or ranks, and has those left that a selection keeps, as one that was loaded from
     the saved adapter. Modules that share a pair, or are frozen, are not told from others by that.
     """
-    if selection.shared or selection.frozen:
-        return False
-    present = {name: site.rank for name, site in find_sites(model, model.active_adapters[0]).items()}
-    kept = {name: rank for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank}
-    return present == kept != dict(zip(selection.modules, selection.grid.ranks, strict=True))
+    changes = selection.ranks != selection.grid.ranks and not (selection.shared or selection.frozen)
+    return changes and is_described(model, selection)
+
+
+def is_described(model: Any, selection: Selection) -> bool:
+    """Whether a model has the modules that are there after the pruning of a selection, those it keeps at their ranks."""
+    found = {name: site.rank for name, site in find_sites(model, model.active_adapters[0]).items()}
+    kept = ((name, rank) for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank)
+    return set(found) == set(selection.present) and all(found[name] == rank for name, rank in kept)
 
 
 def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None:

@@ -17,7 +17,7 @@ from ..adapters.backward import keep_suspended, restore_input_gradients
 from ..adapters.base import extra_kinds
 from ..adapters.grid import describe_base
 from ..adapters.lora import peft_model
-from ..adapters.pruning import is_applied, restore_selection
+from ..adapters.pruning import is_described, restore_selection
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
@@ -105,7 +105,7 @@ class TrainerSession:
         model, selection = peft_model(model), self.selection
         if selection is None or self.is_pruned(model):
             return selection
-        return selection if isinstance(model, PeftModel) and is_applied(model, selection) else None
+        return selection if isinstance(model, PeftModel) and is_described(model, selection) else None
 
     @property
     def finished(self) -> bool:

@@ -55,10 +55,11 @@ def test_a_merged_model_is_saved_as_the_parent_saves_it(tmp_path: Path) -> None:
     assert_same(loaded.state_dict(), trainer.model.state_dict())
 
 
+@pytest.mark.parametrize("search", [{}, {"unselected": "freeze"}, {"weight_sharing": "model"}], ids=str)
 def test_findings_are_saved_with_the_adapter_that_they_describe(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, search: dict[str, str]
 ) -> None:
-    trainer = build(tmp_path / "run", task="llama")
+    trainer = build(tmp_path / "run", task="llama", search=search)
     trainer.train()
     trainer.save_model()
     files = ("diffora_selection.json", "dam.png", "diffora_report.html")
@@ -67,7 +68,7 @@ def test_findings_are_saved_with_the_adapter_that_they_describe(
     trainer.save_model(str(tmp_path / "again"))
     assert all((tmp_path / "again" / name).is_file() for name in files)
     assert "is not the one of its run" not in caplog.text
-    trainer.model = get_peft_model(classifier("llama").model, lora(task_type="SEQ_CLS"))
+    trainer.model = get_peft_model(classifier("llama").model, lora(task_type="SEQ_CLS", target_modules=["q_proj"]))
     trainer.save_model()
     assert "is not the one of its run" in caplog.text
     assert not any((tmp_path / "run" / name).is_file() for name in files)
