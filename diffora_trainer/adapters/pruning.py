@@ -138,7 +138,7 @@ def is_applied(model: Any, selection: Selection) -> bool:
 
 
 def is_described(model: Any, selection: Selection) -> bool:
-    """Whether a model has the modules that are there after the pruning of a selection, those it keeps at their ranks."""
+    """Whether a model has the modules that a selection leaves, those that it keeps at their ranks."""
     found = {name: site.rank for name, site in find_sites(model, model.active_adapters[0]).items()}
     kept = ((name, rank) for name, rank in zip(selection.modules, selection.ranks, strict=True) if rank)
     return set(found) == set(selection.present) and all(found[name] == rank for name, rank in kept)
