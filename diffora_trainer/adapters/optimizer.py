@@ -151,10 +151,11 @@ def _take(optimizer: Any, group: dict[str, Any], indices: Sequence[int]) -> None
     `param_names`, where an optimizer was given named parameters, and others of a user's. An option that all groups
     have, such as `betas`, is none of these, though it may be a list and as long.
     """
+    options = getattr(optimizer, "defaults", {})  # which one that is no `torch.optim.Optimizer` may lack
     beside = [
         name
         for name, values in group.items()
-        if isinstance(values, list) and len(values) == len(group["params"]) and name not in optimizer.defaults
+        if isinstance(values, list) and len(values) == len(group["params"]) and name not in options
     ]
     for name in beside:
         group[name] = [group[name][index] for index in indices]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -258,3 +259,12 @@ def test_lists_beside_the_parameters_of_a_group_go_with_them() -> None:
     assert found["params"] == [model["a"], model["d"]]
     remove_from_optimizer(optimizer, [model["d"]])
     assert found["param_names"] == ["a"] and found["betas"] == betas
+
+
+def test_an_optimizer_that_has_only_groups_and_a_state() -> None:
+    """As wrappers that are no `torch.optim.Optimizer` may."""
+    first, second = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    group = {"params": [first, second], "param_names": ["a", "b"]}
+    optimizer: Any = SimpleNamespace(param_groups=[group], state={first: {}, second: {}})
+    remove_from_optimizer(optimizer, [first])
+    assert group == {"params": [second], "param_names": ["b"]} and optimizer.state == {second: {}}
