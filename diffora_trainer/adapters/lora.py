@@ -208,7 +208,8 @@ class LoraSite(AdapterSite):
         if any(trained) and not all(trained):
             raise ValueError(
                 f"A part of the LoRA of {self.name!r} is frozen, and another is trained. A search trains and prunes "
-                f"it as a whole. {NO_LORA_FA}"
+                "it as a whole. Where a run with `AlternateFactors` was interrupted, please call its "
+                f"`finish(model)`. {NO_LORA_FA}"
             )
         if not all(trained):
             raise ValueError(

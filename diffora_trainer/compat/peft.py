@@ -130,6 +130,11 @@ def keep_frozen_no_longer(layer: Any, adapter_name: str) -> None:
         vars(layer).pop("set_adapter", None)
 
 
+def is_kept_frozen(layer: Any, adapter_name: str) -> bool:
+    """Whether [`keep_frozen`] leaves weights of an adapter of one layer frozen."""
+    return adapter_name in vars(layer).get("diffora_frozen", {})
+
+
 def frozen_adapters(layer: Any) -> set[str]:
     """
     The adapters of one layer that [`keep_frozen`] leaves frozen as a whole: it notes them on the layer, in all

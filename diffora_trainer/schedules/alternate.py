@@ -6,14 +6,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from accelerate.utils import parse_flag_from_env
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 from transformers.training_args import ParallelMode
 
 from ..adapters.gates import gates_active
+from ..adapters.lora import peft_model
 from ..adapters.optimizer import parameters_of
-from ..compat import frozen_adapters, keep_frozen, keep_frozen_no_longer
+from ..compat import frozen_adapters, is_kept_frozen, keep_frozen, keep_frozen_no_longer
 from .base import FactorSchedule, check_every, lora_of
 
 
@@ -25,6 +27,8 @@ class AlternateFactors(FactorSchedule):
 
     The frozen factor has no gradient, so an optimizer leaves it alone, weight decay included, and keeps its moments
     and, in AdamW, its count of steps until its next turn. After the training both are trainable again.
+    Where it is interrupted (by `KeyboardInterrupt`, or out of memory), one stays frozen, also where PEFT makes the
+    adapter trainable: [`finish`] frees it, and so does the next trainer that is given an `AlternateFactors`.
 
     ```python
     trainer = SFTTrainer(model, peft_config=LoraConfig(), callbacks=[AlternateFactors(every=50)], ...)
@@ -49,7 +53,8 @@ class AlternateFactors(FactorSchedule):
         if left_out := [part for part, factors in parts.items() if not trained.issuperset(factors)]:
             raise ValueError(
                 f"The optimizer does not hold all of the {left_out[0]} factors, which are to be trained in turn. "
-                "Please make it of all LoRA parameters."
+                "Please make it of all LoRA parameters. Where an earlier run was interrupted, call `finish(model)` "
+                "before."
             )
         if gates_active(model):
             return
@@ -76,7 +81,12 @@ class AlternateFactors(FactorSchedule):
             )
 
     def finish(self, model: Any) -> None:
-        """Make both factors trainable again."""
+        """
+        Make both factors trainable again. Call this after an interrupted run, and in a loop of your own at its end.
+
+        Args:
+            model (`PeftModel`): the model.
+        """
         model = lora_of(model)
         for layer, name in _adapters(model):
             keep_frozen_no_longer(layer, name)
@@ -84,10 +94,27 @@ class AlternateFactors(FactorSchedule):
             for parameter in factors:
                 parameter.requires_grad_(True)
 
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._free(kwargs["model"])  # the optimizer is made, of what is trainable, before `on_train_begin`
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        self._free(kwargs["model"])
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.finish(kwargs["model"])
+
+    def _free(self, model: Any) -> None:
+        """Undo what an earlier run that was interrupted has left on a model."""
+        model = peft_model(model)
+        if isinstance(model, PeftModel) and any(is_kept_frozen(layer, name) for layer, name in _adapters(model)):
+            self.finish(model)
 
 
 def _adapters(model: Any) -> Iterator[tuple[LoraLayer, str]]:

@@ -59,6 +59,58 @@ def test_factors_take_turns_in_a_stock_trainer(tmp_path: Path) -> None:
     assert_same(adapter(resumed.model), adapter(trainer.model))
 
 
+class Interrupt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def interrupted(folder: Path, step: int = 4) -> PeftModel:
+    """A model whose training was interrupted after this step."""
+    callbacks = [AlternateFactors(every=1), Interrupt(step)]
+    trainer = make_trainer(folder, "sft", SFTTrainer, callbacks=callbacks)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    return trainer.model
+
+
+def trainable(model: Any) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("step", [3, 4])  # of `lora_B`, of `lora_A`
+def test_factors_are_free_after_an_interruption(step: int, tmp_path: Path) -> None:
+    model = interrupted(tmp_path, step)
+    whole = {name for name, _ in model.named_parameters() if "lora_" in name}
+    model.set_adapter("default")
+    assert trainable(model) < whole
+    AlternateFactors().finish(copied := copy.deepcopy(model))
+    copied.set_adapter("default")
+    assert trainable(copied) == whole
+
+    moves = Moves()
+    callbacks = [AlternateFactors(every=2), moves]
+    trainer = make_trainer(tmp_path, "sft", SFTTrainer, callbacks=callbacks, model=model, peft_config=None)
+    assert trainable(model) == whole  # before its optimizer is made
+    trainer.train()
+    assert moves.found == {step: {"BA"[(step - 1) // 2 % 2]} for step in range(1, 13)}
+    model.set_adapter("default")
+    assert trainable(model) == whole
+
+
+def test_a_search_after_an_interruption(tmp_path: Path) -> None:
+    model = interrupted(tmp_path)
+    with pytest.raises(ValueError, match=r"A part of the LoRA.*interrupted, please call its `finish\(model\)`"):
+        make_trainer(tmp_path, "sft", model=copy.deepcopy(model), peft_config=None).train()
+    moves = Moves()
+    callbacks = [AlternateFactors(every=1), moves]
+    make_trainer(tmp_path, "sft", model=model, peft_config=None, callbacks=callbacks).train()
+    assert moves.found[2] == moves.found[CUT] == {"A", "B"} and moves.found[CUT + 1] == {"B"}
+
+
 def with_a_reference(kind: str, folder: Path, callbacks: list[Any]) -> Any:
     """A trainer that switches the adapter off and on within a step, for the reference that it compares with."""
     if kind == "GRPO":

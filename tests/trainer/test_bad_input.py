@@ -96,7 +96,7 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     "frozen in part": (
         lambda: {**with_lora_fa(), "optimizers": (None, None)},
         ValueError,
-        "is frozen, and another is trained.*create_lorafa_optimizer.*parent trainer",
+        r"is frozen, and another is trained.*`AlternateFactors`.*`finish\(model\)`.*create_lorafa.*parent trainer",
     ),
     "LoRA-FA, thawed": (partial(with_lora_fa, thawed=True), ValueError, "`LoraFAOptimizer`.*another optimizer"),
     "two active adapters": (ready(two_adapters), ValueError, "2 active adapters.*set_adapter"),
