@@ -64,12 +64,13 @@ class ConfigParser(TrlParser):
     def _check(self, path: str, name: str, value: Any, hint: Any) -> None:
         """Refuse a value of a wrong type. A text is converted as a word of the command line is, or refused there."""
         of_default = value is None and self.get_default(name) is None
-        # A folder, or whether to take the last one in the output folder.
-        a_switch = isinstance(value, bool) and name == "resume_from_checkpoint"
+        # Texts by their types, but documented as switches too: the last folder is resumed from, and FSDP is on.
+        a_switch = isinstance(value, bool) and name in ("resume_from_checkpoint", "fsdp")
         if isinstance(value, str) or of_default or a_switch or _fits(value, hint):
             return
-        kinds = [get_origin(kind) or kind for kind in ([hint] if not _is_union(hint) else get_args(hint))]
-        expected = " or ".join(_KINDS[kind] for kind in kinds if kind in _KINDS)
+        hints = get_args(hint) if _is_union(hint) else [hint]
+        kinds = [get_origin(kind) or kind for kind in hints]
+        expected = " or ".join(_named(one) for one, kind in zip(hints, kinds, strict=True) if kind in _KINDS)
         remedy = ""
         if value is None:
             remedy = " Please write one, or leave the line out."
@@ -87,6 +88,16 @@ def _is_union(hint: Any) -> bool:
     return get_origin(hint) in (Union, UnionType)
 
 
+def _named(hint: Any) -> str:
+    """A type that `_KINDS` has, as a message names it: of a list, with what its entries are."""
+    kind, inner = get_origin(hint) or hint, get_args(hint)
+    if kind is not list or not inner:
+        return _KINDS[kind]
+    if isinstance(inner[0], type) and issubclass(inner[0], Enum):
+        return f"a list with entries of {', '.join(repr(one.value) for one in inner[0])}"
+    return f"a list with entries that are each {_KINDS[inner[0]]}" if inner[0] in _KINDS else "a list"
+
+
 def _fits(value: Any, hint: Any) -> bool:
     """Whether a value of a YAML file is of a type; of one that is not looked into here, such as `Literal`, any is."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
@@ -98,8 +109,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, kind)) and not isinstance(value, bool)
     if kind is bool:
         return isinstance(value, int)  # 0 and 1 too, as on the command line
-    looked_into = kind in (str, dict, NoneType) or isinstance(kind, type) and issubclass(kind, Enum)
-    return isinstance(value, kind) if looked_into else True
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        # A text in a list is not converted; those of transformers are equal to their texts.
+        return isinstance(value, kind) or value in [one.value for one in kind]
+    return isinstance(value, kind) if kind in (str, dict, NoneType) else True
 
 
 class _Reader(HfArgumentParser):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from peft import PeftConfig
+from transformers.debug_utils import DebugOption
 from trl import SFTConfig, SFTTrainer
 
 from diffora_trainer import Selection, selected_lora_config
@@ -101,6 +102,14 @@ def test_models_and_files_of_another_kind(base: Path, adapter: Path, tmp_path: P
     assert "is a file of a kind that is not read" in said(capsys, words)
 
 
+def test_a_model_is_looked_up_where_it_is_loaded_from(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "writer")
+    encoder_for(tiny_tokenizer(), layers=2).bert.save_pretrained(tmp_path / "encoder")
+    train.check_language_model(str(tmp_path), {"subfolder": "writer", "dtype": "auto"})
+    with pytest.raises(ValueError, match="is a BertModel, which is no language model"):
+        train.check_language_model(str(tmp_path), {"subfolder": "encoder", "local_files_only": True})
+
+
 @pytest.mark.parametrize("content", ['{"fine_tune_type": "lora", "num_layers": 4}', "[]", "\udcfc"])
 def test_an_adapter_of_another_tool(content: str, adapter: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(adapter, tmp_path / "run")
@@ -148,7 +157,8 @@ WRONG = (
     ("output_dir", 3, "a string. Please write it in quotes: '3'"),
     ("dataset_name", 5, "a string"),
     ("model_name_or_path", 7, "a string"),
-    ("lora_target_modules", [5], "a list"),
+    ("lora_target_modules", [5], "a list with entries that are each a string"),
+    ("debug", ["gradients"], "a string or a list with entries of 'underflow_overflow', 'tpu_metrics_debug'"),
     ("model_init_kwargs", 5, "a mapping or a string"),
     ("method_options", [1], "a mapping or a string"),
 )
@@ -186,11 +196,13 @@ def test_what_a_file_may_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     values |= {"warmup_steps": 3, "packing": 1, "resume_from_checkpoint": True, "lora_target_modules": "q_proj"}
     values |= {"model_init_kwargs": {"revision": "main"}, "eval_strategy": "no", "env": {"DIFFORA_TEST": 3}}
     monkeypatch.setenv("DIFFORA_TEST", "")
+    values |= {"fsdp": False, "debug": ["underflow_overflow"]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**values, "project": "Grün", "use_cpu": True}))
     words = [f"--config={tmp_path / 'run.yaml'}", "--max_steps", "9", "--output_dir", str(tmp_path / "out")]
     _, args, model_args, _ = train.read_arguments(train.make_parser(SFTConfig), words)
     assert args.max_steps == 9 and args.learning_rate == 1e-3 and args.max_length is None and args.data_seed is None
     assert args.resume_from_checkpoint is True and args.project == "Grün" and os.environ["DIFFORA_TEST"] == "3"
+    assert not args.fsdp and DebugOption.UNDERFLOW_OVERFLOW in args.debug
     assert args.model_init_kwargs == {"revision": "main"} and model_args.lora_target_modules == "q_proj"
 
 
