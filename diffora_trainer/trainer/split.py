@@ -79,6 +79,18 @@ class HeldOutSampler(Sampler[int]):
         self.size = size
         self.epoch = 0
 
+    @property
+    def generator(self) -> torch.Generator | None:
+        """
+        What the stock order is drawn with; there is none where that has none. With `use_seedable_sampler=False`
+        accelerate looks for it, and gives all processes the same.
+        """
+        return self.sampler.generator  # type: ignore[attr-defined]
+
+    @generator.setter
+    def generator(self, value: torch.Generator | None) -> None:
+        self.sampler.generator = value  # type: ignore[attr-defined]
+
     def set_epoch(self, epoch: int) -> None:
         """Called by the training loop before each epoch."""
         self.epoch = epoch

@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from peft import get_peft_model
-from torch.utils.data import SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler
 from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from diffora_trainer import DiffoRATrainer
+from diffora_trainer.trainer.split import HeldOutSampler, SplitPlan
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import lm_dataset, rows_of, tiny_tokenizer
 from helpers.trainers import CUT, classifier, lora, make_trainer
@@ -139,6 +142,40 @@ class StopEpochs(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         control.should_epoch_stop = state.global_step % 3 == 0
         control.should_save = state.global_step == 7
+
+
+@pytest.mark.parametrize("stock", [RandomSampler, lambda rows: LengthGroupedSampler(6, lengths=[1] * len(rows))])
+def test_processes_share_an_order_that_accelerate_does_not_seed(stock: Any) -> None:
+    """With `use_seedable_sampler=False`, whatever each has drawn at random before the epoch: as in a stock run."""
+
+    held_out = [1, 5, 20]
+
+    def order(split: bool) -> list[int]:
+        """The rows of the batches that two processes take in turn."""
+        batches = []
+        for rank in range(2):
+            plan = SplitPlan(held_out, seed=0)
+            plan.set_prune_step(2, steps_per_epoch=4, rows_per_step=6)
+            sampler = HeldOutSampler(stock(range(24)), plan, 24) if split else stock(range(24))
+            torch.manual_seed(0)
+            loader = prepare_data_loader(
+                DataLoader(range(24), batch_size=3, sampler=sampler),
+                num_processes=2,
+                process_index=rank,
+                put_on_device=False,
+                use_seedable_sampler=False,
+            )
+            torch.manual_seed(rank)
+            batches.append([batch.tolist() for batch in loader])
+        return [row for pair in zip(*batches, strict=True) for batch in pair for row in batch]
+
+    found, usual = order(split=True), order(split=False)
+    assert sorted(found) == sorted(usual) == list(range(24))
+    assert found[:12] == [row for row in usual if row not in held_out][:12]
+
+
+def test_a_sampler_without_a_generator_has_none_when_it_is_wrapped() -> None:
+    assert not hasattr(HeldOutSampler(SequentialSampler(range(4)), SplitPlan([1], seed=0), 4), "generator")
 
 
 def test_held_out_rows_stay_out_where_epochs_end_early(tmp_path: Path) -> None:
