@@ -18,7 +18,7 @@ from .selection import Selection
 WARMUP, SEARCH, FADE_OUT, SELECTED = "warm-up", "search", "fade-out", "selected"
 """The phases of a run."""
 
-_FORMAT = 6
+_FORMAT = 7
 _MOST_SHOWN = 30
 """Differences that a message names: more than there are options, and fewer than a model may have modules."""
 
@@ -62,6 +62,7 @@ class RunState:
         history (`tuple[Allocation, ...]`, *optional*): what was on before.
         components (`tuple[int, ...]`, *optional*): how many components of each module the matrix has an entry for, of
             which `kept`, `reached` and `halves` have one too; nothing where it has one for each module.
+        processes (`int`, *optional*): how many processes the run had; not known of old checkpoints.
 
     Raises:
         ValueError: if this cannot be the state of a run.
@@ -92,6 +93,7 @@ class RunState:
     costs: StepCosts | None = None
     history: tuple[Allocation, ...] = field(default=())
     components: tuple[int, ...] = ()
+    processes: int | None = None
 
     def __post_init__(self) -> None:
         if self.selection is not None:
@@ -149,7 +151,7 @@ class RunState:
         Raises:
             ValueError: if this is not the state of a run.
         """
-        if data.get("format") in (2, 3, 4, 5):
+        if data.get("format") in (2, 3, 4, 5, 6):
             data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
@@ -321,4 +323,5 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "costs": _maybe(_costs),
     "history": _all(_allocation),
     "components": _all(_whole),
+    "processes": _maybe(_whole),
 }

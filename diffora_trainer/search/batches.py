@@ -114,6 +114,14 @@ class LoopBatches:
         self._position = 0
 
     @property
+    def most_sampled(self) -> int | None:
+        """
+        How many batches [`sample`] gives at most, or `None` if that is not known. Losses are averaged over processes
+        batch by batch, so each has to have as many.
+        """
+        return None if self._length is None else min(self._length, self._keep)
+
+    @property
     def position(self) -> int:
         """How many batches were read. A fresh sequence can be moved on by setting it."""
         return self._position

@@ -98,8 +98,11 @@ class GatedModel:
         Raises:
             ValueError: on every process, if any two differ.
         """
-        what = "what to search: modules, options, schedule or the number of held-out rows"
-        remedy = "Please start all of them with the same script, arguments and data."
+        what = "what to search: modules, options, schedule, or the number of held-out rows or batches"
+        remedy = (
+            "Please start all of them with the same script, arguments and data, and give each as many held-out "
+            "batches as the others."
+        )
         check_agreement(fingerprint(record), self.runtime.reduce, what, remedy)
 
     def check_choice(self, kept: Tensor, ranks: Sequence[Any] = ()) -> None:

@@ -14,6 +14,7 @@ from ..adapters.base import kinds_of
 from ..adapters.grid import describe_base
 from ..adapters.pruning import apply_selection
 from ..config import DiffoRAConfig
+from ..core.agreement import world_size
 from ..core.files import reraise_with_path
 from ..core.state import RunState, check_same, check_same_options
 from ..methods.build import method_of
@@ -55,6 +56,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         halves=tuple(map(tuple, search.halves.sums.tolist())),
         half_steps=search.halves.steps,
         early_losses=search.early_losses,
+        processes=world_size(),
         progress=search.progress,
         costs=search.costs,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
@@ -70,6 +72,7 @@ def check_same_run(run: RunParts) -> None:
         run.search.ranks,
         asdict(run.schedule),
         len(run.held_out.dataset),
+        getattr(run.held_out, "most_sampled", None),  # of batches that a loop has dealt to its processes
     ]
     run.search.check_agreement(json.dumps(record, default=repr))
 
@@ -122,7 +125,9 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     if state.kept is not None:
         search.discretize(torch.tensor(state.kept))
     search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
-    search.effect, search.progress, search.early_losses = state.effect, state.progress, state.early_losses
+    search.effect, search.progress = state.effect, state.progress
+    if state.processes in (None, world_size()):  # the batches of fewer or more hold other rows
+        search.early_losses = state.early_losses
     if state.halves:
         search.halves = SplitHalf(torch.tensor(state.halves, dtype=torch.float64), state.half_steps)
     if state.reached is not None:

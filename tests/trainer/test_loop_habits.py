@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -110,6 +112,46 @@ def test_several_processes_that_would_each_choose_for_themselves_are_refused(mon
     monkeypatch.setattr("diffora_trainer.search.runtime.world_size", lambda: 2)
     with pytest.raises(ValueError, match="2 processes run.*reduce="):
         Loop(with_defaults(), batches(STEPS), SOURCES["list"]())
+
+
+@pytest.mark.parametrize("source", [list, lambda found: DataLoader(found, batch_size=None)])
+def test_each_process_has_as_many_held_out_batches(source: Any) -> None:
+    """Losses are averaged batch by batch. Of more than are compared the numbers may differ."""
+    for counts, fits in (((8, 7), False), ((7, 8), False), ((7, 7), True), ((9, 8), True)):
+        sent: list[Tensor] = []  # by the first of two processes
+
+        def mean(values: Tensor, sent: list[Tensor] = sent) -> Tensor:
+            return (values + sent.pop()) / 2
+
+        first = Runtime(reduce=lambda values, sent=sent: sent.append(values) or values)
+        start(source(batches(counts[0])), first)
+        with nullcontext() if fits else pytest.raises(ValueError, match="held-out rows or batches.*each as many"):
+            start(source(batches(counts[1])), Runtime(reduce=mean))
+
+
+def start(held_out: Any, runtime: Runtime) -> None:
+    loop = Loop(with_defaults(), batches(STEPS), SOURCES["list"]())
+    SelectionRun(loop.model, loop.optimizer, with_defaults(), loss_of, held_out, STEPS, runtime=runtime)
+
+
+def test_early_losses_of_other_processes_are_not_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their batches hold other rows. Of a checkpoint from before their number was kept they are taken."""
+    config = with_defaults(selection_granularity="rank")
+    loop = Loop(config, batches(STEPS), SOURCES["list"]())
+    loop.train(CUT - 1)
+    checkpoint = loop.checkpoint()
+    early = checkpoint["run"]["run"]["early_losses"]
+    assert len(early) == 5 and checkpoint["run"]["run"]["processes"] == 1
+    old = copy.deepcopy(checkpoint)
+    old["run"]["run"].update(format=6)
+    del old["run"]["run"]["processes"]
+    for state, processes, kept in ((checkpoint, 1, True), (checkpoint, 2, False), (old, 2, True)):
+        monkeypatch.setattr("diffora_trainer.search.run_state.world_size", lambda number=processes: number)
+        resumed = Loop(config, batches(STEPS), SOURCES["list"]())
+        resumed.resume(copy.deepcopy(state))
+        assert list(resumed.run.state_dict()["run"]["early_losses"]) == (list(early) if kept else [])
+        resumed.train()
+        assert (resumed.run.search.progress is not None) == kept
 
 
 class Failing:
