@@ -46,9 +46,9 @@ class SearchBase(GatedModel):
         self.config = config
         self.costs: StepCosts | None = None
         self.ceilings: tuple[Ceiling, ...] = ()
-        self.micro_batches = wanted_micro_batches(config, runtime.splits_batches, model)
+        self.micro_batches = wanted_micro_batches(config, runtime, model)
         # Training losses add up in another way: the Trainer divides them by the labels of all accumulated batches.
-        self.training_micro_batches = wanted_micro_batches(config, runtime.splits_batches, model)
+        self.training_micro_batches = wanted_micro_batches(config, runtime, model)
         self.told_budget: RankBudget | None = None
         self.rank_plan: RankPlan | None = None
         if get_method(config.method).tells_ranks:

@@ -60,7 +60,10 @@ class HeldOutBatches:
 
     def check(self) -> Any:
         """Read the first batch that has labels, so that what is wrong with the data is said before training."""
-        return next(self.sample(_CHECKED_BATCHES))
+        for number in range(min(_CHECKED_BATCHES, self._epoch)):
+            if not without_labels(batch := self.batch(number)):
+                return batch
+        return self.batch(0)
 
     def __next__(self) -> Any:
         batch = self.batch(self.position)

@@ -7,6 +7,9 @@ of these, as where rows are compared with each other, cannot be read off a loss 
 the first batch: the loss of the whole is compared with what each rule makes of the losses of its parts. If none fits,
 batches are not split. Nor are they with the auxiliary loss of a mixture of experts, which is made of products of means
 over all tokens, and so small that a wrong sum of it passes for rounding.
+
+A loss may itself wait for other processes (TRL's `SFTTrainer` gathers its metrics), so all of them try out and split
+alike: what one finds in its own rows is agreed on.
 """
 
 from __future__ import annotations
@@ -20,10 +23,11 @@ from torch import Tensor, nn
 
 from ..compat import noted_auxiliary_losses
 from ..config import DiffoRAConfig
-from ..core.agreement import is_main_process
+from ..core.agreement import is_main_process, world_size
 from ..core.rows import number_of_rows, take_rows
 from ..logging import get_logger
 from .batches import IGNORED_LABEL
+from .runtime import Runtime
 
 
 logger = get_logger(__name__)
@@ -40,14 +44,17 @@ class MicroBatches:
         asked (`bool`, *optional*, defaults to `True`): whether the user has asked for it, so that a batch that cannot
             be split is an error.
         model (`nn.Module`, *optional*): the model whose loss it is.
+        runtime ([`~diffora_trainer.search.runtime.Runtime`], *optional*): several processes.
 
     Attributes:
         parts (`int`): into how many; 1 once it is known that batches cannot be split.
     """
 
-    def __init__(self, parts: int, asked: bool = True, model: nn.Module | None = None) -> None:
+    def __init__(
+        self, parts: int, asked: bool = True, model: nn.Module | None = None, runtime: Runtime | None = None
+    ) -> None:
         self.parts = self._wanted = parts
-        self._asked, self._model = asked, model
+        self._asked, self._model, self._runtime = asked, model, runtime or Runtime()
         self._rules: Sequence[str] = _RULES
         self._untried, self._warned = True, False
 
@@ -64,38 +71,49 @@ class MicroBatches:
             ValueError: if it was asked for, and the loss of this batch is no sum or mean of those of its parts, as
                 with an auxiliary loss of routers.
         """
-        rows = number_of_rows(batch)
         if self.parts == 1:
             return [(batch, 1.0)]
-        if rows == 1:
-            if self._untried and not self._warned:
-                self._warn("there is one row in a batch")
-            return [(batch, 1.0)]
-        if rows is None:
+        rows = number_of_rows(batch)
+        [broken] = self._any(rows is None)
+        if broken:
             self._refuse(f"a batch is no dictionary of tensors with equally many rows, but {_describe(batch)}")
             return [(batch, 1.0)]
+        assert rows is not None
         parts = [take_rows(batch, chunk) for chunk in _chunks(rows, self.parts)]
         weights, *others = (_weights(rule, parts) for rule in self._rules)
         # Not known yet, or rules that have always agreed disagree for once
-        if self._untried or any(other != weights for other in others):
+        single, uneven, doubtful, empty = self._any(
+            rows == 1, len(parts) < self.parts, any(other != weights for other in others), not all(weights)
+        )
+        if single or (world_size() > 1 and uneven):
+            if self._untried and not self._warned:
+                self._warn("there is one row in a batch" if single else "a batch has fewer rows than parts")
+            return [(batch, 1.0)]
+        if self._untried or doubtful:
             self._try_out(batch, rows, loss_of)
             weights = _weights(self._rules[0], parts)
-        if self.parts == 1 or self._untried:
+            [empty] = self._any(not all(weights))
+        if self.parts == 1 or self._untried or (world_size() > 1 and empty):
             return [(batch, 1.0)]
         # A mean over no labels is not a number, and no part of the mean of the whole.
         return [(part, weight) for part, weight in zip(parts, weights, strict=True) if weight]
 
+    def _any(self, *found: bool) -> list[bool]:
+        """Each of these, whether it holds on any process."""
+        return [share > 0 for share in self._runtime.reduce(torch.tensor(found, dtype=torch.float32)).tolist()]
+
     def _try_out(self, batch: Any, rows: int, loss_of: LossOf) -> None:
         with noted_auxiliary_losses(self._model) as auxiliary:
             whole = loss_of(batch)
-        if auxiliary:
+        has_auxiliary, unknown = self._any(bool(auxiliary), not math.isfinite(whole))
+        if has_auxiliary:
             names = ", ".join(sorted(auxiliary))
             self._refuse(
                 f"the model returns an auxiliary loss of its routers ({names}), which is no sum or mean over rows; "
                 "with a `router_aux_loss_coef` of 0 there would be none in its loss"
             )
             return
-        if not math.isfinite(whole):
+        if unknown:
             return  # nothing can be said of such a batch
         # Equal parts do not tell a mean over rows from one over labels; one row and the rest do it better.
         splits = [_chunks(rows, self.parts), [range(1), range(1, rows)]]
@@ -108,12 +126,12 @@ class MicroBatches:
                 for parts, of_parts in zip(divided, losses, strict=True)
             ]
             errors[rule] = max(abs(value - whole) for value in found)
-        finite = {rule: error for rule, error in errors.items() if math.isfinite(error)}
-        best = min(finite, key=lambda rule: finite[rule], default=None)
-        if best is not None and finite[best] <= _TOLERANCE * abs(whole) + 1e-7:
-            # Where all rows are of one length several rules fit alike; the first one is the most common.
-            self._rules = [rule for rule in finite if finite[rule] <= finite[best] + 1e-6 * abs(whole)]
-            self._untried = False
+        best = min(filter(math.isfinite, errors.values()), default=math.inf)
+        # Where all rows are of one length several rules fit alike; the first one is the most common.
+        bound = best + 1e-6 * abs(whole) if best <= _TOLERANCE * abs(whole) + 1e-7 else -1.0
+        unfit = self._any(*(not errors[rule] <= bound for rule in self._rules))
+        if rules := [rule for rule, other in zip(self._rules, unfit, strict=True) if not other]:
+            self._rules, self._untried = rules, False
             return
         self._refuse(
             f"the loss of a batch ({whole:.6g}) is neither the sum nor a mean of those of its parts "
@@ -138,21 +156,22 @@ class MicroBatches:
             )
 
 
-def wanted_micro_batches(config: DiffoRAConfig, splits_batches: bool, model: nn.Module) -> MicroBatches:
+def wanted_micro_batches(config: DiffoRAConfig, runtime: Runtime, model: nn.Module) -> MicroBatches:
     """
     What splits the batches of a run while all modules are there.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
-        splits_batches (`bool`): whether the training loop splits its batches, so that it does so without being asked.
+        runtime ([`~diffora_trainer.search.runtime.Runtime`]): whether the training loop splits its batches, so that it
+            does so without being asked, and several processes.
         model (`nn.Module`): the model that is trained.
     """
     if config.search_micro_batches is not None:
-        return MicroBatches(config.search_micro_batches, model=model)
-    if config.max_step_memory is None or not splits_batches:
+        return MicroBatches(config.search_micro_batches, model=model, runtime=runtime)
+    if config.max_step_memory is None or not runtime.splits_batches:
         return MicroBatches(1)
     # What a step makes grows with its rows, so that parts of this size stay within the limit.
-    return MicroBatches(math.ceil(1 / config.max_step_memory - 1e-9), asked=False, model=model)
+    return MicroBatches(math.ceil(1 / config.max_step_memory - 1e-9), asked=False, model=model, runtime=runtime)
 
 
 _RULES = ("sum", "shifted labels", "labels", "rows")

@@ -117,8 +117,9 @@ class ArchitectureSearch(OldNames, SearchBase):
         """
         self.check_ranks()
         try_out(self, batch)
-        # If this batch has no label, none has. A loss of the user's own may not need any.
-        if without_labels(batch) and (world_size() > 1 or math.isnan(self.held_out_loss([batch]))):
+        # If this batch has no label, none of this process has. A loss of the user's own may not need any.
+        [unlabelled] = self.runtime.reduce(torch.tensor([float(without_labels(batch))])).tolist()
+        if unlabelled == 1 and (world_size() > 1 or math.isnan(self.held_out_loss([batch]))):
             raise ValueError(f"No held-out row has a label, so its loss is not a number. {NO_LABELS}")
 
     def begin(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, DiffoRAMixin, DiffoRATrainer
 from diffora_trainer.search.memory import peak_bytes
 from diffora_trainer.search.micro_batches import MicroBatches
+from diffora_trainer.search.runtime import Runtime
 from helpers.checks import step_logs
 from helpers.data import preference_dataset, tiny_tokenizer, token_rows
 from helpers.marks import mostly_slow
@@ -251,6 +253,47 @@ def test_how_the_losses_of_parts_add_up_is_found_out() -> None:
     assert MicroBatches(4).split(one, lambda b: 1 / 0) == [(one, 1.0)]
 
 
+def test_processes_split_alike_whatever_is_in_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss may wait for the other processes, as SFT's does for its metrics: all have to compute it equally often."""
+    monkeypatch.setattr("diffora_trainer.search.micro_batches.world_size", lambda: 2)
+    barrier, sent = threading.Barrier(2, timeout=20), [torch.zeros(())] * 2
+    whole = torch.ones(4, 5, dtype=torch.int)
+    short, empty = whole.clone(), whole.clone()
+    short[0, 2:] = empty[:2] = -100
+    batches = {0: (whole, whole, empty, whole, whole), 1: (whole, short, whole, whole[:1], whole)}
+    found: dict[int, Any] = {}
+
+    def process(rank: int) -> None:
+        def reduce(values: torch.Tensor) -> torch.Tensor:
+            sent[rank] = values
+            barrier.wait()
+            mean = torch.stack(sent).mean(0)
+            barrier.wait()
+            return mean
+
+        def loss_of(part: Any) -> float:
+            counts = (part["labels"][:, 1:] != -100).sum(1).float()
+            return float(reduce(part["rows"].mean() * 0) + (part["rows"] * counts).sum() / counts.sum())
+
+        splitter = MicroBatches(2, runtime=Runtime(reduce=reduce))
+        values = torch.tensor([1.0, 2.0, 4.0, 8.0])
+        own = [{"rows": values[: len(labels)], "labels": labels} for labels in batches[rank]]
+        try:
+            found[rank] = [[weight for _, weight in splitter.split(batch, loss_of)] for batch in own]
+        except BaseException as error:
+            barrier.abort()
+            found[rank] = error
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # A part without a label would be left out by one process alone, and one row makes fewer parts: no batch is split.
+    assert found[0] == [[0.5, 0.5], [0.5, 0.5], [1.0], [1.0], [0.5, 0.5]]
+    assert found[1] == [[0.5, 0.5], pytest.approx([5 / 13, 8 / 13]), [1.0], [1.0], [0.5, 0.5]]
+
+
 class DiffoRADPOTrainer(DiffoRAMixin, DPOTrainer):
     pass
 
@@ -265,7 +308,8 @@ def test_preference_trainers_are_not_split(tmp_path: Path, caplog) -> None:
     }
     with pytest.raises(ValueError, match="search_micro_batches=2.*DiffoRADPOTrainer.*compares rows"):
         dpo(**settings, options={"search_micro_batches": 2})
-    trainer = dpo(**settings, options={"max_step_memory": 0.99})
+    # What was refused had its LoRA put into the model, which another trainer does not take.
+    trainer = dpo(**{**settings, "model": causal_model()}, options={"max_step_memory": 0.99})
     assert "`max_step_memory=0.99` is kept after the pruning alone: the loss of DiffoRADPOTrainer" in caplog.text
     trainer.train()
     assert trainer.selection.memory["predicted"] <= 0.99 * trainer.selection.memory["all_modules"]
