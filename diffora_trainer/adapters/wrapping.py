@@ -136,8 +136,8 @@ def check_no_adapter(model: nn.Module) -> None:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ValueError(
             f"The {type(model).__name__} that you passed has an adapter already, put in by `load_adapter`, "
-            "`add_adapter`, PEFT's injection, or a trainer that was built of it before, which is not a `PeftModel`. To "
-            "train it further, please pass `PeftModel.from_pretrained(base_model, folder, is_trainable=True)`; to "
+            "`add_adapter`, PEFT's injection, or a trainer that was built of it before, which is not a `PeftModel`. "
+            "To train it further, please pass `PeftModel.from_pretrained(base_model, folder, is_trainable=True)`; to "
             "begin anew, load the base model again, and pass the configuration as `peft_config` to the trainer."
         )
 
