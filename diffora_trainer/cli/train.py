@@ -12,12 +12,6 @@ from ..core.files import ADAPTER_CONFIG_NAME
 from .data import DataArguments, check_texts, load_splits
 
 
-_PLACES = (
-    *("revision", "subfolder", "cache_dir", "token", "proxies", "local_files_only", "force_download"),
-    *("trust_remote_code", "code_revision"),
-)
-"""The arguments of `from_pretrained` that say where the files of a model are, and whether its code is run."""
-
 METRICS = ("accuracy", "pearson", "mse")
 """What is printed of an evaluation beside the loss."""
 
@@ -144,7 +138,6 @@ def check_language_model(name: str, options: dict[str, Any]) -> None:
     """
     import transformers
 
-    options = {key: options[key] for key in _PLACES if key in options}
     named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
     cls = getattr(transformers, named[0], None)  # none of a class that comes with the model
     if cls is not None and not cls.can_generate():
