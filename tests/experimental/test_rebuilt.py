@@ -17,6 +17,7 @@ from diffora_trainer.adapters.gates import Gates
 from diffora_trainer.adapters.grid import AdapterGrid
 from helpers.adapted import base_weights, logits
 from helpers.checks import assert_continues, assert_same
+from helpers.marks import mostly_slow
 from helpers.models import llama
 from helpers.trainers import SAVES, SaveAt, causal_model, lora, make_trainer
 
@@ -45,7 +46,7 @@ def is_of_form(name: str, weights: dict[str, Tensor], pre_trained: Tensor) -> bo
     )
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", mostly_slow(FORMS, "LoRA-XS"))
 def test_a_run_chooses_saves_plain_lora_and_resumes(name: str, tmp_path: Path) -> None:
     form, cost = FORMS[name]
 

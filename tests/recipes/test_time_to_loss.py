@@ -125,6 +125,7 @@ def test_a_pretrained_llama_is_what_the_comparison_of_text_begins_with(tmp_path:
     assert {name.split(".")[4] for name, p in trainer.model.named_parameters() if p.requires_grad} == {"1"}
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path: Path) -> None:
     tokenizer = tiny.tiny_tokenizer()
     models.encoder_for(tokenizer, layers=3).save_pretrained(tmp_path / "encoder")

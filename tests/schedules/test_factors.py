@@ -18,6 +18,7 @@ from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import adapted_names, base_weights, logits
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.data import preference_dataset, tiny_tokenizer
+from helpers.marks import mostly_slow
 from helpers.models import llama
 from helpers.rollouts import rollout_trainer
 from helpers.trainers import CUT, SAVES, SaveAt, arguments, causal_model, classifier, lora, make_trainer
@@ -141,7 +142,7 @@ def test_factors_take_turns_where_the_adapter_is_switched_off_and_on(kind: str, 
         assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
 
 
-@pytest.mark.parametrize("kind", ["DPO", "GRPO"])
+@pytest.mark.parametrize("kind", mostly_slow(["DPO", "GRPO"], "DPO"))
 def test_earlier_rounds_stay_where_the_adapter_is_switched_off_and_on(kind: str, tmp_path: Path) -> None:
     moves = Moves()
     trainer = with_a_reference(kind, tmp_path, [ChainedLoRA(every=3, train_a=False), moves])

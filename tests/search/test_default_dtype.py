@@ -15,6 +15,7 @@ from diffora_trainer.core.budget import Budget
 from diffora_trainer.methods.registry import get_method
 from diffora_trainer.search.held_out import HeldOutBatches
 from diffora_trainer.trainer.split import HeldOutSampler, SplitPlan, split_indices
+from helpers.marks import mostly_slow
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.trainers import lora
@@ -54,7 +55,7 @@ RUNS["components"] = {"selection_granularity": "component"}
 RUNS["ranks"] = {"selection_granularity": "rank"}
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", mostly_slow(RUNS, "diffora", "sampled", "sora", "components"))
 def test_the_default_dtype_changes_no_choice(name: str) -> None:
     usual = run_under(torch.float32, **RUNS[name])
     for dtype in (torch.bfloat16, torch.float64):

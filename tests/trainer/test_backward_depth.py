@@ -20,6 +20,7 @@ from transformers import (
 from diffora_trainer import DiffoRATrainer
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.depth import LAYERS, NOT_REENTRANT, Reach, deep, embeddings_require_gradient, layer_of, trainer_of
+from helpers.marks import mostly_slow
 from helpers.trainers import CUT, WARMUP, Probe, lora
 
 
@@ -27,7 +28,7 @@ CASES = [("cls", "llama"), ("cls", "gpt2"), ("cls", "bert")]
 CASES += [("sft", "llama"), ("sft", "gpt2"), ("dpo", "llama"), ("dpo", "gpt2")]
 
 
-@pytest.mark.parametrize(("task", "kind"), CASES)
+@pytest.mark.parametrize(("task", "kind"), mostly_slow(CASES, ("cls", "llama"), ("cls", "bert"), ("sft", "gpt2")))
 def test_a_step_after_the_cut_ends_at_the_lowest_layer_that_was_kept(task: str, kind: str, tmp_path: Path) -> None:
     found = []
     for checkpointing in (False, True):

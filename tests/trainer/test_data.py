@@ -20,6 +20,7 @@ from diffora_trainer import DiffoRATrainer
 from diffora_trainer.trainer.split import HeldOutSampler, SplitPlan
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import lm_dataset, rows_of, tiny_tokenizer
+from helpers.marks import mostly_slow
 from helpers.trainers import CUT, classifier, lora, make_trainer
 
 
@@ -109,7 +110,9 @@ SPLITS = {
 }
 
 
-@pytest.mark.parametrize("name", SPLITS)
+@pytest.mark.parametrize(
+    "name", mostly_slow(SPLITS, "cut in the second epoch", "uneven accumulation", "a worker", "a plain sampler")
+)
 def test_held_out_rows_are_kept_from_the_weights_until_the_cut(name: str, tmp_path: Path) -> None:
     args, search, epoch = SPLITS[name]
     found = run(tmp_path / "found", args=args, search=search)

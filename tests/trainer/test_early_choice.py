@@ -10,6 +10,7 @@ import pytest
 from transformers import Trainer
 
 from helpers.checks import adapter, assert_continues, step_logs
+from helpers.marks import mostly_slow
 from helpers.trainers import make_trainer
 
 
@@ -22,7 +23,10 @@ def make(folder: Path, args: dict[str, Any] | None = None, **search: Any) -> Tra
     return make_trainer(folder, "sft", args={**MANY, **(args or {})}, search=search)
 
 
-@pytest.mark.parametrize("options", [{}, {"fade_out": 0}, {"selection_granularity": "rank"}], ids=str)
+SEARCHES = [{}, {"fade_out": 0}, {"selection_granularity": "rank"}]
+
+
+@pytest.mark.parametrize("options", mostly_slow(SEARCHES, {"selection_granularity": "rank"}), ids=str)
 def test_the_choice_comes_early_and_a_resumed_run_makes_the_same_one(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

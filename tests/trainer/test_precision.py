@@ -19,6 +19,7 @@ from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.search.bilevel import ArchitectureGradient
 from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
+from helpers.marks import mostly_slow
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.searches import gradients_of
@@ -102,14 +103,17 @@ def assert_gradients_are_exact(found: list[Any], task: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize(
     ("task", "precision"),
-    [
-        ("cls", "autocast"),
-        ("sft", "autocast"),
-        ("sft", "bf16 model"),
-        ("cls", "bf16 model, autocast"),
-        ("cls", "bf16 model and LoRA"),
-        ("sft", "bf16 model and LoRA, autocast"),
-    ],
+    mostly_slow(
+        [
+            ("cls", "autocast"),
+            ("sft", "autocast"),
+            ("sft", "bf16 model"),
+            ("cls", "bf16 model, autocast"),
+            ("cls", "bf16 model and LoRA"),
+            ("sft", "bf16 model and LoRA, autocast"),
+        ],
+        *(("cls", "autocast"), ("sft", "bf16 model"), ("cls", "bf16 model and LoRA")),
+    ),
 )
 def test_run_in_bf16(task: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dtype, lora_dtype, autocast = PRECISIONS[precision]

@@ -18,6 +18,7 @@ from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.hub.plots import plot_selection
 from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_same, optimizer_state, snapshot, step_logs
+from helpers.marks import mostly_slow
 from helpers.processes import train
 from helpers.reallocation import DYNAMIC, MOMENTS, rotating, weights_of
 from helpers.trainers import CUT, WARMUP, Probe, make_trainer, running, saving_trainer
@@ -128,7 +129,7 @@ def test_batches_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({entry.scores for entry in trainer.selection.history}) == len(MOMENTS)
 
 
-@pytest.mark.parametrize("task", ["cls", "sft"])
+@pytest.mark.parametrize("task", mostly_slow(["cls", "sft"], "sft"))
 def test_resumed_run_is_the_uninterrupted_run(task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the warm-up, at a reallocation, between two, at the cut, and after it; with dropout and accumulation."""
     rotating(monkeypatch)

@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from diffora_trainer import Selection
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import classification_dataset
+from helpers.marks import mostly_slow
 from helpers.trainers import CUT, SaveAt, classifier, lora, make_trainer, out_of_memory, running
 from helpers.trials import Given
 
@@ -55,7 +56,10 @@ def test_a_merged_model_is_saved_as_the_parent_saves_it(tmp_path: Path) -> None:
     assert_same(loaded.state_dict(), trainer.model.state_dict())
 
 
-@pytest.mark.parametrize("search", [{}, {"unselected": "freeze"}, {"weight_sharing": "model"}], ids=str)
+FATES = [{}, {"unselected": "freeze"}, {"weight_sharing": "model"}]
+
+
+@pytest.mark.parametrize("search", mostly_slow(FATES, {}, {"unselected": "freeze"}), ids=str)
 def test_findings_are_saved_with_the_adapter_that_they_describe(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, search: dict[str, str]
 ) -> None:
@@ -201,7 +205,10 @@ def run(folder: Path, steps: tuple[int, ...] = (), batch: int = 4, checkpoint: s
 
 @pytest.mark.parametrize(
     ("begun", "steps", "batch"),
-    [(0, (0,), 3), (0, (0, 0), 2), (5, (5,), 3), (5, (6, 7), 2), (CUT, (10,), 3), (10, (11,), 3)],
+    mostly_slow(
+        [(0, (0,), 3), (0, (0, 0), 2), (5, (5,), 3), (5, (6, 7), 2), (CUT, (10,), 3), (10, (11,), 3)],
+        *((0, (0, 0), 2), (5, (6, 7), 2), (10, (11,), 3)),
+    ),
 )
 def test_smaller_batches_are_those_of_a_run_begun_with_them(
     begun: int, steps: tuple[int, ...], batch: int, whole: Trainer, tmp_path: Path

@@ -17,6 +17,7 @@ from diffora_trainer.methods.options import ScoreOptions
 from diffora_trainer.methods.registry import unregister_method
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.depth import trainer_of
+from helpers.marks import mostly_slow
 from helpers.trainers import CUT, MOMENTS, deep_model, lora, saving_trainer
 
 
@@ -111,7 +112,9 @@ def test_options_that_touch_no_search_may_change(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", [SEARCH, CUT])
-@pytest.mark.parametrize(("saved", "present"), [("none", "memory"), ("memory", "none"), ("none", "disk")])
+@pytest.mark.parametrize(
+    ("saved", "present"), mostly_slow([("none", "memory"), ("memory", "none"), ("none", "disk")], ("none", "memory"))
+)
 def test_a_prefix_cache_may_come_and_go(at: int, saved: str, present: str, tmp_path: Path, caplog: Any) -> None:
     def run(folder: Path, where: str) -> Trainer:
         args = {"max_steps": CUT + 10, "save_strategy": "steps", "save_steps": at}

@@ -19,6 +19,7 @@ from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.methods.base import ScoreMethod
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.data import lm_dataset
+from helpers.marks import mostly_slow
 from helpers.trainers import CUT, SAVES, classifier, lora, make_trainer, running, saving_trainer
 
 
@@ -28,7 +29,7 @@ METHODS = ("diffora", "grad_norm", "snip", "synflow", "alpha_test", "random", "c
 SCORES = METHODS[1:-1]
 
 
-@pytest.mark.parametrize("task", ["cls", "sft"])
+@pytest.mark.parametrize("task", mostly_slow(["cls", "sft"], "cls"))
 @pytest.mark.parametrize("method", SCORES)
 def test_run(method: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All modules train as in a run of plain LoRA, the best-scored go on, and the adapter is plain PEFT."""

@@ -15,6 +15,7 @@ from diffora_trainer import DiffoRAConfig, SelectionRun, selected_lora_config
 from diffora_trainer.cli import main
 from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, step_logs
+from helpers.marks import mostly_slow
 from helpers.trainers import CUT, causal_model, classifier, lora, make_trainer, saving_trainer
 
 
@@ -35,7 +36,7 @@ SEARCHES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", mostly_slow(SEARCHES, "modules", "ranks"))
 def test_a_run_ends_at_the_choice_and_a_stock_one_goes_on(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -28,6 +28,7 @@ from diffora_trainer.cli import main
 from helpers.adapted import base_weights
 from helpers.checks import adapter, assert_same, assert_was_searched
 from helpers.data import tiny_tokenizer
+from helpers.marks import mostly_slow
 from helpers.models import llama_config
 from helpers.trainers import CUT, arguments, lora, search_config
 
@@ -146,12 +147,15 @@ def test_modules_of_both_towers_compete(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "search",
-    [
-        {"max_trainable_parameters": 3000},
-        {"unselected": "freeze"},
-        {"search_micro_batches": 2},
-        {"max_step_time": 0.8, "selection_ratio": None},
-    ],
+    mostly_slow(
+        [
+            {"max_trainable_parameters": 3000},
+            {"unselected": "freeze"},
+            {"search_micro_batches": 2},
+            {"max_step_time": 0.8, "selection_ratio": None},
+        ],
+        *({"max_trainable_parameters": 3000}, {"search_micro_batches": 2}),
+    ),
     ids=["ranks", "frozen", "micro-batches", "time"],
 )
 def test_options_work_with_images(tmp_path: Path, search: dict[str, Any]) -> None:
