@@ -231,9 +231,9 @@ def test_adapter_that_transformers_has_loaded_is_refused(task: str, tmp_path: Pa
     model.save_pretrained(tmp_path / "adapter")
     loaded = make()
     loaded.load_adapter(str(tmp_path / "adapter"))
+    randomize(loaded)  # transformers 5.2 leaves some of an encoder's adapter as it was drawn
     before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
     with pytest.raises(ValueError, match=r"load_adapter.*`PeftModel.from_pretrained\(base_model.*`peft_config`"):
         make_trainer(tmp_path, task, model=loaded, peft_config=None)
     assert loaded.state_dict().keys() == before.keys()
     assert all(tensor.equal(before[name]) for name, tensor in loaded.state_dict().items())
-    assert any(tensor.any() for name, tensor in before.items() if "lora_B" in name)
