@@ -85,6 +85,7 @@ def outside(jobs: list[dict[str, str]], folder: Path) -> list[dict[str, Any]]:
     return report
 
 
+@pytest.mark.slow
 def test_saved_results_load_with_one_call_or_with_plain_peft(runs: Any, tmp_path: Path) -> None:
     jobs: list[dict[str, str]] = []
     for task, name, fresh, auto_class in (

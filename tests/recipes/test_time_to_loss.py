@@ -49,6 +49,7 @@ def test_every_yaml_is_a_comparison(config: str) -> None:
             assert make_schedule(found, 2 * steps).prune == make_schedule(DiffoRAConfig(**given), steps).prune
 
 
+@pytest.mark.slow
 def test_all_methods_take_turns_and_a_killed_comparison_goes_on(tmp_path: Path) -> None:
     tokenizer = tiny.tiny_tokenizer()
     torch.manual_seed(0)

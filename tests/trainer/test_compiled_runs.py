@@ -133,7 +133,8 @@ def test_compiled_run_resumes(moment: int, tmp_path: Path) -> None:
     assert_continues(resumed, whole, moment)
 
 
-@pytest.mark.parametrize("make", [pytest.param(llama, marks=pytest.mark.slow), bert])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [llama, bert])
 def test_a_loop_of_one_s_own_and_how_deep_its_backward_pass_goes(make: Any) -> None:
     """
     The model is compiled anew when the gates come and when they go. After the choice its backward pass has the matrix

@@ -155,6 +155,7 @@ def test_the_auxiliary_loss_of_routers_is_not_split(tmp_path: Path, caplog) -> N
         assert step_logs(split)[step]["loss"] == pytest.approx(log["loss"], rel=2e-4)
 
 
+@pytest.mark.slow
 def test_a_memory_limit_holds_for_the_whole_run(tmp_path: Path) -> None:
     """Counted in the real steps of the trainer, the same batches with and without a limit."""
     peaks: dict[str, dict[str, list[int]]] = {}
