@@ -159,7 +159,7 @@ def _likeness(layer: Any, adapter_name: str) -> str | None:
     if weight.shape != (b.shape[0], a.shape[1]):
         return None
     a, b = a.float(), b.float()
-    ours, theirs, one = b.T @ b, a @ a.T, torch.eye(len(a), device=a.device)
+    ours, theirs, one = b.T @ b, a @ a.T, torch.eye(len(a), dtype=torch.float32, device=a.device)
     # The columns of `lora_B` have the lengths of the rows of `lora_A` and are orthogonal (PiSSA), or are of length 1.
     if not (found := [init for init, wanted in zip(_STARTS, (theirs, one), strict=True) if _near(ours, wanted)]):
         return None

@@ -58,6 +58,11 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples at most."})
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name is a local path by its form, and no Hub id."""
+    return Path(name).is_absolute() or name.startswith(".")
+
+
 def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
     """
     The training and the evaluation set.
@@ -73,7 +78,7 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
         raise ValueError("`dataset_name` is missing: a Hub id, or a local file or folder.")
     path = Path(args.dataset_name)
     reader = FILE_READERS.get(Path(path.stem if path.suffix == ".gz" else path).suffix.lower())
-    if (reader or path.is_absolute() or args.dataset_name.startswith(".")) and not path.exists():
+    if (reader or looks_local(args.dataset_name)) and not path.exists():
         raise FileNotFoundError(
             f"`dataset_name` looks like a local path, but there is no {path}. Please start the script in the folder "
             "that the path is relative to, or pass a Hub id such as `--dataset_name stanfordnlp/sst2`."

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..compat import readable_help
 from ..core.files import ADAPTER_CONFIG_NAME
-from .data import DataArguments, check_texts, load_splits
+from .data import DataArguments, check_texts, load_splits, looks_local
 
 
 METRICS = ("accuracy", "pearson", "mse")
@@ -114,7 +114,7 @@ def checked_model_name(name: str | None) -> str:
     if not name:
         raise ValueError("`model_name_or_path` is missing: a Hub id or a local folder.")
     path = Path(name)
-    if not path.exists() and (path.is_absolute() or name.startswith(".")):
+    if not path.exists() and looks_local(name):
         raise FileNotFoundError(f"`model_name_or_path` looks like a local path, but there is no {path}.")
     if (path / ADAPTER_CONFIG_NAME).is_file() and not (path / "config.json").is_file():
         raise ValueError(

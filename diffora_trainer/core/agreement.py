@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +27,17 @@ def check_agreement(bits: Tensor, mean: Callable[[Tensor], Tensor], what: str, r
     differing = int(((average != 0) & (average != 1)).sum())
     if differing:
         raise ValueError(f"The processes of this run disagree on {what}. {remedy}")
+
+
+def shares(found: Sequence[bool], mean: Callable[[Tensor], Tensor]) -> list[float]:
+    """
+    On how large a part of the processes each of these holds: the same on all, so that they go on alike.
+
+    Args:
+        found (`Sequence[bool]`): what this process has found.
+        mean (`Callable[[Tensor], Tensor]`): averages a float32 CPU tensor over all processes.
+    """
+    return mean(torch.tensor(found, dtype=torch.float32)).tolist()
 
 
 def is_main_process() -> bool:

@@ -96,7 +96,7 @@ def write_card(
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             went_on=went_on,
             base=base,
-            labels=_labels(model, model_config),
+            labels=_labels(model),
             rows=_grown_rows(folder / subfolder, model_config),
             subfolder=subfolder and json.dumps(subfolder, ensure_ascii=False),
             base_model=base_model,
@@ -155,8 +155,9 @@ def _is_installed(module: str) -> bool:
     return file is not None and module != "__main__" and any(Path(home) in Path(file).parents for home in homes)
 
 
-def _labels(model: Any, model_config: Any) -> str:
+def _labels(model: Any) -> str:
     """What the snippet passes so that the base model gets the head that was trained."""
+    model_config = getattr(model, "config", None)
     number = getattr(model_config, "num_labels", None)
     if number is None or not predicts_classes(class_of(model), model_config):
         return ""

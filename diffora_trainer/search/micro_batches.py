@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..compat import noted_auxiliary_losses
 from ..config import DiffoRAConfig
-from ..core.agreement import is_main_process, world_size
+from ..core.agreement import is_main_process, shares, world_size
 from ..core.rows import number_of_rows, take_rows
 from ..logging import get_logger
 from .batches import IGNORED_LABEL
@@ -74,17 +74,16 @@ class MicroBatches:
         if self.parts == 1:
             return [(batch, 1.0)]
         rows = number_of_rows(batch)
-        [broken] = self._any(rows is None)
-        if broken:
+        parts = [] if rows is None else [take_rows(batch, chunk) for chunk in _chunks(rows, self.parts)]
+        weights, *others = (_weights(rule, parts) for rule in self._rules)
+        doubtful = any(other != weights for other in others)  # rules that have always agreed disagree for once
+        # All at once: with several processes they wait for each other here, at each batch.
+        broken, single, uneven, doubtful, empty = self._any(
+            rows is None, rows == 1, len(parts) < self.parts, doubtful, not all(weights)
+        )
+        if broken or rows is None:
             self._refuse(f"a batch is no dictionary of tensors with equally many rows, but {_describe(batch)}")
             return [(batch, 1.0)]
-        assert rows is not None
-        parts = [take_rows(batch, chunk) for chunk in _chunks(rows, self.parts)]
-        weights, *others = (_weights(rule, parts) for rule in self._rules)
-        # Not known yet, or rules that have always agreed disagree for once
-        single, uneven, doubtful, empty = self._any(
-            rows == 1, len(parts) < self.parts, any(other != weights for other in others), not all(weights)
-        )
         if single or (world_size() > 1 and uneven):
             if self._untried and not self._warned:
                 self._warn("there is one row in a batch" if single else "a batch has fewer rows than parts")
@@ -100,7 +99,7 @@ class MicroBatches:
 
     def _any(self, *found: bool) -> list[bool]:
         """Each of these, whether it holds on any process."""
-        return [share > 0 for share in self._runtime.reduce(torch.tensor(found, dtype=torch.float32)).tolist()]
+        return [share > 0 for share in shares(found, self._runtime.reduce)]
 
     def _try_out(self, batch: Any, rows: int, loss_of: LossOf) -> None:
         with noted_auxiliary_losses(self._model) as auxiliary:

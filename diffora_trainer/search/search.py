@@ -14,7 +14,7 @@ from ..adapters.backward import check_backward_ends_early, suspend_input_gradien
 from ..adapters.gates import checkpoints_activations
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
-from ..core.agreement import is_main_process, world_size
+from ..core.agreement import is_main_process, shares, world_size
 from ..core.costs import StepCosts
 from ..core.selection import Selection
 from ..logging import get_logger
@@ -118,7 +118,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         self.check_ranks()
         try_out(self, batch)
         # If this batch has no label, none of this process has. A loss of the user's own may not need any.
-        [unlabelled] = self.runtime.reduce(torch.tensor([float(without_labels(batch))])).tolist()
+        [unlabelled] = shares([without_labels(batch)], self.runtime.reduce)
         if unlabelled == 1 and (world_size() > 1 or math.isnan(self.held_out_loss([batch]))):
             raise ValueError(f"No held-out row has a label, so its loss is not a number. {NO_LABELS}")
 

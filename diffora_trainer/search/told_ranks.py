@@ -24,7 +24,7 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
             or not one module fits.
     """
     method = get_method(config.method)
-    if not method.tells_ranks or config.selection_granularity == "module":
+    if config.selection_granularity == "module":
         return None, None
     assert not isinstance(config.method_options, str)
     options = parse_options(method, config.method_options)
