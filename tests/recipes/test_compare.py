@@ -201,6 +201,21 @@ def test_each_method_stands_at_its_best_learning_rate(folder: Path, tmp_path: Pa
 
 
 @needs_newer_peft
+def test_methods_in_parts_of_the_steps(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """The run and its choice: each makes so many steps, and none is copied from one that made others."""
+    methods = recipe("methods")
+    steps, train = [], methods.train
+    monkeypatch.setattr(methods, "train", lambda trainer: (train(trainer), steps.append(trainer.state.global_step))[0])
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "stars", "workers": 0, "output_dir": tmp_path, "seeds": [0], "budgets": [0.5]}
+    names = ["all_linear", "all_linear:steps=0.5", "diffora:steps=1.5", "diffora:steps=0.5"]
+    records = run("sst2_minilm.yaml", **base, methods=names)[1]
+    assert steps[:4] == [8, 4, 12, 4] and sorted(steps[4:]) == [4, 12]  # runs, choices
+    losses = {(record["method"], record["reading"]): record["loss"] for record in records}
+    assert len(losses) == 6
+    assert losses["diffora:steps=1.5", "choice"] != losses["diffora:steps=0.5", "choice"]
+
+
 def test_a_language_model_on_questions_and_answers(folder: Path, tmp_path: Path) -> None:
     options = {"methods": ["random", "diffora:arch_every=1", "q_and_v"], "budgets": [0.3], "seeds": [0], "draws": 2}
     answers = {"model": folder / "language_model", "dataset_name": folder / "answers.jsonl", "workers": 0}
@@ -233,6 +248,7 @@ def test_a_method_that_fails_does_not_end_the_others(folder: Path, tmp_path: Pat
         ({"methods": ["best"]}, "no method 'best'.*grad_norm"),
         ({"methods": ["random:r=1"]}, "has no such options"),
         ({"methods": ["diffora:held_out_order=true"]}, "`held_out_order` is for methods that choose before"),
+        ({"methods": ["all_linear:steps=0"]}, "`steps` is a part of `max_steps`.*all_linear:steps=0"),
         ({"methods": ["diffora:method={eva,cka}"]}, "not the name of a method.*unquoted"),
         ({"methods": ["diffora:discretize_at=-1"]}, "discretize_at=-1"),
         ({"budgets": [0]}, r"in \(0, 1\]"),

@@ -68,7 +68,8 @@ class CompareConfig:
             `random`, `all_linear`, `q_and_v`, `last_layers`, `kappa_tune`, `eva`, `adalora`, `grad_norm`, `diffora`,
             and `full`, which is LoRA of full rank on all layers, without a budget. Options of
             [`~diffora_trainer.DiffoRAConfig`] and of its method follow colons:
-            `diffora:method=sampled:arch_every=4`.
+            `diffora:method=sampled:arch_every=4`. So does `steps=0.8`, by which a method makes so much of `max_steps`:
+            for comparisons at equal time.
         budgets (`list[float]`, *optional*):
             Parts of the parameters of LoRA on all linear layers.
         seeds (`list[int]`, *optional*):
@@ -186,12 +187,13 @@ def _start(config: TaskConfig, threads: int | None) -> None:
 
 
 def _work(job: Job) -> Job:
-    from methods import run_method, train_static
+    from methods import part_of_steps, run_method, train_static
 
     assert _task is not None and _grid is not None
     started = time.perf_counter()
     task = _task if "learning_rate" not in job else _task.at(job["learning_rate"])
     try:
+        task = task.lasting(part_of_steps(job["method"]))
         if job["reading"] != "run":
             result = train_static(task, job["ranks"], job["seed"])
         else:
@@ -259,10 +261,11 @@ def _at(record: Job) -> str:
 
 def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> Iterator[Job]:
     """The jobs to make. Where the same set was trained from scratch under the same seed, its result is taken over."""
-    from methods import is_adaptive, split_options
+    from methods import is_adaptive, part_of_steps, split_options
 
     def name_of(job: Job) -> tuple[Any, ...]:
-        return job["seed"], job.get("learning_rate"), json.dumps(job["ranks"], sort_keys=True)
+        ranks = json.dumps(job["ranks"], sort_keys=True)
+        return job["seed"], job.get("learning_rate"), part_of_steps(job["method"]), ranks
 
     known = {
         name_of(record): record

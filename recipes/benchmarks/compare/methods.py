@@ -242,11 +242,26 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     name, options = split_options(text)
     if name not in METHODS:
         raise ValueError(f"There is no method {name!r}; known are {sorted(METHODS)}.")
+    part_of_steps(text)
+    options.pop("steps", None)
     if set(options) - {"held_out_order"} and name not in ("diffora", "adalora"):
         raise ValueError(f"The method {name!r} has no such options, but you passed {text!r}.")
     if "held_out_order" in options and name not in FIXED:
         raise ValueError(f"`held_out_order` is for methods that choose before training, but you passed {text!r}.")
     return name, options
+
+
+def part_of_steps(text: str) -> float:
+    """
+    The part of `max_steps` that a method makes: `"diffora:steps=0.8"`. For comparisons at equal time.
+
+    Raises:
+        ValueError: if it is not positive.
+    """
+    part = split_options(text)[1].get("steps", 1.0)
+    if not isinstance(part, (int, float)) or isinstance(part, bool) or not part > 0:
+        raise ValueError(f"`steps` is a part of `max_steps`, such as 0.8 or 1.25, but you passed {text!r}.")
+    return float(part)
 
 
 def split_options(text: str) -> tuple[str, dict[str, Any]]:

@@ -135,6 +135,16 @@ class Task:
         other.config = replace(self.config, training={**self.config.training, "learning_rate": learning_rate})
         return other
 
+    def lasting(self, part: float) -> Task:
+        """The same task, whose runs make a part of its `max_steps`, or more than these."""
+        if part == 1:
+            return self
+        if (steps := self.config.training.get("max_steps", 0)) <= 0:
+            raise ValueError("`steps` is a part of `max_steps`, so please set it in `training`.")
+        other, training = copy(self), {**self.config.training, "max_steps": max(1, round(part * steps))}
+        other.config = replace(self.config, training=training)
+        return other
+
     def make_model(self, seed: int) -> nn.Module:
         """The pre-trained model, with a new head for a classifier; the head depends on the seed only."""
         import torch
