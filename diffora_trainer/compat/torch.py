@@ -34,6 +34,28 @@ def forward_hooks(module: nn.Module) -> dict[int, Callable[..., Any]]:
     return module._forward_hooks
 
 
+def noted_structure(model: nn.Module) -> Callable[[], None]:
+    """
+    What puts the modules of a model, and the hooks on them, back to what they are now: `Module._modules` and the
+    dictionaries of the four kinds of hooks, in all versions. Goes with public ways to take any child and hook away.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    noted = [
+        (module, dict(module._modules), {k: set(getattr(module, k)) for k in kinds}) for module in model.modules()
+    ]
+
+    def put_back() -> None:
+        for module, children, hooks in noted:
+            module._modules.clear()
+            module._modules.update(children)
+            for kind, known in hooks.items():
+                found = getattr(module, kind)
+                for key in set(found) - known:
+                    del found[key]
+
+    return put_back
+
+
 def saved_buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
     """
     Those of a module's own buffers that are saved, with their names: what stands in `_buffers`, but not in

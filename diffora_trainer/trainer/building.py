@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..adapters.base import extra_kinds, site_kind
 from ..adapters.compiled import check_not_compiled
 from ..adapters.lora import peft_model
 from ..adapters.pruning import own_config
+from ..adapters.unwrapping import taken_out_on_error
 from ..adapters.wrapping import check_no_adapter, complete_lora_config, wrap_model, wrap_model_init
 from ..compat import activation_checkpointing, is_reward_trainer
 from ..config import DiffoRAConfig
@@ -31,11 +33,13 @@ from .loss import architecture_loss, prepare_batch
 from .micro_batches import can_split
 
 
+@contextmanager
 def parent_arguments(
     trainer: Any, mixin: type, args: tuple[Any, ...], kwargs: dict[str, Any], peft_config: PeftConfig | None
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """
-    What the constructor of a trainer's parent is given: what the user passed, by name, and LoRA.
+    What the constructor of a trainer's parent is given: what the user passed, by name, and LoRA. If the trainer cannot
+    be built of it, the model that the user passed is as it was, and can be passed again.
 
     Args:
         trainer (`Trainer`): the trainer, not yet built.
@@ -52,7 +56,8 @@ def parent_arguments(
         kwargs = {**kwargs, "peft_config": peft_config}
     named = arguments_by_name(type(trainer), names, args, kwargs)
     peft_config = named.pop("peft_config", None)
-    return with_lora(named, peft_config, "peft_config" in names, task_type_of_trainer(trainer))
+    with taken_out_on_error(named.get("model"), peft_config):
+        yield with_lora(named, peft_config, "peft_config" in names, task_type_of_trainer(trainer))
 
 
 def parent_parameters(trainer: type, mixin: type) -> list[str]:

@@ -124,9 +124,9 @@ class DiffoRAMixin(_Base):
         **kwargs: Any,
     ) -> None:
         self._set_options(diffora_config, arch_dataset, score_function)
-        named = parent_arguments(self, DiffoRAMixin, args, kwargs, peft_config)
-        super().__init__(**named)
-        self._prepare_search(named.get("train_dataset"), named.get("formatting_func"))
+        with parent_arguments(self, DiffoRAMixin, args, kwargs, peft_config) as named:
+            super().__init__(**named)
+            self._prepare_search(named.get("train_dataset"), named.get("formatting_func"))
 
     def _set_options(
         self, config: DiffoRAConfig | None, arch_dataset: Any, score_function: ScoreFunction | None

@@ -15,6 +15,7 @@ from trl import SFTTrainer
 
 from diffora_trainer import DiffoRAMixin, DiffoRATrainer
 from helpers.adapted import lora_layers, wake
+from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import tiny_tokenizer
 from helpers.trainers import arguments, causal_model, classifier, lora, make_trainer, search_config
 
@@ -57,6 +58,41 @@ def test_saved_copy_of_the_adapter_is_whole(tmp_path: Path) -> None:
         assert len(lora_layers(reloaded, "default")) == count
         model.set_adapter(name)
         assert torch.equal(logits(reloaded), logits(model)), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("task", ["cls", "sft"])
+def test_model_of_a_trainer_that_could_not_be_built(task: str, checkpointing: bool, tmp_path: Path) -> None:
+    """It is as it was, so once the option is mended it can be passed again, as one does in a notebook."""
+    options: dict[str, Any] = {"args": {"gradient_checkpointing": checkpointing}}
+    whole = make_trainer(tmp_path / "whole", task, **options)
+    whole.train()
+    model = causal_model() if task == "sft" else classifier().model
+    model.get_input_embeddings().weight.requires_grad_(False)  # by the user
+    as_given = [(name, p, p.requires_grad) for name, p in model.named_parameters()]
+    modules = dict(model.named_modules())
+    small, none = {"max_trainable_parameters": 1}, lora(target_modules=["no_such_layer"])
+    for wrong in ({"search": small}, {"peft_config": none}):
+        with pytest.raises(ValueError):
+            make_trainer(tmp_path / "wrong", task, model=model, **options, **wrong)
+        assert dict(model.named_modules()) == modules and not hasattr(model, "peft_config")
+        assert all(
+            (name, p.requires_grad) == (known, grad) and p is parameter
+            for (name, p), (known, parameter, grad) in zip(model.named_parameters(), as_given, strict=True)
+        )
+        assert not any(module._forward_hooks for module in model.modules())
+    again = make_trainer(tmp_path / "again", task, model=model, **options)
+    again.train()
+    assert step_logs(again) == step_logs(whole)
+    assert_same(adapter(again.model), adapter(whole.model))
+
+
+def test_model_whose_weights_a_start_has_changed_is_refused_again(tmp_path: Path) -> None:
+    model, small = classifier().model, {"max_trainable_parameters": 1}
+    with pytest.raises(ValueError, match="max_trainable_parameters"):
+        make_trainer(tmp_path, model=model, peft_config=lora(init_lora_weights="pissa"), search=small)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        make_trainer(tmp_path, model=model)
 
 
 def test_mixin_in_the_wrong_place_is_refused(tmp_path: Path) -> None:

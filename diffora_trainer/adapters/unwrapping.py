@@ -1,0 +1,49 @@
+"""A model as its user passed it, without the LoRA of a trainer that could not be built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..compat import noted_structure
+
+
+# Starts of LoRA that leave the base weights as they are.
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
+
+
+@contextmanager
+def taken_out_on_error(model: Any, config: Any = None) -> Iterator[None]:
+    """
+    If an error leaves this context, what was put into a model meanwhile is taken out again: adapters, copies of heads
+    and hooks. The same parameters train as before. Weights that a start such as PiSSA has written into cannot be put
+    back, so with one the adapter stays.
+
+    Args:
+        model (`nn.Module`, *optional*): the model that the user passed. Anything else is left alone, and so is a model
+            that has an adapter.
+        config (`PeftConfig`, *optional*): the adapter that it is to get.
+    """
+    if (
+        not isinstance(model, nn.Module)
+        or getattr(config, "init_lora_weights", True) not in _PLAIN_STARTS
+        or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+    ):
+        yield
+        return
+    put_back = noted_structure(model)
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    configured = "peft_config" in vars(model)
+    try:
+        yield
+    except BaseException:
+        put_back()
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
+        if not configured:  # PEFT notes it on the base model
+            vars(model).pop("peft_config", None)
+        raise
