@@ -103,7 +103,7 @@ def test_every_option_is_tried() -> None:
     assert set(PLAUSIBLE) == set(NAMES)
 
 
-@settings(max_examples=600)
+@settings(max_examples=250)
 @given(
     options=st.fixed_dictionaries({}, optional={**PLAUSIBLE, "arch_seed": st.integers(-1, 2**33)}),
     hostile=st.dictionaries(st.sampled_from(NAMES), HOSTILE, max_size=2),

@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 from diffora_trainer import DiffoRAMixin, Selection, ShortcutModel
 from helpers.checks import adapter, assert_continues, assert_same, optimizer_state, step_logs
 from helpers.data import classification_dataset, preference_dataset, tiny_tokenizer
+from helpers.marks import mostly_slow
 from helpers.processes import train
 from helpers.shortcut_runs import (
     ALL,
@@ -41,13 +42,14 @@ from helpers.trials import Given
 @pytest.mark.parametrize(
     ("name", "moment"),
     [
-        *(("classifier", moment) for moment in MOMENTS),
-        ("sft, accumulated", "search"),
-        ("sft, accumulated", "cut"),
-        pytest.param("sft, accumulated", "closing", marks=pytest.mark.slow),
-        ("scored once", "cut"),
-        ("reallocated", "search"),
-        ("reallocated", "cut"),
+        *mostly_slow(
+            (("classifier", moment) for moment in MOMENTS), ("classifier", "search"), ("classifier", "selected")
+        ),
+        *mostly_slow(
+            (("sft, accumulated", moment) for moment in ("search", "cut", "closing")), ("sft, accumulated", "cut")
+        ),
+        pytest.param("scored once", "cut", marks=pytest.mark.slow),
+        *mostly_slow((("reallocated", moment) for moment in ("search", "cut")), ("reallocated", "cut")),
     ],
 )
 def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, runs: Any, tmp_path: Path) -> None:
@@ -69,6 +71,7 @@ def test_resumed_run_is_the_uninterrupted_run(name: str, moment: str, runs: Any,
     assert sum("diffora_shortcuts" in name for name in states[0]) == 2 * len(whole.selection.of_kind("shortcuts"))
 
 
+@pytest.mark.slow
 def test_stream_resumes(tmp_path: Path) -> None:
     def run(folder: Path, checkpoint: Path | None = None) -> Trainer:
         trainer = shortcut_trainer(folder, train_dataset=classification_dataset(100).to_iterable_dataset())

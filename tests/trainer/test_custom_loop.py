@@ -105,11 +105,8 @@ def test_a_loop_of_ones_own_is_the_trainers_run(name: str, accumulation: int, tm
                 for name in ("diffora", "sigmoid, second order", "grad_norm", "sharing", "reallocation")
                 for source in ("list", "DataLoader", "iterator")
             ),
-            ("diffora", "list"),
             ("diffora", "DataLoader"),
-            ("sigmoid, second order", "iterator"),
             ("grad_norm", "DataLoader"),
-            ("sharing", "list"),
             ("reallocation", "iterator"),
         ),
         ("diffora", "DataLoader of a stream"),

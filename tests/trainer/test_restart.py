@@ -83,7 +83,7 @@ def test_findings_are_saved_with_the_adapter_that_they_describe(
 # Second runs
 
 
-@pytest.mark.parametrize("step", [CUT, 10])
+@pytest.mark.parametrize("step", mostly_slow([CUT, 10], 10))
 def test_cut_trainer_goes_back_to_its_own_checkpoint(step: int, tmp_path: Path) -> None:
     trainer = build(tmp_path)
     trainer.train()
@@ -94,7 +94,7 @@ def test_cut_trainer_goes_back_to_its_own_checkpoint(step: int, tmp_path: Path) 
     assert_same(adapter(trainer.model), weights)
 
 
-@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("stream", mostly_slow([False, True], True))
 def test_checkpoint_of_a_second_training_resumes(stream: bool, tmp_path: Path) -> None:
     """No rows are held out of it, and a run that is resumed from its checkpoint reads them in the same order."""
     rows = classification_dataset(100)
@@ -155,7 +155,7 @@ def test_resumed_run_loads_the_best_model(tmp_path: Path) -> None:
         assert_same(adapter(second.model), adapter(first.model))
 
 
-@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("best", mostly_slow([False, True], True))
 def test_run_that_is_stopped_before_the_pruning_tells_of_its_choice(best: bool, tmp_path: Path) -> None:
     """Its metrics stand in its own log and report, and no checkpoint of other modules is loaded as the best."""
 
@@ -207,7 +207,7 @@ def run(folder: Path, steps: tuple[int, ...] = (), batch: int = 4, checkpoint: s
     ("begun", "steps", "batch"),
     mostly_slow(
         [(0, (0,), 3), (0, (0, 0), 2), (5, (5,), 3), (5, (6, 7), 2), (CUT, (10,), 3), (10, (11,), 3)],
-        *((0, (0, 0), 2), (5, (6, 7), 2), (10, (11,), 3)),
+        (5, (6, 7), 2),
     ),
 )
 def test_smaller_batches_are_those_of_a_run_begun_with_them(

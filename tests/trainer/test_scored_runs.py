@@ -81,7 +81,7 @@ def test_scoring_leaves_no_trace_in_a_run(tmp_path: Path, monkeypatch: pytest.Mo
         assert_same(run(method), expected, method)
 
 
-@pytest.mark.parametrize(("task", "method"), [("cls", "alpha_test"), ("sft", "snip")])
+@pytest.mark.parametrize(("task", "method"), mostly_slow([("cls", "alpha_test"), ("sft", "snip")], ("sft", "snip")))
 def test_resumed_run_is_the_uninterrupted_run(task: str, method: str, tmp_path: Path) -> None:
     search = {"method": method, "max_step_time": None}
     whole = saving_trainer(tmp_path / "whole", task, 2, search=search)

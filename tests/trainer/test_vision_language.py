@@ -210,7 +210,7 @@ def test_preferences_between_answers_to_an_image(tmp_path: Path) -> None:
     assert_saved_is_trained(trainer, tmp_path / "saved")
 
 
-@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+@pytest.mark.parametrize("task", mostly_slow(["CAUSAL_LM", None], None))
 def test_its_card_and_its_exports_load_the_class_of_the_model(task: str | None, tmp_path: Path) -> None:
     """The class that PEFT's task type stands for loads no vision-language model."""
     base, out = tmp_path / "base", tmp_path / "out"
