@@ -162,10 +162,21 @@ def find_labels(data: Dataset, args: LabelledDataArguments) -> Labels:
 
 
 def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, args: LabelledDataArguments, labels: Labels) -> Dataset:
-    """Token ids and labels, nothing else."""
+    """
+    Token ids and labels, nothing else.
+
+    Raises:
+        ValueError: if a text has no token, as an empty one of a decoder.
+    """
 
     def encode_batch(batch: dict[str, list[Any]]) -> dict[str, Any]:
         encoded = tokenizer(*(batch[name] for name in args.text_columns), truncation=True, max_length=args.max_length)
+        if empty := [row for row, ids in enumerate(encoded["input_ids"]) if not ids]:
+            texts = [batch[name][empty[0]] for name in args.text_columns]
+            raise ValueError(
+                f"{', '.join(map(repr, args.text_columns))} of a row is {', '.join(map(repr, texts))}, of which the "
+                "tokenizer makes no token, so that there is nothing to classify. Please drop such rows."
+            )
         return {**encoded, "labels": labels.of(batch[args.label_column])}
 
     return data.map(encode_batch, batched=True, remove_columns=data.column_names)
