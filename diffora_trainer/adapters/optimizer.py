@@ -22,6 +22,11 @@ NO_LORA_FA = (
 def check_optimizer(optimizer: Any) -> None:
     """Raise a `ValueError` if parameters cannot leave an optimizer in the middle of a run."""
     found = type(innermost(optimizer))
+    if issubclass(found, torch.optim.LBFGS):
+        raise ValueError(
+            "You passed an `LBFGS`, which keeps its history of all parameters as one vector, so that none can leave "
+            "it in the middle of a run. Please use another optimizer, such as `torch.optim.AdamW`."
+        )
     if any(cls.__name__ == "LoraFAOptimizer" for cls in found.__mro__):  # by its name: older versions of PEFT lack it
         raise ValueError(f"You passed a `{found.__name__}`. {NO_LORA_FA}")
 
@@ -60,7 +65,8 @@ def remove_empty_groups(optimizer: Any, scheduler: Any = None) -> bool:
 def narrow_weight(module: nn.Module, dim: int, kept: Sequence[int], optimizer: Any = None) -> None:
     """
     Keep some entries of a module's weight along a dimension, and of what an optimizer holds of it entry by entry.
-    A state of another form (factored, quantized) cannot be narrowed; it is forgotten, and begins anew for this weight.
+    A state of another form (factored, quantized, paged) cannot be narrowed; it is forgotten, and begins anew for this
+    weight.
 
     The weight becomes another parameter: one that changes its shape would fail in a backward pass as long as anything
     of an earlier one is alive.
@@ -78,13 +84,12 @@ def narrow_weight(module: nn.Module, dim: int, kept: Sequence[int], optimizer: A
     if optimizer is None:
         return
     optimizer = innermost(optimizer)
-    for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    _exchange(optimizer, old, new)
     state = optimizer.state.pop(old, None)
     if not state:
         return
     values = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
-    if all(value.shape == old.shape for value in values.values()):
+    if all(_is_entry_by_entry(value, old) for value in values.values()):
         narrowed = {name: value.index_select(dim, indices.to(value.device)) for name, value in values.items()}
         optimizer.state[new] = {**state, **narrowed}
 
@@ -111,8 +116,36 @@ def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = No
     module.weight = new = nn.Parameter(value, requires_grad=old.requires_grad)
     optimizer = innermost(optimizer)
     optimizer.state.pop(old, None)
-    for group in optimizer.param_groups:
-        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    _exchange(optimizer, old, new)
+
+
+def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], what: str, initial: bool = False) -> float:
+    """
+    The present learning rate of the first of some parameters that an optimizer holds; of its first group, if it holds
+    none of them.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
+        parameters (`Iterable[nn.Parameter]`): the parameters.
+        what (`str`): what to do without one: the end of the message.
+        initial (`bool`, *optional*, defaults to `False`): whether the one is wanted that a scheduler has noted before
+            it changed it.
+
+    Raises:
+        ValueError: if there is none, as in an Adafactor with `relative_step`.
+    """
+    groups = innermost(optimizer).param_groups
+    holders = {id(parameter): group for group in groups for parameter in group["params"]}
+    group = next((holders[id(parameter)] for parameter in parameters if id(parameter) in holders), groups[0])
+    rate = group.get("lr")
+    if initial:
+        rate = group.get("initial_lr", rate)
+    if rate is None:
+        raise ValueError(
+            f"The {type(innermost(optimizer)).__name__} that you passed has no learning rate (`lr`) for the LoRA "
+            f"weights, as with `relative_step`, but a step of the gates depends on it: {what}"
+        )
+    return float(rate)
 
 
 def parameters_of(optimizer: Any) -> set[nn.Parameter]:
@@ -125,6 +158,20 @@ def innermost(optimizer: Any) -> Any:
     while hasattr(optimizer, "optimizer"):  # accelerate's wrapper
         optimizer = optimizer.optimizer
     return optimizer
+
+
+def _exchange(optimizer: Any, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Put a parameter in the place of another one, in the lists that are there: an optimizer may hold these itself."""
+    for group in optimizer.param_groups:
+        group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
+
+
+def _is_entry_by_entry(value: Tensor, weight: Tensor) -> bool:
+    """
+    Whether a state has an entry for each of a weight's, and is nothing but a tensor. One that is quantized may have
+    the shape too, in a class of its own, and one of bitsandbytes' paged optimizers is on another device, with marks.
+    """
+    return type(value) is Tensor and value.shape == weight.shape and value.device == weight.device
 
 
 def _keep_groups(optimizer: Any, keep: list[bool], scheduler: Any) -> None:
@@ -158,7 +205,7 @@ def _take(optimizer: Any, group: dict[str, Any], indices: Sequence[int]) -> None
         if isinstance(values, list) and len(values) == len(group["params"]) and name not in options
     ]
     for name in beside:
-        group[name] = [group[name][index] for index in indices]
+        group[name][:] = [group[name][index] for index in indices]
 
 
 def _forget_groups(scheduler: Any, filled: list[bool]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core.grid import Grid
-from .context import ScoreContext, Site
+from .context import MeanLosses, ScoreContext, Site
 from .options import ScoreOptions
 from .papers import ALORA
 from .ranks import RankMethod
@@ -61,11 +61,11 @@ class ALora(RankMethod):
         return count, count
 
     def score(self, context: ScoreContext) -> Tensor:
-        count = self.num_scores
+        count, losses = self.num_scores, MeanLosses(context)
 
         def loss(open_: Tensor) -> float:
-            with torch.no_grad(), context.masked(self.split(open_)):
-                return sum(float(context.loss(batch)) for batch in context.batches) / len(context.batches)
+            with context.masked(self.split(open_)):
+                return losses.mean()
 
         whole, bare = loss(torch.ones(count, dtype=torch.float32)), loss(torch.zeros(count, dtype=torch.float32))
         found = torch.zeros(count, dtype=torch.float64)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.grid import Grid
 from .base import ScoreMethod
-from .context import ScoreContext, Site
+from .context import MeanLosses, ScoreContext, Site
 from .papers import HETEROLORA, ZERO_COST
 from .registry import register_method
 
@@ -36,12 +36,11 @@ class AlphaTest(ScoreMethod):
     def score(self, context: ScoreContext) -> tuple[Tensor, Tensor]:
         # Over several processes they have to bisect alike: where the model is sharded, one that made more passes than
         # another would wait for it for ever. So each loss is averaged over them.
-        count = len(context.grid)
+        count, losses = len(context.grid), MeanLosses(context)
 
         def mean_loss(values: Tensor) -> float:
-            with torch.no_grad(), context.gated(values):
-                losses = [context.loss(batch).detach().float().cpu().reshape(1) for batch in context.batches]
-            return float(context.reduce(torch.cat(losses).mean().reshape(1)))
+            with context.gated(values):
+                return losses.mean()
 
         def without(index: int, tenths: int) -> float:
             values = torch.ones(count, dtype=torch.float32)

@@ -12,14 +12,10 @@ from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from .base import ScoreMethod
 from .context import ScoreContext, Site
-from .hidden import check_layers, check_position, layer_states, of_modules, passes_for_states
+from .hidden import check_layers, check_position, is_constant, layer_states, of_modules, passes_for_states
 from .options import ScoreOptions
 from .papers import CKA
 from .registry import register_method
-
-
-_CONSTANT = 1e-10
-"""Part of the squared size of states below which their variance is rounding."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +96,9 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
     """
     kernels = []
     for states in (x, y):
-        centered = states - states.mean(dim=0)
-        if float(centered.square().sum()) <= _CONSTANT * float(states.square().sum()):
+        if is_constant(states):
             return 1.0
+        centered = states - states.mean(dim=0)
         kernels.append(centered @ centered.T)
     first, second = kernels
     return float((first * second).sum() / (first.norm() * second.norm()))

@@ -157,6 +157,40 @@ class ScoreContext:
         return torch.stack(found).mean(dim=0)
 
 
+class MeanLosses:
+    """
+    Mean losses of the same batches, one after the other under several gates: over all processes, which so decide
+    alike. Batches whose first loss is not finite, as without any label, are left out of all.
+
+    Args:
+        context ([`ScoreContext`]): the batches and their loss.
+
+    Raises:
+        ValueError: if no batch has a finite loss.
+    """
+
+    def __init__(self, context: ScoreContext) -> None:
+        self._context = context
+        self._used: Tensor | None = None
+
+    def mean(self) -> float:
+        """The mean under the gates that are set now. It makes a pass for each batch, also those that are left out."""
+        context = self._context
+        with torch.no_grad():
+            losses = torch.stack([context.loss(batch).detach().float().cpu() for batch in context.batches])
+        if self._used is None:
+            self._used = losses.isfinite()
+        own = torch.stack([losses[self._used].sum(), self._used.float().sum()])
+        total, number = context.reduce(own).tolist()
+        if number <= 0:
+            raise ValueError(
+                f"No loss of the {len(losses)} batches that modules are scored on is finite. Please check that their "
+                "rows have labels (all are -100 where `max_length` cuts off what is to be learned), or score on more "
+                "of them (`score_batches`)."
+            )
+        return total / number
+
+
 def holds_floats(weight: Any) -> bool:
     """
     Whether a weight is made of numbers that have a gradient and a sign, and is not quantized. A tensor around others,

@@ -11,7 +11,16 @@ from torch import Tensor
 from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from .context import ScoreContext, Site
-from .hidden import check_layers, check_position, layer_states, mean_of_layers, of_modules, passes_for_states, reduced
+from .hidden import (
+    check_layers,
+    check_position,
+    is_constant,
+    layer_states,
+    mean_of_layers,
+    of_modules,
+    passes_for_states,
+    reduced,
+)
 from .options import ScoreOptions
 from .papers import GELORA
 from .ranks import RankMethod, magnitudes
@@ -82,7 +91,7 @@ class GeLora(RankMethod):
 
 def intrinsic_dimension(points: Tensor) -> float:
     """
-    The dimension of the manifold that points lie on, by TwoNN.
+    The dimension of the manifold that points lie on, by TwoNN; 0 if all are the same one.
 
     Args:
         points (`Tensor` of shape `(n, size)`): float64.
@@ -90,6 +99,8 @@ def intrinsic_dimension(points: Tensor) -> float:
     Raises:
         ValueError: if there are fewer than three different points.
     """
+    if len(points) >= 3 and is_constant(points):
+        return 0.0  # as the states that go into the first layer are, where all texts begin or end with one token
     points = torch.unique(points, dim=0)
     if len(points) < 3:
         raise ValueError(

@@ -21,6 +21,16 @@ POSITIONS = ("auto", "first", "last", "mean")
 tokens see those behind them, and the last elsewhere."""
 
 
+_CONSTANT = 1e-10
+"""Part of the squared size of states below which their variance is rounding."""
+
+
+def is_constant(states: Tensor) -> bool:
+    """Whether states, `(n, size)`, are all the same one."""
+    centered = states - states.mean(dim=0)
+    return float(centered.square().sum()) <= _CONSTANT * float(states.square().sum())
+
+
 def check_position(position: str) -> None:
     """Raise a `ValueError` if a position is none of [`POSITIONS`]."""
     if position not in POSITIONS:

@@ -27,7 +27,8 @@ class SoraOptions:
     Args:
         gate_learning_rate (`float`, *optional*): step size of the gates. Defaults to that of the weights, whose
             schedule it then follows.
-        threshold (`float`, *optional*, defaults to `3e-4`): by how much each gate moves towards 0 after each step.
+        threshold (`float`, *optional*, defaults to `3e-4`): by how much each gate moves towards 0 after each step. It
+            should be smaller than the learning rate, which is about the largest step away from 0.
     """
 
     gate_learning_rate: float | None = None
@@ -83,6 +84,16 @@ class Sora(RankMethod):
 
     def component_gates(self) -> list[Tensor]:
         return [own.clone() for own in self.split(self._gates)]
+
+    def doubt_gates(self, steps: int, learning_rate: float) -> str | None:
+        threshold = self.options.threshold
+        if learning_rate > threshold or steps * threshold < 1:
+            return None
+        return (
+            f"A gate of `method='sora'` is moved by the threshold of {threshold:g} towards 0 after each of {steps:,} "
+            f"steps, and a step away from it is {learning_rate:g} at most, so that all gates can be 0 before the "
+            "choice. Please pass a smaller `threshold`, or a larger `gate_learning_rate`, in `method_options`."
+        )
 
     def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
         self.steps += 1

@@ -16,6 +16,7 @@ from ..core.costs import Ceiling, StepCosts, ceilings
 from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
+from ..methods.ranks import RankMethod
 from ..methods.registry import get_method
 from .confidence import Confidence, SplitHalf, paired
 from .diagnosis import out_of_limits
@@ -24,7 +25,7 @@ from .micro_batches import wanted_micro_batches
 from .rank_rules import find_rank_plan, refuse
 from .ranks import RankPlan
 from .runtime import Runtime
-from .told_ranks import told_rank_budget
+from .told_ranks import check_components, told_rank_budget
 
 
 class SearchBase(GatedModel):
@@ -136,12 +137,17 @@ class SearchBase(GatedModel):
     def check_ranks(self) -> None:
         """
         Before the first step: an adapter whose `lora_B` is not zero, as one that was trained before, cannot begin with
-        a smaller rank. Whole modules are chosen of it, which the log and the notes tell, or, if ranks were asked for,
-        a `ValueError` is raised.
+        a smaller rank. Whole modules are chosen of it, which the log and the notes tell, or, if ranks were asked for
+        or the method has no other way, a `ValueError` is raised.
         """
-        if self.rank_plan is None:
+        if self.told_budget is not None:
+            check_components(self.adapters.sites, self.method.name)
+        ranks = self.ranks if self.rank_plan is not None else None
+        if isinstance(self.method, RankMethod):
+            ranks = self.method.start_ranks()
+        if ranks is None:
             return
-        sites = zip(self.adapters.sites, self.ranks, strict=True)
+        sites = zip(self.adapters.sites, ranks, strict=True)
         trained = [site.name for site, rank in sites if site.has_effect_beyond(rank)]
         if not trained:
             return
@@ -149,6 +155,11 @@ class SearchBase(GatedModel):
             f"the adapter of {trained[0]!r} was trained before, or its `lora_B` does not start at zero "
             "(`init_lora_weights`), so it cannot begin with a smaller rank"
         )
+        if self.rank_plan is None:
+            raise ValueError(
+                f"You passed `method={self.method.name!r}`, but {reason}. Please use another method, such as "
+                "'adalora', which begins with all ranks, or begin with a new adapter."
+            )
         if self.config.selection_granularity != "auto":
             refuse(self.config.selection_granularity, reason)
         self.why_whole_modules = reason

@@ -127,10 +127,12 @@ class Confidence:
 
 def paired(before: Tensor, after: Tensor) -> tuple[float, float, float] | None:
     """
-    The means of two losses of the same batches, `(k,)` each, and the standard error of their difference; `None` if one
-    is not finite.
+    The means of two losses of the same batches, `(k,)` each, and the standard error of their difference. Batches in
+    which one is not finite, as without any label, are left out; `None` if there are no others.
     """
-    if not (torch.isfinite(before).all() and torch.isfinite(after).all()):
+    both = torch.isfinite(before) & torch.isfinite(after)
+    before, after = before[both], after[both]
+    if not len(before):
         return None
     difference = (before - after).double()
     error = float(difference.std() / math.sqrt(len(difference))) if len(difference) > 1 else 0.0

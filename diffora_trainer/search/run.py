@@ -26,7 +26,7 @@ from .reallocation import Reallocation
 from .run_state import check_same_run, restore_run, state_of
 from .runtime import Runtime
 from .search import ArchitectureSearch
-from .trained_gates import TrainedGates
+from .trained_gates import TrainedGates, check_rate, rate_of_weights
 
 
 logger = get_logger(__name__)
@@ -136,12 +136,15 @@ class SelectionRun(RunParts):
         """
         if self._begun:
             return
+        check_rate(self.search, self.optimizer, self._trained)
         if self.step == 0:  # what is wrong with the data should be said now
             self.search.check_start(self.held_out.check())
         self._begun = True
         self.search.begin()
         if self._trained is not None:
             self._trained.renew()
+            if self.step == 0 and (line := self._trained.doubt(self.optimizer)) is not None:
+                self._warn(line)
         self._fade()
         self._say(f"Grid: {self.search.grid.describe()}.")
         data, anew = self.held_out.describe(), self.reallocation is not None
@@ -260,7 +263,7 @@ class SelectionRun(RunParts):
     def _architecture_step(self) -> None:
         train_batch, learning_rate = None, None
         if self.search.method.options.arch_order == 2:
-            train_batch, learning_rate = self._train_batch, float(innermost(self.optimizer).param_groups[0]["lr"])
+            train_batch, learning_rate = self._train_batch, rate_of_weights(self.search, self.optimizer)
         batch = next(self.held_out)
         if self.search.step(batch, train_batch, learning_rate) is None:
             self._warn(messages.skipped(self.step, without_labels(batch), self.search.skipped_steps))

@@ -36,7 +36,7 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
     if getattr(method.options, "normalize_scores", False):  # of a method with a score for each module
         sizes = torch.tensor(grid.parameters, dtype=torch.float64)
         scores, ties = scores / sizes, ties / sizes
-    _check_finite(method, grid, scores)
+    _check_finite(method, grid, scores + ties)
     if len(set(grid.kinds)) > 1 and not method.comparable and not search.ranks_kinds_apart:
         scores = scale_free(grid, scores)
     method.set_scores(scores, ties)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from ..adapters.base import AdapterSite
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.ranks import RankBudget
 from ..methods.build import scope_of
+from ..methods.context import wide
+from ..methods.ranks import rows_and_columns
 from ..methods.registry import get_method, parse_options
 from .rank_rules import make_rank_budget, refuse, uncombinable
 
@@ -42,3 +47,31 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
             f"{min(budget.costs):,}. Please raise `max_trainable_parameters` or `selection_ratio`."
         )
     return budget, None
+
+
+_CANCELLED = 0.02
+"""How large `B A` may be beside its factors where its components cancel out: what the rounding of bfloat16 leaves."""
+
+
+def check_components(sites: Sequence[AdapterSite], method: str) -> None:
+    """
+    Raise a `ValueError` if the components of an adapter do something each, and nothing together, as those of a new
+    LoRA with `init_lora_weights="orthogonal"`: some of them would not leave the model as it was.
+
+    Args:
+        sites (`Sequence[AdapterSite]`): the sites of the run.
+        method (`str`): the name of the method, which keeps single components.
+    """
+    for site in sites:
+        if site.matrices is None:
+            continue
+        a, b = map(wide, rows_and_columns(site.matrices))
+        # The norms of the product and of its factors, from matrices as small as the rank.
+        product = float(((b @ b.T) * (a @ a.T)).sum().clamp(min=0.0).sqrt())
+        sizes = float(b.norm() * a.norm())
+        if sizes > 0 and product <= _CANCELLED * sizes:
+            raise ValueError(
+                f"You passed `method={method!r}`, which keeps single components of a LoRA, but those of {site.name!r} "
+                "cancel each other out (`init_lora_weights='orthogonal'`), so that a part of them would change what "
+                "the model computes. Please leave `init_lora_weights` out, or pass `selection_granularity='module'`."
+            )

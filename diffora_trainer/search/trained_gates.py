@@ -7,7 +7,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.optimizer import learning_rate_of
+from ..methods.ranks import RankMethod
 from .search import ArchitectureSearch
+
+
+def rate_of_weights(
+    search: ArchitectureSearch,
+    optimizer: Any,
+    what: str = "please leave `arch_order=2` out.",
+    initial: bool = False,
+) -> float:
+    """The learning rate of the searched weights. See [`~diffora_trainer.adapters.optimizer.learning_rate_of`]."""
+    weights = (weight for site in search.adapters.sites for weight in site.parameters)
+    return learning_rate_of(optimizer, weights, what, initial)
+
+
+def check_rate(search: ArchitectureSearch, optimizer: Any, trained: TrainedGates | None) -> None:
+    """Raise a `ValueError` before the first step if a later one needs a learning rate that there is not."""
+    if trained is not None:
+        trained.learning_rate(optimizer)
+    elif getattr(search.method.options, "arch_order", 1) == 2:
+        rate_of_weights(search, optimizer)
 
 
 class TrainedGates:
@@ -40,6 +61,28 @@ class TrainedGates:
         self._leaves = [gates.to(device).requires_grad_() for gates in self.search.method.component_gates()]
         self.search.gates.set_masks(self._leaves)
 
+    def learning_rate(self, optimizer: Any, initial: bool = False) -> float:
+        """
+        The step size of the gates: their own, or that of the weights.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): that of the weights.
+            initial (`bool`, *optional*, defaults to `False`): whether that from which a schedule sets out is wanted.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        own = getattr(self.search.method.options, "gate_learning_rate", None)
+        what = "please give the gates one of their own (`gate_learning_rate` in `method_options`)."
+        return own if own is not None else rate_of_weights(self.search, optimizer, what, initial)
+
+    def doubt(self, optimizer: Any) -> str | None:
+        """What the log warns of before the first step, if anything."""
+        method = self.search.method
+        if not isinstance(method, RankMethod):
+            return None
+        return method.doubt_gates(self._until, self.learning_rate(optimizer, initial=True))
+
     def before_step(self) -> None:
         """Note by what the loss of the coming forward pass is multiplied."""
         self._scale = self.search.runtime.loss_scale()
@@ -58,7 +101,7 @@ class TrainedGates:
             method = self.search.method
             parts = gradient.split([len(leaf) for leaf in self._leaves])
             self.search.reached |= torch.tensor([bool(part.any()) for part in parts])
-            method.gate_step(gradient, float(optimizer.param_groups[0]["lr"]))
+            method.gate_step(gradient, self.learning_rate(optimizer))
             method.after_gate_step(self.search.adapters.sites, min(1.0, method.steps / self._until))
         else:
             self.search.skipped_steps += 1

@@ -64,7 +64,12 @@ def rows(**columns: Any) -> str:
         ("classify", rows(text=["red", "green"], label=1), [], "'text' of the training set holds values of type List"),
         ("classify", rows(text="red", label=1), [], "All rows of the training set have 1 in the column 'label'"),
         ("classify", rows(text="red", label=(0, 1)), ["--max_length", "0"], "`max_length=0`"),
-        ("classify", rows(text=("red", ""), label=(0, 1)), [], "'text' of a row is '', of which the tokenizer makes no"),
+        (
+            "classify",
+            rows(text=("red", ""), label=(0, 1)),
+            [],
+            "'text' of a row is '', of which the tokenizer makes no",
+        ),
         ("classify", rows(text="red", label=[1, 0]), [], "'label' holds values such as [1, 0]"),
         ("classify", rows(text="red", label=[1, 0]), ["--regression", "true"], "A label is [1, 0]"),
     ],
