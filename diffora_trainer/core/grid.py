@@ -121,6 +121,14 @@ class Grid:
         return tuple((site.row, site.column) for site in self.sites)
 
     @property
+    def stacks(self) -> tuple[str | None, ...]:
+        """
+        For each row the name of the stack of layers that it belongs to, such as `model.layers.` or `decoder.block.`;
+        `None` for that of modules outside the numbered layers.
+        """
+        return tuple(None if row == OTHER_ROW else row.rstrip("0123456789") for row in self.rows)
+
+    @property
     def row_of(self) -> tuple[int, ...]:
         """Row of each site."""
         return tuple(site.row for site in self.sites)

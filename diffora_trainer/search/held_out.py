@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..core.isolation import isolated_random_state
-from .batches import without_labels
+from .batches import Batches, without_labels
 
 
 _CHECKED_BATCHES = 8
@@ -40,6 +40,8 @@ class HeldOutBatches:
         process: tuple[int, int] = (0, 1),
         comparable: bool = True,
     ) -> None:
+        self.training_rows: int | None = None
+        """Rows of a training batch on each process, where they are known: by these a step is measured."""
         if len(dataset) == 0:
             raise ValueError(
                 "The held-out data set is empty, so the matrix has nothing to learn from. Please pass an "
@@ -73,7 +75,9 @@ class HeldOutBatches:
     def batch(self, number: int) -> Any:
         """Batch `number` of the sequence on this process."""
         start = (number * self.world_size + self.rank) * self.batch_size
-        indices = [self._index(position) for position in range(start, start + self.batch_size)]
+        return self._collated([self._index(position) for position in range(start, start + self.batch_size)])
+
+    def _collated(self, indices: list[int]) -> Any:
         with isolated_random_state(torch.device("cpu")):  # rows may be augmented, and tokens masked, at random
             if hasattr(self.dataset, "__getitems__"):
                 rows = self.dataset.__getitems__(indices)
@@ -86,6 +90,16 @@ class HeldOutBatches:
                 "on. Please let it return the batch, a dictionary of tensors."
             )
         return batch
+
+    def like_training(self, rows: int) -> Any:
+        """
+        A batch of as many rows as a training batch has, whatever [`batch_size`] is, to measure a step on: always the
+        same ones, some of them again if there are too few.
+
+        Args:
+            rows (`int`): how many, on this process.
+        """
+        return self._collated([self._index(self.rank * rows + number) for number in range(rows)])
 
     def sample(self, count: int) -> Iterator[Any]:
         """
@@ -165,3 +179,10 @@ class RolloutBatches:
 
 
 ArchitectureBatches = HeldOutBatches | RolloutBatches
+
+
+def batch_to_measure(batches: Batches) -> Any:
+    """The batch on which a training step is measured: of the rows of one where these are known, else the first one."""
+    if isinstance(batches, HeldOutBatches) and batches.training_rows is not None:
+        return batches.like_training(batches.training_rows)
+    return next(iter(batches.sample(1)))

@@ -15,7 +15,6 @@ from ..adapters.gates import Gates, pruned_view
 from ..adapters.grid import AdapterGrid
 from ..core.agreement import check_agreement, fingerprint
 from ..core.costs import StepCost
-from ..core.grid import OTHER_ROW
 from ..core.isolation import side_effect_free
 from ..core.rows import number_of_rows
 from . import timing
@@ -176,8 +175,7 @@ class GatedModel:
         return part, 1.0 if rows is None else (number_of_rows(part) or rows) / rows
 
     def _measure(self, cost_of: Callable[[Sequence[int]], float], repeats: int) -> StepCost:
-        numbered = [row != OTHER_ROW for row in self.grid.rows]
-        cost = timing.measure_step_cost(cost_of, self.grid.row_of, numbered, repeats)
+        cost = timing.measure_step_cost(cost_of, self.grid.row_of, self.grid.stacks, repeats)
         found = torch.tensor([cost.all_modules, cost.per_module, *cost.depth], dtype=torch.float32)
         flat = self.runtime.reduce(found).tolist()
         return StepCost(flat[0], tuple(flat[2:]), flat[1])

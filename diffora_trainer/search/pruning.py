@@ -8,6 +8,7 @@ from ..adapters.pruning import apply_selection
 from ..core.costs import StepCosts
 from ..core.selection import Selection
 from . import messages
+from .held_out import batch_to_measure
 from .parts import RunParts
 
 
@@ -64,12 +65,12 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     after = None if before is None else search.held_out_loss(held_out.sample(gap_batches))
     if costs.time is not None:
         # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
-        seconds_after = search.step_seconds(next(held_out.sample(1)))
+        seconds_after = search.step_seconds(batch_to_measure(held_out))
         times = {**selection.times, "before_cut": costs.time.all_modules, "after_cut": seconds_after}
         selection = replace(selection, times=times)
     if costs.memory is not None:
         kept = [index for index, keep in enumerate(selection.kept) if keep]
-        bytes_after = search.step_bytes(next(held_out.sample(1)), kept)
+        bytes_after = search.step_bytes(batch_to_measure(held_out), kept)
         selection = replace(selection, memory={**selection.memory, "after_cut": bytes_after})
     losses = None if before is None or after is None else (before, after)
     metrics.update(messages.prune_metrics(selection, losses))

@@ -19,6 +19,7 @@ from ..methods.context import ScoreFunction
 from . import messages
 from .batches import Batches, as_batches, own_copy, without_labels
 from .early import decide_early
+from .held_out import batch_to_measure
 from .measured import LossFunction
 from .parts import DueEvents, RunParts
 from .pruning import prune_run
@@ -241,7 +242,7 @@ class SelectionRun(RunParts):
 
     def _end_warmup(self) -> None:
         if self.config.limits_step:
-            costs = self.search.measure_costs(next(self.held_out.sample(1)))
+            costs = self.search.measure_costs(batch_to_measure(self.held_out))
             self._say(messages.costs(costs, self.search.ceilings, self.search.grid))
         if self._trained is not None:
             self._trained.step(innermost(self.optimizer))  # its updates begin one step later

@@ -12,65 +12,77 @@ from ..core.costs import StepCost
 
 
 MEASURED_ROWS = 3
+MEASURED_OTHERS = 6
 REPEATS = 2
 
 
 def measure_step_cost(
     cost_of: Callable[[Sequence[int]], float],
     row_of: Sequence[int],
-    numbered: Sequence[bool],
+    stack_of: Sequence[str | None],
     repeats: int = REPEATS,
 ) -> StepCost:
     """
     Measure how the time or memory of a step depends on what is kept.
 
-    Up to three of the numbered rows are measured and the others interpolated, since layers follow each other; a row of
-    modules outside the numbered layers is always measured. Times are measured twice in turn, and the smaller one
-    taken: a disturbance can only make a step slower. That is about ten passes in all.
+    Of a stack of numbered layers up to three are measured, or the first and the last of each of several (an encoder
+    and a decoder), and those between them interpolated, since layers follow each other. Modules outside the layers are
+    measured one by one, up to [`MEASURED_OTHERS`] of them, and their row costs what the deepest does. Times are
+    measured twice in turn, and the smaller one taken: a disturbance can only make a step slower. That is about ten
+    passes in all.
 
     Args:
         cost_of (`Callable[[Sequence[int]], float]`): makes a step with these modules kept and gives its seconds or
             bytes.
         row_of (`Sequence[int]`): row of each module.
-        numbered (`Sequence[bool]`): for each row, whether it is a numbered layer.
+        stack_of (`Sequence[str]`): for each row the stack of layers that it belongs to; `None` for one of modules
+            outside the numbered layers.
         repeats (`int`, *optional*, defaults to `2`): how often each is measured. If more than once, one pass is made
             before all: the first of a shape is slower.
     """
-    first_of: dict[int, int] = {}
+    modules_of: dict[int, list[int]] = {}
     for module, row in enumerate(row_of):
-        first_of.setdefault(row, module)
-    layers = [row for row in sorted(first_of) if numbered[row]]
-    count = min(MEASURED_ROWS, len(layers))
-    chosen = {layers[round(i * (len(layers) - 1) / max(1, count - 1))] for i in range(count)}
-    chosen |= {row for row in first_of if not numbered[row]}
-    kept_sets: dict[int | None, list[int]] = {row: [first_of[row]] for row in sorted(chosen)}
+        modules_of.setdefault(row, []).append(module)
+    stacks: dict[str, list[int]] = {}
+    for row in sorted(modules_of):
+        if (stack := stack_of[row]) is not None:
+            stacks.setdefault(stack, []).append(row)
+    known = {stack: _spread(rows, MEASURED_ROWS if len(stacks) == 1 else 2) for stack, rows in stacks.items()}
+    alone = {row: [modules_of[row][0]] for rows in known.values() for row in rows}
+    alone |= {row: _spread(own, MEASURED_OTHERS) for row, own in modules_of.items() if stack_of[row] is None}
     everything = list(range(len(row_of)))
-    kept_sets[None] = everything
+    kept_sets = [*([module] for row in sorted(alone) for module in alone[row]), everything]
     if repeats > 1:
         cost_of(everything)
-    found: dict[int | None, list[float]] = {key: [] for key in kept_sets}
+    found: list[list[float]] = [[] for _ in kept_sets]
     for _ in range(repeats):
-        for key, kept in kept_sets.items():
-            found[key].append(cost_of(kept))
-    least = {key: min(values) for key, values in found.items()}
-    known = [row for row in layers if row in chosen]
-    # More layers below cannot make a step cheaper: what looks like it is noise.
-    for deeper, row in zip(known[-2::-1], known[:0:-1], strict=True):
-        least[deeper] = max(least[deeper], least[row])
+        for costs, kept in zip(found, kept_sets, strict=True):
+            costs.append(cost_of(kept))
+    *single, whole = map(min, found)
+    costs_of = dict(zip((kept[0] for kept in kept_sets[:-1]), single, strict=True))
+    least = {row: max(costs_of[module] for module in own) for row, own in alone.items()}
+    for rows in known.values():
+        # More layers below cannot make a step cheaper: what looks like it is noise.
+        for deeper, row in zip(rows[-2::-1], rows[:0:-1], strict=True):
+            least[deeper] = max(least[deeper], least[row])
     depth = []
-    for row in range(len(numbered)):
-        if row in chosen:
+    for row, stack in enumerate(stack_of):
+        if row in least:
             depth.append(least[row])
-        elif numbered[row] and known:
-            depth.append(_between(row, known, least))
         else:
-            depth.append(least[None])
-    deepest = max(depth[row] for row in first_of)
-    per_module = max(0.0, (least[None] - deepest) / max(1, len(row_of) - 1))
-    return StepCost(max(least[None], deepest), tuple(depth), per_module)
+            depth.append(whole if stack is None or stack not in known else _between(row, known[stack], least))
+    deepest = max(depth[row] for row in modules_of)
+    per_module = max(0.0, (whole - deepest) / max(1, len(row_of) - 1))
+    return StepCost(max(whole, deepest), tuple(depth), per_module)
 
 
-def _between(row: int, known: Sequence[int], least: dict[int | None, float]) -> float:
+def _spread(values: Sequence[int], count: int) -> list[int]:
+    """The first and the last of some values, and of those between them as many as `count` has room for."""
+    count = min(count, len(values))
+    return [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _between(row: int, known: Sequence[int], least: dict[int, float]) -> float:
     above = [other for other in known if other > row]
     below = [other for other in known if other < row]
     if not above or not below:

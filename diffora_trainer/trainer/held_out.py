@@ -219,7 +219,7 @@ class HeldOutData:
             rows = without_unused_columns(trainer, rows, "held-out")
         else:
             collate = collator_without_unused_columns(trainer, collate, "held-out")
-        return HeldOutBatches(
+        batches = HeldOutBatches(
             rows,
             collate,
             batch_size=config.arch_batch_size or train_batch_size(trainer),
@@ -227,6 +227,8 @@ class HeldOutData:
             process=(trainer.args.process_index, trainer.args.world_size),
             comparable=comparable,
         )
+        batches.training_rows = train_batch_size(trainer)
+        return batches
 
     def give_back(self) -> None:
         """The pruning is made: the rows go back to training, and nothing is kept for the search any more."""

@@ -31,7 +31,7 @@ def test_measured_times_predict_steps_that_were_not_measured() -> None:
         lowest = min(row_of[module] for module in kept)
         return 1.0 + 0.1 * (12 - lowest) + 0.01 * len(kept) + noise.uniform(-1e-4, 1e-4)
 
-    times = measure_step_cost(seconds_of, row_of, [True] * 12 + [False])
+    times = measure_step_cost(seconds_of, row_of, ["layers."] * 12 + [None])
     for kept in ([0], [35], [36], [4, 20, 36], [18, 19, 20, 30], list(range(37))):
         assert times.predict([row_of[module] for module in kept]) == pytest.approx(seconds_of(kept), abs=2e-3)
     assert StepCost.from_dict(times.to_dict()) == times
@@ -40,10 +40,25 @@ def test_measured_times_predict_steps_that_were_not_measured() -> None:
 def test_disturbed_measurements_still_say_that_deeper_is_not_faster() -> None:
     row_of = list(range(8))
     noise = random.Random(0)
-    times = measure_step_cost(lambda kept: noise.uniform(1.0, 2.0), row_of, [True] * 8)
+    times = measure_step_cost(lambda kept: noise.uniform(1.0, 2.0), row_of, ["layers."] * 8)
     measured = [times.depth[row] for row in (0, 2, 5, 7)]
     assert measured == sorted(measured, reverse=True)
     assert times.per_module >= 0
+
+
+def test_stacks_are_interpolated_apart_and_others_measured_one_by_one() -> None:
+    """An encoder whose layers cost ten times those of the decoder above it, and modules around both."""
+    names = [*(f"encoder.{i}" for i in range(8)), *(f"decoder.{i}" for i in range(6)), "other"]
+    stacks = [name.rstrip("0123456789") if name != "other" else None for name in names]
+    row_of = [*range(14), 14, 14]  # the head comes first, then what projects the input
+
+    def cost_of(kept: list[int]) -> float:
+        deepest = {**{i: 6 + 10 * (8 - i) for i in range(8)}, **{8 + i: 6 - i for i in range(6)}, 14: 0.5, 15: 90}
+        return max(deepest[module] for module in kept) + 0.1 * len(kept)
+
+    cost = measure_step_cost(cost_of, row_of, stacks, repeats=1)
+    assert [cost.predict([row]) for row in range(14)] == pytest.approx([cost_of([row]) for row in range(14)])
+    assert cost.predict([14]) == cost_of([15])
 
 
 # 4 layers of 2 modules, the deepest one first: a step takes 1 with a module in the last layer, 1 more for each layer

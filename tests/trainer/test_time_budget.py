@@ -85,6 +85,25 @@ def test_a_run_under_a_memory_budget(tmp_path, checkpointing: bool) -> None:
     assert Selection.from_json(trainer.selection.to_json()) == trainer.selection
 
 
+def test_a_limit_is_that_of_a_training_batch(tmp_path) -> None:
+    """However large the held-out batches are, and also where fewer rows are held out than such a batch has."""
+    found = []
+    for search in ({}, {"arch_batch_size": 1}, {"arch_split": 0.1}):
+        rows = [{"input_ids": [5, 6, 7, 8, 9, 10]}] * 24
+        trainer = make_trainer(
+            tmp_path,
+            model=deep_model,
+            search={"max_step_memory": 0.6, **search},
+            train_dataset=rows,
+            data_collator=DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+        )
+        trainer.train()
+        found.append(trainer.selection.memory)
+    assert len({memory["all_modules"] for memory in found}) == 1
+    for memory in found:
+        assert memory["after_cut"] < 0.65 * memory["all_modules"]
+
+
 def test_a_step_above_its_limit_is_warned_of(tmp_path, caplog) -> None:
     """The prediction says the same of every module, and which ones are kept decides how far off it is."""
     for limit, over in ((0.5, False), (0.75, True)):
