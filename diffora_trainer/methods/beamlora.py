@@ -100,7 +100,9 @@ class BeamLora(RankMethod):
         self._adam = Adam(len(self._on))
         self._past = torch.zeros(sum(self._sizes), dtype=torch.float32)
 
-    def start_ranks(self) -> tuple[int, ...]:
+    def start_ranks(self) -> tuple[int, ...] | None:
+        if self._ranks is None:
+            return None
         return tuple(int(own.sum()) for own in self.split(self._on))
 
     def inspect(self, model: Any, sites: Sequence[Site]) -> None:

@@ -140,7 +140,7 @@ class SearchBase(GatedModel):
         a smaller rank. Whole modules are chosen of it, which the log and the notes tell, or, if ranks were asked for
         or the method has no other way, a `ValueError` is raised.
         """
-        if self.told_budget is not None:
+        if self.told_budget is not None and self.config.discretize_at == 0:
             check_components(self.adapters.sites, self.method.name)
         ranks = self.ranks if self.rank_plan is not None else None
         if isinstance(self.method, RankMethod):

@@ -56,7 +56,8 @@ _CANCELLED = 0.02
 def check_components(sites: Sequence[AdapterSite], method: str) -> None:
     """
     Raise a `ValueError` if the components of an adapter do something each, and nothing together, as those of a new
-    LoRA with `init_lora_weights="orthogonal"`: some of them would not leave the model as it was.
+    LoRA with `init_lora_weights="orthogonal"`: if some are kept before the first step, training would not begin with
+    the model as it was.
 
     Args:
         sites (`Sequence[AdapterSite]`): the sites of the run.
@@ -71,7 +72,8 @@ def check_components(sites: Sequence[AdapterSite], method: str) -> None:
         sizes = float(b.norm() * a.norm())
         if sizes > 0 and product <= _CANCELLED * sizes:
             raise ValueError(
-                f"You passed `method={method!r}`, which keeps single components of a LoRA, but those of {site.name!r} "
-                "cancel each other out (`init_lora_weights='orthogonal'`), so that a part of them would change what "
-                "the model computes. Please leave `init_lora_weights` out, or pass `selection_granularity='module'`."
+                f"You passed `method={method!r}` with `discretize_at=0`, which keeps single components of a new LoRA, "
+                f"but those of {site.name!r} cancel each other out (`init_lora_weights='orthogonal'`), so that a part "
+                "of them would change what the model computes. Please leave `init_lora_weights` out, or pass "
+                "`selection_granularity='module'`."
             )
