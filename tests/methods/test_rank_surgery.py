@@ -95,6 +95,14 @@ def train_gated(model: Any, batches: list[Any], steps: int, until: int, **option
     return run
 
 
+def half_warm(tiny: Any = None) -> tuple[Any, list[dict[str, Tensor]]]:
+    """As [`warm`], with half of the rank: beams begin so, and an adapter that has learned more is refused."""
+    model, batches = warm(tiny)
+    for _, b in pairs(model):
+        b.data[:, 2:] = 0.0
+    return model, batches
+
+
 @pytest.mark.parametrize("scale", [1.0, 64.0])
 def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates(scale: float) -> None:
     """Against gates that are parameters of the layers, in a loop with `torch.optim.Adam`."""
@@ -178,9 +186,7 @@ def test_beamlora_trains_a_softmax_and_puts_strong_components_in_the_place_of_we
     """Against scores that are parameters of the layers, with `torch.optim.Adam`, and a replacement by hand."""
     rate, temperature, every, until = 0.02, 0.05, 4, 20
     tiny = llama()
-    model, batches = warm(tiny)
-    for _, b in pairs(model):  # it begins at half of the rank
-        b.data[:, 2:] = 0.0
+    model, batches = half_warm(tiny)
     twin = copy.deepcopy(model)
     options = {"method": "beamlora", "beam_every": every, "temperature": temperature, "gate_learning_rate": rate,
                "top_p": 0.9}  # fmt: skip
@@ -226,7 +232,7 @@ def test_beamlora_trains_a_softmax_and_puts_strong_components_in_the_place_of_we
     for found, own in zip(run.search.method.component_gates(), scores, strict=True):
         torch.testing.assert_close(found, gate(own).detach(), atol=1e-4, rtol=1e-3)
 
-    run = train_gated(warm()[0], batches, 6, 6, **options)
+    run = train_gated(half_warm()[0], batches, 6, 6, **options)
     assert run.selection is not None and set(run.selection.ranks) == {2}
     assert run.selection.trainable_parameters * 2 == sum(run.search.grid.parameters)
 

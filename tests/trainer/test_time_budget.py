@@ -106,7 +106,7 @@ def test_a_limit_is_that_of_a_training_batch(tmp_path) -> None:
 
 def test_a_step_above_its_limit_is_warned_of(tmp_path, caplog) -> None:
     """The prediction says the same of every module, and which ones are kept decides how far off it is."""
-    for limit, over in ((0.5, False), (0.75, True)):
+    for limit, over in ((0.5, False), (0.7, True)):
         caplog.clear()
         trainer = make_trainer(tmp_path / str(limit), search={"max_step_memory": limit, "method": "random"})
         trainer.train()
