@@ -19,7 +19,6 @@ import argparse
 import gzip
 import json
 import math
-import multiprocessing
 import statistics
 import sys
 import time
@@ -38,9 +37,10 @@ from diffora_trainer.methods.build import make_schedule
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
 
 
-sys.path.append(str(Path(__file__).resolve().parents[2]))  # for `embedded`
+sys.path += [str(Path(__file__).resolve().parents[i]) for i in (1, 2)]  # for `workers` and `embedded`
 
 from embedded import minilm_folder  # noqa: E402
+from workers import processes  # noqa: E402
 
 
 TASKS = {"sst2": ("sentence",), "mrpc": ("sentence1", "sentence2")}
@@ -317,8 +317,8 @@ def main() -> None:
                     job["device"] = "cuda" if torch.cuda.is_available() else "cpu"
                     if _key(job) not in done:
                         jobs.append(job)
-    with multiprocessing.get_context("spawn").Pool(args.workers) as pool, open(args.out, "a") as file:
-        for record in pool.imap_unordered(_worker, jobs):
+    with processes(args.workers) as work, open(args.out, "a") as file:
+        for record in work(_worker, jobs):
             record.pop("data"), record.pop("model")
             file.write(json.dumps(record) + "\n")
             file.flush()

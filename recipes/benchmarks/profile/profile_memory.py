@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
 from profile_runs import PHASES, ProfileConfig, make_trainer, phase_of, schedule_of
+from workers import processes
 
 
 def measure_all_memory(config: ProfileConfig) -> dict[str, dict[str, int]]:
     """Peak bytes in each phase of all variants, one after the other."""
     memory: dict[str, dict[str, int]] = {}
     kept: list[str] | None = None
-    context = multiprocessing.get_context("spawn")
     for variant in config.variants:  # `diffora` before `kept`
-        with context.Pool(1) as pool:
-            memory[variant] = pool.map(_memory_worker, [(config, variant, kept)])[0]
+        with processes(1) as work:
+            [memory[variant]] = work(_memory_worker, [(config, variant, kept)])
         kept = memory[variant].pop("modules", kept)  # type: ignore[arg-type]
     return memory
 

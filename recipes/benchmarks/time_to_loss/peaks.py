@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import sys
 from pathlib import Path
 from typing import Any
+
+from workers import processes
 
 
 def measure_peak(task_config: Any, method: str, steps: int, threads: int) -> dict[str, int]:
@@ -16,11 +17,13 @@ def measure_peak(task_config: Any, method: str, steps: int, threads: int) -> dic
         `dict[str, int]`: `peak_bytes`, and `before_bytes`, what was there before the first step, the model say: the
         resident memory of the process, or what is allocated on its GPU.
     """
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_measure, (task_config, method, steps, threads))
+    with processes(1) as work:
+        [found] = work(_measure, [(task_config, method, steps, threads)])
+    return found
 
 
-def _measure(task_config: Any, method: str, steps: int, threads: int) -> dict[str, int]:
+def _measure(job: tuple[Any, str, int, int]) -> dict[str, int]:
+    task_config, method, steps, threads = job
     benchmarks = Path(__file__).resolve().parents[1]
     sys.path += [str(benchmarks / name) for name in ("time_to_loss", "compare", "profile")]
     import torch
