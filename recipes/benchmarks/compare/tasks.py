@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
 from collections.abc import Callable
 from copy import copy
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import EvalPrediction, Trainer
 
-METRICS = ("accuracy", "f1", "macro_f1", "matthews_correlation", "pearson", "token_accuracy")
-"""What can be measured beside the loss. `token_accuracy` is that of a language model, the others of a classifier."""
+CLASSIFIER_METRICS = ("accuracy", "f1", "macro_f1", "matthews_correlation")
+METRICS = (*CLASSIFIER_METRICS, "pearson", "token_accuracy")
+"""What can be measured beside the loss: of a classifier (`f1` of one with two classes), of a regression (`pearson`),
+and of a language model (`token_accuracy`)."""
 
 
 @dataclass
@@ -47,7 +51,7 @@ class TaskConfig(DataArguments):
         prompt_column, completion_column (`str`, *optional*):
             What a language model is given, and what it learns to answer.
         metric (`str`, *optional*):
-            One of `METRICS`; defaults to accuracy, or Pearson's r for a regression.
+            One of `METRICS` that fits the task; defaults to accuracy, or Pearson's r for a regression.
         max_length (`int`, *optional*, defaults to `128`):
             Longer texts are cut to this many tokens.
         data_seed (`int`, *optional*, defaults to `0`):
@@ -104,13 +108,14 @@ class Task:
         config ([`TaskConfig`]): what to train.
 
     Raises:
-        ValueError: if the data set lacks a named column, or has labels that cannot be learned.
+        ValueError: if the data set lacks a named column, or has labels that cannot be learned, or the metric is not
+            one of such a task.
     """
 
     def __init__(self, config: TaskConfig) -> None:
         from transformers import AutoTokenizer
 
-        self.config = config
+        self.config = config = copy(config)  # what is found out below is no part of what was passed
         self.path = _model_path(config.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         if self.tokenizer.pad_token is None:
@@ -119,6 +124,8 @@ class Task:
         self.is_classifier = config.label_column is not None
         if self.is_classifier:
             self._set_labels(train, test)
+        self._check_metric()
+        if self.is_classifier:
             self.train_data, self.eval_data = self._encode(train), self._encode(test)
         else:
             self.train_data, self.eval_data = self._as_dialogue(train), self._as_dialogue(test)
@@ -128,6 +135,21 @@ class Task:
         """Name in the results."""
         source = Path(self.config.dataset_name or "data")
         return self.config.task or (source.stem if source.suffix else source.name)
+
+    def trained_on(self) -> dict[str, str]:
+        """A hash of the rows of training and evaluation, the precision of the model, and the kind of device."""
+        import torch
+
+        digest = hashlib.sha256()
+        for data in (self.train_data, self.eval_data):
+            digest.update(f"{len(data)} rows".encode())
+            for table in data.with_format("arrow").iter(1000):  # as they are stored: nothing is decoded
+                digest.update(json.dumps(table.to_pydict(), sort_keys=True, default=str).encode())
+        device = "cpu"
+        if torch.accelerator.is_available() and not self.config.training.get("use_cpu"):
+            device = torch.accelerator.current_accelerator().type
+        precision = "bfloat16" if self._is_bf16() else "float32"
+        return {"data": digest.hexdigest()[:12], "precision": precision, "device": device}
 
     def at(self, learning_rate: float) -> Task:
         """The same task, whose runs have another learning rate."""
@@ -254,12 +276,39 @@ class Task:
         for data in (train, test):
             if missing := [name for name in (*config.text_columns, column) if name not in data.column_names]:
                 raise ValueError(f"The data set has no column {missing}; it has {data.column_names}.")
+        for which, data in (("training", train), ("evaluation", test)):
+            if missing := sum(value is None or value != value for value in data[column]):
+                raise ValueError(
+                    f"{missing:,} of the {len(data):,} rows of the {which} set have no label (null) in the column "
+                    f"{column!r}. Please drop them, or write a label there."
+                )
         values = sorted(set(train[column]), key=lambda value: (str(type(value)), value))
         self.labels: list[Any] | None = values
         if any(isinstance(value, float) for value in values):
             self.labels = None
+        elif len(values) == 1:  # for which `transformers` would train a regression
+            raise ValueError(
+                f"All {len(train):,} rows of the training set have the label {values[0]!r} in the column {column!r}, "
+                "so there is nothing to learn. Please name another `label_column`, or add rows of other classes."
+            )
         elif unknown := set(test[column]) - set(values):
             raise ValueError(f"Labels {sorted(unknown, key=str)} of the evaluation set are not in the training set.")
+
+    def _check_metric(self) -> None:
+        metric = self.config.metric
+        if not self.is_classifier:
+            kind, known = "a language model", ("token_accuracy",)
+        elif self.labels is None:
+            kind, known = "a regression, since its labels are fractions", ("pearson",)
+        else:
+            kind, known = f"a classifier of {len(self.labels)} classes", CLASSIFIER_METRICS
+            if len(self.labels) > 2:  # of which none is the positive one
+                known = tuple(name for name in known if name != "f1")
+        if metric is not None and metric not in known:
+            raise ValueError(
+                f"You passed `metric={metric!r}`, but what is trained is {kind}. Please pass one of {list(known)}, or "
+                "leave it out."
+            )
 
     def _encode(self, data: Dataset) -> Dataset:
         columns, label = self.config.text_columns, self.config.label_column
@@ -315,8 +364,6 @@ class Task:
             "matthews_correlation": lambda: metrics.matthews_corrcoef(truth, guess),
         }
         name = self.config.metric or "accuracy"
-        if name not in measures:
-            raise ValueError(f"`metric: {name}` is not one of a classifier; take one of {list(measures)}.")
         return {name: float(measures[name]())}
 
 
