@@ -113,6 +113,17 @@ def test_all_rows_have_equal_parameters_and_none_is_made_twice(data: dict[str, A
     assert len(other) == len(more) + 1 and other[-1]["fingerprint"] != other[0]["fingerprint"]
 
 
+def test_results_on_changed_data_are_not_mixed_with_the_old_ones(data: dict[str, Any], tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text(Path(data["dataset_name"]).read_text())
+    options = {**data, "dataset_name": pairs, "seeds": [0], "output_dir": tmp_path, "methods": ["lora"]}
+    (record,) = run("small_mrpc.yaml", **options)[1]
+    assert record["trained_on"]["data"]
+    pairs.write_text("".join(pairs.read_text().splitlines(keepends=True)[::-1]))
+    with pytest.raises(ValueError, match="data .* then, .* now.*another `output_dir`"):
+        run("small_mrpc.yaml", **options)
+
+
 def test_a_row_that_fails_does_not_end_the_others(data: dict[str, Any], tmp_path: Path, capsys) -> None:
     options = {**data, "seeds": [0], "output_dir": tmp_path}
     late = "snip:discretize_at=1000"  # the run has 24 steps

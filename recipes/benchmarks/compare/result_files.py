@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from tasks import TaskConfig
+from tasks import Task, TaskConfig
 
 
 Record = dict[str, Any]
@@ -22,6 +24,58 @@ def fingerprint(config: TaskConfig, **others: Any) -> str:
         if settings[name] is None:
             del settings[name]
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def stamp(path: Path, mark: str, task: Task) -> Record:
+    """
+    What each new record of a file begins with: its fingerprint, and what it is trained on.
+
+    Args:
+        path (`Path`): the file.
+        mark (`str`): the fingerprint of the settings.
+        task ([`Task`]): with its data loaded.
+
+    Raises:
+        ValueError: if the file has records of these settings on other data, or of another precision or device.
+    """
+    now = task.trained_on()
+    for record in read_results(path):
+        then = record.get("trained_on", now)  # results from before this was written are taken as they are
+        if record["fingerprint"] == mark and then != now:
+            changed = [
+                f"{name} ({then.get(name)} then, {now[name]} now)" for name in now if then.get(name) != now[name]
+            ]
+            raise ValueError(
+                f"{path} holds results of the same settings, but what they were trained on has changed since: "
+                f"{', '.join(changed)}. Old and new ones cannot be compared. Please pass another `output_dir`."
+            )
+    return {"fingerprint": mark, "trained_on": now}
+
+
+def comparable(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """
+    Records that can stand in one table, in their order: of one fingerprint and trained on the same. Those that do not
+    say on what stand with the others of their fingerprint, if these are all of a kind.
+    """
+    records = list(records)
+
+    def kind_of(record: Record) -> str:
+        return " ".join(record.get("trained_on", {}).values())
+
+    kinds: dict[str, set[str]] = {}
+    for record in records:
+        kinds.setdefault(record["fingerprint"], set()).add(kind_of(record))
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        mark = record["fingerprint"]
+        name = f"{mark} {kind_of(record)}".strip() if len(kinds[mark] - {""}) > 1 else mark
+        found.setdefault(name, []).append(record)
+    return found
+
+
+def as_loss(value: float) -> float:
+    """A loss to compare by: that of a run that diverged is infinite."""
+    return value if math.isfinite(value) else math.inf
 
 
 def read_results(path: Path) -> list[Record]:

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from result_files import Record, read_results
+from result_files import Record, comparable, read_results
 
 
 Key = tuple[str, bool]
@@ -28,16 +28,11 @@ Key = tuple[str, bool]
 def differences(records: Iterable[Record]) -> dict[Key, list[float]]:
     """Loss of each run of `diffora` minus that of all linear layers with the same budget, seed and learning rate."""
     runs: dict[tuple[object, ...], dict[str, Record]] = defaultdict(dict)
-    for record in records:
-        if record["reading"] == "run" and record["method"] in ("diffora", "all_linear"):
-            key = (
-                record["task"],
-                record["fingerprint"],
-                record["budget"],
-                record["seed"],
-                record.get("learning_rate"),
-            )
-            runs[key][record["method"]] = record
+    for mark, group in comparable(records).items():
+        for record in group:
+            if record["reading"] == "run" and record["method"] in ("diffora", "all_linear"):
+                key = record["task"], mark, record["budget"], record["seed"], record.get("learning_rate")
+                runs[key][record["method"]] = record
     found: dict[Key, list[float]] = defaultdict(list)
     for pair in runs.values():
         if len(pair) == 2:

@@ -52,7 +52,7 @@ FOLDER = Path(__file__).resolve().parent
 sys.path += [str(FOLDER), str(FOLDER.parent / "compare"), str(FOLDER.parent)]
 
 from heterolora_options import HeteroLoRAConfig, parse_method  # noqa: E402
-from result_files import Record, append, end_last_line, fingerprint, read_results  # noqa: E402
+from result_files import Record, append, end_last_line, fingerprint, read_results, stamp  # noqa: E402
 from small_opt import SmallModelConfig, small_opt_folder  # noqa: E402
 from tasks import Task, TaskConfig  # noqa: E402
 
@@ -207,6 +207,9 @@ def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModel
 
     A run that fails is named and left out, and tried again the next time; if there is no result at all, the first
     failure is raised.
+
+    Raises:
+        ValueError: if the file holds results on other data, or the settings do not fit.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
@@ -223,12 +226,11 @@ def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModel
         small=dataclasses.asdict(small) if task_config.model == "small" else None,
     )
     end_last_line(path)
-    task: ClassificationTask | None = None
+    model = small_opt_folder(small) if task_config.model == "small" else task_config.model
+    task = ClassificationTask(dataclasses.replace(task_config, model=model))
+    head = stamp(path, mark, task)
     failures: list[Exception] = []
     for method, seed in missing_jobs(config, path, mark):
-        if task is None:
-            model = small_opt_folder(small) if task_config.model == "small" else task_config.model
-            task = ClassificationTask(dataclasses.replace(task_config, model=model))
         started = time.perf_counter()
         name, options = parse_method(method)
         try:
@@ -240,7 +242,7 @@ def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModel
             failures.append(error)
             print(f"FAILED: {method}, seed {seed}: {error}", flush=True)
             continue
-        record = {"fingerprint": mark, "task": task.name, "method": method, "seed": seed, **result}
+        record = {**head, "task": task.name, "method": method, "seed": seed, **result}
         record |= {"majority": round(task.majority(), 4), "seconds": round(time.perf_counter() - started, 1)}
         append(path, record)
         print(

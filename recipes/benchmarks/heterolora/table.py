@@ -21,7 +21,7 @@ from typing import Any
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
 
 from comparison import half_interval, mean_overlap  # noqa: E402
-from result_files import read_results  # noqa: E402
+from result_files import as_loss, comparable, read_results  # noqa: E402
 
 
 Runs = dict[int, dict[str, Any]]
@@ -70,7 +70,7 @@ def make_table(task: str, rows: dict[str, Runs]) -> str:
     def mean(runs: Runs, key: str) -> float:
         return statistics.fmean(run[key] for run in runs.values())
 
-    for method in sorted(rows, key=lambda method: mean(rows[method], "loss")):
+    for method in sorted(rows, key=lambda method: as_loss(mean(rows[method], "loss"))):
         runs, others = rows[method], ["lora", "constant", control_of(method) or method]
         cells = [f"`{method}`", str(len(runs)), f"{mean(runs, 'parameters'):,.0f}", spread(runs, "accuracy")]
         cells += [spread(runs, "f1")] if has_f1 else []
@@ -91,9 +91,9 @@ def write_table(paths: Sequence[Path], folder: Path) -> str:
         ValueError: if there are no results.
     """
     tasks: dict[tuple[str, str], dict[str, Runs]] = defaultdict(lambda: defaultdict(dict))
-    for path in paths:
-        for record in read_results(path):
-            tasks[record["task"], record["fingerprint"]][record["method"]][record["seed"]] = record
+    for mark, records in comparable(record for path in paths for record in read_results(path)).items():
+        for record in records:
+            tasks[record["task"], mark][record["method"]][record["seed"]] = record
     if not tasks:
         raise ValueError(f"There are no results in {', '.join(map(str, paths))}.")
     text = "\n\n".join(make_table(task, rows) for (task, _), rows in tasks.items())
