@@ -8,14 +8,19 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
-from methods import is_adaptive
-from result_files import Record
+from methods import has_own_rate, is_adaptive, rate_of
+from result_files import Record, as_loss, comparable
 
 
 Runs = dict[int, Record]
 """Seed to record."""
 
 BOOTSTRAP_ROUNDS = 2000
+_QUANTILES = (
+    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13),
+    *(2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04),
+)
+"""97.5 % quantiles of Student's t with 1 to 30 degrees of freedom."""
 
 
 class Results:
@@ -27,21 +32,26 @@ class Results:
     """
 
     def __init__(self, records: Iterable[Record]) -> None:
-        self.random: dict[int, list[Record]] = defaultdict(list)
+        self.random: dict[int, list[Record]] = {}
+        """The random sets of each seed that has some."""
         self.runs: dict[str, Runs] = defaultdict(dict)
         self.choices: dict[str, Runs] = defaultdict(dict)
         self.worst: dict[str, Runs] = defaultdict(dict)
         records = list(records)
         self.rates = best_rates(records)
         """The learning rate of each method, of those that it was run at."""
+        # What was chosen at a rate of a method's own is trained again at several.
+        again = best_rates((record for record in records if has_own_rate(record["method"])), "choice")
         for record in records:
-            if record.get("learning_rate") != self.rates.get(record["method"]):
+            method = record["method"]
+            rates = self.rates if record["reading"] == "run" or method not in again else again
+            if rate_of(record) != rates.get(method):
                 continue
-            if record["method"] == "random":
-                self.random[record["seed"]].append(record)
+            if method == "random":
+                self.random.setdefault(record["seed"], []).append(record)
                 continue
             kind = {"run": self.runs, "choice": self.choices, "worst": self.worst}[record["reading"]]
-            kind[record["method"]][record["seed"]] = record
+            kind[method][record["seed"]] = record
         for method, runs in self.runs.items():
             if not is_adaptive(method):  # chosen before training: one run is both
                 self.choices[method] = runs
@@ -54,7 +64,7 @@ class Results:
         pairs = [
             (run["loss"], [draw["loss"] for draw in self.random[seed]])
             for seed, run in runs.items()
-            if self.random[seed]
+            if seed in self.random
         ]
         if not pairs:
             return None
@@ -80,7 +90,7 @@ class Results:
             pairs = [
                 run["loss"] - statistics.fmean(draw["loss"] for draw in self.random[seed])
                 for seed, run in ours.items()
-                if self.random[seed]
+                if seed in self.random
             ]
         else:
             pairs = [
@@ -88,7 +98,8 @@ class Results:
             ]
         if not pairs:
             return None
-        return statistics.fmean(pairs), half_interval(pairs), len(pairs)
+        mean = statistics.fmean(pairs) if all(map(math.isfinite, pairs)) else math.nan
+        return mean, half_interval(pairs), len(pairs)
 
     def time(self, method: str) -> float | None:
         """CPU time of the runs of a method, search included, as a part of that of all linear layers."""
@@ -109,18 +120,22 @@ class Results:
         return mean_overlap([draw["ranks"] for draws in self.random.values() for draw in draws])
 
 
-def best_rates(records: Iterable[Record]) -> dict[str, float | None]:
+def best_rates(records: Iterable[Record], reading: str = "run") -> dict[str, float | None]:
     """
     For each method the learning rate at which its runs end lowest on the mean; that of the random sets is chosen in
     the same way. Rates are compared by the seeds and draws that all of them have. Rates of which a method has half
     as many runs as of another, or fewer, are passed over, and so are all but the most frequent ones if they have none
-    in common.
+    in common. A rate at which a run diverged is the last to be chosen.
+
+    Args:
+        records (`Iterable[dict]`): of any readings.
+        reading (`str`, *optional*, defaults to `"run"`): by which of them rates are compared.
     """
     losses: dict[str, dict[float | None, dict[tuple[int, int], float]]] = defaultdict(lambda: defaultdict(dict))
     for record in records:
-        if record["reading"] == "run":
+        if record["reading"] == reading:
             key = record["seed"], record.get("draw", 0)
-            losses[record["method"]][record.get("learning_rate")][key] = record["loss"]
+            losses[record["method"]][rate_of(record)][key] = as_loss(record["loss"])
     best: dict[str, float | None] = {}
     for method, found in losses.items():
         most = max(map(len, found.values()))
@@ -136,15 +151,18 @@ def best_rates(records: Iterable[Record]) -> dict[str, float | None]:
 
 
 def _beaten(loss: float, draws: Sequence[float]) -> float:
+    loss, draws = as_loss(loss), [as_loss(draw) for draw in draws]
     return 100 * statistics.fmean(1.0 if draw > loss else 0.5 if draw == loss else 0.0 for draw in draws)
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the 95 % interval of a mean, by Student's t; not a number for a single value."""
-    if len(values) < 2:
+    """Half the 95 % interval of a mean, by Student's t; not a number for one value, or if one is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return math.nan
-    quantiles = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
-    return quantiles.get(len(values) - 1, 2.0) * statistics.stdev(values) / math.sqrt(len(values))
+    degrees = len(values) - 1
+    # Beyond the table by the first terms of its expansion, right to two decimals.
+    quantile = _QUANTILES[degrees - 1] if degrees <= len(_QUANTILES) else 1.96 + 2.4 / degrees
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def mean_overlap(choices: Sequence[dict[str, int]]) -> float | None:
@@ -161,8 +179,9 @@ def mean_overlap(choices: Sequence[dict[str, int]]) -> float | None:
 def group(records: Iterable[Record]) -> dict[tuple[str, str], dict[float, Results]]:
     """Records by task (and what was trained), then by budget."""
     tasks: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in records:
-        tasks[record["task"], record["fingerprint"]].append(record)
+    for mark, found in comparable(records).items():
+        for record in found:
+            tasks[record["task"], mark].append(record)
     grouped = {}
     for key, found in tasks.items():
         full = [record for record in found if record["method"] == "full"]

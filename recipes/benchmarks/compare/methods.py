@@ -271,6 +271,18 @@ def split_options(text: str) -> tuple[str, dict[str, Any]]:
     return name, {key: yaml.safe_load(value) for key, value in pairs.items()}
 
 
+def has_own_rate(text: str) -> bool:
+    """Whether a method names its learning rate, as `"adalora:learning_rate=0.01"` does."""
+    name, options = split_options(text)
+    return name == "adalora" and "learning_rate" in options
+
+
+def rate_of(record: dict[str, Any]) -> float | None:
+    """Which of the learning rates that were compared a record is of; none for a run at a rate of its own."""
+    own = record["reading"] == "run" and has_own_rate(record["method"])
+    return None if own else record.get("learning_rate")
+
+
 FIXED = ("random", "all_linear", "q_and_v", "last_layers", "kappa_tune", "grad_norm", "full")
 """Methods that choose before training: their one run is both the choice and the run."""
 ADAPTIVE = ("eva", "adalora", "diffora")

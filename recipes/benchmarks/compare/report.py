@@ -17,7 +17,7 @@ from pathlib import Path
 
 import confidence
 from comparison import Results, Runs, group
-from result_files import read_results
+from result_files import as_loss, read_results
 
 
 def _mean(runs: Runs, key: str) -> float | None:
@@ -42,7 +42,8 @@ def make_table(task: str, budget: float, results: Results, ours: str) -> str:
 
     def order(method: str) -> float:
         runs = results.choices[method] or results.runs[method]
-        return _mean(runs, "loss") or math.inf
+        mean = _mean(runs, "loss")
+        return math.inf if mean is None else as_loss(mean)
 
     def row(method: str) -> str:
         runs, choices = results.runs[method], results.choices[method]
@@ -158,7 +159,7 @@ def _losses(results: Results) -> list[tuple[str, list[float]]]:
     for method, runs in results.runs.items():
         if runs and method != "full" and is_adaptive(method):
             found[f"{method}, run"] = [run["loss"] for run in runs.values()]
-    return sorted(found.items(), key=lambda entry: statistics.fmean(entry[1]))
+    return sorted(found.items(), key=lambda entry: as_loss(statistics.fmean(entry[1])))
 
 
 def write_report(paths: Sequence[Path], folder: Path, ours: str | None = None) -> str:
