@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 import random
 import sys
 from pathlib import Path
@@ -264,6 +265,115 @@ def test_bad_options_are_named(folder: Path, tmp_path: Path, overrides: dict, me
         run("sst2_minilm.yaml", **{**base, **overrides})
 
 
+@pytest.mark.parametrize(
+    ("change", "overrides", "message"),
+    [
+        (lambda n, row: {**row, "stars": "good"}, {}, "have the label 'good' in the column 'stars'.*nothing to learn"),
+        (
+            lambda n, row: {**row, "stars": None if n % 5 == 0 else row["stars"]},
+            {},
+            r"of the 57 rows.*no label \(null\)",
+        ),
+        (lambda n, row: {**row, "stars": "abc"[n % 3]}, {"metric": "f1"}, "'f1'.*classifier of 3 classes.*macro_f1"),
+        (lambda n, row: row, {"metric": "pearson"}, "'pearson'.*classifier of 2 classes.*'accuracy', 'f1'"),
+        (lambda n, row: row, {"metric": "token_accuracy"}, "'token_accuracy'.*classifier of 2 classes"),
+        (lambda n, row: {**row, "stars": n / 8}, {"metric": "accuracy"}, "'accuracy'.*a regression.*'pearson'"),
+    ],
+)
+def test_labels_and_metrics_that_do_not_fit_are_named_before_the_first_run(
+    folder: Path, tmp_path: Path, change, overrides: dict, message: str
+) -> None:
+    rows = map(json.loads, (folder / "reviews.jsonl").read_text().splitlines())
+    data = tmp_path / "changed.jsonl"
+    data.write_text("\n".join(json.dumps(change(n, row)) for n, row in enumerate(rows)))
+    config = {"text_columns": ["review"], "label_column": "stars", "dataset_name": str(data), **overrides}
+    with pytest.raises(ValueError, match=message):
+        recipe("tasks").Task(recipe("tasks").TaskConfig(model=str(folder / "encoder"), **config))
+
+
+def test_a_metric_of_a_classifier_is_refused_for_a_language_model(folder: Path) -> None:
+    columns = {"prompt_column": "prompt", "completion_column": "completion", "metric": "accuracy"}
+    model, data = str(folder / "language_model"), str(folder / "answers.jsonl")
+    with pytest.raises(ValueError, match="'accuracy'.*a language model.*'token_accuracy'"):
+        recipe("tasks").Task(recipe("tasks").TaskConfig(model=model, dataset_name=data, **columns))
+
+
+def test_data_that_cannot_be_used_end_a_comparison_with_workers_too(folder: Path, tmp_path: Path) -> None:
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "nope", "workers": 2, "output_dir": tmp_path, "methods": ["all_linear"]}
+    with pytest.raises(ValueError, match=r"no column \['nope'\]; it has"):
+        run("sst2_minilm.yaml", **base)
+
+
+def test_a_killed_worker_ends_the_work_with_an_error() -> None:
+    recipe("tasks")  # for the path
+    processes = recipe("workers").processes
+    with processes(1) as work:
+        assert sorted(work(abs, [-1, 2, -3])) == [1, 2, 3]
+        with pytest.raises(RuntimeError, match="worker process died.*fewer workers"):
+            list(work(os._exit, [1]))
+
+
+@pytest.mark.slow
+def test_workers_make_what_one_process_makes(folder: Path, tmp_path: Path) -> None:
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "stars", "seeds": [0], "budgets": [0.3], "methods": ["all_linear", "last_layers"]}
+    found = []
+    for workers in (0, 1):
+        records = run("sst2_minilm.yaml", **base, workers=workers, output_dir=tmp_path / str(workers))[1]
+        found.append({record["method"]: record["loss"] for record in records})
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and len(found[0]) == 2
+
+
+def test_results_on_changed_data_are_not_mixed_with_the_old_ones(folder: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "mine.jsonl", tmp_path / "out"
+    data.write_text((folder / "reviews.jsonl").read_text())
+    base = {"model": folder / "encoder", "dataset_name": data, "text_columns": "review", "label_column": "stars"}
+    base |= {"workers": 0, "output_dir": out, "seeds": [0], "budgets": [0.3], "methods": ["all_linear"]}
+    (first,) = run("sst2_minilm.yaml", **base)[1]
+    assert len(first["trained_on"]["data"]) == 12 and first["trained_on"]["device"] == "cpu"
+    assert run("sst2_minilm.yaml", **base)[1] == [first]
+
+    data.write_text(data.read_text().replace("good", "gold").replace("bad", "good").replace("gold", "bad"))
+    more = {**base, "methods": ["last_layers"]}
+    with pytest.raises(ValueError, match="data .* then, .* now.*another `output_dir`"):
+        run("sst2_minilm.yaml", **more)
+    results = out / "results.jsonl"
+    old = {name: value for name, value in first.items() if name != "trained_on"}
+    results.write_text(json.dumps(old) + "\n")  # a record from before this was written
+    records = run("sst2_minilm.yaml", **more)[1]
+    assert records[0] == old and records[1]["fingerprint"] == old["fingerprint"]
+    assert records[1]["trained_on"]["data"] != first["trained_on"]["data"]
+
+    # Files of both can be read together, and do not stand in one table.
+    (tmp_path / "first.jsonl").write_text(json.dumps(first) + "\n")
+    write_report = recipe("report").write_report
+    assert write_report([results], tmp_path).count("### mine, 0.3") == 1
+    assert write_report([results, tmp_path / "first.jsonl"], tmp_path).count("### mine, 0.3") == 3
+
+
+@needs_newer_peft
+def test_a_method_with_a_learning_rate_of_its_own_is_run_once(folder: Path, tmp_path: Path) -> None:
+    base = {"model": folder / "encoder", "dataset_name": folder / "reviews.jsonl", "text_columns": "review"}
+    base |= {"label_column": "stars", "workers": 0, "output_dir": tmp_path, "seeds": [0], "budgets": [0.3]}
+    own = "adalora:learning_rate=0.01"
+    table, records = run("sst2_minilm.yaml", **base, methods=[own, "all_linear"], learning_rates=[1e-6, 1e-2])
+    found = [(record["method"], record["reading"], record.get("learning_rate")) for record in records]
+    assert found == [
+        *[(own, "run", None), ("all_linear", "run", 1e-6), ("all_linear", "run", 1e-2)],
+        *[(own, "choice", 1e-6), (own, "choice", 1e-2)],
+    ]
+    assert f"| `{own}` | 1 |" in table
+    choice = min(record["loss"] for record in records if record["reading"] == "choice")
+    (result,) = recipe("comparison").group(records).popitem()[1].values()
+    assert result.choices[own][0]["loss"] == choice
+    # One that was run at each rate before counts as run.
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(json.dumps({**record, "learning_rate": 1e-2}) for record in records[:1]) + "\n")
+    again = run("sst2_minilm.yaml", **base, methods=[own], learning_rates=[1e-6], choice=False)
+    assert len(again[1]) == 1 and f"| `{own}` | 1 |" in again[0]
+
+
 def test_a_set_of_modules_is_fitted_to_the_budget_to_within_one_module() -> None:
     grid_class = recipe("module_sets").Grid
     rng = random.Random(0)
@@ -313,6 +423,39 @@ def test_percentiles_differences_and_overlaps() -> None:
         for method, seed, seconds in (("all_linear", 0, 10.0), ("diffora", 0, 12.0), ("diffora", 1, 99.0))
     ]
     assert recipe("comparison").Results(timed).time("diffora") == pytest.approx(1.2)  # over the seeds of both
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_the_best_one() -> None:
+    comparison = recipe("comparison")
+    records = [
+        {**record("all_linear", seed, loss), "learning_rate": rate}
+        for rate, losses in ((3e-2, (math.nan, 0.1)), (1e-3, (0.4, 0.5)), (1e-1, (math.inf, math.inf)))
+        for seed, loss in enumerate(losses)
+    ]
+    assert comparison.best_rates(records) == {"all_linear": 1e-3}
+    draws = [record("random", 0, loss, draw=draw) for draw, loss in enumerate((math.nan, 0.2, 0.6, math.inf))]
+    results = comparison.Results([*draws, record("q_and_v", 0, 0.5), record("last_layers", 0, math.nan)])
+    assert results.percentile(results.choices["q_and_v"])[0] == 75
+    assert results.percentile_of_all(results.choices["last_layers"]) == 25  # as bad as two of four
+    assert math.isnan(comparison.half_interval([0.1, math.inf]))
+    assert math.isnan(results.difference("last_layers", "q_and_v")[0])
+    table = recipe("report").make_table("t", 0.5, results, "q_and_v")
+    assert table.index("| `q_and_v` |") < table.index("| `last_layers` |")
+
+
+def test_the_row_of_random_sets_counts_the_seeds_that_have_some() -> None:
+    draws = [record("random", 0, 0.5, draw=draw) for draw in (0, 1)]
+    results = recipe("comparison").Results([*draws, *(record("all_linear", seed, 0.4) for seed in range(5))])
+    table = recipe("report").make_table("t", 0.5, results, "all_linear")
+    assert "| `random`, 2 draws | 1 |" in table and "| `all_linear` | 5 |" in table
+
+
+@pytest.mark.parametrize(("degrees", "quantile"), [(1, 12.706), (10, 2.228), (14, 2.145), (30, 2.042), (60, 2.000)])
+def test_intervals_are_those_of_students_t(degrees: int, quantile: float) -> None:
+    values = [float(n % 3) for n in range(degrees + 1)]
+    deviation = math.sqrt(sum((value - sum(values) / len(values)) ** 2 for value in values) / degrees)
+    half = recipe("comparison").half_interval(values)
+    assert half == pytest.approx(quantile * deviation / math.sqrt(len(values)), abs=0.006 * deviation)
 
 
 def test_confidence_is_compared_with_the_percentile_of_the_choice(

@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import sys
 import time
@@ -48,8 +47,9 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.append(str(Path(__file__).resolve().parent))
 
-from result_files import append, end_last_line, fingerprint, read_results  # noqa: E402
+from result_files import append, end_last_line, fingerprint, read_results, stamp  # noqa: E402
 from tasks import Task, TaskConfig  # noqa: E402
+from workers import processes  # noqa: E402
 
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ class CompareConfig:
             Random sets for each budget, dealt out to the seeds.
         learning_rates (`list[float]`, *optional*):
             Each method, the random sets included, is run at each of them, and the table has it at its best one. By
-            default at that of `training` alone.
+            default at that of `training` alone. `adalora:learning_rate=0.01` is run at its own one, and only its
+            choice is trained again at each of them.
         choice (`bool`, *optional*, defaults to `True`):
             Whether to train the chosen modules once more.
         worst (`bool`, *optional*, defaults to `False`):
@@ -124,9 +125,15 @@ class CompareConfig:
 
 def plan_runs(config: CompareConfig) -> Iterable[Job]:
     """The first run of every method, seed by seed, so that a table can be made early."""
+    from methods import has_own_rate
+
     for job in _first_runs(config):
-        for rate in config.learning_rates or (None,):
-            yield job if rate is None else {**job, "learning_rate": rate}
+        for rate in (None,) if has_own_rate(job["method"]) else config.learning_rates or (None,):
+            yield _at_rate(job, rate)
+
+
+def _at_rate(job: Job, rate: float | None) -> Job:
+    return job if rate is None else {**job, "learning_rate": rate}
 
 
 def _first_runs(config: CompareConfig) -> Iterable[Job]:
@@ -145,21 +152,20 @@ def _first_runs(config: CompareConfig) -> Iterable[Job]:
 
 def plan_choices(config: CompareConfig, records: list[Job]) -> Iterable[Job]:
     """The second training of what was chosen during a run, and the training of what it would have chosen last."""
-    from methods import is_adaptive
+    from methods import has_own_rate, is_adaptive
 
+    asked_for = config.learning_rates or [None]
     for record in records:
         if record["reading"] == "run" and is_adaptive(record["method"]):
             if record["method"] in config.methods and record["budget"] in config.budgets:
-                if record["seed"] in config.seeds and _asked_for(record, config):
-                    job = {name: record[name] for name in (*KEY, "learning_rate") if name in record}
-                    yield {**job, "reading": "choice", "ranks": record["ranks"]}
-                    if config.worst and "worst" in record:
-                        yield {**job, "reading": "worst", "ranks": record["worst"]}
-
-
-def _asked_for(record: Job, config: CompareConfig) -> bool:
-    rate = record.get("learning_rate")
-    return rate in config.learning_rates if config.learning_rates else rate is None
+                if record["seed"] in config.seeds:
+                    rates = asked_for if has_own_rate(record["method"]) else [record.get("learning_rate")]
+                    for rate in rates:
+                        if rate in asked_for:
+                            job = _at_rate({name: record[name] for name in KEY}, rate)
+                            yield {**job, "reading": "choice", "ranks": record["ranks"]}
+                            if config.worst and "worst" in record:
+                                yield {**job, "reading": "worst", "ranks": record["worst"]}
 
 
 KEY = ("method", "budget", "seed", "draw", "reading")
@@ -167,7 +173,9 @@ KEY = ("method", "budget", "seed", "draw", "reading")
 
 def key_of(job: Job) -> tuple[Any, ...]:
     """What makes a job the same as another one."""
-    return (*(job[name] for name in KEY), job.get("learning_rate"))
+    from methods import rate_of
+
+    return (*(job[name] for name in KEY), rate_of(job))
 
 
 _task: Task | None = None
@@ -175,7 +183,7 @@ _grid: Grid | None = None
 
 
 def _start(config: TaskConfig, threads: int | None) -> None:
-    """In each worker: load the data once."""
+    """In each process: load the data once."""
     global _task, _grid
     import torch
     from module_sets import Grid
@@ -209,20 +217,24 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
 
     A run that fails is named and left out, and tried again the next time; if there is no result at all, the first
     failure is raised.
+
+    Raises:
+        ValueError: if the model, the data and the methods do not fit, or the file holds results on other data.
+        RuntimeError: if a worker is killed.
     """
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path, mark = folder / "results.jsonl", fingerprint(task)
     end_last_line(path)
     failures: list[Exception] = []
+    _start(task, None)  # with workers too: what is wrong with the model or the data is said once, and as it is
+    assert _task is not None
+    head = stamp(path, mark, _task)
     with contextlib.ExitStack() as stack:
+        work: Any = map
         if config.workers:
             threads = max(1, (os.cpu_count() or 1) // config.workers)
-            context = multiprocessing.get_context("spawn")
-            work = stack.enter_context(context.Pool(config.workers, _start, (task, threads))).imap_unordered
-        else:
-            _start(task, None)
-            work = map
+            work = stack.enter_context(processes(config.workers, _start, (task, threads)))
         # The choices twice: what had to wait for its twin is copied from it in the second round.
         for stage in ("run", "choice", "choice") if config.choice else ("run",):
             records = [record for record in read_results(path) if record["fingerprint"] == mark]
@@ -230,7 +242,7 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
             planned = plan_runs(config) if stage == "run" else plan_choices(config, records)
             jobs = [job for job in planned if key_of(job) not in done]
             if stage == "choice":
-                jobs = list(copy_twins(jobs, records, path, mark))
+                jobs = list(copy_twins(jobs, records, path, head))
             if jobs:
                 print(f"{stage}: {len(done)} results are there, {len(jobs)} to make.", flush=True)
             started = time.perf_counter()
@@ -242,7 +254,7 @@ def compare(task: TaskConfig, config: CompareConfig) -> Path:
                         flush=True,
                     )
                     continue
-                append(path, {"fingerprint": mark, **record})
+                append(path, {**head, **record})
                 left = (time.perf_counter() - started) / count * (len(jobs) - count)
                 print(
                     f"[{count}/{len(jobs)}] {record['reading']} {record['method']} at {record['budget']:.3g}, seed "
@@ -259,7 +271,7 @@ def _at(record: Job) -> str:
     return f", learning rate {record['learning_rate']:g}" if "learning_rate" in record else ""
 
 
-def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> Iterator[Job]:
+def copy_twins(jobs: list[Job], records: list[Job], path: Path, head: Job) -> Iterator[Job]:
     """The jobs to make. Where the same set was trained from scratch under the same seed, its result is taken over."""
     from methods import is_adaptive, part_of_steps, split_options
 
@@ -276,7 +288,7 @@ def copy_twins(jobs: list[Job], records: list[Job], path: Path, mark: str) -> It
     for job in jobs:
         if (twin := known.get(name_of(job))) is not None:
             same = {name: twin[name] for name in ("task", "loss", "metric", "parameters") if name in twin}
-            append(path, {"fingerprint": mark, **job, **same, "seconds": 0.0})
+            append(path, {**head, **job, **same, "seconds": 0.0})
         elif name_of(job) not in waiting:
             waiting.add(name_of(job))
             yield job
