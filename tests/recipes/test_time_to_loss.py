@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import sys
 from pathlib import Path
@@ -177,6 +178,64 @@ def test_figures_are_read_off_the_curves() -> None:
     assert "| 0.62 | 0.7500 | 1.5000 | 0.50 | 0.60 | 0.5000 |" in lines["diffora"]
     assert "| not reached |" in lines["q_and_v"] and "| 1.00 | 1.0000 |" in lines["all_linear"]
     assert list(lines) == ["diffora", "all_linear", "q_and_v"]
+
+
+def test_groups_of_two_sittings_that_share_a_name_are_told_apart(tmp_path: Path) -> None:
+    """Each run stands beside the all linear layers that it took turns with, also where files are read together."""
+    curves = recipe("curves")
+    losses = [(0, 3.0), (10, 1.0)]
+    sittings = [
+        [record("all_linear", "0-0.001-0", [1.0] * 10, losses), record("diffora", "0-0.001-0", [0.8] * 10, losses)],
+        [record("all_linear", "0-0.001-0", [2.0] * 10, losses), record("q_and_v", "0-0.001-0", [1.0] * 10, losses)],
+    ]
+    ratios = {method: [run.step_ratio for run in runs] for method, runs in curves.runs_of(sum(sittings, [])).items()}
+    assert ratios == {"all_linear": [1.0], "diffora": [pytest.approx(0.8)], "q_and_v": [0.5]}
+    epochs = recipe("result_files").read_results(FOLDER / "results" / "stsb_epochs.jsonl")
+    lines = {line.split("`")[1]: line for line in curves.make_table(epochs).splitlines()[2:]}
+    assert "| 1.00 (1.00 to 1.00) | 0.6399" in lines["all_linear"] and "| 0.69 (" in lines["last_layers:k=3"]
+    # Of another training: a table and a picture of its own.
+    other = [{**run, "fingerprint": "b"} for run in sittings[1]]
+    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for path, records in zip(paths, (sittings[0], other), strict=True):
+        path.write_text("\n".join(map(json.dumps, records)))
+    table = curves.write_report(paths, tmp_path)
+    assert table.count("### t, ") == 2 and "| `diffora` |" in table and "| `q_and_v` |" in table
+    assert "###" not in curves.write_report(paths[:1], tmp_path)
+
+
+def test_a_rate_at_which_a_run_diverged_is_not_the_best_one(tmp_path: Path) -> None:
+    curves = recipe("curves")
+    high = {"learning_rate": 1e-1}
+    records = [
+        record("all_linear", "g", [1.0] * 10, [(0, 3.0), (10, 1.0)]),
+        record("diffora", "g", [1.0] * 10, [(0, 3.0), (10, 1.1)]),
+        record("all_linear", "h", [1.0] * 10, [(0, 3.0), (10, math.nan)], **high),
+        record("diffora", "h", [1.0] * 10, [(0, 3.0), (10, math.nan)], **high),
+        record("q_and_v", "h", [1.0] * 10, [(0, 3.0), (10, math.inf)], **high),
+    ]
+    for found in (records, records[2:4] + records[:2] + records[4:]):
+        path = tmp_path / "results.jsonl"
+        path.write_text("\n".join(map(json.dumps, found)))
+        lines = curves.write_report([path], tmp_path).splitlines()[2:]
+        assert [line.split("|")[1:3] for line in lines] == [
+            *[[" `all_linear` ", " 0.001 "], [" `diffora` ", " 0.001 "], [" `q_and_v` ", " 0.1 "]]
+        ]
+
+
+@pytest.mark.parametrize(
+    "training", [{"lr_scheduler_type": "linear"}, {"lr_scheduler_type": "constant_with_warmup", "warmup_ratio": 0.1}]
+)
+def test_a_rate_that_depends_on_the_length_of_a_run_needs_runs_of_one_length(
+    tmp_path: Path, training: dict[str, Any]
+) -> None:
+    module = recipe("time_to_loss")
+    task = recipe("tasks").TaskConfig(dataset_name="none.jsonl", training={"max_steps": 4, **training})
+    options = {"methods": ["all_linear"], "output_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match="`longest=1.5`.*Please pass `longest=1`"):
+        module.compare(task, module.TimeToLossConfig(longest=1.5, **options))
+    with pytest.raises(FileNotFoundError, match=r"there is no none\.jsonl"):  # what comes next
+        module.compare(task, module.TimeToLossConfig(longest=1.0, **options))
+    recipe("contestants").check_schedule({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 20}, 2.0)
 
 
 def test_what_is_refused() -> None:

@@ -37,6 +37,28 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
+def check_schedule(training: dict[str, Any], longest: float) -> None:
+    """
+    Check that the learning rate of a step is the same in a run of any length.
+
+    Args:
+        training (`dict`): training arguments.
+        longest (`float`): how many times the steps of all linear layers the others may make.
+
+    Raises:
+        ValueError: if they may make more, and the learning rate depends on how many they are.
+    """
+    schedule = str(training.get("lr_scheduler_type", "constant"))
+    part = training.get("warmup_ratio") or training.get("warmup_steps") or 0
+    even = schedule == "constant" or (schedule == "constant_with_warmup" and not 0 < part < 1)
+    if longest > 1 and not even:
+        raise ValueError(
+            f"With `longest={longest:g}` all linear layers would go through `lr_scheduler_type={schedule!r}` in "
+            "`max_steps`, and the others in more steps, so that equal steps would have unequal learning rates. Please "
+            "pass `longest=1`, or a constant rate (its warm-up in whole steps)."
+        )
+
+
 def make_trainer(task: Task, method: str, seed: int, steps: int, longest: int) -> Trainer:
     """
     The trainer of a method.

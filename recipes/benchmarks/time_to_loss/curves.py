@@ -8,18 +8,22 @@ python recipes/benchmarks/time_to_loss/curves.py time-to-loss-sst2/results.jsonl
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "compare"))
 
-from result_files import read_results  # noqa: E402
+from result_files import as_loss, comparable, read_results  # noqa: E402
 
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Record = dict[str, Any]
 BASE = "all_linear"
@@ -37,7 +41,7 @@ class Run:
     def __init__(self, record: Record, base: Record) -> None:
         self.record = record
         self.seed, self.rate = record["seed"], record["learning_rate"]
-        total = sum(base["seconds"])
+        *_, total = accumulate(base["seconds"])
         times = [0.0, *accumulate(record["seconds"])]
         self.curve = [(times[step] / total, loss) for step, loss in record["losses"]]
         """Time, as a part of all of that of all linear layers, and the held-out loss then."""
@@ -65,12 +69,19 @@ class Run:
 
 
 def runs_of(records: Sequence[Record]) -> dict[str, list[Run]]:
-    """The runs of each method, each beside that of all linear layers in its group."""
+    """
+    The runs of each method, each beside that of all linear layers in its group.
+
+    A group begins with all linear layers. Its name alone does not tell it from all others: those of two sittings had
+    the same one once, if the second began in a file of its own.
+    """
     runs = [record for record in records if record["kind"] == "run"]
-    bases = {record["group"]: record for record in runs if record["method"] == BASE}
+    bases: dict[str, Record] = {}
     found: dict[str, list[Run]] = {}
     seen = set()
     for record in runs:
+        if record["method"] == BASE:
+            bases[record["group"]] = record
         key = (record["method"], record["seed"], record["learning_rate"])
         if record["group"] in bases and key not in seen:  # all linear layers run again with each new method
             seen.add(key)
@@ -79,13 +90,20 @@ def runs_of(records: Sequence[Record]) -> dict[str, list[Run]]:
 
 
 def at_best_rate(runs: Sequence[Run]) -> list[Run]:
-    """The runs at the learning rate at which the loss is lowest when all linear layers have ended, on the mean."""
+    """
+    The runs at the learning rate at which the loss is lowest when all linear layers have ended, on the mean. A rate at
+    which a run diverged is the last to be chosen.
+    """
     rates: dict[float, list[Run]] = {}
     for run in runs:
         rates.setdefault(run.rate, []).append(run)
     most = max(map(len, rates.values()))
     complete = {rate: of for rate, of in rates.items() if len(of) == most}
-    return complete[min(complete, key=lambda rate: statistics.fmean(run.loss_at(1.0) for run in complete[rate]))]
+    return complete[min(complete, key=lambda rate: _end(complete[rate]))]
+
+
+def _end(runs: Sequence[Run]) -> float:
+    return statistics.fmean(as_loss(run.loss_at(1.0)) for run in runs)
 
 
 def make_table(records: Sequence[Record]) -> str:
@@ -98,7 +116,7 @@ def make_table(records: Sequence[Record]) -> str:
         "as many steps | time of a step | peak memory | lowest loss until then |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for method, found in sorted(runs.items(), key=lambda item: statistics.fmean(r.loss_at(1.0) for r in item[1])):
+    for method, found in sorted(runs.items(), key=lambda item: _end(item[1])):
         shared = [run for run in found if run.seed in targets]
         times = [time for run in shared if (time := run.time_to(targets[run.seed])) is not None]
         reached = "" if len(times) == len(shared) else f", {len(times)} of {len(shared)} reach it"
@@ -113,7 +131,7 @@ def make_table(records: Sequence[Record]) -> str:
             _spread(after, 4) if after else "",
             _spread([run.step_ratio for run in found], 2),
             peak,
-            _spread([min(loss for time, loss in run.curve if time <= 1.0) for run in found], 4),
+            _spread([min(as_loss(loss) for time, loss in run.curve if time <= 1.0) for run in found], 4),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -124,15 +142,29 @@ def _spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Loss against time, a line for each method: the mean of the seeds at its best learning rate."""
+def draw(trainings: Sequence[Sequence[Record]], path: Path) -> None:
+    """
+    Loss against time, a line for each method: the mean of the seeds at its best learning rate.
+
+    Args:
+        trainings (`Sequence[Sequence[dict]]`): the records of a picture each.
+        path (`Path`): where they go, one below the other.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
+    count = len(trainings)
+    figure, column = plt.subplots(count, figsize=(8, 5 * count), squeeze=False, layout="constrained")
+    for axes, records in zip(column.flat, trainings, strict=True):
+        _draw(axes, records)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw(axes: Axes, records: Sequence[Record]) -> None:
     runs = {method: at_best_rate(found) for method, found in runs_of(records).items()}
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     times = [index / 100 for index in range(101)]
     for method, found in runs.items():
         losses = [statistics.fmean(run.loss_at(time) for run in found) for time in times]
@@ -140,27 +172,36 @@ def draw(records: Sequence[Record], path: Path) -> None:
     final = statistics.fmean(run.loss_at(1.0) for run in runs[BASE])
     axes.axhline(final, color="gray", linestyle=":", linewidth=1)
     later = [statistics.fmean(run.loss_at(time) for run in found) for found in runs.values() for time in times[15:]]
-    axes.set_ylim(min(later) - 0.03 * (max(later) - min(later)), max(later))
+    if later := [loss for loss in later if math.isfinite(loss)]:
+        axes.set_ylim(min(later) - 0.03 * (max(later) - min(later)), max(later))
     axes.set_xlim(0, 1)
     axes.set_xlabel("Time, as a part of the whole run of LoRA on all linear layers")
     axes.set_ylabel("Held-out loss")
     axes.set_title(f"{records[0]['task']}: which loss at which time ({len(runs[BASE])} seed(s))")
     axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def write_report(paths: Sequence[Path], folder: Path) -> str:
-    """Write `table.md` and `curves.png` of all results with the newest fingerprint. Returns the table."""
+    """
+    Write `table.md` and `curves.png`, with a table and a picture of each training: other models, data, settings and
+    devices have one of their own. Returns the tables.
+
+    Raises:
+        ValueError: if there are no results.
+    """
     records = [record for path in paths for record in read_results(path)]
-    if not records:
+    trainings = {mark: found for mark, found in comparable(records).items() if BASE in runs_of(found)}
+    if not trainings:
         raise ValueError(f"There are no results in {', '.join(map(str, paths))}.")
-    records = [record for record in records if record["fingerprint"] == records[-1]["fingerprint"]]
+    tables = [
+        (f"### {found[0]['task']}, {mark}\n\n" if len(trainings) > 1 else "") + make_table(found)
+        for mark, found in trainings.items()
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    table = make_table(records)
-    (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-    draw(records, folder / "curves.png")
-    return table
+    text = "\n\n".join(tables)
+    (folder / "table.md").write_text(text + "\n", encoding="utf-8")
+    draw(list(trainings.values()), folder / "curves.png")
+    return text
 
 
 if __name__ == "__main__":

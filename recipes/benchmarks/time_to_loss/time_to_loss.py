@@ -8,9 +8,9 @@ How long does it take to reach the loss of LoRA on all linear layers? Held-out l
 
 All methods train side by side in one process and take turns step by step, in an order that changes, so that whatever
 disturbs the machine disturbs all of them. The clock of each is stopped while it is evaluated; the search of DiffoRA is
-a part of its time. The learning rate is constant, so that a curve can be read at any time, and each method is run at
-all of `learning_rates` and stands in the table at its best one. LoRA on all linear layers makes `max_steps` steps, and
-the others go on until they have had as much time.
+a part of its time. The learning rate is constant by default, so that a curve can be read at any time, and each method
+is run at all of `learning_rates` and stands in the table at its best one. LoRA on all linear layers makes `max_steps`
+steps, and the others go on until they have had as much time.
 
 # A small packaged encoder on SST-2
 ```bash
@@ -36,6 +36,7 @@ from __future__ import annotations
 
 import sys
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,9 @@ from typing import Any
 BENCHMARKS = Path(__file__).resolve().parents[1]
 sys.path += [str(BENCHMARKS / name) for name in ("time_to_loss", "compare", "profile")]
 
-from contestants import make_trainer, parse, plain_loss  # noqa: E402
+from contestants import check_schedule, make_trainer, parse, plain_loss  # noqa: E402
 from profile_runs import Turns  # noqa: E402
-from result_files import append, end_last_line, fingerprint, read_results  # noqa: E402
+from result_files import append, end_last_line, fingerprint, read_results, stamp  # noqa: E402
 from tasks import Task, TaskConfig  # noqa: E402
 
 
@@ -70,7 +71,7 @@ class TimeToLossConfig:
         eval_every (`int`, *optional*, defaults to `10`):
             Steps from one evaluation to the next.
         longest (`float`, *optional*, defaults to `2.0`):
-            The others make at most so many times the steps of `all_linear`.
+            The others make at most so many times the steps of `all_linear`. 1 where the learning rate falls.
         threads (`int`, *optional*, defaults to `1`):
             Threads on a CPU.
         memory (`bool`, *optional*, defaults to `True`):
@@ -183,15 +184,22 @@ def run_group(task: Task, config: TimeToLossConfig, seed: int, methods: list[str
 
 
 def compare(task_config: TaskConfig, config: TimeToLossConfig) -> Path:
-    """Make all results that are missing. Returns the file."""
+    """
+    Make all results that are missing. Returns the file.
+
+    Raises:
+        ValueError: if the settings do not fit, or the file holds results on other data.
+    """
     from peaks import measure_peak
 
+    check_schedule(task_config.training, config.longest)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
     mark = fingerprint(task_config, eval_every=config.eval_every, longest=config.longest, threads=config.threads)
     end_last_line(path)
     task = Task(task_config)
+    head = stamp(path, mark, task) | {"task": task.name}
 
     def missing(**key: Any) -> list[str]:
         done = [
@@ -209,16 +217,16 @@ def compare(task_config: TaskConfig, config: TimeToLossConfig) -> Path:
             methods = list(dict.fromkeys([BASE, *left]))
             started = time.perf_counter()
             records = run_group(task.at(rate), config, seed, methods)
-            group = f"{seed}-{rate:g}-{len(read_results(path))}"
+            group = uuid.uuid4().hex  # unlike that of any other sitting, whose file may be read with this one
             for name in methods:
-                key = {"fingerprint": mark, "task": task.name, "kind": "run", "group": group, "method": name}
+                key = {**head, "kind": "run", "group": group, "method": name}
                 append(path, {**key, "seed": seed, "learning_rate": rate, **records[name]})
             spent = time.perf_counter() - started
             print(f"seed {seed}, learning rate {rate:g}: {len(methods)} runs in {spent / 60:.1f} min", flush=True)
     if config.memory:
         for name in missing(kind="memory"):
             peak = measure_peak(task_config, name, config.memory_steps, config.threads)
-            append(path, {"fingerprint": mark, "task": task.name, "kind": "memory", "method": name, **peak})
+            append(path, {**head, "kind": "memory", "method": name, **peak})
             print(f"memory of {name}: {peak['peak_bytes'] / 2**20:,.0f} MiB", flush=True)
     return path
 
