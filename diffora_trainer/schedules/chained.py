@@ -73,6 +73,12 @@ class ChainedLoRA(FactorSchedule):
                 f"`ChainedLoRA` makes new parameters after each round, which {args.world_size} processes that train "
                 "together would not notice. Please train on one device."
             )
+        if args.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end` would load a checkpoint of fewer rounds into the grown adapter of "
+                "`ChainedLoRA`, where it does not fit. Please leave it out, and keep `metric_for_best_model`: "
+                "`trainer.state.best_model_checkpoint` is then the folder of an adapter that plain PEFT loads."
+            )
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -17,7 +17,7 @@ from diffora_trainer import AlternateFactors, ChainedLoRA
 from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import adapted_names, base_weights, logits
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
-from helpers.data import preference_dataset, tiny_tokenizer
+from helpers.data import lm_dataset, preference_dataset, tiny_tokenizer
 from helpers.marks import mostly_slow
 from helpers.models import llama
 from helpers.rollouts import rollout_trainer
@@ -280,6 +280,27 @@ def test_what_does_not_go_together_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, "sft", SFTTrainer, callbacks=[schedule()], **options).train()
+
+
+def test_a_chain_does_not_load_the_best_model_and_notes_where_it_is(tmp_path: Path) -> None:
+    """A checkpoint of an earlier round is an adapter of another rank."""
+    args = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6}
+    args |= {"metric_for_best_model": "eval_loss", "greater_is_better": True, "load_best_model_at_end": True}
+    rows = lm_dataset(8)
+
+    def build(**overrides: Any) -> Any:
+        model = get_peft_model(causal_model(), lora())
+        options = {"model": model, "peft_config": None, "eval_dataset": rows, "args": {**args, **overrides}}
+        return make_trainer(tmp_path, "sft", SFTTrainer, callbacks=[ChainedLoRA(every=2)], **options)
+
+    with pytest.raises(ValueError, match="`load_best_model_at_end` would load a checkpoint of fewer rounds"):
+        build().train()
+    trainer = build(load_best_model_at_end=False)
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best == str(tmp_path / "checkpoint-2")  # of one round
+    assert PeftModel.from_pretrained(causal_model(), best).peft_config["default"].r == 4
+    assert trainer.model.peft_config["default"].r == 12
 
 
 def test_a_model_without_lora_and_an_optimizer_of_one_factor_are_refused(tmp_path: Path) -> None:
