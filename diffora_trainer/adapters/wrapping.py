@@ -131,6 +131,21 @@ def wrap_model(model: nn.Module, config: PeftConfig | None, gradient_checkpointi
     return wrapped if slot is None else model
 
 
+def read_base_config(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    What stands in the `config.json` of a model: its architecture, among the rest. No code of the model's own is run.
+
+    Args:
+        name (`str` or `os.PathLike`): folder or Hub id.
+        options (`Mapping[str, Any]`): how the model is loaded; what finds the file is taken of it.
+
+    Raises:
+        OSError: if there is no such file.
+    """
+    wanted = ("revision", "subfolder", "token", "cache_dir", "local_files_only")
+    return PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in wanted if key in options})[0]
+
+
 def check_no_adapter(model: nn.Module) -> None:
     """Raise a `ValueError` if a model that is to get a LoRA has an adapter: PEFT would put another in its place."""
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -208,10 +223,8 @@ def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
 
 def _empty_experts_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
     """A model without weights, if a name or folder is that of a mixture of experts as PEFT knows them."""
-    wanted = ("revision", "subfolder", "token", "cache_dir")
     try:
-        # The file alone: it names the architecture, and no code of the model's own is run for it.
-        found, _ = PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in wanted if key in options})
+        found = read_base_config(name, options)
         named: Any = nn.Module()
         named.config = SimpleNamespace(model_type=found.get("model_type"))
         if converted_to_parameters(["gate"], named) == set():

@@ -138,7 +138,10 @@ def check_language_model(name: str, options: dict[str, Any]) -> None:
     """
     import transformers
 
-    named = transformers.AutoConfig.from_pretrained(name, **options).architectures or [""]
+    from ..adapters.wrapping import read_base_config
+
+    # The file alone: no code that comes with the model is run, or asked for, before TRL loads it.
+    named = read_base_config(name, options).get("architectures") or [""]
     cls = getattr(transformers, named[0], None)  # none of a class that comes with the model
     if cls is not None and not cls.can_generate():
         raise ValueError(

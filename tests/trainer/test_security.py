@@ -21,6 +21,7 @@ from trl import SFTConfig
 from diffora_trainer import DiffoRASFTTrainer, Selection
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
+from diffora_trainer.cli import main
 from diffora_trainer.core.selection import SELECTION_NAME
 from diffora_trainer.core.state import RunState
 from diffora_trainer.hub.card import write_card
@@ -331,3 +332,10 @@ def test_custom_code_of_a_model_is_not_run(model_type: str, tmp_path: Path, monk
     if model_type == "mine" and hasattr(SFTConfig, "trust_remote_code"):  # older TRL cannot load it by its name
         trainer(trust_remote_code=True)
         assert marker.exists()  # the user asked for it
+        marker.unlink()
+        lm_dataset(24).to_json(tmp_path / "rows.jsonl")
+        words = ["sft", "--model_name_or_path", str(folder), "--dataset_name", str(tmp_path / "rows.jsonl")]
+        words += ["--max_steps", "8", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
+        words += ["--output_dir", str(tmp_path / "command")]
+        assert main(words) == 1 and not marker.exists()
+        assert main([*words, "--trust_remote_code", "true"]) == 0
