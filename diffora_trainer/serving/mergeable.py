@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
 from ..compat import merges
 
 
@@ -29,9 +32,34 @@ def unmergeable(config: Any) -> ValueError:
     return ValueError(f"The adapter {_of_type(config)} {_LOAD_IT}")
 
 
+def check_biases(config: Any, model: nn.Module) -> None:
+    """
+    Refuse an adapter with biases on layers that have none.
+
+    Args:
+        config ([`~peft.PeftConfig`]): the adapter's configuration.
+        model ([`~peft.PeftModel`]): the base model with the adapter.
+
+    Raises:
+        ValueError: if it is such an adapter.
+    """
+    if not getattr(config, "lora_bias", False):
+        return
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if without := [name for name, layer in layers if getattr(layer.get_base_layer(), "bias", None) is None]:
+        raise ValueError(
+            "The adapter has biases (`lora_bias=True`), and layers of the base model such as "
+            f"{without[0].removeprefix('base_model.model.')!r} have none, so no weights hold it. {_LOAD_IT}"
+        )
+
+
 def remedy(config: Any) -> str:
     """What to do with an adapter that does not fit a form: merge it, where that is possible."""
-    return _LOAD_IT if _obstacle(config) else "Please export it with `--for merged`."
+    if _obstacle(config):
+        return _LOAD_IT
+    if getattr(config, "lora_bias", False):  # only the base model says it
+        return f"{_LOAD_IT} Where its layers have a bias in the base model too, `--for merged` is possible."
+    return "Please export it with `--for merged`."
 
 
 def _of_type(config: Any) -> str:

@@ -13,7 +13,7 @@ from ..compat import own_input_embeddings
 from ..core.base_model import output_folder
 from ..logging import get_logger
 from .loading import load
-from .mergeable import check_merges, unmergeable
+from .mergeable import check_biases, check_merges, unmergeable
 
 
 logger = get_logger(__name__)
@@ -34,6 +34,7 @@ def write_merged(folder: Path, target: Path, config: Any, base_model: Any) -> No
     """
     check_merges(config)
     model, name = load(folder, config, base_model)
+    check_biases(config, model)
     untied = _untie(model)
     try:
         merged = model.merge_and_unload()

@@ -96,6 +96,10 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Pair]:
             "The adapter holds a LoRA of parameters (`target_parameters`), such as fused experts, which is no pair "
             f"for a layer. {remedy(config)}"
         )
+    if getattr(config, "lora_bias", False):
+        raise ValueError(
+            f"The adapter has biases (`lora_bias=True`), which no pair of matrices holds. {remedy(config)}"
+        )
     halves: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if (match := _NAME.match(name)) is not None:

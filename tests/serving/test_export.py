@@ -239,6 +239,24 @@ def test_a_lora_that_no_weights_hold_is_not_sent_to_a_merge(tmp_path: Path) -> N
         export(adapter, "vllm", tmp_path / "out")
 
 
+def test_biases_of_a_lora_are_merged_into_layers_that_have_one(tmp_path: Path) -> None:
+    """`lora_bias`: no pair of matrices holds it, nor does a layer without a bias."""
+    adapter = saved(tmp_path / "llama", llama(), ODD, lora_bias=True)[1]
+    for server in ("vllm", "lorax"):
+        with pytest.raises(ValueError, match="lora_bias=True.*no pair of matrices.*load it with PEFT.*have a bias"):
+            export(adapter, server, tmp_path / "out")
+    with pytest.raises(
+        ValueError, match=r"such as 'model\.layers\.0\.self_attn\.q_proj' have none.*load it with PEFT"
+    ):
+        export(adapter, "merged", tmp_path / "out")
+    with_biases = LlamaForCausalLM(llama_config(64, num_hidden_layers=3, attention_bias=True, mlp_bias=True))
+    base, adapter = saved(tmp_path / "biases", with_biases, ODD, lora_bias=True)
+    folder = export(adapter, "merged", tmp_path / "merged")
+    torch.testing.assert_close(
+        logits(AutoModelForCausalLM.from_pretrained(folder)), loaded(base, adapter), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_an_adapter_that_lies_beside_shortcuts_is_not_exported_without_them(tmp_path: Path) -> None:
     model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
     ShortcutModel(model, ShortcutConfig(r=2, kinds=["residual1"])).save_pretrained(tmp_path / "out")
