@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -22,6 +23,7 @@ from transformers import (
     pipeline,
 )
 
+from diffora_trainer import DiffoRATrainer
 from diffora_trainer.cli import main
 from diffora_trainer.serving import export
 from helpers.data import classification_dataset, tiny_tokenizer
@@ -37,6 +39,15 @@ class WithTopic(BertForSequenceClassification):
         super().__init__(config)
         self.topic = torch.nn.Linear(config.hidden_size, 5)
         self.post_init()
+
+
+class OfStates(DiffoRATrainer):
+    """Trains a model that has no head."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **options: Any) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        loss = (outputs.last_hidden_state[:, 0].mean(-1) - inputs["labels"]).square().mean()
+        return (loss, outputs) if return_outputs else loss
 
 
 def randomized(model: Any) -> Any:
@@ -144,6 +155,29 @@ def test_what_the_outputs_of_a_head_are_is_kept(kind: str, tmp_path: Path) -> No
     assert said["score"] == pytest.approx(float(wanted.max()), abs=1e-4)
     (folder / "problem_type.json").unlink()  # as one of before
     assert export(folder, "merged", tmp_path / "again").is_dir()
+
+
+def test_a_model_without_a_head(tmp_path: Path) -> None:
+    """PEFT's task "FEATURE_EXTRACTION": the class is `AutoModel`, whatever was saved with the weights."""
+    tiny = bert()
+    tiny.model.resize_token_embeddings(len(tiny_tokenizer()))
+    tiny.model.save_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(tmp_path / "base")
+    config = LoraConfig(r=2, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
+    folder = tmp_path / "out"
+    trainer = make_trainer(folder, model=base, peft_config=config, cls=OfStates)
+    trainer.train()
+    trainer.save_model(str(folder))
+    batch = {"input_ids": torch.arange(3, 13).view(1, 10)}
+    with torch.no_grad():
+        wanted = trainer.model.eval()(**batch).last_hidden_state
+        assert snippet_of(folder, tmp_path / "base").eval()(**batch).last_hidden_state.equal(wanted)
+        merged = AutoModel.from_pretrained(export(folder, "merged", tmp_path / "merged"))
+        torch.testing.assert_close(merged.eval()(**batch).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
+        for server in ("vllm", "sglang", "lorax"):
+            exported = export(folder, server, tmp_path / server)
+            found = PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), exported)
+            torch.testing.assert_close(found.eval()(**batch).last_hidden_state, wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_vocabulary_of_a_base_model_grows_with_that_of_its_adapter(tmp_path: Path) -> None:
