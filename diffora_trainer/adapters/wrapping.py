@@ -72,6 +72,8 @@ def complete_lora_config(
             "another model."
         )
     config = copy.deepcopy(config)  # PEFT and the pruning write into it
+    if name is not None and (revision := (model_options or {}).get("revision")) not in (None, "main"):
+        config.revision = revision  # by which the base model of the saved adapter is found again
     natural = task_type if model is None else task_type_of_model(model)
     if config.task_type is None:
         config.task_type = natural

@@ -179,7 +179,10 @@ def model_options(model_args: Any, task_type: str | None = None) -> tuple[dict[s
         model_args.lora_target_modules = [targets]
     if task_type is not None:
         model_args.lora_task_type = task_type
-    return options, get_peft_config(model_args)
+    lora: Any = get_peft_config(model_args)
+    if model_args.model_revision != "main":  # by which the base model is found again
+        lora.revision = model_args.model_revision
+    return options, lora
 
 
 def initial_lora(task_type: str, r: int | None = None, target_modules: list[str] | None = None) -> Any:

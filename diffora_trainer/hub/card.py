@@ -97,6 +97,7 @@ def write_card(
             went_on=went_on,
             base=base,
             labels=_labels(model),
+            revision=base_model and peft_config.revision and json.dumps(peft_config.revision),
             rows=_grown_rows(folder / subfolder, model_config),
             subfolder=subfolder and json.dumps(subfolder, ensure_ascii=False),
             base_model=base_model,

@@ -21,7 +21,7 @@ from ..compat import load_peft_config
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units
-from .loading import model_class, on_meta
+from .loading import base_source, model_class, on_meta
 from .mergeable import remedy
 from .merged import write_merged
 from .pairs import PREFIX, Pair, check_start, read_pairs
@@ -129,6 +129,7 @@ def _write_adapter(folder: Path, target: Path, config: Any, server: str, base_mo
     config.init_lora_weights = True
     config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
     if base_model is not None:
+        config.revision = base_source(config, base_model)[1].get("revision")
         config.base_model_name_or_path = str(base_model)
     config.save_pretrained(str(target))
     save_file(tensors, target / ADAPTER_NAME, metadata={"format": "pt"})
@@ -172,9 +173,9 @@ def _linear_layers(config: Any, base_model: Any) -> dict[str, nn.Module]:
     from transformers import AutoConfig
     from transformers.pytorch_utils import Conv1D
 
-    name = base_model or config.base_model_name_or_path
+    name, revision = base_source(config, base_model)
     try:
-        found = AutoConfig.from_pretrained(name)
+        found = AutoConfig.from_pretrained(name, **revision)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"The shapes of the other modules are those of the base model, whose configuration is not at {name!r}. "

@@ -54,25 +54,43 @@ def model_class(task_type: Any, config: Any = None, auto_mapping: Any = None) ->
     return getattr(transformers, architectures[0], transformers.AutoModel)
 
 
-def load(folder: Path, config: Any, base_model: Any) -> tuple[Any, str]:
-    """The model with its adapter, of this configuration, and where the base model is from."""
+def base_source(config: Any, base_model: Any) -> tuple[Any, dict[str, str]]:
+    """
+    Where the base model of an adapter is loaded from.
+
+    Args:
+        config (`PeftConfig`): the adapter's, which may name a revision of its base model.
+        base_model (`str`, *optional*): folder or Hub id of the base model, where it is not where the adapter says.
+
+    Returns:
+        `tuple[Any, dict[str, str]]`: folder or Hub id, or `None` if neither says it; and the revision, as an argument
+            of a `from_pretrained`, if there is one. It is of no other model.
+    """
+    named = config.base_model_name_or_path
+    if config.revision and (not base_model or str(base_model) == named):
+        return named, {"revision": config.revision}
+    return base_model or named, {}
+
+
+def load(folder: Path, config: Any, base_model: Any) -> Any:
+    """The model with its adapter, of this configuration."""
     from peft import PeftModel
     from transformers import AutoConfig
 
     check_start(config, again=True)
-    name = base_model or config.base_model_name_or_path
+    name, revision = base_source(config, base_model)
     if name is None:
         raise ValueError(
             f"The adapter in {folder} does not say what its base model is. Please name its folder or Hub id with "
             "`--base_model`."
         )
-    found = AutoConfig.from_pretrained(name)
+    found = AutoConfig.from_pretrained(name, **revision)
     cls = model_class(config.task_type, found, config.auto_mapping)
     saved = _saved_shapes(folder)
     options = read_head(folder)
     if "id2label" not in options and (outputs := _outputs(saved, cls, found)) is not None:
         options["num_labels"] = outputs
-    base = cls.from_pretrained(name, **options)
+    base = cls.from_pretrained(name, **revision, **options)
     _fit_embeddings(base, saved)
     try:
         model = PeftModel.from_pretrained(base, folder)
@@ -89,7 +107,7 @@ def load(folder: Path, config: Any, base_model: Any) -> tuple[Any, str]:
             + (f" and {len(left) - 1} more weights" if len(left) > 1 else "")
             + f" for which a {type(base).__name__} has no place, so that they would be lost. {_other_class(config)}"
         )
-    return model, str(name)
+    return model
 
 
 def _other_class(config: Any) -> str:

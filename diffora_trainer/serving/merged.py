@@ -12,7 +12,7 @@ from torch import nn
 from ..compat import own_input_embeddings
 from ..core.base_model import output_folder
 from ..logging import get_logger
-from .loading import load
+from .loading import base_source, load
 from .mergeable import check_biases, check_merges, unmergeable
 
 
@@ -33,7 +33,7 @@ def write_merged(folder: Path, target: Path, config: Any, base_model: Any) -> No
         ValueError: if the adapter cannot be merged, or not without losing a part of it.
     """
     check_merges(config)
-    model, name = load(folder, config, base_model)
+    model = load(folder, config, base_model)
     check_biases(config, model)
     untied = _untie(model)
     try:
@@ -45,13 +45,14 @@ def write_merged(folder: Path, target: Path, config: Any, base_model: Any) -> No
         for part in (merged.config, merged.config.get_text_config()):
             part.tie_word_embeddings = tied
     merged.save_pretrained(target)
-    _write_processor(folder, name, target)
+    _write_processor(folder, base_source(config, base_model), target)
 
 
-def _write_processor(folder: Path, name: str, target: Path) -> None:
+def _write_processor(folder: Path, base: tuple[Any, dict[str, str]], target: Path) -> None:
     from transformers import ProcessorMixin
 
-    own, of_base = _processor(output_folder(folder)), _processor(name)
+    name, revision = base
+    own, of_base = _processor(output_folder(folder)), _processor(name, **revision)
     if own is None and of_base is None:
         logger.warning(
             f"Neither the adapter nor {name} has a tokenizer or processor; please add it to the merged model."
@@ -63,13 +64,13 @@ def _write_processor(folder: Path, name: str, target: Path) -> None:
             found.save_pretrained(target)
 
 
-def _processor(source: Any) -> Any:
+def _processor(source: Any, **revision: str) -> Any:
     """What prepares the inputs of a model, or `None`: a processor, a part of one, or a tokenizer."""
     from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
     for kind in (AutoProcessor, AutoImageProcessor, AutoFeatureExtractor, AutoTokenizer):
         try:
-            found = kind.from_pretrained(source)
+            found = kind.from_pretrained(source, **revision)
             # A tokenizer that is not there can be made of nothing, as that of Whisper.
             if getattr(getattr(found, "tokenizer", found), "vocab_size", None) != 0:
                 return found
