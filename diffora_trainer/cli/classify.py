@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..logging import get_logger
 from . import train
 from .data import DataArguments, check_texts, load_splits
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
@@ -193,6 +197,9 @@ def load_model(
         model_args ([`~trl.ModelConfig`]): how it is loaded, and the LoRA. A parser has just made it.
         labels ([`Labels`]): what the head predicts.
         seed (`int`): by which the head is drawn.
+
+    Raises:
+        ValueError: if weights of the model beside its head are of other shapes than its configuration says.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
@@ -202,12 +209,31 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     head: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if labels.names:
-        head = {"num_labels": len(labels.names), "id2label": dict(enumerate(labels.names))}
+        head = {"num_labels": len(labels.names), "id2label": dict(enumerate(labels.names)), "problem_type": None}
         head["label2id"] = {label: index for index, label in enumerate(labels.names)}
     set_seed(seed)
-    model = AutoModelForSequenceClassification.from_pretrained(name, **options, **head)
+    options |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = AutoModelForSequenceClassification.from_pretrained(name, **options, **head)
+    _check_replaced(name, model, sorted(key for key, *_ in info["mismatched_keys"]))
     model.config.pad_token_id = tokenizer.pad_token_id  # by which a decoder finds the last token of a text
     return model, tokenizer, peft_config
+
+
+def _check_replaced(name: str, model: PreTrainedModel, drawn: list[str]) -> None:
+    """Say which weights of a model had another shape and are new, and refuse those that are of no head."""
+    from ..adapters.heads import new_heads
+
+    if not drawn:
+        return
+    heads = tuple(f"{head}." for head in new_heads(model, "SEQ_CLS", named_by_user=True))
+    if others := [key for key in drawn if not key.startswith(heads)]:
+        raise ValueError(
+            f"`model_name_or_path={name!r}` holds {others[0]!r} in another shape than its configuration says. Please "
+            "check how it was saved."
+        )
+    logger.info(
+        f"{name} has a classifier with another number of outputs. It is replaced by a new one: {', '.join(drawn)}."
+    )
 
 
 def trainer_arguments(

@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapters.base import SiteKind, extra_kinds
+from ..adapters.wrapping import read_base_config
 from ..compat import loading_class
 from ..core.base_model import class_of, is_own_class, label_names, predicts_classes, problem_type
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside, tensor_shapes, write_file
@@ -96,7 +97,7 @@ def write_card(
             on_share={keep: f"{sum(found) / max(1, len(found)):.0%}" for keep, found in shares.items()},
             went_on=went_on,
             base=base,
-            labels=_labels(model),
+            labels=_labels(model, peft_config.revision),
             revision=base_model and peft_config.revision and json.dumps(peft_config.revision),
             rows=_grown_rows(folder / subfolder, model_config),
             subfolder=subfolder and json.dumps(subfolder, ensure_ascii=False),
@@ -156,19 +157,35 @@ def _is_installed(module: str) -> bool:
     return file is not None and module != "__main__" and any(Path(home) in Path(file).parents for home in homes)
 
 
-def _labels(model: Any) -> str:
-    """What the snippet passes so that the base model gets the head that was trained."""
+def _labels(model: Any, revision: str | None) -> str:
+    """What the snippet passes so that the base model, of this revision, gets the head that was trained."""
     model_config = getattr(model, "config", None)
     number = getattr(model_config, "num_labels", None)
     if number is None or not predicts_classes(class_of(model), model_config):
         return ""
     problem = problem_type(model_config)
     more = f', problem_type="{problem}"' if problem else ""
+    if _replaced_head(model_config, revision, number):
+        more += ", ignore_mismatched_sizes=True"
     names = label_names(model_config)
     if names is None or len(names) > _MOST_LABELS:
         return f", num_labels={number}{more}"
     text = ", ".join(f"{index}: {json.dumps(name, ensure_ascii=False)}" for index, name in names.items())
     return f", id2label={{{text}}}{more}"
+
+
+def _replaced_head(model_config: Any, revision: str | None, number: int) -> bool:
+    """
+    Whether the base model has a head with another number of outputs, by the configuration that is here: in the folder
+    that the model was loaded from, or in the cache of the Hub.
+    """
+    if not (source := getattr(model_config, "name_or_path", "")):
+        return False
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        found = read_base_config(source, {"local_files_only": True, "revision": revision})
+    has_head = any("Classification" in name for name in found.get("architectures") or ())
+    return has_head and len(found.get("id2label") or (0, 1)) != number  # two, if it names none
 
 
 def _grown_rows(folder: Path, model_config: Any) -> int | None:

@@ -90,7 +90,7 @@ def load(folder: Path, config: Any, base_model: Any) -> Any:
     options = read_head(folder)
     if "id2label" not in options and (outputs := _outputs(saved, cls, found)) is not None:
         options["num_labels"] = outputs
-    base = cls.from_pretrained(name, **revision, **options)
+    base = _load_base(cls, (name, found), {**revision, **options}, saved)
     _fit_embeddings(base, saved)
     try:
         model = PeftModel.from_pretrained(base, folder)
@@ -106,6 +106,26 @@ def load(folder: Path, config: Any, base_model: Any) -> Any:
             f"The adapter holds {left[0].removeprefix(PREFIX)!r}"
             + (f" and {len(left) - 1} more weights" if len(left) > 1 else "")
             + f" for which a {type(base).__name__} has no place, so that they would be lost. {_other_class(config)}"
+        )
+    return model
+
+
+def _load_base(cls: Any, base: tuple[Any, Any], options: dict[str, Any], saved: Mapping[str, tuple[int, ...]]) -> Any:
+    """
+    A base model, of its name and configuration. Where its own head has another number of outputs than that of the
+    adapter, which takes its place, the weights of the old one are left out.
+    """
+    name, config = base
+    number = len(options["id2label"]) if "id2label" in options else options.get("num_labels", config.num_labels)
+    if number == config.num_labels:
+        return cls.from_pretrained(name, **options)
+    options = {"problem_type": None, **options}  # the old head's is another's
+    model, info = cls.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    drawn = sorted(key for key, *_ in info["mismatched_keys"] if saved and key not in saved)
+    if drawn:
+        raise ValueError(
+            f"The base model {name} holds {drawn[0]!r} in another shape than its configuration says, and the adapter "
+            "holds no weight for it. Please check the folder of the base model."
         )
     return model
 

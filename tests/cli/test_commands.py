@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import platform
 import subprocess
@@ -15,6 +17,7 @@ import torch
 import yaml
 from datasets import ClassLabel, Dataset
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, PeftConfig
+from transformers import AutoModelForSequenceClassification
 
 import diffora_trainer
 from diffora_trainer import Selection
@@ -212,6 +215,48 @@ def opinions(kind: str, count: int = 40) -> Dataset:
         rows = [{**row, "stars": row["stars"] / 2} for row in rows]
     data = Dataset.from_list(rows)
     return data.cast_column("stars", ClassLabel(names=words)) if kind == "classes" else data
+
+
+def test_classify_with_a_base_that_is_a_classifier_of_another_size(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture
+) -> None:
+    """The old head, here of a regression, is replaced, and what is saved tells how to load the base."""
+    tokenizer = tiny_tokenizer()
+    base = encoder_for(tokenizer, layers=2)
+    base.config.num_labels, base.config.problem_type = 1, "regression"
+    type(base)(base.config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    opinions("names").to_json(tmp_path / "rows.jsonl")
+    words = [
+        "classify",
+        "--model_name_or_path",
+        str(tmp_path / "base"),
+        "--dataset_name",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    words += ["--text_columns", "review", "--label_column", "stars", "--max_steps", "8", "--discretize_at", "6"]
+    words += [
+        "--use_cpu",
+        "true",
+        "--report_to",
+        "none",
+        "--save_strategy",
+        "no",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
+    with caplog.at_level(logging.INFO, logger="diffora_trainer"):
+        assert main(words) == 0
+    assert "replaced by a new one: classifier.bias, classifier.weight." in caplog.text
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert '2: "good"}, ignore_mismatched_sizes=True)' in card
+    assert main(["export", str(tmp_path / "out"), "--for", "merged", "--output", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    assert merged.config.num_labels == 3 and merged.config.problem_type != "regression"
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 99}))
+    assert main(words) == 1
+    assert "position_embeddings.weight' in another shape than its configuration" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["names", "classes", "scores"])

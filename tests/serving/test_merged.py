@@ -157,6 +157,29 @@ def test_what_the_outputs_of_a_head_are_is_kept(kind: str, tmp_path: Path) -> No
     assert export(folder, "merged", tmp_path / "again").is_dir()
 
 
+def test_a_head_in_the_place_of_one_of_another_size(tmp_path: Path) -> None:
+    """The base model is a classifier itself, of three classes that exclude each other or not."""
+    config = bert().model.config
+    config.num_labels, config.problem_type = 3, "multi_label_classification"
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    options = {"num_labels": 5, "problem_type": None, "ignore_mismatched_sizes": True}
+    model = BertForSequenceClassification.from_pretrained(tmp_path / "base", **options)
+    lora = LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    found = randomized(get_peft_model(model, lora))
+    found.save_pretrained(tmp_path / "adapter")
+    folder = export(tmp_path / "adapter", "merged", tmp_path / "merged")
+    merged = AutoModelForSequenceClassification.from_pretrained(folder)
+    batch = {"input_ids": torch.arange(3, 13).view(1, 10)}
+    with torch.no_grad():
+        torch.testing.assert_close(merged.eval()(**batch).logits, found(**batch).logits, rtol=1e-4, atol=1e-4)
+    assert merged.config.num_labels == 5 and merged.config.problem_type is None
+    # What has another shape and is of no head is not drawn in silence.
+    path = tmp_path / "base" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_position_embeddings": 99}))
+    with pytest.raises(ValueError, match="position_embeddings.weight' in another shape than its configuration says"):
+        export(tmp_path / "adapter", "merged", tmp_path / "out")
+
+
 def test_a_model_without_a_head(tmp_path: Path) -> None:
     """PEFT's task "FEATURE_EXTRACTION": the class is `AutoModel`, whatever was saved with the weights."""
     tiny = bert()
