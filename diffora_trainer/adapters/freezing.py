@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from peft import PeftType
 from torch import Tensor, nn
 
+from ..compat import kept_frozen
 from .backward import without_input_gradients
 from .base import AdapterSite
 
@@ -42,19 +43,22 @@ def _obstacle(site: Any) -> str | None:
 
 
 @contextmanager
-def frozen_view(model: nn.Module, sites: Sequence[AdapterSite], trained: Sequence[int]) -> Iterator[None]:
+def frozen_view(model: nn.Module, sites: Sequence[Any], trained: Sequence[int]) -> Iterator[None]:
     """
-    For a while, let a model train some of its sites alone, while the others take part as they are.
+    For a while, let a model train some of its sites alone, while the others take part as they are, also where a step
+    takes a reference from the model without its adapter.
 
     Args:
         model (`PeftModel`): the model.
-        sites (`Sequence[AdapterSite]`): its sites.
+        sites (`Sequence[LoraSite]`): its sites, which can be frozen one by one (see [`check_freezable`]).
         trained (`Sequence[int]`): indices of those that are trained.
     """
     wanted = set(trained)
     others = [site for index, site in enumerate(sites) if index not in wanted]
     parameters = [parameter for site in others for parameter in site.parameters if parameter.requires_grad]
-    with without_input_gradients(model):
+    with without_input_gradients(model), ExitStack() as stack:
+        for site in others:
+            stack.enter_context(kept_frozen(site.layer, site.adapter_name))
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)

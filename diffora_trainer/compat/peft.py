@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -128,6 +129,20 @@ def keep_frozen_no_longer(layer: Any, adapter_name: str) -> None:
         layer.frozen_peft_weight_names = others if own is None else {**others, adapter_name: own}
     elif not by_adapter:
         vars(layer).pop("set_adapter", None)
+
+
+@contextmanager
+def kept_frozen(layer: Any, adapter_name: str) -> Iterator[None]:
+    """[`keep_frozen`] of all weights of an adapter for a while; what an earlier call leaves frozen stays so."""
+    earlier = vars(layer).get("diffora_frozen", {}).get(adapter_name)
+    keep_frozen(layer, adapter_name)
+    try:
+        yield
+    finally:
+        if earlier is None:
+            keep_frozen_no_longer(layer, adapter_name)
+        else:
+            keep_frozen(layer, adapter_name, earlier[0])
 
 
 def is_kept_frozen(layer: Any, adapter_name: str) -> bool:

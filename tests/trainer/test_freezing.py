@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers import DataCollatorForLanguageModeling
 
-from diffora_trainer import Selection, selected_lora_config
+from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, selected_lora_config
+from diffora_trainer.adapters.freezing import frozen_view
+from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.compat import keep_frozen
 from helpers.adapted import base_weights
 from helpers.checks import adapter, assert_helpful, assert_same, raw_optimizer, step_logs
 from helpers.data import classification_dataset, tiny_tokenizer, token_rows
@@ -185,8 +190,15 @@ def test_the_cache_of_the_prefix_works_below_what_is_trained(tmp_path: Path, cap
     assert cached == pytest.approx(plain, rel=2e-4)
 
 
-def test_a_limit_of_the_time_is_measured_with_frozen_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    trainer = run(tmp_path, search={**FREEZE, "method": "diffora", "max_step_time": 0.7, "selection_ratio": None})
+# In DPO the measured step takes the reference too.
+@pytest.mark.parametrize(
+    ("task", "args"), [("sft", {}), ("dpo", {"gradient_checkpointing": False}), ("dpo", NOT_REENTRANT)]
+)
+def test_a_limit_of_the_time_is_measured_with_frozen_modules(
+    tmp_path: Path, task: str, args: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+):
+    search = {**FREEZE, "method": "diffora", "max_step_time": 0.7, "selection_ratio": None}
+    trainer = run(tmp_path, task, search, args=args)
     count = len([name for name, _ in trainer.model.named_parameters() if "lora_A" in name])
     present = []
 
@@ -222,6 +234,46 @@ def test_a_limit_of_the_memory_is_counted_with_frozen_modules(tmp_path: Path):
     assert memory["predicted"] <= 0.6 * memory["all_modules"]
     assert memory["after_cut"] == pytest.approx(memory["predicted"], rel=0.1)
     assert trainer.selection.frozen and min(map(layer_of, trainer.selection.selected)) > 0
+
+
+def test_a_measured_step_may_take_its_reference_first():
+    def loss_fn(model: nn.Module, batch: dict[str, torch.Tensor], first: bool) -> torch.Tensor:
+        if first:
+            with torch.no_grad(), model.disable_adapter():
+                model(**batch)
+        return model(**batch).loss
+
+    costs = []
+    rows = torch.randint(3, 30, (4, 12), generator=torch.Generator().manual_seed(1))
+    for first in (False, True):
+        model = get_peft_model(deep_model(), lora())
+        config = DiffoRAConfig(max_step_memory=0.6, **FREEZE)
+        search = ArchitectureSearch(model, config, loss_fn=partial(loss_fn, first=first))
+        search.begin()
+        costs.append(search.step_memory({"input_ids": rows, "labels": rows}))
+    assert costs[0] == costs[1] and costs[0].depth[-1] < 0.9 * costs[0].depth[0]
+
+
+def test_a_view_of_frozen_modules_leaves_them_as_they_were():
+    model = get_peft_model(deep_model(), lora())
+    sites = AdapterGrid.from_model(model).sites
+    resting = sites[0].layer
+    keep_frozen(resting, "default", ("lora_B",))  # as by `AlternateFactors`
+
+    def trainable() -> set[str]:
+        return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def after_a_reference() -> set[str]:
+        with model.disable_adapter():
+            pass
+        return trainable()
+
+    everything = trainable()
+    with frozen_view(model, sites, [len(sites) - 1]):
+        assert trainable() == after_a_reference() and len(trainable()) == 2
+    assert trainable() == everything
+    rest = {name for name, parameter in model.named_parameters() if parameter is resting.lora_B["default"].weight}
+    assert len(rest) == 1 and after_a_reference() == everything - rest
 
 
 @pytest.mark.parametrize(
