@@ -35,8 +35,9 @@ class StepCost:
         Args:
             limit (`float`): what a step may cost, as a part of that of all modules.
         """
-        # What was measured is not exact to the last bit: all modules must fit if they may cost all.
-        left = [limit * self.all_modules * (1 + 1e-9) - depth for depth in self.depth]
+        # What was measured is exact to float32, in which processes average it: all modules must fit if they may cost
+        # all.
+        left = [limit * self.all_modules * (1 + 1e-6) - depth for depth in self.depth]
         if not self.per_module:
             return tuple(_MANY if rest >= 0 else 0 for rest in left)
         return tuple(0 if rest < 0 else 1 + min(_MANY, math.floor(rest / self.per_module)) for rest in left)

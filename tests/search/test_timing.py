@@ -80,6 +80,21 @@ def test_limits_leave_many_modules_in_few_layers_or_few_in_many() -> None:
     assert under(0.1) == []  # not even one module of the last layer
 
 
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_all_modules_are_within_a_limit_of_what_all_of_them_cost(rank: int) -> None:
+    """Though costs are rounded to float32."""
+    search = ArchitectureSearch(
+        get_peft_model(deep_model(), lora(r=rank)),
+        DiffoRAConfig(max_step_memory=1.0),
+        loss_fn=lambda m, b: m(**b).loss,
+    )
+    search.begin()
+    for rows in (2, 3, 5):
+        search.measure_costs(ids(rows))
+        assert [ceiling.count for ceiling in search.ceilings] == [len(search.grid)]
+    assert bool(search.method.discretize().all())
+
+
 def test_depth_and_modules_are_chosen_at_once() -> None:
     def kept(gains: list[float], limit: float, **budget) -> list[int]:
         limited = Budget(ROWS, [10] * 8, scope="model", **budget)
