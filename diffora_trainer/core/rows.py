@@ -16,6 +16,20 @@ def number_of_rows(batch: Any) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def why_without_rows(batch: Any) -> str:
+    """Why [`number_of_rows`] gives `None` for a batch, as a part of a sentence."""
+    if isinstance(batch, Mapping) and "cu_seq_lens_q" in batch:
+        return (
+            "the rows of a batch are packed into one, without padding (it holds `cu_seq_lens_q`), as by "
+            "`padding_free=True` and TRL's `packing=True`, unless that has `packing_strategy='wrapped'`"
+        )
+    found = f"a {type(batch).__name__}"
+    if isinstance(batch, Mapping):
+        shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+        found = f"one of the shapes {shapes}"
+    return f"a batch is no dictionary of tensors with equally many rows, but {found}"
+
+
 def take_rows(batch: Mapping[str, Any], wanted: range | Sequence[int]) -> dict[str, Any]:
     """
     Some rows of a batch. What is no tensor and no list of its rows is left.

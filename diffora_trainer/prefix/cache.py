@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.isolation import isolated_random_state
-from ..core.rows import take_rows
+from ..core.rows import take_rows, why_without_rows
 from ..logging import get_logger
 from .layers import Prefix, PrefixError
 from .rows import Row, rows_of
@@ -98,7 +98,7 @@ class PrefixCache:
     def _look_up(self, batch: Any, rows: list[Row] | None) -> Tensor:
         rows = rows_of(batch) if rows is None else rows
         if rows is None:
-            raise PrefixError("a batch is no dictionary of tensors with equally many rows")
+            raise PrefixError(why_without_rows(batch))
         if not self._tried:
             self._try_out(batch, rows)
             self._tried = True

@@ -15,16 +15,15 @@ alike: what one finds in its own rows is agreed on.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..compat import noted_auxiliary_losses
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process, shares, world_size
-from ..core.rows import number_of_rows, take_rows
+from ..core.rows import number_of_rows, take_rows, why_without_rows
 from ..logging import get_logger
 from .batches import IGNORED_LABEL
 from .runtime import Runtime
@@ -82,7 +81,7 @@ class MicroBatches:
             rows is None, rows == 1, len(parts) < self.parts, doubtful, not all(weights)
         )
         if broken or rows is None:
-            self._refuse(f"a batch is no dictionary of tensors with equally many rows, but {_describe(batch)}")
+            self._refuse(why_without_rows(batch))
             return [(batch, 1.0)]
         if single or (world_size() > 1 and uneven):
             if self._untried and not self._warned:
@@ -201,10 +200,3 @@ def _chunks(rows: int, parts: int) -> list[range]:
     parts = min(parts, rows)
     ends = [rows * number // parts for number in range(parts + 1)]
     return [range(start, end) for start, end in zip(ends, ends[1:], strict=False)]
-
-
-def _describe(batch: Any) -> str:
-    if not isinstance(batch, Mapping):
-        return type(batch).__name__
-    shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, torch.Tensor)}
-    return f"one of the shapes {shapes}"

@@ -237,6 +237,9 @@ def test_how_the_losses_of_parts_add_up_is_found_out() -> None:
         weights(lambda b: float(b["rows"].max()))
     with pytest.raises(ValueError, match="no dictionary of tensors with equally many rows"):
         MicroBatches(2).split({"a": torch.zeros(3), "b": torch.zeros(4)}, lambda b: 0.0)
+    with pytest.raises(ValueError, match=r"packed into one.*cu_seq_lens_q.*packing_strategy='wrapped'"):
+        packed = {"input_ids": torch.ones(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9])}
+        MicroBatches(2).split(packed, lambda b: 0.0)
     # Rows of one length do not tell a mean over rows from one over labels. When lengths differ it is asked again.
     even = {**batch, "labels": torch.ones(4, 3, dtype=torch.int), "counts": torch.full((4,), 2.0)}
     asked: list[int] = []
