@@ -5,7 +5,9 @@ freezes).
 
 What may be kept depends on the model and its data, and cannot be read off them. So it is tried out on the first batch:
 that the layers draw nothing at random, that nothing below them is trained, that a row does not depend on the others of
-its batch, and that the loss is the same. Otherwise the cache is off, and says so.
+its batch, that all passes of a step give the same, and that the loss is the same. Otherwise the cache is off, and says
+so. It is off with the auxiliary loss of a mixture of experts too, to which the frozen layers add a part so small that
+without it the loss passes for a rounded one.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import noted_auxiliary_losses
 from ..core.isolation import isolated_random_state
 from ..core.rows import take_rows, why_without_rows
 from ..logging import get_logger
@@ -160,7 +163,7 @@ class PrefixCache:
                     raise PrefixError("what the frozen layers compute for a row depends on the others of its batch")
             pieces = {row.key: _piece(own, row).cpu() for row, own in zip(rows, first, strict=True)}
             states = _assemble(pieces, rows, tuple(first.shape), first.device)  # type: ignore[arg-type]
-            whole = self._loss(batch)
+            whole = self._whole_loss(batch, first)
             try:
                 with self.prefix.given(states):
                     replayed = self._loss(batch)
@@ -189,6 +192,24 @@ class PrefixCache:
                 "same each time; it takes a base model with all dropout at 0"
             )
         return first
+
+    def _whole_loss(self, batch: Any, first: Tensor) -> Tensor:
+        """The loss with the frozen layers, if it is made of nothing else of them than this output."""
+        assert self.prefix is not None
+        with noted_auxiliary_losses(self.model) as auxiliary, self.prefix.noted() as outputs:
+            whole = self._loss(batch)
+        if auxiliary:
+            raise PrefixError(
+                f"the model returns an auxiliary loss of its routers ({', '.join(sorted(auxiliary))}), which is taken "
+                "over all layers, the frozen ones too; with a `router_aux_loss_coef` of 0 there would be none in its "
+                "loss"
+            )
+        if any(other.shape != first.shape or _differ(other, first, _SAME) for other in outputs):
+            raise PrefixError(
+                f"the loss runs the frozen layers {len(outputs)} times, not always on the same rows or with the same "
+                "adapter"
+            )
+        return whole
 
     def _loss(self, batch: Any) -> Tensor:
         torch.manual_seed(0)  # what the other layers draw is the same with and without the frozen ones

@@ -94,6 +94,18 @@ class Prefix:
         return found[0]
 
     @contextmanager
+    def noted(self) -> Iterator[list[Tensor]]:
+        """For a while, note what the last of the layers gives, each time."""
+        found: list[Tensor] = []
+        hook = self.layers[-1].register_forward_hook(
+            lambda layer, args, output: found.append(output[0] if isinstance(output, tuple) else output)
+        )
+        try:
+            yield found
+        finally:
+            hook.remove()
+
+    @contextmanager
     def given(self, states: Tensor) -> Iterator[None]:
         """Run the model with these states instead of the layers' output, `(rows, length, width)`."""
         with ExitStack() as stack:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "compat": {"core", "logging"},
     "methods": {"core", "config", "logging", "compat"},
     "adapters": {"core", "config", "logging", "compat"},
-    "prefix": {"core", "logging"},
+    "prefix": {"core", "logging", "compat"},
     "search": {"methods", "adapters", *LEAVES},
     "hub": {"methods", "adapters", *LEAVES},
     "schedules": {"adapters", *LEAVES},
