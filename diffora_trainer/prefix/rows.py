@@ -83,7 +83,7 @@ def _row(batch: Mapping[str, Any], index: int, count: int, span: tuple[int, int]
 class KeyedCollator:
     """
     A collator whose batches bring along what their rows are known by, so that nothing has to be fetched back from a
-    GPU for it.
+    GPU for it. Its other attributes are those of the collator, which a trainer may read.
 
     Args:
         collate (`Callable`): makes a batch of examples.
@@ -98,6 +98,12 @@ class KeyedCollator:
         if isinstance(batch, Mapping) and (rows := rows_of(batch)) is not None:
             batch[KEY] = [(row.key, row.start, row.stop) for row in rows]  # type: ignore[index]
         return batch
+
+    def __getattr__(self, name: str) -> Any:
+        # Not before it has one, as while it is copied or unpickled, nor what copying and pickling themselves ask for.
+        if name == "collate" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.collate, name)
 
 
 def take_rows_along(batch: Any) -> list[Row] | None:

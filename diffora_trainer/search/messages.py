@@ -86,7 +86,19 @@ def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> st
     )
 
 
-def start_warning(schedule: Schedule, search: ArchitectureSearch) -> str | None:
+def start_warnings(schedule: Schedule, search: ArchitectureSearch) -> list[str]:
+    """What keeps a run from doing what was asked for, before it is paid: in its choice, or by an idle option."""
+    found = [line for line in (_doubt(schedule, search),) if line is not None]
+    kind = search.config.prefix_cache
+    if kind != "none" and not search.runtime.caches_prefix:
+        found.append(
+            f"You passed `prefix_cache={kind!r}` to a loop of your own, in which nothing is kept: only the trainers "
+            "have this cache. Please leave it out, or use a trainer."
+        )
+    return found
+
+
+def _doubt(schedule: Schedule, search: ArchitectureSearch) -> str | None:
     """
     What keeps a run from choosing well, before it is paid: a budget that keeps all modules, or components, though only
     a part of them was asked for, or a search that is too short. `None` if nothing does.

@@ -150,7 +150,7 @@ class SelectionRun(RunParts):
         self._say(f"Grid: {self.search.grid.describe()}.")
         data, anew = self.held_out.describe(), self.reallocation is not None
         self._say(messages.plan(self.schedule, self.search, data, anew))
-        if (line := messages.start_warning(self.schedule, self.search)) is not None:
+        for line in messages.start_warnings(self.schedule, self.search):
             self._warn(line)
         if (parts := self.search.micro_batches.parts) > 1:
             self._say(f"Batches are split into {parts} micro-batches until the pruning.")

@@ -34,6 +34,8 @@ class Runtime:
             taken, and by which the gradient is divided again: the loss scaler's, in float16. Defaults to 1.
         splits_batches (`bool`, *optional*, defaults to `False`): whether the loop splits its training batches into
             micro-batches where [`ArchitectureSearch`] wants them.
+        caches_prefix (`bool`, *optional*, defaults to `False`): whether the loop keeps what the frozen layers compute
+            where `prefix_cache` asks for it.
         compiled (`bool`, *optional*, defaults to `False`): whether training steps run what `torch.compile` made of the
             model. A run is given the model itself, whose own steps are not compiled.
         after_switch (`Callable`, *optional*): called when modules went on or off.
@@ -43,6 +45,7 @@ class Runtime:
     reduce: Callable[[Tensor], Tensor] = _alone
     loss_scale: Callable[[], float] = _unscaled
     splits_batches: bool = False
+    caches_prefix: bool = False
     compiled: bool = False
     after_switch: Callable[[], None] = _nothing
     after_prune: Callable[[], None] = _nothing

@@ -205,6 +205,7 @@ def make_run(
     scaler = getattr(trainer.accelerator, "scaler", None)
     runtime = Runtime(
         splits_batches=can_split(trainer),
+        caches_prefix=True,
         compiled=compiles(trainer),
         after_switch=lambda: model_changed(trainer),
         after_prune=after_prune,

@@ -125,6 +125,17 @@ def test_held_out_rows_are_not_trained_on(tmp_path: Path) -> None:
     assert len(trainer.train_dataset) == 40
 
 
+def test_the_prefix_cache(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A step runs the layers for each column, on other texts, so nothing is kept."""
+    model = build(tmp_path / "base")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    adapter = lora(target_modules=["query", "value"], layers_to_transform=[1])
+    make(tmp_path / "out", tmp_path / "base", model, search={"prefix_cache": "memory"}, peft_config=adapter).train()
+    assert "The prefix cache is off: the loss runs the frozen layers 2 times, not always on the same" in caplog.text
+
+
 def test_resume(tmp_path: Path) -> None:
     whole = make(tmp_path / "whole", tmp_path / "base", args={"save_strategy": "steps", "save_steps": 1})
     whole.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from diffora_trainer import SelectionRun
 from diffora_trainer.search.runtime import Runtime
 from helpers.checks import assert_same
 from helpers.loops import SOURCES, STEPS, Loop, batches, loss_of, trained, with_defaults
-from helpers.trainers import CUT, WARMUP
+from helpers.trainers import CUT, WARMUP, make_trainer
 
 
 class OfFirst(nn.Module):
@@ -95,6 +96,20 @@ def test_a_model_left_in_evaluation_mode_is_warned_of(caplog: pytest.LogCaptureF
         loop.optimizer.step()
         loop.run.after_step()
         assert ("call `model.train()`" in caplog.text) != training
+
+
+def test_the_prefix_cache_which_only_trainers_have_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    essential = "prefix_cache='memory'` to a loop of your own"
+    for kind in ("none", "memory"):
+        caplog.clear()
+        Loop(with_defaults(prefix_cache=kind), batches(STEPS), SOURCES["list"]()).train()
+        assert caplog.text.count(essential) == (kind == "memory")
+    caplog.clear()
+    make_trainer(tmp_path, search={"prefix_cache": "memory"}).train()
+    assert "Prefix cache" in caplog.text or "prefix cache" in caplog.text
+    assert essential not in caplog.text
 
 
 def test_measuring_steps_leaves_the_statistics_of_batch_norms_alone() -> None:

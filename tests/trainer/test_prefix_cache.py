@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
-from diffora_trainer.prefix.rows import rows_of, take_rows_along
+from diffora_trainer.prefix import MemoryStore, PrefixCache
+from diffora_trainer.prefix.rows import KeyedCollator, rows_of, take_rows_along
 from helpers.checks import adapter, step_logs
 from helpers.data import lm_dataset
 from helpers.depth import LAYERS, NOT_REENTRANT, deep, layer_of, layers_of, trainer_of
 from helpers.marks import mostly_slow
+from helpers.models import moe
 from helpers.rollouts import rollout_trainer
-from helpers.trainers import CUT
+from helpers.trainers import CUT, VOCABULARY, lora, make_trainer
 
 
 STEPS = 40
@@ -196,3 +201,76 @@ def test_rows_of_equal_tokens_and_other_labels_or_places_are_not_taken_for_each_
 def test_refused_where_no_row_comes_again(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="prefix_cache='memory'.*GRPO.*no row comes again"):
         rollout_trainer(tmp_path, search={"prefix_cache": "memory"})
+
+
+def test_the_auxiliary_loss_of_routers_is_of_all_layers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """That of the others alone would pass for a rounded one, so small it is."""
+
+    def build(where: str, coefficient: float) -> Trainer:
+        model = without_dropout(moe(VOCABULARY).model)
+        model.config.output_router_logits = True
+        model.config.router_aux_loss_coef = model.router_aux_loss_coef = coefficient
+        adapter = lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[1])
+        args, search = {"max_steps": CUT + 4}, {"prefix_cache": where}
+        return make_trainer(tmp_path, "sft", model=model, args=args, search=search, peft_config=adapter)
+
+    runs = [build(where, 0.001) for where in ("none", "memory")]
+    for trainer in runs:
+        trainer.train()
+    assert losses(runs[0]) == losses(runs[1])
+    assert "The prefix cache is off: the model returns an auxiliary loss of its routers (aux_loss)" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "diffora_trainer"):
+        build("memory", 0.0).train()
+    assert "% of the rows were found" in caplog.text
+
+
+@pytest.mark.parametrize("other_rows", [False, True])
+def test_a_step_that_runs_the_layers_on_other_rows_too_is_found_out(other_rows: bool) -> None:
+    """However little they add to the loss: of contrastive losses, or references without what is frozen."""
+    adapter = lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2, 3])
+    model = get_peft_model(without_dropout(deep("llama", "sft")), adapter).train()
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        loss = model(**batch).loss
+        second = {name: value.flip(0) if other_rows else value for name, value in batch.items()}
+        with torch.no_grad(), model.disable_adapter():
+            reference = model(**second).loss
+        return loss + 1e-6 * reference
+
+    tokens = torch.randint(3, 30, (4, 12), generator=torch.Generator().manual_seed(3))
+    batch = {"input_ids": tokens, "labels": tokens}
+    cache = PrefixCache(model, loss_fn, MemoryStore(2**20))
+    with cache.replay(batch):
+        loss_fn(model, batch).backward()
+    assert (cache.off is None) != other_rows and len(cache.store) == (0 if other_rows else 4)
+    assert not other_rows or "runs the frozen layers 2 times, not always on the same rows" in str(cache.off)
+
+
+def test_packed_rows_are_said_to_be_packed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = {"packing": True, "max_length": 64, "max_steps": CUT + 2}
+    trainer = make(tmp_path, "llama", "sft", args, prefix_cache="memory")
+    named = "cu_seq_lens_q" in trainer.data_collator([trainer.train_dataset[0]])  # not by TRL 0.28
+    trainer.train()
+    assert ("The prefix cache is off: the rows of a batch are packed into one" in caplog.text) == named
+    assert ("packing_strategy='wrapped'" in caplog.text) == named
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "diffora_trainer"):
+        args = {**args, "packing_strategy": "wrapped", "max_steps": STEPS}
+        make(tmp_path, "llama", "sft", args, prefix_cache="memory").train()
+    assert "% of the rows were found" in caplog.text
+
+
+def test_a_collator_that_keeps_rows_is_read_and_copied_as_the_one_inside() -> None:
+    class Collator:
+        names = ("label",)
+
+        def __call__(self, examples: Any) -> Any:
+            return examples
+
+    keyed = KeyedCollator(Collator())
+    assert keyed.names == copy.deepcopy(keyed).names == ("label",)
+    plain = KeyedCollator(dict)
+    assert pickle.loads(pickle.dumps(plain)).collate is dict
+    with pytest.raises(AttributeError, match="other"):
+        _ = keyed.other
