@@ -15,6 +15,7 @@ from diffora_trainer.adapters.lora import peft_model
 from helpers.adapted import lora_layers
 from helpers.checks import step_logs
 from helpers.data import preference_dataset, tiny_tokenizer, vocabulary
+from helpers.marks import mostly_slow
 from helpers.models import bert
 from helpers.trainers import CUT, arguments, lora, search_config
 
@@ -80,7 +81,7 @@ def make(folder: Path, base: Path, model: Any = None, args: dict[str, Any] | Non
     return cls(**{**settings, **kwargs})
 
 
-@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("own", mostly_slow([False, True], True))
 def test_search_cut_save_and_load(own: bool, tmp_path: Path) -> None:
     model = build(tmp_path / "base")
     start = {name: tensor.clone() for name, tensor in model[0].auto_model.state_dict().items()}

@@ -15,6 +15,7 @@ from trl import GRPOTrainer
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import tiny_tokenizer
+from helpers.marks import mostly_slow
 from helpers.models import llama_classifier
 from helpers.rollouts import (
     ARCHITECTURE_STEPS,
@@ -78,7 +79,7 @@ def test_its_kin_search_without_a_trace(name: str, module: str, tmp_path: Path) 
     assert len(losses) == ARCHITECTURE_STEPS and min(found[0].selection.gates) < 1
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", mostly_slow([False, True], True))
 def test_online_dpo_holds_out_chooses_and_resumes(checkpointing: bool, tmp_path: Path) -> None:
     args = {"save_strategy": "steps", "save_steps": 1, "gradient_checkpointing": checkpointing}
     whole = rollout_trainer(tmp_path, OnlineDPOTrainer, args=args)

@@ -101,7 +101,7 @@ def test_scored_after_the_first_step(tmp_path: Path) -> None:
     assert trainer.selection.step == 1
 
 
-@pytest.mark.parametrize("limit", [None, 1.0])
+@pytest.mark.parametrize("limit", mostly_slow([None, 1.0], 1.0))
 def test_scored_before_the_first_step(limit: float | None, tmp_path: Path) -> None:
     """Of an adapter that was trained before: the run is one of a plain LoRA of the chosen modules, from the start."""
     state = get_peft_model(classifier().model, lora(task_type="SEQ_CLS", init_lora_weights=False)).state_dict()

@@ -20,12 +20,15 @@ from trl import ModelConfig, RewardConfig, RewardTrainer, ScriptArguments, TrlPa
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin, DiffoRATrainer
 from helpers.checks import step_logs
 from helpers.data import classification_dataset, lm_dataset, preference_dataset, rows_of, tiny_tokenizer
+from helpers.marks import mostly_slow
 from helpers.parents import TOKENS, kto_dataset, of_trl, reward_dataset, searching
 from helpers.rollouts import Reward, prompts
 from helpers.trainers import CUT, arguments, causal_model, classifier, lora, make_trainer, search_config
 
 
-@pytest.mark.parametrize(("name", "data"), [("DPO", preference_dataset), ("KTO", kto_dataset)])
+@pytest.mark.parametrize(
+    ("name", "data"), mostly_slow([("DPO", preference_dataset), ("KTO", kto_dataset)], ("DPO", preference_dataset))
+)
 def test_precomputed_reference_and_own_held_out_data(name: str, data: Any, tmp_path: Path) -> None:
     """The reference's log-probabilities of the held-out rows are those that are computed in each step otherwise."""
     parent, args = of_trl(name)
