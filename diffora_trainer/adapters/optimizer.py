@@ -90,7 +90,7 @@ def narrow_weight(module: nn.Module, dim: int, kept: Sequence[int], optimizer: A
         return
     values = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
     if all(_is_entry_by_entry(value, old) for value in values.values()):
-        narrowed = {name: value.index_select(dim, indices.to(value.device)) for name, value in values.items()}
+        narrowed = {name: value.index_select(dim, indices) for name, value in values.items()}
         optimizer.state[new] = {**state, **narrowed}
 
 

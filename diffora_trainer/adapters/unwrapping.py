@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..compat import noted_structure
+from .wrapping import has_adapter
 
 
 # Starts of LoRA that leave the base weights as they are.
@@ -31,7 +31,7 @@ def taken_out_on_error(model: Any, config: Any = None) -> Iterator[None]:
     if (
         not isinstance(model, nn.Module)
         or getattr(config, "init_lora_weights", True) not in _PLAIN_STARTS
-        or any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        or has_adapter(model)
     ):
         yield
         return

@@ -148,9 +148,14 @@ def read_base_config(name: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return PreTrainedConfig.get_config_dict(name, **{key: options[key] for key in wanted if key in options})[0]
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether PEFT has put an adapter into a model, which need not be a `PeftModel`."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
 def check_no_adapter(model: nn.Module) -> None:
     """Raise a `ValueError` if a model that is to get a LoRA has an adapter: PEFT would put another in its place."""
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+    if has_adapter(model):
         raise ValueError(
             f"The {type(model).__name__} that you passed has an adapter already, put in by `load_adapter`, "
             "`add_adapter`, PEFT's injection, or a trainer that was built of it before, which is not a `PeftModel`. "

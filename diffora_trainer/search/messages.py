@@ -88,7 +88,9 @@ def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> st
 
 def start_warnings(schedule: Schedule, search: ArchitectureSearch) -> list[str]:
     """What keeps a run from doing what was asked for, before it is paid: in its choice, or by an idle option."""
-    found = [line for line in (_doubt(schedule, search),) if line is not None]
+    found = []
+    if (line := _doubt(schedule, search)) is not None:
+        found.append(line)
     kind = search.config.prefix_cache
     if kind != "none" and not search.runtime.caches_prefix:
         found.append(

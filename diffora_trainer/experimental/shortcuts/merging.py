@@ -25,6 +25,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ...adapters.wrapping import has_adapter
 from ...compat import adapters_disabled
 from .shortcuts import Shortcut, remove_shortcuts, shortcut_config, shortcuts
 from .structure import ATTRIBUTE, Parts, plan_layers
@@ -126,7 +127,7 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, PeftModel):
         mergeable = hasattr(model, "merge_and_unload")
     else:
-        mergeable = not any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        mergeable = not has_adapter(model)
     if not mergeable:
         raise ValueError(
             f"The adapter of this {type(model).__name__} cannot be merged by `merge_and_unload`. Please use a LoRA "
