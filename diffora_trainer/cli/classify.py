@@ -42,7 +42,7 @@ class LabelledDataArguments(DataArguments):
 
     dataset_test_split: str = field(
         default="validation",
-        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
+        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is used."},
     )
     text_columns: list[str] = field(
         default_factory=lambda: ["text"], metadata={"help": "The column with the text, or two columns for a pair."}

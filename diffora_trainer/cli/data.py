@@ -32,10 +32,10 @@ class DataArguments:
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
             Split to train on.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is held
-            out instead.
+            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is
+            split off for evaluation instead.
         eval_fraction (`float`, *optional*, defaults to `0.1`):
-            Part of the training split that is held out when there is no split to evaluate on.
+            Part of the training split to split off for evaluation when there is no split to evaluate on.
         max_train_samples (`int`, *optional*):
             Train on this many examples at most.
         max_eval_samples (`int`, *optional*):
@@ -49,10 +49,10 @@ class DataArguments:
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on."})
     dataset_test_split: str = field(
         default="test",
-        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is held out."},
+        metadata={"help": "Split to evaluate on. If missing, `eval_fraction` of the training split is used."},
     )
     eval_fraction: float = field(
-        default=0.1, metadata={"help": "Part of the training split held out when there is no split to evaluate on."}
+        default=0.1, metadata={"help": "Part of the training split to evaluate on if there is no split for it."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many examples at most."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Evaluate on this many examples at most."})
@@ -106,7 +106,7 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
         raise ValueError(f"`eval_fraction` must be between 0 and 1, got {args.eval_fraction}.")
     if len(train) < 2:
         raise ValueError(
-            f"The training split {args.dataset_train_split!r} has one row, so that none can be held out for the "
+            f"The training split {args.dataset_train_split!r} has one row, so none can be split off for "
             "evaluation. Please add rows, or name another split with `--dataset_test_split`."
         )
     parts = train.train_test_split(test_size=args.eval_fraction, seed=seed)
@@ -200,7 +200,7 @@ def limit_splits(args: DataArguments, train: Dataset, test: Dataset, seed: int) 
     if not len(test):
         raise ValueError(
             f"The evaluation split {args.dataset_test_split!r} has no rows. Please name another one with "
-            "`--dataset_test_split`; without it a part of the training split is held out."
+            "`--dataset_test_split`; without it, a part of the training split is used."
         )
     if args.max_train_samples is not None:
         train = train.shuffle(seed=seed).select(range(min(args.max_train_samples, len(train))))

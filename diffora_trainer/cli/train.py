@@ -280,7 +280,7 @@ def train_and_save(trainer: Any, dataset_name: str, named: str = "dataset") -> d
     if args.push_to_hub:
         trainer.push_to_hub(**{named: None if Path(dataset_name).exists() else dataset_name})
     lines = ["", trainer.selection.table(), "", f"DiffoRA {trainer.selection.summary()}."]
-    lines += [f"Held-out loss: {metrics['eval_loss']:.4f}"]
+    lines += [f"Evaluation loss: {metrics['eval_loss']:.4f}"]
     lines += [f"{n.capitalize()}: {metrics[key]:.4f}" for n in METRICS if (key := f"eval_{n}") in metrics]
     lines += [f"Adapter: {args.output_dir}"]
     if trainer.diffora_config.search_only:

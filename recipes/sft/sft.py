@@ -11,7 +11,7 @@
 """
 Supervised fine-tuning that learns during training which LoRA modules to keep.
 
-The script fine-tunes a language model with `DiffoRASFTTrainer`, compares the held-out loss and one answer before and
+The script fine-tunes a language model with `DiffoRASFTTrainer`, compares the evaluation loss and one answer before and
 after, and saves an ordinary PEFT adapter. All arguments of `trl.SFTConfig`, `trl.ModelConfig` and
 `diffora_trainer.DiffoRAConfig` are accepted, on the command line or in a YAML file; the command line wins.
 
@@ -183,7 +183,7 @@ def main(
     names += ("dam.png", "README.md")
     files = [str(output_dir / name) for name in names if (output_dir / name).is_file()]
     lines = ["", "Chosen modules", trainer.selection.table(), ""]
-    lines += ["Held-out loss: " + ("" if sharded else f"{loss_before:.4f} before, ") + f"{loss_after:.4f} after"]
+    lines += ["Evaluation loss: " + ("" if sharded else f"{loss_before:.4f} before, ") + f"{loss_after:.4f} after"]
     if script_args.prompt:
         lines += ["", f"Prompt: {script_args.prompt}", *([] if sharded else [f"Before: {answer_before}"])]
         lines += [f"After:  {answer_after}"]

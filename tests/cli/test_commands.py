@@ -193,7 +193,7 @@ def test_training_from_a_file_and_words(command: str, tmp_path: Path, capsys: py
     text = capsys.readouterr().out
     selection = Selection.load(tmp_path / "out")
     assert selection.config["selection_ratio"] == 0.5 and set(selection.grid.ranks) == {2}
-    assert selection.table() in text and "Held-out loss: " in text
+    assert selection.table() in text and "Evaluation loss: " in text
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len(lora_layers(loaded, "default")) == len(selection.selected)
     assert main([*words, "--selection_ratio", "7"]) == 1

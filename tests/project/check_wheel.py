@@ -133,7 +133,7 @@ def check_command(environment: Environment, version: str) -> None:
         "true",
     ]
     words += ["--max_steps", 60, "--learning_rate", "1e-2", "--report_to", "none", "--selection_ratio", 0.5]
-    expect(run("diffora", "sft", *words, lines=30), "x kept   . removed", "Held-out loss: ")
+    expect(run("diffora", "sft", *words, lines=30), "x kept   . removed", "Evaluation loss: ")
     expect(run("diffora", "show", "run", "--ranking"), "All modules, the best first:")
     expect(run("diffora", "report", "run"), "Written: ")
     expect(run("diffora", "export", "run", "--for", "vllm", "--output", "served"), "Written: served")

@@ -44,7 +44,7 @@ class Run:
         *_, total = accumulate(base["seconds"])
         times = [0.0, *accumulate(record["seconds"])]
         self.curve = [(times[step] / total, loss) for step, loss in record["losses"]]
-        """Time, as a part of all of that of all linear layers, and the held-out loss then."""
+        """Time, as a part of all of that of all linear layers, and the evaluation loss then."""
         self.steps = len(base["seconds"])
         count = min(self.steps, len(record["seconds"]))
         self.step_ratio = sum(record["seconds"][:count]) / sum(base["seconds"][:count])

@@ -4,7 +4,7 @@
 # ///
 
 """
-How long does it take to reach the loss of LoRA on all linear layers? Held-out loss against time and against steps.
+How long does it take to reach the loss of LoRA on all linear layers? Evaluation loss against time and against steps.
 
 All methods train side by side in one process and take turns step by step, in an order that changes, so that whatever
 disturbs the machine disturbs all of them. The clock of each is stopped while it is evaluated; the search of DiffoRA is
@@ -114,7 +114,7 @@ class Curve:
 
     Args:
         seconds (`list[float]`): of each step, with all that belongs to it but without evaluations.
-        losses (`list[tuple[int, float]]`): steps made, and the held-out loss after them.
+        losses (`list[tuple[int, float]]`): steps made, and the evaluation loss after them.
     """
 
     seconds: list[float] = field(default_factory=list)
