@@ -51,7 +51,7 @@ class DiffoRAConfig(Derived, OldMoments):
         they fit, or the ranks of all (see `selection_granularity`). Parameters that are not LoRA (a new classification
         head, say) do not count.
     selection_granularity (`str`, *optional*, defaults to `"auto"`):
-        In what the budget is spent. With `"module"` whole modules are kept or pruned. With `"rank"` a run begins as
+        Unit in which the budget is spent. `"module"` keeps or prunes whole modules. With `"rank"` a run begins as
         one of LoRA on all modules at the rank that fits, and at the choice half of the modules, those that the matrix
         favours, get up to half of the ranks of the others (the `rank_pattern` of the saved adapter says who has how
         much). Where nothing was learned yet, or two halves of the search do not agree, none is favoured. `"component"`
@@ -104,11 +104,11 @@ class DiffoRAConfig(Derived, OldMoments):
         before the first step, where `lora_B`, which is 0 in a new adapter, leaves it something to score.
     decide_early (`bool`, *optional*, defaults to `False`):
         Make the choice as soon as there is evidence: two halves of the search agree, and the LoRA has lowered the
-        held-out loss, beyond its noise and by a hundredth. `discretize_at` is the latest moment then. Not read by a
+        held-out loss significantly, and by at least 1 %. `discretize_at` is then the latest moment. Not read by a
         method that scores.
     arch_warmup (`float`, *optional*, defaults to `0.05`):
-        For how long only the LoRA weights learn at the start, in the same two forms; `0` is allowed. With `lora_B = 0`
-        every gate has a gradient of 0, so at least one step is always made. Not read by a method that scores once.
+        Length of the warm-up, in which only the LoRA weights train, in the same two forms; `0` is allowed. With
+        `lora_B = 0` every gate has a gradient of 0, so it has one step or more. Not read by a method that scores once.
         Example: of 300 steps with the defaults, 1 to 15 are the warm-up and 16 to 60 the search, which decides; from
         61 on the gates of the pruned modules fade out, and 76 to 300 train the selected modules alone.
     fade_out (`float`, *optional*, defaults to `0.05`):
@@ -222,7 +222,7 @@ class DiffoRAConfig(Derived, OldMoments):
     )
     arch_warmup: float = field(
         default=0.05,
-        metadata={"help": "For how long only the LoRA weights learn at the start: a step, or a fraction in [0, 1)."},
+        metadata={"help": "Warm-up, in which only the LoRA weights train: steps, or a fraction of all in [0, 1)."},
     )
     decide_early: bool = field(
         default=False,
@@ -241,7 +241,7 @@ class DiffoRAConfig(Derived, OldMoments):
     )
     method: str = field(
         default="diffora",
-        metadata={"help": "By what the modules are chosen: a method that searches or scores, by its name."},
+        metadata={"help": "Name of the selection method (a search or a scoring method)."},
     )
     method_options: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Options of the method alone, as JSON, such as '{\"arch_every\": 2}'."}
@@ -262,8 +262,8 @@ class DiffoRAConfig(Derived, OldMoments):
     selection_unit: str = field(
         default="module",
         metadata={
-            "help": "Keep or prune each module for itself ('module'), together those that are computed as one "
-            "('group'), or whole layers ('layer').",
+            "help": "Unit of selection: single modules ('module'), modules that are computed together ('group'), "
+            "or whole layers ('layer').",
             "choices": list(SELECTION_UNITS),
         },
     )

@@ -108,7 +108,7 @@ def _phases(schedule: Schedule, search: ArchitectureSearch) -> list[tuple[str, s
     elif method.searches:
         phases = [f"warm-up until step {schedule.warmup}, search until step {schedule.discretize}{latest}"]
         if schedule.fades:
-            phases.append(f"the gates of what goes fade out until step {end}{latest}")
+            phases.append(f"the gates of the pruned modules fade out until step {end}{latest}")
     elif end == 0:
         phases = ["all modules are scored before the first step"]
     else:

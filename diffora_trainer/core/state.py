@@ -217,7 +217,7 @@ def check_same_options(source: str, saved: dict[str, Any], present: dict[str, An
             options["method_options"] = {name: options["method_options"][name] for name in sorted(common)}
     if saved != present:
         raise ValueError(
-            f"The checkpoint {source!r} does not fit this run: the options differ, which the search depends on "
+            f"The checkpoint {source!r} does not fit this run: options that the search depends on differ "
             f"({_differences(saved, present)}). Please pass the saved values to go on with that search, or begin a "
             "new run without the checkpoint to search with the present ones."
         )

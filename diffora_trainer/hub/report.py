@@ -140,7 +140,7 @@ def _facts(selection: Selection, log: Sequence[Mapping[str, Any]], steps: int | 
     if pruned is not None:
         fading = charts.last(log, "diffora/held_out_loss_before_closing")
         start = charts.last(log, "diffora/held_out_loss_before_cut") if fading is None else fading
-        when = "just before the pruning" if fading is None else "before gates faded out"
+        when = "just before pruning" if fading is None else "before the fade-out"
         facts.append(("Held-out loss after", f"{pruned:.4f}", "" if start is None else f"{start:.4f} {when}"))
     seconds = charts.last(log, "train_runtime")
     if seconds is not None:

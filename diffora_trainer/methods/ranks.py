@@ -150,7 +150,7 @@ class RankMethod(ScoreMethod):
         Which components are kept under the budget, `(m,)` bools. Changes nothing.
 
         Raises:
-            ValueError: if nothing was scored yet, or not one component is worth to be kept.
+            ValueError: if nothing was scored yet, or no component is worth keeping.
         """
         if not self.steps or self._ranks is None:
             raise ValueError("The components have no scores yet. Please call `score` before the choice is made.")
@@ -164,7 +164,7 @@ class RankMethod(ScoreMethod):
                 left[group] -= cost
         if not kept.any():
             raise ValueError(
-                f"Not one component is worth to be kept by `method={self.name!r}`: the largest score of "
+                f"`method={self.name!r}` found no component worth keeping: the largest score of "
                 f"{len(owner)} is {max(worth):g}. Please score later (`discretize_at`), or use another method."
             )
         return kept

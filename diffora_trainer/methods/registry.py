@@ -41,8 +41,8 @@ def register_method(name: str) -> Callable[[_Method], _Method]:
     def register(method: _Method) -> _Method:
         if not isinstance(method, type) or not issubclass(method, SelectionMethod):
             raise TypeError(
-                f"`register_method({name!r})` was put before {method!r}, which is no method. Please derive a class "
-                "from `ScoreMethod` or `GradientMethod`."
+                f"`@register_method({name!r})` decorates {method!r}, which is not a subclass of `SelectionMethod`. "
+                "Please derive a class from `ScoreMethod` or `GradientMethod`."
             )
         method.name = name
         _METHODS[name] = method

@@ -61,7 +61,7 @@ class Sora(RankMethod):
     Chosen here: gates start at 1, so that a run begins as one of plain LoRA (in the authors' code they are drawn at
     random). In the paper the threshold is `learning rate x lambda`, in the code a number of its own, 3e-4 in its
     script, which is the default here; it alone decides there how many components are left, while here the budget has
-    the last word. Whoever wants the threshold to decide has to give it steps enough to get from 1 to 0.
+    the last word. To let the threshold decide, give it enough steps to get from 1 to 0.
     """
 
     paper = SORA

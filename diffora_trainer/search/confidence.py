@@ -103,7 +103,7 @@ class Confidence:
         return self.agreement * math.sqrt(self.count - 1) > _ONE_SIDED_5_PERCENT
 
     def doubt(self) -> str | None:
-        """Why the choice is not to be told from chance, as a sentence; `None` if it is."""
+        """Why the choice cannot be distinguished from chance, as a sentence; `None` if it can."""
         if self.beyond_chance or self.agreement is None:
             return None
         if self.learned is False:

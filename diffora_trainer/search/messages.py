@@ -30,8 +30,8 @@ IN_EVALUATION_MODE = (
 )
 
 SEARCH_ENDS = (
-    "The run ends here, as was asked for (`search_only`). `selected_lora_config` gives the LoRA of a second run: pass "
-    "it the saved folder, or the trainer."
+    "Stopping after the search, as requested by `search_only=True`. `selected_lora_config` gives the LoRA of a second "
+    "run: pass it the saved folder, or the trainer."
 )
 
 
@@ -168,10 +168,7 @@ def discretized(step: int, ranks: Sequence[int], schedule: Schedule, in_ranks: b
     kept = [rank for rank in ranks if rank]
     if in_ranks:
         return f"Step {step}: the ranks are chosen: {min(kept)} to {max(kept)}, {sum(kept)} in all."
-    return (
-        f"Step {step}: {len(kept)} modules are chosen; the gates of the unselected modules fade out until step "
-        f"{schedule.prune}."
-    )
+    return f"Step {step}: selected {len(kept)} modules; the gates of the others fade out until step {schedule.prune}."
 
 
 def skipped(step: int, unlabelled: bool, count: int) -> str:
@@ -183,7 +180,7 @@ def skipped(step: int, unlabelled: bool, count: int) -> str:
 def after_an_error(step: int, events: Sequence[Event]) -> str:
     """What an error that was caught has kept from happening, and happens now."""
     what = "; ".join(dict.fromkeys(event.value for event in events))
-    return f"Step {step}: an error left undone what was due ({what}). It is done now."
+    return f"Step {step}: completing what an earlier error interrupted ({what})."
 
 
 def ended_early(step: int, schedule: Schedule, anew: bool) -> str:
@@ -215,9 +212,9 @@ def pruned(selection: Selection, losses: tuple[float, float] | None, before_fadi
     if losses is not None:
         before, after = losses
         start, when = (
-            (before, "just before the pruning") if before_fading is None else (before_fading, "before gates faded out")
+            (before, "just before pruning") if before_fading is None else (before_fading, "before the fade-out")
         )
-        lines.append(f"Held-out loss {start:.4f} {when}, {after:.4f} after the pruning.")
+        lines.append(f"Held-out loss {start:.4f} {when}, {after:.4f} after pruning.")
     if seconds := selection.times:
         lines.append(
             f"Lowest layer with a LoRA that is trained: {selection.lowest_row}. A training step is "

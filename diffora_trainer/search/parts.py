@@ -106,6 +106,6 @@ class DueEvents:
         """Raise a `ValueError` if something is due: no state says what."""
         if self.events:
             raise ValueError(
-                f"An error has left undone what is due after step {step} ({self.events[0].value}), so the state of "
-                "the run cannot be saved. Please call `after_step` again before that."
+                f"An error interrupted what is due after step {step} ({self.events[0].value}), so the state of the "
+                "run cannot be saved. Please call `after_step` again first."
             )

@@ -41,8 +41,8 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     """
     if not run.gates_active:
         raise ValueError(
-            "An error has interrupted the pruning after modules had begun to leave the model and the optimizer, so it "
-            "cannot be repeated. Please mend what the first error says, and go on from a checkpoint."
+            "An error interrupted the pruning after modules had begun to leave the model and the optimizer, so it "
+            "cannot be repeated. Please fix the cause of the first error, and resume from a checkpoint."
         )
     search, held_out = run.search, run.held_out
     before = None

@@ -53,7 +53,7 @@ class RankPlan(ABC):
 
         Args:
             method ([`~diffora_trainer.methods.base.SelectionMethod`]): the matrix.
-            evident (`bool`): whether it is to be told from chance.
+            evident (`bool`): whether it can be distinguished from chance.
 
         Returns:
             `tuple`: which entries stay, bools, and the rank that each module ends with.

@@ -216,7 +216,7 @@ class SelectionRun(RunParts):
         return True
 
     def abandon(self) -> bool:
-        """Take the gates off, and switch on what is off. Gives if anything was: call `Runtime.after_switch` then."""
+        """Take the gates off and switch all modules on; whether any was off, so that `Runtime.after_switch` is due."""
         self._due.events.clear()
         self.search.gates.detach()
         return self.reallocation is not None and self.reallocation.release()

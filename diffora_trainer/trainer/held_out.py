@@ -109,8 +109,8 @@ class HeldOutData:
         self._rows = subset(stock, sorted(held_out))
         others = subset(stock, [index for index in range(len(stock)) if index not in held_out])
         logger.info(
-            f"{type(self._trainer).__name__} has a way of its own to draw batches, so the {len(held_out)} held-out "
-            "rows stay out of training after the pruning too."
+            f"{type(self._trainer).__name__} builds its own batches, so the {len(held_out)} held-out rows are not "
+            "returned to training after the pruning."
         )
         with replaced(self._trainer, "train_dataset", others):
             loader = parent()

@@ -164,9 +164,9 @@ def test_line_at_the_pruning_compares_with_the_loss_before_gates_faded_out(
     logs = step_logs(trainer)
     before = logs[CUT - 2]["diffora/held_out_loss_before_closing"]
     after = logs[CUT]["diffora/held_out_loss_after_cut"]
-    assert f"Held-out loss {before:.4f} before gates faded out, {after:.4f} after the pruning." in caplog.text
+    assert f"Held-out loss {before:.4f} before the fade-out, {after:.4f} after pruning." in caplog.text
 
     trainer = make_trainer(tmp_path)  # without a closing
     trainer.train()
     before = step_logs(trainer)[CUT]["diffora/held_out_loss_before_cut"]
-    assert f"Held-out loss {before:.4f} just before the pruning, " in caplog.text
+    assert f"Held-out loss {before:.4f} just before pruning, " in caplog.text
