@@ -75,14 +75,13 @@ class DiffoRAConfig(Derived, OldMoments):
         weights with two moments each), counted at the end of the warm-up. A warning is logged if the step exceeds the
         limit by more than 2 %.
     selection_unit (`str`, *optional*, defaults to `"module"`):
-        What is kept or pruned together: each `"module"` for itself, a `"group"` of modules that fused kernels and
-        servers compute as one (query, key and value; gate and up), or a whole `"layer"` (of the whole model then). A
-        unit is ranked by the mean of its modules.
+        What is kept or pruned together: a `"module"`, a `"group"` that fused kernels and servers compute as one
+        (query, key and value; gate and up), or a whole `"layer"` (of the whole model then), by the mean of its parts.
     selection_groups (`dict`, *optional*):
         For `selection_unit="group"`: groups of your own, by any name, as a dictionary or as JSON, such as
         `{"attention": ["q_proj", "k_proj", "v_proj", "o_proj"]}`. A module in none of them is a unit of its own.
 
-    > Parameters that control by what the modules are chosen
+    > Parameters that control how the modules are chosen
 
     method (`str`, *optional*, defaults to `"diffora"`):
         `"diffora"` learns the matrix by Frank-Wolfe steps in the budget; `"sampled"`, `"sigmoid"` and `"softmax"` are
@@ -103,33 +102,30 @@ class DiffoRAConfig(Derived, OldMoments):
         optimizer step, a number in (0, 1) a fraction of all steps. A method that scores can do so at `1`, or at `0`,
         before the first step, where `lora_B`, which is 0 in a new adapter, leaves it something to score.
     decide_early (`bool`, *optional*, defaults to `False`):
-        Make the choice as soon as there is evidence: two halves of the search agree, and the LoRA has lowered the
-        held-out loss significantly, and by at least 1 %. `discretize_at` is then the latest moment. Not read by a
-        method that scores.
+        Choose as soon as there is evidence: two halves of the search agree, and the LoRA has lowered the held-out loss
+        significantly, and by at least 1 %. `discretize_at` is then the latest moment. Scoring methods ignore it.
     arch_warmup (`float`, *optional*, defaults to `0.05`):
         Length of the warm-up, in which only the LoRA weights train, in the same two forms; `0` is allowed. With
         `lora_B = 0` every gate has a gradient of 0, so it has one step or more. Not read by a method that scores once.
         Example: of 300 steps with the defaults, 1 to 15 are the warm-up and 16 to 60 the search, which decides; from
         61 on the gates of the pruned modules fade out, and 76 to 300 train the selected modules alone.
     fade_out (`float`, *optional*, defaults to `0.05`):
-        For how long, in the same two forms, the gates of the pruned modules fade out before they leave the model. The
-        choice is made so much earlier, and these gates fall linearly to 0 while all weights train on, so that the
-        selected modules take over and nothing is lost at the pruning. A fraction leaves the search one step at least.
-        `0` searches until then and drops the others at once, as where weights train under gates, shared pairs come
-        back (`weight_sharing`) or modules stay (`unselected`).
+        How long, in the same two forms, the gates of the pruned modules fade out before they leave the model: they
+        fall linearly to 0 while all weights train on, so that the selected modules take over and nothing is lost at
+        the pruning. The choice is made that much earlier. `0` searches until the pruning, as does a run whose weights
+        train under gates, whose shared pairs come back (`weight_sharing`) or whose modules stay (`unselected`).
     search_only (`bool`, *optional*, defaults to `False`):
         End the run once the modules are chosen and the others pruned. A second run, of any trainer, launcher or tool,
         then begins anew with the `LoraConfig` of [`~diffora_trainer.selected_lora_config`]. The moments above are
-        those of the whole run, of which the first part is made: of 300 steps 75 with the defaults.
+        those of the whole run, of which the first part is made: of 300 steps, 75 with the defaults.
 
     > Parameters that control what the choice is learned from
 
     arch_split (`float`, *optional*, defaults to `0.1`):
         Part of the training set that is held out for the matrix, in (0, 1), and given back to training after the
-        pruning. The evaluation set is never used. Of a stream its first rows are held out, no more of them than the
-        search reads (up to 64 batches), and at most this part of the stream and of what the run reads of it. Ignored
-        when the trainer is given an `arch_dataset`, and by trainers that make their own completions (GRPO, RLOO),
-        which hold nothing out.
+        pruning. The evaluation set is never used. For a stream, the first rows are held out: no more than the search
+        reads (up to 64 batches), and at most this part of the stream and of what the run reads of it. Ignored with an
+        `arch_dataset`, and by trainers that make their own completions (GRPO, RLOO).
     arch_batch_size (`int`, *optional*):
         Held-out rows per device in an architecture step. Defaults to the training batch size per device.
     arch_seed (`int`, *optional*, defaults to `0`):
@@ -139,11 +135,11 @@ class DiffoRAConfig(Derived, OldMoments):
     > Parameters that control what the search costs
 
     search_micro_batches (`int`, *optional*):
-        Into how many micro-batches each training batch and each held-out batch of an architecture step are split until
-        the pruning, so that the whole run does not need the memory of a step with all modules. The update is identical
-        up to rounding, except with dropout. Defaults to 1, or with `max_step_memory` to as many as keep these steps
-        within that limit. Whether the loss of a batch is that of its parts (in `Trainer` and `SFTTrainer` it is, but
-        for an auxiliary loss of routers) is tested on the first one; a loop of your own splits held-out batches only.
+        Micro-batches into which each training batch and each held-out batch of an architecture step is split until the
+        pruning, so that no step needs the memory of one with all modules. The update is identical up to rounding,
+        except with dropout. Defaults to 1, or with `max_step_memory` to as many as keep these steps within that limit.
+        Whether the loss of a batch is that of its parts (in `Trainer` and `SFTTrainer` it is, except for an auxiliary
+        loss of routers) is tested on the first one; your own loop splits held-out batches alone.
 
     > Parameters that control what the steps after the pruning cost
 
@@ -153,30 +149,29 @@ class DiffoRAConfig(Derived, OldMoments):
         Rows are known by their content. The cache is tested on the first batch after the pruning, and switched off,
         with a warning, where these layers draw random numbers (dropout) or the loss differs. For one process.
     prefix_cache_gib (`float`, *optional*, defaults to `4.0`):
-        GiB that it may take up; rows beyond are computed again.
+        GiB that the cache may take up; rows beyond that are computed again.
 
     > Parameters that control the model that is left
 
     unselected (`str`, *optional*, defaults to `"prune"`):
-        What becomes of the unselected modules: `"prune"` removes them; with `"freeze"` they stay as they are and are
-        trained no further, as in AutoFreeze (https://huggingface.co/papers/2102.01386). What they have learned is
-        kept, and a step gets cheaper all the same (see `max_step_time`), but the adapter no smaller. For LoRA alone.
+        What becomes of the unselected modules: `"prune"` removes them; `"freeze"` leaves them as they are and trains
+        them no further, as in AutoFreeze (https://huggingface.co/papers/2102.01386). What they have learned is kept,
+        and a step still gets cheaper (see `max_step_time`), but the adapter no smaller. For LoRA alone.
     weight_sharing (`str`, *optional*, defaults to `"none"`):
-        What becomes of modules that are pruned: `"none"` removes them; with `"layer"` (or `"model"`) those of a layer
-        (or of the model) that have equal shapes share one trainable pair of LoRA matrices. A module with nobody to
-        share with is removed. Shared pairs are saved as ordinary LoRA weights.
+        What becomes of pruned modules: `"none"` removes them; with `"layer"` (or `"model"`) those of a layer (or of
+        the model) that have equal shapes share one trainable pair of LoRA matrices. A module with nobody to share with
+        is removed. Shared pairs are saved as ordinary LoRA weights.
     extra_sites (`dict`, *optional*):
         Experimental: other kinds of adapter to choose among beside the LoRA modules, by the name of the kind, with its
         options, as a dictionary or as JSON. They count in the budget as modules do, and an adapter that keeps one is
-        no plain PEFT adapter. There is `"shortcuts"`; see [`~diffora_trainer.experimental`].
+        not a plain PEFT adapter. Available: `"shortcuts"`; see [`~diffora_trainer.experimental`].
 
     > Parameters that control what is said
 
     base_model_id (`str`, *optional*):
         Hub id of the base model, for the adapter's configuration and card when it was loaded from a local folder.
     log_gates_by_kind (`bool`, *optional*, defaults to `False`):
-        Log the mean gate (or score) of each kind of module as well, as `diffora/gate/q_proj` and so on: one more
-        number a kind in each log, if there are at most 16 kinds.
+        Also log the mean gate (or score) of each kind of module, as `diffora/gate/q_proj`, for at most 16 kinds.
 
     > Deprecated parameters
 
@@ -354,7 +349,12 @@ class DiffoRAConfig(Derived, OldMoments):
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> DiffoRAConfig:
-        """A configuration from what [`to_dict`] gave, now or before options were renamed; it warns of nothing."""
+        """
+        A configuration from what [`to_dict`] gave, now or before options were renamed, without a deprecation warning.
+
+        Args:
+            options (`dict`): the options by their names.
+        """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             return cls(**options)

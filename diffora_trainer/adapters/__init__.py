@@ -1,4 +1,4 @@
-"""Adapters on live models: the only readers of PEFT's inside."""
+"""Adapters on live models: what a search needs to know of PEFT's layers."""
 
 from . import lora as lora  # registers the kind of site that every search knows, as the others do their layers
 

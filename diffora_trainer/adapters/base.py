@@ -248,7 +248,15 @@ _Kind = TypeVar("_Kind", bound=type[SiteKind])
 
 
 def register_site_kind(kind: _Kind) -> _Kind:
-    """Let searches find the sites of a kind. A decorator for subclasses of [`SiteKind`]."""
+    """
+    Let searches find the sites of a kind. A decorator for subclasses of [`SiteKind`].
+
+    Args:
+        kind (`type`): the class. A kind that was registered under its name before is replaced.
+
+    Returns:
+        `type`: the class, unchanged.
+    """
     _KINDS[kind.name] = kind()
     return kind
 

@@ -252,10 +252,10 @@ class Budget:
     def calibrate(self, logits: Tensor) -> Tensor:
         """
         Probabilities `sigmoid(logit + shift)` with one shift for each group, found by bisection such that the expected
-        weight of the group equals its target.
+        weight of the group equals its target. The formula is this package's own.
 
         Args:
-            logits (`Tensor` of shape `(n,)`).
+            logits (`Tensor` of shape `(n,)`): one for each module.
 
         Returns:
             `Tensor` of shape `(n,)` in [0, 1].

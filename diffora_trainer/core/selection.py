@@ -265,7 +265,10 @@ class Selection:
     @classmethod
     def from_json(cls, text: str) -> Selection:
         """
-        Read a selection back; the inverse of [`Selection.to_json`]. What earlier versions wrote is read too.
+        Read a selection back; the inverse of [`Selection.to_json`]. Files of earlier versions are read too.
+
+        Args:
+            text (`str`): what [`Selection.to_json`] gave.
 
         Raises:
             ValueError: if the text is not JSON, or not a selection of a known format.
@@ -280,14 +283,31 @@ class Selection:
             raise ValueError(f"{_NOT_OURS}: {str(error).rstrip('.')}. {_PLEASE}") from error
 
     def save(self, folder: str | os.PathLike) -> Path:
-        """Write `diffora_selection.json` into a folder, whole or not at all, and return its path."""
+        """
+        Write `diffora_selection.json` into a folder, whole or not at all.
+
+        Args:
+            folder (`str` or `os.PathLike`): the folder. It is made if it does not exist.
+
+        Returns:
+            `Path`: the path of the file.
+        """
         path = Path(folder) / SELECTION_NAME
         write_file(path, self.to_json().encode())
         return path
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Selection:
-        """Read a selection from its file, or from the folder that holds `diffora_selection.json`."""
+        """
+        Read a selection from a file.
+
+        Args:
+            path (`str` or `os.PathLike`): the file, or the folder that holds `diffora_selection.json`.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it cannot be read as a selection.
+        """
         path = Path(path)
         if path.is_dir():
             path = path / SELECTION_NAME
@@ -299,6 +319,6 @@ class Selection:
         try:
             return cls.from_json(path.read_text(encoding="utf-8"))
         except UnicodeDecodeError as error:
-            raise ValueError(f"Could not read {path}: {_NOT_OURS}, it is no text. {_PLEASE}") from error
+            raise ValueError(f"Could not read {path}: {_NOT_OURS}, it is not text. {_PLEASE}") from error
         except ValueError as error:
             raise ValueError(f"Could not read {path}: {error}") from error

@@ -41,6 +41,9 @@ class RebuiltLora(TrainerCallback):
         """
         Give the active adapter of a model this form.
 
+        Args:
+            model (`PeftModel`): the model, or a model of sentence-transformers that holds it.
+
         Raises:
             ValueError: if it is not a new, plain LoRA of linear layers.
         """

@@ -96,8 +96,14 @@ class ScoreContext:
         Gradients of the mean loss of some batches (all of them by default) with respect to the parameters of each
         site, in float32 at least: one forward and backward pass for each batch.
 
+        Args:
+            batches (`Sequence`, *optional*): the batches.
+
+        Returns:
+            `list[list[Tensor]]`: for each site, the gradients of its `parameters`, in their order.
+
         Raises:
-            ValueError: if the loss depends on no weight.
+            ValueError: if the loss does not depend on any weight.
         """
         batches = self.batches if batches is None else batches
         weights = [weight for site in self.sites for weight in site.parameters]
@@ -106,8 +112,8 @@ class ScoreContext:
             loss = self.loss(batch)
             if not loss.requires_grad:
                 raise ValueError(
-                    "The loss depends on no weight, so no module has a gradient to be scored by. Please let `loss_fn` "
-                    "run the model that it is given, without `torch.no_grad`."
+                    "The loss does not depend on any weight, so no module has a gradient to be scored by. Please let "
+                    "`loss_fn` run the model that it is given, without `torch.no_grad`."
                 )
             # `torch.autograd.grad` leaves every `.grad` alone.
             found = torch.autograd.grad(loss * self.loss_scale, weights, allow_unused=True)

@@ -96,7 +96,7 @@ class Confidence:
     def beyond_chance(self) -> bool:
         """
         Whether something was learned, and the halves agree better than two random rankings would in 95 of 100 cases:
-        their correlation has a standard error of `1 / sqrt(n - 1)`.
+        their rank correlation has a standard error of `1 / sqrt(n - 1)` (Hotelling and Pabst, 1936).
         """
         if self.agreement is None or self.learned is False:
             return False

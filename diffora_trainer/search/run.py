@@ -325,7 +325,7 @@ class SelectionRun(RunParts):
         return state_of(self, began_pruned)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs beside the states of model and optimizer, as JSON values and tensors."""
+        """`dict` of all that a resumed run needs beside model and optimizer, as JSON values and tensors."""
         tensors = {} if self.selection is not None else self.search.method.state_dict()
         return {"run": self.state().to_dict(), "method": tensors}
 

@@ -1,4 +1,4 @@
-"""The supervised fine-tuning trainer. The one module of this package that imports TRL."""
+"""The trainer for supervised fine-tuning. A module of its own, so that the other trainers do not need TRL."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .mixin import DiffoRAMixin
 class DiffoRASFTTrainer(DiffoRAMixin, SFTTrainer):
     """
     A [`~trl.SFTTrainer`] that chooses its LoRA modules while it trains. It takes all that `SFTTrainer` takes, and
-    `diffora_config` and `arch_dataset`; see [`DiffoRAMixin`].
+    `diffora_config`, `arch_dataset` and `score_function`; see [`DiffoRAMixin`].
 
     ```python
     trainer = DiffoRASFTTrainer(

@@ -10,7 +10,7 @@ from .mixin import DiffoRAMixin
 class DiffoRATrainer(DiffoRAMixin, Trainer):
     """
     A [`~transformers.Trainer`] that chooses its LoRA modules while it trains. It takes all that `Trainer` takes, and
-    `peft_config`, `diffora_config` and `arch_dataset`; see [`DiffoRAMixin`].
+    `peft_config`, `diffora_config`, `arch_dataset` and `score_function`; see [`DiffoRAMixin`].
 
     ```python
     trainer = DiffoRATrainer(

@@ -294,6 +294,6 @@ def test_a_card_is_written_where_the_method_is_not_installed(installed: None, tm
 
 
 def test_what_is_no_method_is_refused() -> None:
-    with pytest.raises(TypeError, match="is no method.*ScoreMethod"):
+    with pytest.raises(TypeError, match="is not a subclass of `SelectionMethod`.*ScoreMethod"):
         register_method("nothing")(dict)
     assert "nothing" not in method_names()

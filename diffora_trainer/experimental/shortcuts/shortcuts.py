@@ -221,6 +221,7 @@ def add_shortcuts(model: nn.Module, config: ShortcutConfig | None = None) -> dic
 
     Raises:
         ValueError: if the model has shortcuts already, is compiled, has no layers, or layers of another structure.
+        TypeError: if `config` is not a [`ShortcutConfig`].
     """
     config = ShortcutConfig() if config is None else config
     if not isinstance(config, ShortcutConfig):
@@ -319,7 +320,12 @@ def shortcut_config(model: nn.Module) -> ShortcutConfig:
 
 
 def remove_shortcuts(model: nn.Module) -> None:
-    """Take all shortcuts out of a model, which is then as it was before them: no hook and no parameter is left."""
+    """
+    Take all shortcuts out of a model, which is then as it was before them: no hook and no parameter is left.
+
+    Args:
+        model (`PeftModel` or `PreTrainedModel`): the model, with shortcuts or without.
+    """
     for layer in list(model.modules()):
         block = getattr(layer, ATTRIBUTE, None)
         if isinstance(block, LayerShortcuts):
