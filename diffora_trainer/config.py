@@ -221,12 +221,12 @@ class DiffoRAConfig(Derived, OldMoments):
     )
     decide_early: bool = field(
         default=False,
-        metadata={"help": "Make the choice as soon as there is evidence; `discretize_at` is the latest moment then."},
+        metadata={"help": "Make the choice as soon as there is evidence; `discretize_at` is then the latest moment."},
     )
     fade_out: float = field(
         default=0.05,
         metadata={
-            "help": "For how long the gates of the pruned modules fade out before they leave the model: a number of "
+            "help": "How long the gates of the pruned modules fade out before they leave the model: a number of "
             "steps, or a fraction in [0, 1)."
         },
     )
@@ -279,7 +279,7 @@ class DiffoRAConfig(Derived, OldMoments):
     )
     search_micro_batches: int | None = field(
         default=None,
-        metadata={"help": "Into how many micro-batches each batch is split until the pruning, to need less memory."},
+        metadata={"help": "Number of micro-batches that each batch is split into until the pruning, to save memory."},
     )
     prefix_cache: str = field(
         default="none",

@@ -139,7 +139,7 @@ def _check_budget(config: Any) -> None:
         if limit is not None and config.weight_sharing != "none":
             raise ValueError(
                 f"You passed `{name}={limit}` together with `weight_sharing={config.weight_sharing!r}`. Modules that "
-                "share a pair are trained in all layers, so that no step would be cheaper. Please set "
+                "share a pair are trained in all layers, so no step would be cheaper. Please set "
                 "`weight_sharing='none'`."
             )
 

@@ -132,7 +132,7 @@ def _step_time(cost: Any, limit: float | None) -> float | None:
 
 
 def old_schedule(config: Any, total_steps: int, name: str) -> Schedule:
-    """The schedule of a run for a method of [`DiffoRAConfig`] that goes in version 0.3."""
+    """The schedule of a run for a method of [`DiffoRAConfig`] that will be removed in version 0.3."""
     warnings.warn(
         f"`DiffoRAConfig.{name}` is deprecated and will be removed in version 0.3. Please use `SelectionRun` for a "
         "training loop of your own, or `diffora_trainer.methods.build.make_schedule(config, total_steps)`.",

@@ -53,7 +53,7 @@ class Gates:
         if compiled and other:
             raise ValueError(
                 f"You asked for `torch_compile`, but the adapter of {other[0].name!r} ({type(other[0]).__name__}) is "
-                "gated in a way that compiled models were not tried with. Please train without compilation, or use "
+                "gated in a way that was not tested with compiled models. Please train without compilation, or use "
                 "plain LoRA or DoRA."
             )
         self._sites = sites

@@ -115,7 +115,7 @@ def _check_not_shared(sites: Mapping[str, AdapterSite]) -> None:
             other = owners.setdefault(parameter, name)
             if other != name and parameter.requires_grad:
                 raise ValueError(
-                    f"The adapters of {other!r} and {name!r} have one weight together, as after a search with "
+                    f"The adapters of {other!r} and {name!r} share one weight, as after a search with "
                     "`weight_sharing`, so neither can be kept, pruned or resized alone. Please save the adapter and "
                     "load it into a fresh base model, where each has its own, or search without `weight_sharing`."
                 )

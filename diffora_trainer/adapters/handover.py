@@ -30,7 +30,7 @@ def lora_config_of(config: LoraConfig, selection: Selection, where: str) -> Lora
     if selection.shared or selection.frozen or len(selection.lora_modules) != len(selection.adapted):
         raise ValueError(
             f"What was chosen in {where} holds modules that share a pair of LoRA matrices, that are frozen, or that "
-            "are others than LoRA modules, which no `LoraConfig` says. Please choose without `weight_sharing`, "
+            "are not LoRA modules, which no `LoraConfig` can express. Please choose without `weight_sharing`, "
             "`unselected='freeze'` and `extra_sites`."
         )
     kept = set(selection.lora_modules)

@@ -81,9 +81,9 @@ def new_heads(model: nn.Module, task_type: TaskType | str | None, named_by_user:
         )
     if left and not named_by_user:
         logger.warning(
-            f"{', '.join(left)} of {kind} stand beside its pre-trained model and stay as they are: PEFT saves only a "
-            "module whole that is called, in one place, under a name with which no other ends. If they are new, their "
-            "weights stay those that were drawn; please put them into a module of their own, and name it in "
+            f"{', '.join(left)} of {kind} stand beside its pre-trained model and stay as they are: PEFT saves a "
+            "module whole only if it is called, is in one place, and no other name ends with its. If they are new, "
+            "their weights stay those that were drawn; please put them into a module of their own, and name it in "
             "`LoraConfig(modules_to_save=[...])`."
         )
     elif by_task and not heads and not named_by_user:
@@ -127,7 +127,7 @@ def _beside_the_backbone(model: nn.Module, known: tuple[str, ...]) -> tuple[list
         elif not beside or not list(child.parameters()) or any(module is output for module in child.modules()):
             return
         elif _holds_pretrained(child):
-            return  # a second one, which is no head
+            return  # a second one, which is not a head
         elif isinstance(child, _LISTS):
             for part, module in child.named_children():
                 sort_in(f"{name}.{part}", module)

@@ -309,7 +309,7 @@ def check_lora_config(config: Any) -> None:
     if not searchable(config):
         raise TypeError(
             f"The LoRA is configured by {type(config).__name__}, a method with modules of its own "
-            f"({getattr(config.peft_type, 'value', config.peft_type)}), whose effect no gate multiplies. Please pass "
+            f"({getattr(config.peft_type, 'value', config.peft_type)}), whose effect a gate cannot scale. Please pass "
             "a plain `peft.LoraConfig`, or one of LoHa, LoKr or VeRA, among whose modules the search chooses, or use "
             "the parent trainer."
         )

@@ -162,7 +162,7 @@ def _check_sites(sites: Mapping[str, AdapterSite], selection: Selection) -> None
     if other := [info for info in partly if info.rank != sites[info.name].rank]:
         raise ValueError(
             f"The selection leaves {other[0].name!r} a part of the rank {other[0].rank}, but it has another one here: "
-            f"{sites[other[0].name].rank}. Please pass the model that was searched, with the `r` of then."
+            f"{sites[other[0].name].rank}. Please pass the model that was searched, with the `r` that it had then."
         )
     for name in selection.dropped:
         sites[name].check_prunable()

@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _is_of_installation(error: ImportError | RuntimeError) -> bool:
     """
     Whether something is not installed, and the error says what: it names a module that is not there, or was written
-    for the user, and then names none. Of a name that a module lacks, the traceback says more.
+    for the user, and then names none. For a name that a module lacks, the traceback says more.
     """
     if isinstance(error, RuntimeError):  # of the trackers in transformers, such as wandb's
         return "to be installed" in str(error)

@@ -179,7 +179,7 @@ def encode(data: Dataset, tokenizer: PreTrainedTokenizerBase, args: LabelledData
             texts = [batch[name][empty[0]] for name in args.text_columns]
             raise ValueError(
                 f"{', '.join(map(repr, args.text_columns))} of a row is {', '.join(map(repr, texts))}, of which the "
-                "tokenizer makes no token, so that there is nothing to classify. Please drop such rows."
+                "tokenizer makes no token, so there is nothing to classify. Please drop such rows."
             )
         return {**encoded, "labels": labels.of(batch[args.label_column])}
 

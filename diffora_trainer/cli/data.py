@@ -59,7 +59,7 @@ class DataArguments:
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name is a local path by its form, and no Hub id."""
+    """Whether a name is a local path by its form, and not a Hub id."""
     return Path(name).is_absolute() or name.startswith(".")
 
 
@@ -155,7 +155,7 @@ def check_texts(splits: Sequence[Dataset], columns: Sequence[str], lists: bool =
         lists (`bool`, *optional*, defaults to `False`): whether lists may stand there too: of messages, or of tokens.
 
     Raises:
-        ValueError: if a column holds something else, or bytes that are no text, or rows have nothing there.
+        ValueError: if a column holds something else, or bytes that are not text, or rows have nothing there.
     """
     from datasets import Value
 
@@ -165,7 +165,7 @@ def check_texts(splits: Sequence[Dataset], columns: Sequence[str], lists: bool =
             kind = feature.dtype if isinstance(feature, Value) else "string" if lists else type(feature).__name__
             if "string" not in kind and kind != "null":
                 raise ValueError(
-                    f"The column {name!r} of the {which} set holds values of type {kind}, and no texts. "
+                    f"The column {name!r} of the {which} set holds values of type {kind}, not texts. "
                     "Please name another column, or write its values as strings."
                 )
             try:

@@ -25,7 +25,7 @@ class ConfigParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *others: Any, **options: Any) -> Any:
         """
-        The parent's. What the file holds that is no argument is always refused.
+        The parent's. What the file holds that is not an argument is always refused.
 
         Args:
             args (`Iterable[str]`, *optional*): the words of the command line; by default those of the process.
@@ -130,7 +130,7 @@ def _read(path: str) -> dict[str, Any]:
         if not isinstance(error, UnicodeDecodeError) and not type(error).__module__.startswith("yaml."):
             raise
         where = " ".join(str(error).split())  # the file and the line, over several lines
-        raise ValueError(f"`--config {path}` names no valid YAML: {where}. Please mend it.") from error
+        raise ValueError(f"`--config {path}` is not valid YAML: {where}. Please fix it.") from error
     names = list(found) if isinstance(found, dict) else []
     wrong = [name for name in names if not isinstance(name, str)]
     if names and not wrong:

@@ -25,6 +25,6 @@ def load_selection(source: str) -> Selection:
         if not isinstance(error.__cause__, LocalEntryNotFoundError):
             raise
         raise ValueError(
-            f"{source!r} is no folder here, and the Hub could not be reached to look for an adapter of this name. "
+            f"{source!r} is not a folder here, and the Hub could not be reached to look for an adapter of this name. "
             "Please check the path, the connection, and that HF_HUB_OFFLINE is not set."
         ) from error

@@ -118,7 +118,7 @@ def checked_model_name(name: str | None) -> str:
         raise FileNotFoundError(f"`model_name_or_path` looks like a local path, but there is no {path}.")
     if (path / ADAPTER_CONFIG_NAME).is_file() and not (path / "config.json").is_file():
         raise ValueError(
-            f"`model_name_or_path={name!r}` is an adapter, and not a model. Please name its base model; to go on from "
+            f"`model_name_or_path={name!r}` is an adapter, not a model. Please name its base model; to continue from "
             f"what it has learned, merge it first: `diffora export {name} --for merged --output FOLDER`."
         )
     return name
@@ -145,7 +145,7 @@ def check_language_model(name: str, options: dict[str, Any]) -> None:
     cls = getattr(transformers, named[0], None)  # none of a class that comes with the model
     if cls is not None and not cls.can_generate():
         raise ValueError(
-            f"`model_name_or_path={name!r}` is a {named[0]}, which is no language model. Please name another one; "
+            f"`model_name_or_path={name!r}` is a {named[0]}, which is not a language model. Please name another one; "
             "encoders are trained with `diffora classify`."
         )
 

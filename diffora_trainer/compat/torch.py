@@ -157,7 +157,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        # What an operation was given was there before it, or is known: a view or an in-place result is no new memory.
+        # What an operation was given was there before it, or is known: a view or an in-place result is not new memory.
         given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.device.type != "meta" and _key(leaf) not in given:

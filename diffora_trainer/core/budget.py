@@ -97,12 +97,12 @@ class Budget:
         if float(self._costs.min()) > cap:
             raise ValueError(
                 f"You passed `max_trainable_parameters={cap:,}`, but the smallest {what} {int(self._costs.min()):,} "
-                "parameters, so not one fits. Please raise the cap or lower the LoRA rank `r`."
+                "parameters, so none fits. Please raise the cap or lower the LoRA rank `r`."
             )
         if not self._fits.any():
             raise ValueError(
                 f"You passed `max_trainable_parameters={cap:,}`, but divided among {len(self.targets)} kinds of "
-                "module that are ranked apart it has room for none. Please raise the cap, or rank them together."
+                "module that are ranked apart, it has room for none. Please raise the cap, or rank them together."
             )
 
     def __len__(self) -> int:
@@ -132,7 +132,7 @@ class Budget:
         fits = self._fits | torch.tensor(self._keeps_one)[self._groups]
         fitting = (fits & (self._sizes <= count) & self._of_units(under, "amin").bool() for under, count in found)
         if not any(bool(units.any()) for units in fitting):
-            raise ValueError("Not one module or unit of them that fits the budget is within the limits of a step.")
+            raise ValueError("No module or unit of modules that fits the budget is within the limits of a step.")
         self._ceilings = found
         self.allowed = torch.stack([under for under, _ in found]).any(dim=0)
 

@@ -94,8 +94,8 @@ class Components:
 
     def indices(self, kept: Tensor, ranks: Sequence[int]) -> tuple[tuple[int, ...], ...]:
         """
-        Which components each adapter ends with: the entries that are kept, and as many of those that are no entries as
-        it takes to reach a rank.
+        Which components each adapter ends with: the entries that are kept, and as many of those that are not entries
+        as it takes to reach a rank.
 
         Args:
             kept (`Tensor` of shape `(m,)` and dtype `torch.bool`): the entries that stay.

@@ -79,11 +79,11 @@ def read_json(path: Path, strict: bool = True) -> dict[str, Any]:
             them into its state when it logs a loss that is not finite.
 
     Raises:
-        ValueError: if it is no object, or no JSON.
+        ValueError: if it is not JSON, or not an object.
     """
 
     def refuse(name: str) -> None:
-        raise ValueError(f"it holds {name}, which is no number")
+        raise ValueError(f"it holds {name}, which is not a number")
 
     value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse if strict else None)
     if not isinstance(value, dict):

@@ -25,12 +25,12 @@ def as_object(value: Any) -> dict[str, Any]:
 def as_text(value: Any) -> str:
     """A string, or a `TypeError`."""
     if not isinstance(value, str):
-        raise TypeError(f"{sanitize(repr(value))} should be a text")
+        raise TypeError(f"{sanitize(repr(value))} should be a string")
     return value
 
 
 def as_whole(value: Any) -> int:
-    """An int that is no bool, or a `TypeError`."""
+    """An int that is not a bool, or a `TypeError`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{sanitize(repr(value))} should be a whole number")
     return value

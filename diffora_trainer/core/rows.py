@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def number_of_rows(batch: Any) -> int | None:
-    """How many rows a batch has; `None` if it is no dictionary of tensors with equally many."""
+    """How many rows a batch has; `None` if it is not a dictionary of tensors with equally many."""
     if not isinstance(batch, Mapping):
         return None
     sizes = {value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim()}
@@ -27,12 +27,12 @@ def why_without_rows(batch: Any) -> str:
     if isinstance(batch, Mapping):
         shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
         found = f"one of the shapes {shapes}"
-    return f"a batch is no dictionary of tensors with equally many rows, but {found}"
+    return f"a batch is not a dictionary of tensors with equally many rows, but {found}"
 
 
 def take_rows(batch: Mapping[str, Any], wanted: range | Sequence[int]) -> dict[str, Any]:
     """
-    Some rows of a batch. What is no tensor and no list of its rows is left.
+    Some rows of a batch. What is neither a tensor nor a list of its rows is left as it is.
 
     Args:
         batch (`Mapping`): tensors with equally many rows.

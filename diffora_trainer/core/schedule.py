@@ -13,10 +13,10 @@ from .values import check_integer
 class Event(Enum):
     """What happens after a step, in this order."""
 
-    END_WARMUP = "the warm-up ends"
-    UPDATE = "the method looks at the model"
-    DISCRETIZE = "it is decided what is pruned later"
-    PRUNE = "what was decided is carried out"
+    END_WARMUP = "the end of the warm-up"
+    UPDATE = "a look of the method at the model"
+    DISCRETIZE = "the choice of what is pruned later"
+    PRUNE = "the pruning"
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Schedule:
         moments = [0, self.warmup, self.discretize, self.prune, self.total_steps]
         if moments != sorted(moments):
             raise ValueError(
-                f"A run of {self.total_steps} steps cannot warm up until step {self.warmup}, decide what goes after "
+                f"A run of {self.total_steps} steps cannot warm up until step {self.warmup}, choose after "
                 f"step {self.discretize} and prune it after step {self.prune}. Please give the steps in this order."
             )
 
@@ -101,7 +101,7 @@ class Moments:
             it more often, the looks are further apart.
 
     Raises:
-        ValueError: if a value is neither a step nor a fraction, or two of them leave nothing to decide by.
+        ValueError: if a value is neither a step nor a fraction, or two of them leave nothing to choose by.
     """
 
     discretize_at: float
@@ -143,7 +143,7 @@ class Moments:
         """
         total_steps = check_integer("total_steps", total_steps)
         if total_steps > sys.maxsize:
-            raise ValueError(f"You passed `total_steps={total_steps}`; no run is as long. Please set `max_steps`.")
+            raise ValueError(f"You passed `total_steps={total_steps}`; no run is that long. Please set `max_steps`.")
         if total_steps < 2:
             raise ValueError(
                 f"The run has {total_steps} optimizer step(s), but a search needs at least 2: one of warm-up and one "
@@ -161,7 +161,7 @@ class Moments:
         if prune <= warmup:
             raise ValueError(
                 f"The modules would be pruned at step {prune} (`discretize_at={self.discretize_at}`), but the warm-up "
-                f"lasts until step {warmup} (`arch_warmup={self.warmup}`), so there is nothing to decide by. Please "
+                f"lasts until step {warmup} (`arch_warmup={self.warmup}`), so there is nothing to choose by. Please "
                 "make `discretize_at` larger or `arch_warmup` smaller."
             )
         every = max(1, _round_half_up(self.every * total_steps)) if self.every < 1 else int(self.every)
@@ -174,7 +174,7 @@ class Moments:
                 raise ValueError(
                     f"You passed `fade_out={fade_out}`, but the warm-up lasts until step {warmup} and the modules are "
                     f"pruned at step {prune}, so no step is left for the search. Please make `fade_out` or "
-                    "`arch_warmup` smaller or `discretize_at` larger, or give `fade_out` as a fraction, which bends."
+                    "`arch_warmup` smaller or `discretize_at` larger, or give `fade_out` as a fraction, which adapts."
                 )
             discretize = warmup + 1
         if self.most_updates is not None:

@@ -36,7 +36,7 @@ class Selection:
         ranks (`tuple[int, ...]`): rank that each adapter keeps; 0 where it is pruned.
         scores (`tuple[float, ...]`): what the choice was made by; higher is better.
         gates (`tuple[float, ...]`): value of each gate in the relaxed matrix when it was discretized.
-        gains (`tuple[float, ...]`, *optional*): what decided between equal scores; higher is better. Of the matrix
+        gains (`tuple[float, ...]`, *optional*): what decided between equal scores; higher is better. For the matrix
             that moves by Frank-Wolfe steps, whose entries often stand at exactly 0 or 1, it is the gradient of the
             held-out loss averaged over the steps, with its sign turned: how much a unit of the gate lowers the loss.
             Defaults to the scores.

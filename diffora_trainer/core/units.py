@@ -44,7 +44,7 @@ def find_units(grid: Grid, unit: str, groups: Mapping[str, Sequence[str]] | None
         ends = {end for group in groups.values() for end in group}
         if missing := sorted(end for end in ends if not any(_ends(name, end) for name in grid.names)):
             raise ValueError(
-                f"You passed `selection_groups` with {some(missing)}, but no LoRA module is named so. There are "
+                f"You passed `selection_groups` with {some(missing)}, but no LoRA module has that name. There are "
                 f"{some(sorted({name.rsplit('.', 1)[-1] for name in grid.names}))}."
             )
     index = {key: number for number, key in enumerate(dict.fromkeys(keys))}

@@ -38,7 +38,7 @@ def parse_mapping(name: str, value: Any) -> dict[str, Any]:
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise ValueError(f"You passed `{name}={value!r}`, which is no JSON: {error}.") from error
+            raise ValueError(f"You passed `{name}={value!r}`, which is not valid JSON: {error}.") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(
             f"`{name}` must be a dictionary of options by their names, got {value!r}. Please pass one, or its JSON."

@@ -72,8 +72,8 @@ def _load_product(module: Any, state: dict[str, Any], prefix: str, *args: Any) -
     core = module.frame.T @ weight
     if not _close(module.frame @ core, weight):
         raise ValueError(
-            f"What is loaded into {prefix!r} is no LoRA-XS of this model: it does not lie in the singular vectors of "
-            "its weight. Please load it into the base model of the run, or without `LoraXS`."
+            f"What is loaded into {prefix!r} is not a LoRA-XS of this model: it does not lie in the singular vectors "
+            "of its weight. Please load it into the base model of the run, or without `LoraXS`."
         )
     state[f"{prefix}core"] = core
 

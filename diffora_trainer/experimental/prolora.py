@@ -81,8 +81,8 @@ def _load_parts(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> 
     parts = module.parts(weight)
     if weight.shape != module.weight.shape or not torch.equal(module.build(parts), weight):
         raise ValueError(
-            f"What is loaded into {prefix!r} is no PRoLoRA of {module.chunks} chunks and {module.unshared} unshared "
-            "components. Please load it with the `PRoLoRA` of its run, or without one."
+            f"What is loaded into {prefix!r} is not a PRoLoRA of {module.chunks} chunks and {module.unshared} "
+            "unshared components. Please load it with the `PRoLoRA` of its run, or without one."
         )
     state.update({f"{prefix}{name}": part for name, part in parts.items()})
 

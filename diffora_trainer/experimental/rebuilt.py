@@ -92,8 +92,8 @@ def _check_new(name: str, layer: Any, adapter_name: str, form: str) -> None:
     up: Any = layer.lora_B[adapter_name] if adapter_name in layer.lora_B else None
     if not isinstance(layer, Linear) or not _plain(up) or layer.lora_variant:
         raise ValueError(
-            f"The adapter of {name!r} is no plain LoRA of a linear layer, so it cannot be trained as `{form}`. Please "
-            "leave it out of `target_modules`."
+            f"The adapter of {name!r} is not a plain LoRA of a linear layer, so it cannot be trained as `{form}`. "
+            "Please leave it out of `target_modules`."
         )
     if up.weight.detach().any():
         raise ValueError(

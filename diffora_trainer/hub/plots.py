@@ -112,7 +112,7 @@ def score_scale(scores: Sequence[float]) -> dict[str, Any]:
 def plot_selection(selection: Selection, path: str | os.PathLike) -> Path:
     """
     Draw the matrix at the pruning: a row for each layer, a column for each kind of module, the value of each gate as a
-    shade, and a frame around what was kept, or its rank where ranks were given. Of a method that scores, the scores
+    shade, and a frame around what was kept, or its rank where ranks were given. For a method that scores, the scores
     are drawn; if it chose more than once, how often each module was on. Text is legible where the picture is shown at
     half of its pixels.
     Needs Matplotlib (`pip install diffora-trainer[plots]`).
@@ -157,7 +157,7 @@ def _figure(picture: Picture) -> Any:
     grid = picture.grid
     rows, columns = len(grid.rows), len(grid.columns)
     prefix, sides = row_labels(grid.rows)
-    # A name is no formula, whatever it holds.
+    # A name is not a formula, whatever it holds.
     heads, sides = ([sanitize(name)[-_MAX_LABEL:] for name in names] for names in (short_names(grid.columns), sides))
     row_height = min(0.17, max(0.1, 8.5 / rows))
     margin = 0.055 * max(map(len, sides)) + 0.55

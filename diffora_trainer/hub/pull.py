@@ -69,8 +69,8 @@ def selected_lora_config(source: Any) -> LoraConfig:
         folder = Path(folder, inside[0])
     if Path(folder).is_dir() and not Path(folder, ADAPTER_CONFIG_NAME).is_file():
         raise FileNotFoundError(
-            f"There is a selection in {folder}, but no {ADAPTER_CONFIG_NAME}, which says the ranks and scales. Please "
-            "pass the folder that a run has saved its adapter to."
+            f"There is a selection in {folder}, but no {ADAPTER_CONFIG_NAME}, which holds the ranks and scales. "
+            "Please pass the folder that a run has saved its adapter to."
             + (f" There are adapters in the folders {inside} inside of it." if inside else "")
         )
     config = load_peft_config(folder)

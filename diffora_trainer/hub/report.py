@@ -218,7 +218,7 @@ def _outcomes(selection: Selection, method: MethodFacts, measures: Sequence[Meas
 
 
 def _reasons(selection: Selection, method: MethodFacts) -> list[str]:
-    """Of each module, its position among those it competes with, and how many of these are kept."""
+    """For each module, its position among those it competes with, and how many of these are kept."""
     rules = Rules.of(selection)
     limits = [f"`{name}`" for name in rules.limits]
     if rules.unit != "module":

@@ -109,7 +109,7 @@ class DiffoRACallback(TrainerCallback):
         trainer = self._announced or trainer_of_callback(self)
         if trainer is None:
             raise ValueError(
-                "The `DiffoRACallback` was told of the end of a construction, but no `transformers.Trainer` is being "
+                "`on_init_end` of the `DiffoRACallback` was called, but no `transformers.Trainer` is being "
                 "built with it, so it cannot be searched with. Please call "
                 "`DiffoRACallback(config).attach(trainer)` on the finished trainer."
             )
@@ -125,7 +125,7 @@ class DiffoRACallback(TrainerCallback):
         handler = None if self.trainer is None else self.trainer.callback_handler
         if handler is None or self.trainer._callback not in handler.callbacks:
             raise ValueError(
-                "The `DiffoRACallback` was added to a trainer after that was built, or its `train` was passed by, so "
+                "The `DiffoRACallback` was added to a trainer after that was built, or its `train` was bypassed, so "
                 "no module would ever be chosen. Please pass it in `callbacks=` where the trainer is built, or call "
                 "`DiffoRACallback(config).attach(trainer)` before `trainer.train()`."
             )
@@ -154,13 +154,13 @@ class DiffoRACallback(TrainerCallback):
         if trainer.state.global_step:
             raise ValueError(
                 f"{name} was trained for {trainer.state.global_step} steps already. Please attach the callback before "
-                "`train`; a run is gone on with by `train(resume_from_checkpoint=...)`."
+                "`train`; `train(resume_from_checkpoint=...)` resumes a run."
             )
         check_class(type(trainer))
         if replaced := sorted(name for name in vars(trainer) if callable(vars(DiffoRAMixin).get(name))):
             raise ValueError(
                 f"`{replaced[0]}` of this {name} was replaced on the object itself, so that what the search does "
-                "there would be passed by. Please attach the callback before that, or leave the replacement out."
+                "there would be bypassed. Please attach the callback before that, or leave the replacement out."
             )
 
 

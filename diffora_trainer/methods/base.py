@@ -198,11 +198,11 @@ class SelectionMethod(ABC):
                     "other target modules, or is damaged."
                 )
             if not torch.isfinite(state[name]).all() or name == "steps" and state[name] < 0:
-                raise ValueError(f"The saved matrix has a number in {name!r} that cannot be. It is damaged.")
+                raise ValueError(f"The saved matrix has an impossible number in {name!r}. It is damaged.")
         try:
             self.generator.set_state(state["generator"])
         except RuntimeError as error:
-            raise ValueError(f"The saved matrix has no state of a generator in 'generator': {error}.") from error
+            raise ValueError(f"The saved matrix has no valid state in 'generator': {error}.") from error
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(state[name])

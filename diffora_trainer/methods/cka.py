@@ -78,7 +78,7 @@ class CkaLayers(ScoreMethod):
         states = layer_states(context, self.options.position)
         if len(states[0][0]) < 3:
             raise ValueError(
-                f"The states of {len(states[0][0])} rows are alike before and behind any layer, for there is but one "
+                f"The states of {len(states[0][0])} rows are alike before and after any layer, for there is but one "
                 "line through two points. Please score on more batches (`score_batches`), some hundreds of rows."
             )
         changes = [1.0 - linear_cka(into, out) for into, out in states]

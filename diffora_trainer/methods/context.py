@@ -42,7 +42,7 @@ class Site(Protocol):
 
     @property
     def reads_vectors(self) -> bool:
-        """Whether `lora_A` multiplies vectors, and no index."""
+        """Whether `lora_A` multiplies vectors, and is not indexed."""
 
     def watch_inputs(self, read: Callable[[Tensor], None]) -> Any:
         """Have a function called with what `lora_A` multiplies, `(..., size)`, until `remove()` of what is given."""
@@ -190,9 +190,9 @@ class MeanLosses:
         total, number = context.reduce(own).tolist()
         if number <= 0:
             raise ValueError(
-                f"No loss of the {len(losses)} batches that modules are scored on is finite. Please check that their "
-                "rows have labels (all are -100 where `max_length` cuts off what is to be learned), or score on more "
-                "of them (`score_batches`)."
+                f"None of the losses of the {len(losses)} batches that modules are scored on is finite. Please check "
+                "that their rows have labels (all are -100 where `max_length` cuts off what is to be learned), or "
+                "score on more of them (`score_batches`)."
             )
         return total / number
 
@@ -222,8 +222,8 @@ def matrices_of(site: Site) -> tuple[nn.Parameter, nn.Parameter]:
     """`lora_A` and `lora_B` of a site that has components. A `RankMethod` has others refused (`reads_matrices`)."""
     if site.matrices is None:
         raise ValueError(
-            f"The adapter of {site.name!r} is no pair of matrices with a row and a column for each component. Please "
-            "look at `site.matrices`, or set `reads_matrices = True` in the class of the method, which refuses it."
+            f"The adapter of {site.name!r} is not a pair of matrices with a row and a column for each component. "
+            "Please look at `site.matrices`, or set `reads_matrices = True` in the class of the method, to refuse it."
         )
     return site.matrices
 

@@ -42,12 +42,12 @@ class Custom(ScoreMethod):
         try:
             scores = {str(name): float(score) for name, score in found.items()}
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"`score_function` returned a score that is no number: {error}.") from error
+            raise TypeError(f"`score_function` returned a score that is not a number: {error}.") from error
         missing, extra = [n for n in names if n not in scores], sorted(set(scores) - set(names))
         if missing or extra:
             raise ValueError(
                 f"`score_function` gave no score to {len(missing)} of {len(names)} modules {missing[:3]}, and "
-                f"{len(extra)} to names that are no modules of this search {extra[:3]}. Please return one for each, "
+                f"{len(extra)} to names that are not modules of this search {extra[:3]}. Please return one for each, "
                 "by its full name."
             )
         return torch.tensor([scores[name] for name in names], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The class that relaxations were derived from before methods were registered. It goes in version 0.3."""
+"""The class that relaxations were derived from before methods were registered. It will be removed in version 0.3."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class DifferentialAdaptationMatrix(GradientMethod):
             return
         warnings.warn(
             f"`{cls.__name__}` is registered because it is derived from `DifferentialAdaptationMatrix`, which is "
-            "deprecated and goes in version 0.3. Please derive it from `GradientMethod`, and put "
+            "deprecated and will be removed in version 0.3. Please derive it from `GradientMethod`, and put "
             f"`@register_method({cls.name!r})` before it.",
             FutureWarning,
             stacklevel=2,

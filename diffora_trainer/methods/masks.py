@@ -25,13 +25,13 @@ _told: WeakSet[nn.Module] = WeakSet()
 
 class TokenMasks:
     """
-    Which tokens are no padding, while a model runs: by the `attention_mask` that it is called with, whatever the batch
-    looks like, or that of the part of it (a `PreTrainedModel`) in which a module stands, so that a tower for images
-    has none of the text. Where neither was called with one, that of the batch counts if it fits.
+    Which tokens are not padding, while a model runs: by the `attention_mask` that it is called with, whatever the
+    batch looks like, or that of the part of it (a `PreTrainedModel`) in which a module stands, so that a tower for
+    images has none of the text. Where neither was called with one, that of the batch counts if it fits.
 
-    Of an encoder-decoder `attention_mask` is that of what the encoder has read; of the decoder it is
-    `decoder_attention_mask`, or follows from the labels, of which each token reads the one before it. Of speech, where
-    the mask is one of samples, the model says which states these become.
+    In an encoder-decoder, `attention_mask` is that of what the encoder has read; that of the decoder is
+    `decoder_attention_mask`, or follows from the labels, of which each token reads the one before it. For speech,
+    where the mask is one of samples, the model says which states these become.
 
     Args:
         context ([`~diffora_trainer.methods.context.ScoreContext`]): the model.
@@ -95,7 +95,7 @@ class TokenMasks:
 
     def of(self, module: nn.Module, states: Tensor) -> Tensor | None:
         """
-        Which tokens of states are no padding, `(batch, tokens)`, or `(batch * tokens,)` where the states are so
+        Which tokens of states are not padding, `(batch, tokens)`, or `(batch * tokens,)` where the states are so
         flattened; `None` if all count. If there is padding, but the mask does not fit, that is said once in the log.
 
         Args:
@@ -166,7 +166,7 @@ class TokenMasks:
         name = next((name for name, other in self._base.named_modules() if other is module), "")
         logger.warning(
             f"The `attention_mask` that the model was called with, {tuple(mask.shape)}, does not fit the states "
-            f"{tuple(states.shape)} at {name!r}, so that tokens of padding are scored there as any others. Please "
+            f"{tuple(states.shape)} at {name!r}, so padding tokens would be scored like any others. Please "
             "score on batches without padding, or use a method that reads no states, such as 'snip'."
         )
 

@@ -32,7 +32,7 @@ class GradientOptions:
             are pruned, so that the model's output does not jump. This matters for `"sigmoid"`, whose weights train
             under fractions; for the others that gate is 1. With `False` the selected gates are set to 1.
         rank_margin (`float`, *optional*, defaults to `1.0`):
-            With `selection_granularity="component"`: with how many times the parameters of the budget a run begins,
+            With `selection_granularity="component"`: how many times the parameters of the budget a run begins with,
             spread evenly over all modules. AdaLoRA begins with 1.5 times its target. A margin is a warm-up at more
             rank than is kept: where learning starts late, a run may stay on its plateau (`docs/benchmarks.md`).
         rank_growth (`float`, *optional*, defaults to `0.25`):
@@ -79,8 +79,8 @@ class GradientOptions:
         margin, growth = (check_number(name, getattr(self, name)) for name in ("rank_margin", "rank_growth"))
         if margin < 1:
             raise ValueError(
-                f"You passed `rank_margin={margin}`, but it is with how many times the parameters of the budget a run "
-                "begins, so it must be 1 or more."
+                f"You passed `rank_margin={margin}`, but it says how many times the parameters of the budget a run "
+                "begins with, so it must be 1 or more."
             )
         if not 0 <= growth < 1:
             raise ValueError(
@@ -90,7 +90,7 @@ class GradientOptions:
         if margin == 1 and growth == 0:
             raise ValueError(
                 "You passed `rank_growth=0` with `rank_margin=1`, so that a run begins with what the budget has room "
-                "for, and nothing is to be chosen. Please pass a larger margin, or let components grow."
+                "for, and there is nothing to choose. Please pass a larger margin, or let components grow."
             )
 
 

@@ -40,7 +40,7 @@ class PriLoraOptions(ScoreOptions):
 class PriLora(RankMethod):
     """
     The rank rises linearly from the first layer to the last, and is equal for all modules of a layer:
-    `r_l = r_first + (r_last - r_first) (l - 1) / (L - 1)`. Of the components of a module those stay for which the sum
+    `r_l = r_first + (r_last - r_first) (l - 1) / (L - 1)`. In each module, those components stay for which the sum
     of `|A_ij| ||x_j||` is largest, where `||x_j||` is the norm of the `j`-th input of the module over all tokens: the
     magnitude of a weight times the statistics of what it reads.
 

@@ -26,7 +26,7 @@ def layers_that_look_ahead(context: ScoreContext, masks: TokenMasks, names: Sequ
     Args:
         context ([`~diffora_trainer.methods.context.ScoreContext`]): the model and the batches, of which the first one
             is tried.
-        masks ([`TokenMasks`]): which tokens are no padding.
+        masks ([`TokenMasks`]): which tokens are not padding.
         names (`Sequence[str]`): names of the layers in the base model.
     """
     stacks = stacks_of(names)
@@ -51,7 +51,7 @@ def _first_states(
     context: ScoreContext, masks: TokenMasks, names: Sequence[str], changed: Sequence[str]
 ) -> dict[str, list[Tensor]]:
     """
-    What layers give for the first token of each row that is no padding, when what goes into the first one called of
+    What layers give for the first token of each row that is not padding, when what goes into the first one called of
     some of them is changed for the others.
     """
     found: dict[str, list[Tensor]] = {name: [] for name in names}
@@ -94,7 +94,7 @@ def _first_states(
 
 
 def _first(masks: TokenMasks, module: nn.Module, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and place of the first token of each row that is no padding."""
+    """Row and place of the first token of each row that is not padding."""
     mask = masks.of(module, states)
     rows = torch.arange(len(states), device=states.device)
     return rows, torch.zeros_like(rows) if mask is None else mask.int().argmax(dim=1)

@@ -129,7 +129,7 @@ class PrefixCache:
                 self._full = True
                 logger.warning(
                     f"The prefix cache is full: {len(self.store):,} rows in {self.store.used / 2**30:.2f} GiB. The "
-                    "frozen layers are computed again for the others. More room is given by `prefix_cache_gib`."
+                    "frozen layers are computed again for the others. A larger `prefix_cache_gib` gives more room."
                 )
 
     def _output(self, batch: Any) -> Tensor:

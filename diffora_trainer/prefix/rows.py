@@ -24,7 +24,7 @@ class Row:
 
     Args:
         key (`bytes`): what it is known by, in whatever batch it comes.
-        start, stop (`int`): which of the positions of this batch are no padding; 0 and 0 if all of them belong to the
+        start, stop (`int`): which of the positions of this batch are not padding; 0 and 0 if all of them belong to the
             row, as in a model that does not read tokens.
     """
 
@@ -35,7 +35,7 @@ class Row:
 
 def rows_of(batch: Any) -> list[Row] | None:
     """
-    What the rows of a batch are known by; `None` if it is no dictionary of tensors with equally many rows.
+    What the rows of a batch are known by; `None` if it is not a dictionary of tensors with equally many rows.
 
     Everything in a row counts, labels too, and the tokens' distance from the start of the row, which absolute
     positions depend on. So rows of one key have the same inputs.
@@ -50,7 +50,7 @@ def rows_of(batch: Any) -> list[Row] | None:
 
 
 def _span(mask: Any, index: int, length: int | None) -> tuple[int, int]:
-    """Where the positions begin and end that are no padding."""
+    """Where the positions begin and end that are not padding."""
     if length is None:
         return 0, 0
     if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] != length:

@@ -59,7 +59,7 @@ def lora_of(model: Any) -> PeftModel:
 
 
 def check_every(every: Any) -> int:
-    """Raise a `ValueError` if this is no number of steps."""
+    """Raise a `ValueError` if this is not a number of steps."""
     if type(every) is not int or every < 1:
         raise ValueError(f"You passed `every={every!r}`; it is a number of optimizer steps, so an integer above 0.")
     return every

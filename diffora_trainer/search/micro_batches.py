@@ -67,7 +67,7 @@ class MicroBatches:
                 how losses add up.
 
         Raises:
-            ValueError: if it was asked for, and the loss of this batch is no sum or mean of those of its parts, as
+            ValueError: if it was asked for, and the loss of this batch is not a sum or mean of those of its parts, as
                 with an auxiliary loss of routers.
         """
         if self.parts == 1:
@@ -107,7 +107,7 @@ class MicroBatches:
         if has_auxiliary:
             names = ", ".join(sorted(auxiliary))
             self._refuse(
-                f"the model returns an auxiliary loss of its routers ({names}), which is no sum or mean over rows; "
+                f"the model returns an auxiliary loss of its routers ({names}), which is not a sum or mean over rows; "
                 "with a `router_aux_loss_coef` of 0 there would be none in its loss"
             )
             return

@@ -125,7 +125,7 @@ class ComponentPlan(RankPlan):
 
     Args:
         budget ([`~diffora_trainer.core.ranks.RankBudget`]): what may be kept.
-        margin (`float`): with how many times the parameters of the budget a run begins.
+        margin (`float`): how many times the parameters of the budget a run begins with.
         growth (`float`): part of the budget that is given to new components, in [0, 1).
     """
 
@@ -159,7 +159,7 @@ class ComponentPlan(RankPlan):
             return self.components.best(even, scores, gains), even
         kept = method.discretize()
         ranks = self.components.count(kept)
-        # What is new is no entry of the matrix, so that it has room beside those that stay.
+        # What is new is not an entry of the matrix, so that it has room beside those that stay.
         room = map(lambda rank, old, every: rank + every - old, ranks, self.start, self.budget.ranks)
         costs = torch.tensor(self.budget.costs, dtype=torch.float32)
         worth = self.components.mean(scores if gains is None else gains) / costs

@@ -55,7 +55,7 @@ def check_reduces(runtime: Runtime) -> None:
     """Raise a `ValueError` if several processes would each choose for themselves."""
     if world_size() > 1 and runtime.reduce is _alone:
         raise ValueError(
-            f"{world_size()} processes run, and nothing averages over them what the modules are chosen by, so each "
+            f"{world_size()} processes run, but what the modules are chosen by is not averaged over them, so each "
             "would keep other ones. Please pass `runtime=Runtime(reduce=...)` (`diffora_trainer.search.runtime`); "
             "with accelerate that is `lambda x: accelerator.reduce(x.to(accelerator.device), 'mean').cpu()`."
         )

@@ -326,7 +326,7 @@ class ArchitectureSearch(OldNames, SearchBase):
     def metrics(self) -> dict[str, float]:
         """
         What to log: the DAM's entropy and gates (of each kind too with `log_gates_by_kind`), and the mean architecture
-        loss since the last call. Of a method that scores: the scores, once there are any.
+        loss since the last call. For a method that scores: the scores, once there are any.
         """
         return search_metrics(self)
 

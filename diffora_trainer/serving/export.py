@@ -139,8 +139,8 @@ def _completed(pairs: dict[str, Pair], layers: Mapping[str, nn.Module], server: 
     """The pairs, and zeros for what a server wants beside them."""
     if unknown := [module for module in pairs if module not in layers]:
         raise ValueError(
-            f"The adapter has a LoRA on {unknown[0]!r}, and the base model no linear layer of this name. Please name "
-            "the right one with `--base_model`."
+            f"The adapter has a LoRA on {unknown[0]!r}, but the base model has no linear layer of this name. Please "
+            "name the right one with `--base_model`."
         )
     grid = Grid.arrange([(name, 1, 1, "lora") for name in layers])
     if server == "lorax":

@@ -53,7 +53,7 @@ class Pair:
 
 def check_start(config: Any, again: bool = False) -> None:
     """
-    Refuse adapters whose matrices alone are no update of the base model: they started as a part of its weights.
+    Refuse adapters whose matrices alone are not an update of the base model: they started as a part of its weights.
 
     Args:
         config ([`~peft.LoraConfig`]): the adapter's configuration.
@@ -68,7 +68,7 @@ def check_start(config: Any, again: bool = False) -> None:
     if start in _EXACT_STARTS:
         raise ValueError(
             f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`), so its matrices alone "
-            f"are no update of the base model. {remedy(config)}"
+            f"are not an update of the base model. {remedy(config)}"
         )
     raise ValueError(
         f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`) that is not the same "
@@ -87,14 +87,14 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Pair]:
         config ([`~peft.LoraConfig`]): the adapter's configuration.
 
     Raises:
-        ValueError: if it is no LoRA of linear layers and convolutions, or holds more than that.
+        ValueError: if it is not a LoRA of linear layers and convolutions, or holds more than that.
     """
     if getattr(config, "use_dora", False):
         raise ValueError(f"The adapter is a DoRA, whose magnitudes no pair of matrices holds. {remedy(config)}")
     if getattr(config, "target_parameters", None):
         raise ValueError(
-            "The adapter holds a LoRA of parameters (`target_parameters`), such as fused experts, which is no pair "
-            f"for a layer. {remedy(config)}"
+            "The adapter holds a LoRA of parameters (`target_parameters`), such as fused experts, which is not a "
+            f"pair for a layer. {remedy(config)}"
         )
     if getattr(config, "lora_bias", False):
         raise ValueError(
@@ -106,7 +106,7 @@ def read_pairs(tensors: Mapping[str, Tensor], config: Any) -> dict[str, Pair]:
             halves.setdefault(match["module"], {})[match["part"]] = tensor
         elif "lora_" in name:
             raise ValueError(
-                f"The adapter holds {name!r}, which is no LoRA of a linear layer or a convolution. {remedy(config)}"
+                f"The adapter holds {name!r}, which is not a LoRA of a linear layer or a convolution. {remedy(config)}"
             )
         else:
             raise ValueError(

@@ -65,7 +65,7 @@ def load_state(folder: str | os.PathLike) -> tuple[RunState, dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(
             f"The checkpoint {os.fspath(folder)!r} holds no {STATE_NAME}, so it was not made by a DiffoRA trainer, or "
-            "with `save_only_model=True`. The search cannot go on from it; please start a new run, or resume from "
+            "with `save_only_model=True`. The search cannot resume from it; please start a new run, or resume from "
             "another checkpoint."
         )
     with reraise_with_path(path):
@@ -203,7 +203,7 @@ def atomic_checkpoint(folder: str | os.PathLike, writes: bool) -> Iterator[None]
         raise OSError(
             f"The checkpoint {os.fspath(folder)!r} could not be written, so the run stops: {error}. There are "
             f"{free:,} bytes free on its disk. The checkpoints before it are untouched. Please make room (see "
-            "`save_total_limit`) and go on with `resume_from_checkpoint=True`, which passes this one over."
+            "`save_total_limit`) and resume with `resume_from_checkpoint=True`, which skips this one."
         ) from error
 
 

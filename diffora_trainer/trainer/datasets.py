@@ -88,7 +88,7 @@ def _check_columns(trainer: Any, dataset: Any, given: list[str] | None) -> None:
         name = type(trainer).__name__
         raise ValueError(
             f"The `arch_dataset` has the columns {held_out}, but the model is trained with {missing} too. "
-            f"{name} makes these in its constructor, of its own data sets alone, so that yours cannot be "
+            f"{name} makes these in its constructor, of its own data sets alone, so yours cannot be "
             "prepared. Please leave `arch_dataset` out, to hold out a part of the training set, or pass the "
             f"`train_dataset` of a {name} that was made of your rows."
         )

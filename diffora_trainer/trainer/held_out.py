@@ -239,7 +239,7 @@ class HeldOutData:
 
 def read_head(trainer: Any, stream: Any) -> list[Any]:
     """
-    The first rows of a stream: as many as the search will read, up to a limit. Of the training stream never more than
+    The first rows of a stream: as many as the search will read, up to a limit, of the training stream never more than
     `arch_split` of it or of what the run reads of it, but one at least; to know how long a short stream is, it is read
     on without keeping the rows.
 

@@ -72,7 +72,9 @@ class MatrixImageCallback(TrainerCallback):
             logger.warning(f"No image of the matrix {NO_MATPLOTLIB}")
         except Exception as error:  # of a tracker: the run is worth more than its picture
             self._failed = True
-            logger.warning(f"The tracker took no image of the matrix, and is given no other: {error!r}.")
+            logger.warning(
+                f"The tracker did not take the image of the matrix, and is given no more of them: {error!r}."
+            )
 
 
 def _moments(run: SelectionRun) -> range:

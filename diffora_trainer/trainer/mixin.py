@@ -110,8 +110,8 @@ class DiffoRAMixin(_Base):
         if Trainer in before:
             first = next(base.__name__ for base in before[1:] if issubclass(base, Trainer))
             raise TypeError(
-                f"`{cls.__name__}` names {first} before the mixin, so that {first} would train without a search, in "
-                f"silence. Please turn them round: `class {cls.__name__}(DiffoRAMixin, {first})`."
+                f"`{cls.__name__}` names {first} before the mixin, so that {first} would silently train without "
+                f"a search. Please swap them: `class {cls.__name__}(DiffoRAMixin, {first})`."
             )
 
     def __init__(
@@ -254,7 +254,7 @@ class DiffoRAMixin(_Base):
 
         Args:
             model (`nn.Module`): the model as it is trained, under the gates of the search.
-            inputs (`dict`): a held-out batch, prepared as the trainer prepares a training batch. Of a trainer that
+            inputs (`dict`): a held-out batch, prepared as the trainer prepares a training batch. For a trainer that
                 makes its own completions, the batch of a training step just made.
 
         Returns:

@@ -29,7 +29,7 @@ def check_prefix_cache(trainer: Any) -> None:
     if makes_completions(trainer) or own_training_step(trainer) is not None:
         raise ValueError(
             f"You passed `prefix_cache={kind!r}` to {type(trainer).__name__}, which makes the completions that it "
-            "trains on, so that no row comes again. Please leave it out."
+            "trains on, so no row comes again. Please leave it out."
         )
     if trainer.args.world_size > 1:
         raise ValueError(

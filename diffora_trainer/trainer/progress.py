@@ -38,8 +38,8 @@ class TimeLeft:
 
     def predict(self, looks: int, plain: int, selected: int) -> float | None:
         """
-        Seconds of so many steps; `None` while not one was measured. Of what was never seen a step with a look is taken
-        to cost two (it is a forward and a backward pass more), and one with the selected modules what one with all of
+        Seconds of so many steps; `None` while none was measured. Of those never seen, a step with a look is taken to
+        cost two (it is a forward and a backward pass more), and one with the selected modules what one with all of
         them does.
 
         Args:

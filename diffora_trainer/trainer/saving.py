@@ -95,7 +95,7 @@ def complete_adapter(trainer: Any, folder: Path) -> None:
 def save_findings(trainer: Any, folder: Path, new_adapter: bool = True) -> None:
     """
     Save what the search found beside the adapter: the selection, its picture, the report and the card; and the names
-    of the classes of a classifier. What an earlier run has left of these in the folder is removed. Of an adapter that
+    of the classes of a classifier. What an earlier run has left of these in the folder is removed. For an adapter that
     the selection does not describe, since the user has put another model in place of the trained one, only the card is
     written.
 

@@ -128,7 +128,7 @@ class HeldOutSampler(Sampler[int]):
             raise ValueError(
                 f"{type(self.sampler).__name__}, the sampler of the training rows, gave {index!r}, but the training "
                 f"set has {self.size} rows, by numbers from 0 on. Please check what it was built from; if it gives "
-                "something else than row numbers, pass `arch_dataset=` to the trainer, so that no rows are held out."
+                "anything but row numbers, pass `arch_dataset=` to the trainer, so that no rows are held out."
             )
         return row
 

@@ -96,11 +96,9 @@ def test_models_and_files_of_another_kind(base: Path, adapter: Path, tmp_path: P
     ]
     for command in ("sft", "dpo"):
         line = said(capsys, [command, *words, "--model_name_or_path", str(tmp_path / "encoder")])
-        assert "is a BertModel, which is no language model" in line
+        assert "is a BertModel, which is not a language model" in line
     for command in ("sft", "classify"):
-        assert "is an adapter, and not a model" in said(
-            capsys, [command, *words, "--model_name_or_path", str(adapter)]
-        )
+        assert "is an adapter, not a model" in said(capsys, [command, *words, "--model_name_or_path", str(adapter)])
         line = said(capsys, [command, *words, "--model_name_or_path", str(tmp_path / "gone")])
         assert f"but there is no {tmp_path / 'gone'}" in line
     (tmp_path / "rows.txt").write_text("red\n")
@@ -112,7 +110,7 @@ def test_a_model_is_looked_up_where_it_is_loaded_from(base: Path, tmp_path: Path
     shutil.copytree(base, tmp_path / "writer")
     encoder_for(tiny_tokenizer(), layers=2).bert.save_pretrained(tmp_path / "encoder")
     train.check_language_model(str(tmp_path), {"subfolder": "writer", "dtype": "auto"})
-    with pytest.raises(ValueError, match="is a BertModel, which is no language model"):
+    with pytest.raises(ValueError, match="is a BertModel, which is not a language model"):
         train.check_language_model(str(tmp_path), {"subfolder": "encoder", "local_files_only": True})
 
 
@@ -174,7 +172,7 @@ def test_arguments(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture) ->
     file = tmp_path / "run.yaml"
     words = ["sft", "--config", str(file), "--use_cpu", "true", "--output_dir", str(tmp_path / "out")]
     file.write_text("max_steps: [8\nlogging_steps: {")
-    assert "no valid YAML" in (line := said(capsys, words)) and str(file) in line and "line 2" in line
+    assert "is not valid YAML" in (line := said(capsys, words)) and str(file) in line and "line 2" in line
     for text, found in NO_ARGUMENTS.items():
         file.write_text(text)
         line = said(capsys, words)

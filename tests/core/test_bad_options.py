@@ -29,7 +29,7 @@ CONFIG: list[tuple[dict[str, Any], type[Exception], str]] = [
         "`arch_every` with `method='snip'`.*score_batches.*leave it out",
     ),
     ({"method_options": {"arch_evry": 2}}, ValueError, "`arch_evry` with `method='diffora'`.*'arch_every'"),
-    ({"method_options": "{arch_every: 2}"}, ValueError, "`method_options='{arch_every: 2}'`.*no JSON"),
+    ({"method_options": "{arch_every: 2}"}, ValueError, "`method_options='{arch_every: 2}'`.*not valid JSON"),
     ({"method_options": ["arch_every"]}, TypeError, "`method_options` must be a dictionary"),
     ({"extra_sites": 3}, TypeError, "`extra_sites` must be a dictionary"),
     ({"extra_sites": {"shortcuts": {}}, "weight_sharing": "layer"}, ValueError, "extra_sites.*weight_sharing='none'"),

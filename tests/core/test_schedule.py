@@ -106,7 +106,7 @@ def test_what_cannot_happen_in_this_order(moments: tuple[int, int, int]) -> None
         (Moments(0.25, 6, every=1.0), 12, "pruned at step 3.*warm-up lasts until step 6.*larger"),
         (Moments(0.25, 0.05, fade_out=60, every=4.0), 300, "fade_out=60.*step 15.*step 75.*no step is left.*fraction"),
         (Moments(0.25, 0.05, every=1.0), 1, "1 optimizer step.*at least 2.*max_steps"),
-        (Moments(0.25, 0.05, every=1.0), 10**30, "no run is as long"),
+        (Moments(0.25, 0.05, every=1.0), 10**30, "no run is that long"),
     ],
 )
 def test_runs_that_are_too_short(moments: Moments, total: int, message: str) -> None:

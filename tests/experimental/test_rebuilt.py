@@ -117,7 +117,7 @@ def test_what_is_no_new_lora_of_this_model_is_refused(tmp_path: Path) -> None:
     for form in (LoraXS, PRoLoRA):
         with pytest.raises(ValueError, match="needs a new one.*init_lora_weights=True"):
             form().attach(fresh(init_lora_weights="pissa"))
-        with pytest.raises(ValueError, match="no plain LoRA of a linear layer"):
+        with pytest.raises(ValueError, match="not a plain LoRA of a linear layer"):
             form().attach(fresh(use_dora=True))
         trainer = make_trainer(tmp_path, "sft")
         trainer.add_callback(form())
@@ -133,7 +133,10 @@ def test_what_is_no_new_lora_of_this_model_is_refused(tmp_path: Path) -> None:
     for name, parameter in plain.named_parameters():
         if "lora_B" in name:
             parameter.data.normal_()
-    for form, message in ((LoraXS, "no LoRA-XS of this model.*base model of the run"), (PRoLoRA, "no PRoLoRA of 2")):
+    for form, message in (
+        (LoraXS, "not a LoRA-XS of this model.*base model of the run"),
+        (PRoLoRA, "not a PRoLoRA of 2"),
+    ):
         other = fresh()
         form().attach(other)
         with pytest.raises(ValueError, match=message):

@@ -275,7 +275,7 @@ def test_scores_that_are_not_finite_are_refused() -> None:
 
 def test_what_cannot_be_scored_is_refused() -> None:
     model, batches = warm()
-    with pytest.raises(ValueError, match="depends on no weight"):
+    with pytest.raises(ValueError, match="does not depend on any weight"):
         make_search(model, "snip", loss_fn=lambda model, batch: torch.zeros(())).score(batches)
     with pytest.raises(ValueError, match="no batch"):
         make_search(model, "snip").score([])
@@ -296,7 +296,7 @@ def test_what_cannot_be_scored_is_refused() -> None:
     ("function", "error", "message"),
     [
         (lambda model, batches: [1.0], TypeError, "returned list, but a score for each module"),
-        (lambda model, batches: {"a": "b"}, TypeError, "a score that is no number"),
+        (lambda model, batches: {"a": "b"}, TypeError, "a score that is not a number"),
         (lambda model, batches: {"a": 1.0}, ValueError, "no score to 14 of 14.*1 to names"),
     ],
 )

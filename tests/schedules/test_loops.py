@@ -133,7 +133,7 @@ def test_modules_that_share_a_weight_are_not_searched_again() -> None:
     loop.train(CHOICE + 1)
     assert any(loop.run.selection.shared)
     loop.schedule.finish(loop.model)
-    with pytest.raises(ValueError, match="have one weight together, as after a search with `weight_sharing`"):
+    with pytest.raises(ValueError, match="share one weight, as after a search with `weight_sharing`"):
         ArchitectureSearch(loop.model, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss)
 
 

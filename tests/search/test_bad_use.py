@@ -123,7 +123,7 @@ OTHER: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "`format` is not 2, 3 or 4",
     ),
     "no modules": (lambda f: Selection.load(written(f, b'{"format": 1}')), ValueError, "has no 'modules'"),
-    "binary": (lambda f: Selection.load(written(f, b"\x80\x04\xff\x00")), ValueError, "it is no text.*Please pass"),
+    "binary": (lambda f: Selection.load(written(f, b"\x80\x04\xff\x00")), ValueError, "it is not text.*Please pass"),
     "no state": (lambda f: load_state(f), ValueError, f"holds no {STATE_NAME}.*start a new run"),
     "state of other options": (lambda f: load_state(damaged(f, config=3)), ValueError, DAMAGED),
     "state without a selection": (lambda f: load_state(damaged(f, selection=None)), ValueError, DAMAGED),

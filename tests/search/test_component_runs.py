@@ -294,7 +294,7 @@ def test_where_components_cannot_be_chosen_the_reason_is_told() -> None:
     for method_options, message in (
         ({"rank_margin": 0.5}, "`rank_margin=0.5`.*1 or more"),
         ({"rank_growth": 1.0}, "`rank_growth=1.0`.*something has to be left"),
-        ({"rank_growth": 0}, "`rank_growth=0`.*nothing is to be chosen"),
+        ({"rank_growth": 0}, "`rank_growth=0`.*there is nothing to choose"),
         ({"rank_margin": "2"}, "`rank_margin` must be a number"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

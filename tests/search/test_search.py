@@ -240,7 +240,7 @@ def test_errors() -> None:
     model = toy()
     with pytest.raises(ValueError, match="arch_order=2.*`train_batch` and `learning_rate`"):
         ArchitectureSearch(model, make_config(arch_order=2), loss_fn=squared_error).step(batch(1))
-    with pytest.raises(ValueError, match="max_trainable_parameters=3.*not one fits"):
+    with pytest.raises(ValueError, match="max_trainable_parameters=3.*none fits"):
         ArchitectureSearch(model, DiffoRAConfig(max_trainable_parameters=3), loss_fn=squared_error)
     with pytest.raises(TypeError, match="got Toy"):
         ArchitectureSearch(Toy(), loss_fn=squared_error)

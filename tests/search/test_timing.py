@@ -132,7 +132,7 @@ def test_all_limits_hold_together() -> None:
 
 def test_sets_that_no_limit_allows_are_refused() -> None:
     budget = Budget(ROWS, [10] * 6 + [99] * 2, scope="model", cap=50)
-    with pytest.raises(ValueError, match="Not one module"):
+    with pytest.raises(ValueError, match="No module or unit"):
         budget.limit([Ceiling(frozenset([3]), 2)])
 
 

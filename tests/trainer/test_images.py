@@ -136,7 +136,7 @@ def test_a_tracker_that_fails_does_not_stop_the_run(
     trainer = make_trainer(tmp_path, args=tensorboard())
     with caplog.at_level(logging.WARNING, "diffora_trainer"):
         trainer.train()
-    assert len([r for r in caplog.records if "took no image of the matrix" in r.message]) == 1
+    assert len([r for r in caplog.records if "did not take the image of the matrix" in r.message]) == 1
     assert "No space left" in caplog.text and trainer.selection is not None
 
 

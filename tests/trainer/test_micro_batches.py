@@ -235,7 +235,7 @@ def test_how_the_losses_of_parts_add_up_is_found_out() -> None:
     assert weights(mean_of_labels) == pytest.approx([3 / 5, 2 / 5])
     with pytest.raises(ValueError, match="neither the sum nor a mean"):
         weights(lambda b: float(b["rows"].max()))
-    with pytest.raises(ValueError, match="no dictionary of tensors with equally many rows"):
+    with pytest.raises(ValueError, match="not a dictionary of tensors with equally many rows"):
         MicroBatches(2).split({"a": torch.zeros(3), "b": torch.zeros(4)}, lambda b: 0.0)
     with pytest.raises(ValueError, match=r"packed into one.*cu_seq_lens_q.*packing_strategy='wrapped'"):
         packed = {"input_ids": torch.ones(1, 9), "cu_seq_lens_q": torch.tensor([0, 4, 9])}

@@ -47,7 +47,7 @@ def test_a_run_ends_at_the_choice_and_a_stock_one_goes_on(
     with caplog.at_level("INFO", logger="diffora_trainer"):
         trainer.train()
     assert trainer.state.global_step == CUT and trainer.selection is not None and trainer.selection.step == CUT
-    assert "The run ends here" in caplog.text
+    assert "Stopping after the search" in caplog.text
     whole = make_trainer(tmp_path / "whole", task, search=search, peft_config=lora(**of_lora))
     whole.train()  # of which it is the first part
     assert whole.state.global_step == 12 and whole.selection.ranks == trainer.selection.ranks
@@ -142,7 +142,7 @@ def test_what_cannot_be_handed_over(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"DiffoRATrainer has chosen no modules \(yet\)"):
         selected_lora_config(trainer)
     trainer.train()
-    with pytest.raises(ValueError, match="share a pair.*which no `LoraConfig` says"):
+    with pytest.raises(ValueError, match="share a pair.*which no `LoraConfig` can express"):
         selected_lora_config(trainer)
     with pytest.raises(ValueError, match="neither a folder here nor an adapter on the Hub"):
         selected_lora_config(tmp_path / "nothing")

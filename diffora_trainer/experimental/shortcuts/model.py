@@ -139,7 +139,7 @@ def read_shortcut_config(folder: str | Path) -> ShortcutConfig:
 def add_to_adapter(model: Any, folder: str | os.PathLike) -> None:
     """
     Complete what PEFT has just saved of a model: with shortcuts the adapter goes one level down, and where it was
-    stands a configuration that PEFT refuses. Of a model without them, shortcuts of an earlier save are removed.
+    stands a configuration that PEFT refuses. For a model without them, shortcuts of an earlier save are removed.
 
     Args:
         model (`PeftModel`): the model.
