@@ -44,7 +44,7 @@ help:
 	@echo "make test-all     all the tests"
 	@echo "make test-oldest  the core of the tests beside the oldest versions that are supported"
 	@echo "make docs         the documentation, in docs/_build/html"
-	@echo "make style        format the code and mend what can be mended"
+	@echo "make style        format the code and fix what can be fixed"
 	@echo "make quality      check the format, the lint rules and the types"
 	@echo "make dist         the distributions: an sdist and a wheel"
 	@echo "make check-wheel  the command and the demo from the wheel, in a new environment"

@@ -80,7 +80,7 @@ class RecipeArguments(LabelledDataArguments):
     Args:
         metric (`str`, *optional*, defaults to `"accuracy"`):
             A metric for `evaluate.load`: its name on the Hub, or a local metric script. `"accuracy"` also works
-            without the Hub. Of a regression, `diffora_trainer` computes what `diffora classify` does.
+            without the Hub. For a regression, `diffora_trainer` computes what `diffora classify` does.
         no_search (`bool`, *optional*, defaults to `False`):
             Train ordinary LoRA on all modules instead, for comparison.
     """

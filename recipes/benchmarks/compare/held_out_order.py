@@ -15,7 +15,7 @@ class HeldOutOrderTrainer(Trainer):
     """
     A stock trainer that puts off the rows that `DiffoRATrainer` holds out with its defaults, so that both train on the
     same batches. Where the order has a pattern (`train_sampling_strategy="group_by_length"` goes from long to short
-    rows again and again), taking rows out moves all that follows, which is no matter of chance.
+    rows again and again), taking rows out moves all that follows, which is not a matter of chance.
     """
 
     arch_dataset = None

@@ -3,7 +3,7 @@ Pairs of a question and a sentence, as QNLI has them, from local files of SQuAD:
 
     python recipes/benchmarks/compare/qnli_from_squad.py ../shared/data/squad qnli
 
-Reads `train` and `validation` of the first folder, as `.jsonl` or `.jsonl.gz`, and writes both to the second. Of each
+Reads `train` and `validation` of the first folder, as `.jsonl` or `.jsonl.gz`, and writes both to the second. For each
 question there is one pair: in half of them, drawn at random, the sentence is another one of the same paragraph that
 does not contain the answer's text. Where there is no such sentence, the question is left out.
 """

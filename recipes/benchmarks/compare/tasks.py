@@ -115,7 +115,7 @@ class Task:
     def __init__(self, config: TaskConfig) -> None:
         from transformers import AutoTokenizer
 
-        self.config = config = copy(config)  # what is found out below is no part of what was passed
+        self.config = config = copy(config)  # what is found out below is not part of what was passed
         self.path = _model_path(config.model)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         if self.tokenizer.pad_token is None:

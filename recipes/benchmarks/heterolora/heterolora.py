@@ -178,7 +178,7 @@ def high_rank(rank: int, keep: float) -> int:
     The rank at which a part `keep` of the modules has the parameters of all of them at `rank`.
 
     Raises:
-        ValueError: if it is no whole number, so that rows would not be equal.
+        ValueError: if it is not a whole number, so that rows would not be equal.
     """
     high = rank / keep
     if abs(high - round(high)) > 1e-6:

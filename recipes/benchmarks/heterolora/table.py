@@ -52,7 +52,7 @@ def difference(runs: Runs, others: Runs, key: str) -> str:
 
 
 def stays_on(runs: Runs) -> str:
-    """Of the modules that are on, the mean share that the next choice leaves on; empty for a choice made once."""
+    """The mean share of the modules that are on which the next choice leaves on; empty for a choice made once."""
     shares = [1 - change / len(run["chosen"]) for run in runs.values() for change in run.get("changes", ())]
     return f"{statistics.fmean(shares):.2f}" if shares else ""
 
