@@ -166,7 +166,7 @@ class DiffoRAConfig(Derived, OldMoments):
         options, as a dictionary or as JSON. They count in the budget as modules do, and an adapter that keeps one is
         not a plain PEFT adapter. Available: `"shortcuts"`; see [`~diffora_trainer.experimental`].
 
-    > Parameters that control what is said
+    > Parameters that control what is reported
 
     base_model_id (`str`, *optional*):
         Hub id of the base model, for the adapter's configuration and card when it was loaded from a local folder.

@@ -157,7 +157,7 @@ class SiteKind(ABC):
     [`register_site_kind`].
 
     A kind that a plain PEFT adapter cannot hold (`in_adapter = False`) has to save and load itself; an adapter that
-    was trained beside it has to be refused by PEFT, or it would be loaded without it in silence.
+    was trained beside it has to be refused by PEFT, or it would be silently loaded without it.
     """
 
     name: ClassVar[str]

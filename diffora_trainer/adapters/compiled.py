@@ -19,7 +19,7 @@ from ..compat import is_compiled
 def check_not_compiled(model: nn.Module) -> None:
     """
     Raise a `ValueError` if a model or a part of it is compiled. What was traced before hooks were attached or gates
-    set runs on without them, in silence: PyTorch does not look for hooks again.
+    set silently runs on without them: PyTorch does not look for hooks again.
     """
     for name, module in model.named_modules():
         if is_compiled(module):

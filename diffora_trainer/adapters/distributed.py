@@ -21,7 +21,7 @@ def rebuild_ddp(wrapper: Any, handler: Any = None) -> None:
     The training loop holds the wrapper in a local variable, so the wrapper is built anew in its place.
 
     Args:
-        wrapper: the model as it is trained; nothing happens to one that is no `DistributedDataParallel`.
+        wrapper: the model as it is trained; nothing happens to one that is not a `DistributedDataParallel`.
         handler (`accelerate.DistributedDataParallelKwargs`, *optional*): the options that it was built with.
     """
     if not isinstance(wrapper, DistributedDataParallel):

@@ -19,7 +19,7 @@ _REMEDIES = {
 def check_not_fused(model: nn.Module) -> None:
     """
     Raise a `ValueError` if a tool computes the LoRA of a model with kernels of its own. A gate is a hook on `lora_A`,
-    and they never call that: the search would choose by gates that do nothing, in silence.
+    and they never call that: the search would silently choose by gates that do nothing.
     """
     if (found := fused_lora(model)) is None:
         return

@@ -60,7 +60,7 @@ def new_heads(model: nn.Module, task_type: TaskType | str | None, named_by_user:
     Names of the parts of a model that are new with its task, under whatever name: what has weights and stands beside
     the backbone. In a class of transformers they are new if the name of the class says so; in a class of the user's
     own, always but for the output embeddings, and the log names them. What looks like a part that ought to be trained
-    and cannot be is warned of.
+    and cannot be gives a warning.
 
     Args:
         model (`nn.Module`): the base model, without LoRA.

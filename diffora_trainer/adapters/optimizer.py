@@ -198,7 +198,7 @@ def _take(optimizer: Any, group: dict[str, Any], indices: Sequence[int]) -> None
     `param_names`, where an optimizer was given named parameters, and others of a user's. An option that all groups
     have, such as `betas`, is none of these, though it may be a list and as long.
     """
-    options = getattr(optimizer, "defaults", {})  # which one that is no `torch.optim.Optimizer` may lack
+    options = getattr(optimizer, "defaults", {})  # which one that is not a `torch.optim.Optimizer` may lack
     beside = [
         name
         for name, values in group.items()

@@ -131,7 +131,7 @@ def _forget(model: Any, selection: Selection, gone: set[Any], optimizer: Any, sc
 def is_applied(model: Any, selection: Selection) -> bool:
     """
     Whether a model has lost modules or ranks, and has those left that a selection keeps, as one that was loaded from
-    the saved adapter. Modules that share a pair, or are frozen, are not told from others by that.
+    the saved adapter. Modules that share a pair, or are frozen, are not distinguished from others by that.
     """
     changes = selection.ranks != selection.grid.ranks and not (selection.shared or selection.frozen)
     return changes and is_described(model, selection)

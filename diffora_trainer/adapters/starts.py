@@ -132,7 +132,7 @@ def check_plain(sites: Iterable[AdapterSite]) -> None:
     """
     Raise a `ValueError` if an adapter that is configured as plain LoRA is the start of PiSSA or OLoRA that its base
     weight lacks. Saving a start for PEFT's conversion leaves the configuration like that, and pruning would take a
-    part of the base weight away with the adapter. What has been trained on since is no longer told from plain LoRA.
+    part of the base weight away with the adapter. What has been trained on since is like any plain LoRA.
     """
     for site in sites:
         if type(site) is not LoraSite or not isinstance(site.layer, Linear):

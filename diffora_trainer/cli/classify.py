@@ -70,7 +70,7 @@ class Labels:
 
     Args:
         names (`list[str]`): names of the classes, by their numbers; nothing of a regression.
-        numbers (`dict`, *optional*): the number of each class, by what stands in the data; `None` of a regression.
+        numbers (`dict`, *optional*): the number of each class, by what stands in the data; `None` for a regression.
     """
 
     names: list[str]

@@ -54,7 +54,7 @@ def load_peft_config(source: str | os.PathLike) -> PeftConfig:
         ) from error
     except (TypeError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"The configuration of the adapter in {os.fspath(source)} is none of PEFT's: {str(error).rstrip('.')}. "
+            f"The configuration of the adapter in {os.fspath(source)} is not one of PEFT's: {str(error).rstrip('.')}. "
             "Please pass an adapter that PEFT has saved."
         ) from error
 
@@ -236,7 +236,7 @@ def keys_not_loaded(model: Any, folder: str | os.PathLike) -> list[str]:
     """
     Keys in the file of an adapter that the model it was loaded into has no place for, in order.
 
-    `PeftModel.from_pretrained` drops them in silence; `load_adapter`, of an adapter that is there already, returns
+    `PeftModel.from_pretrained` silently drops them; `load_adapter`, of an adapter that is there already, returns
     them, in PEFT 0.18 to 0.21. It is passed `_checkpoint_conversion_mapping` of the model, names of older versions of
     transformers, as there. What lies where each adapter has an entry is a second copy (embeddings that have grown and
     are in `modules_to_save`), or what a version passes over (see `LOADS_VERA_MATRICES`). Goes when PEFT tells of them.

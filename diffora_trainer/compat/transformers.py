@@ -37,7 +37,7 @@ TRAINER_METHODS = (
 )
 """
 Private methods of `Trainer` that the trainers of this package override, in transformers 5.2 to 5.23. A version without
-one of them would never call the override: what it does would be missing in silence (see [`check_trainer_methods`]).
+one of them would never call the override: what it does would be silently missing (see [`check_trainer_methods`]).
 They go as `Trainer` gets public hooks for what is saved, loaded, pushed and sampled.
 """
 

@@ -111,7 +111,7 @@ def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     entry of the matrix for each module alone, and format 6 did not say how many processes the run had.
 
     Raises:
-        ValueError: of a run that is not pruned yet, whose choice was limited by what `max_step_time` meant then.
+        ValueError: for a run that is not pruned yet, whose choice was limited by what `max_step_time` meant then.
     """
     if data["format"] == 6:
         return {**data, "processes": None, "format": 7}

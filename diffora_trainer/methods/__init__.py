@@ -1,4 +1,4 @@
-"""By what the modules are chosen: one file a method. Those of this package are registered here."""
+"""How the modules are chosen: one file a method. Those of this package are registered here."""
 
 from . import adalora as adalora
 from . import aletheia as aletheia

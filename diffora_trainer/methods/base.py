@@ -1,5 +1,5 @@
 """
-By what modules are chosen: what every method has to say and do.
+How modules are chosen: what every method has to say and do.
 
 A method is one class in one file, with the formula, its paper and its options. It declares what others have to know of
 it, so that nobody asks for its name: whether it searches, by gradients of gates on held-out data ([`GradientMethod`]),

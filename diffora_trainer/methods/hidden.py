@@ -18,7 +18,7 @@ from .tokens import layers_that_look_ahead, stacks_of
 
 POSITIONS = ("auto", "first", "last", "mean")
 """Which state stands for a row: that of its first or last token, or the mean of all; `"auto"` takes the first where
-tokens see those behind them, and the last elsewhere."""
+tokens see those after them, and the last elsewhere."""
 
 
 _CONSTANT = 1e-10

@@ -96,7 +96,7 @@ class TokenMasks:
     def of(self, module: nn.Module, states: Tensor) -> Tensor | None:
         """
         Which tokens of states are not padding, `(batch, tokens)`, or `(batch * tokens,)` where the states are so
-        flattened; `None` if all count. If there is padding, but the mask does not fit, that is said once in the log.
+        flattened; `None` if all count. If there is padding, but the mask does not fit, the log says so once.
 
         Args:
             module (`nn.Module`): the module that reads or returns them.
@@ -185,5 +185,5 @@ def _fitted(owner: nn.Module, mask: Tensor, states: Tensor) -> Tensor | None:
 
 
 def _are_tokens(states: Tensor, mask: Tensor) -> bool:
-    """Whether states are not one for each row, as those behind a pooler."""
+    """Whether states are not one for each row, as those after a pooler."""
     return states.shape[1] > 1 if states.ndim > 2 else len(states) != len(mask)

@@ -20,7 +20,7 @@ class GradientOptions:
     Args:
         arch_every (`int`, *optional*):
             During the search an architecture step follows each `arch_every`-th optimizer step, the first one included.
-            Defaults to `4`, in a long search to so many that it makes no more than 32 architecture steps.
+            Defaults to `4`, in a long search to as many as keep it at 32 architecture steps or fewer.
         arch_learning_rate (`float`, *optional*):
             Step size of the matrix. Defaults to the method's own: `2 / (t + 2)` at the `t`-th Frank-Wolfe step of
             `"diffora"`, `0.1` for `"sampled"` and `0.05` for the Adam of `"sigmoid"` and `"softmax"`.

@@ -1,4 +1,4 @@
-"""Whether the state of a token has seen the tokens behind it."""
+"""Whether the state of a token has seen the tokens after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CHANGE, _CHANGE_IN_HALF = 1e-4, 0.03
 
 def layers_that_look_ahead(context: ScoreContext, masks: TokenMasks, names: Sequence[str]) -> set[str]:
     """
-    The layers in which a token sees those behind it, as in encoders, found by trying it: all tokens but the first one
+    The layers in which a token sees those after it, as in encoders, found by trying it: all tokens but the first one
     go into the first layer of each stack with the other sign, and the states of the first token are compared with
     those of a usual pass. No attribute says it of all models.
 

@@ -68,7 +68,7 @@ def _row(batch: Mapping[str, Any], index: int, count: int, span: tuple[int, int]
         value = batch[name]
         if isinstance(value, Tensor) and value.dim():
             part = value[index]
-            # What has a value for each token is told from the rest by its length.
+            # What has a value for each token differs from the rest by its length.
             if stop and isinstance(tokens, Tensor) and value.shape[:2] == tokens.shape:
                 part = part[start:stop]
             content: Any = part.contiguous().flatten().view(torch.uint8).numpy().tobytes()

@@ -74,7 +74,7 @@ class Confidence:
         """
         The agreement of the two halves, in [0, 1]: the correlation of two searches of full length, predicted from that
         of two halves (Spearman, 1910; Brown, 1910), and 0 if nothing was learned (see [`learned`]). `None` if it
-        cannot be told. The halves share weights and neighbouring steps, so searches of other seeds may agree less.
+        is not known. The halves share weights and neighbouring steps, so searches of other seeds may agree less.
         """
         if self.agreement is None:
             return None

@@ -61,7 +61,7 @@ class HeldOutBatches:
         return f"on {len(self.dataset):,} held-out rows"
 
     def check(self) -> Any:
-        """Read the first batch that has labels, so that what is wrong with the data is said before training."""
+        """Read the first batch that has labels, so that what is wrong with the data is reported before training."""
         for number in range(min(_CHECKED_BATCHES, self._epoch)):
             if not without_labels(batch := self.batch(number)):
                 return batch

@@ -204,7 +204,7 @@ def pruned(selection: Selection, losses: tuple[float, float] | None, before_fadi
     """
     What was kept, and what that did to the held-out loss and the time of a step. Where gates have faded out, the loss
     just before the pruning is that of the chosen modules already, so what it is compared with is the loss from before.
-    Without `losses`, just before the pruning and after it, nothing is said of them.
+    Without `losses`, just before the pruning and after it, they are left out.
     """
     lines = [f"Step {selection.step}: {selection.summary()}.\n{selection.table()}"]
     if selection.confidence is not None:

@@ -79,7 +79,7 @@ class RunParts:
 class DueEvents:
     """
     What is to happen after a step. A loop may catch an error, such as one of memory in a held-out batch: what it has
-    kept from happening is still due then, and must not be left out in silence.
+    kept from happening is still due then, and must not be silently left out.
 
     Args:
         events (`list[Event]`, *optional*): what is due and not done.

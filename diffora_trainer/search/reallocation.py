@@ -96,7 +96,7 @@ class Reallocation:
             self.switch(before)
 
     def release(self) -> bool:
-        """Switch all modules on for good; gives whether any was off."""
+        """Switch all modules on for good; returns whether any was off."""
         off = not bool(self.on.all())
         self.switch(torch.ones_like(self.on))
         return off

@@ -71,7 +71,7 @@ def _obstacle(config: Any) -> str:
         return _of_type(config)
     if getattr(config, "alora_invocation_tokens", None):
         return (
-            "is an activated LoRA (`alora_invocation_tokens`), which acts on the tokens behind its invocation alone, "
+            "is an activated LoRA (`alora_invocation_tokens`), which acts on the tokens after its invocation alone, "
             "so no weights hold it."
         )
     if getattr(config, "layer_replication", None):

@@ -59,7 +59,7 @@ def load_state(folder: str | os.PathLike) -> tuple[RunState, dict[str, Tensor]]:
     Read what [`save_state`] wrote, now or in an earlier version.
 
     Raises:
-        ValueError: if the checkpoint has no such state, or it is damaged. The search is never restarted in silence.
+        ValueError: if the checkpoint has no such state, or it is damaged. The search is never silently restarted.
     """
     path, tensor_path = Path(folder) / STATE_NAME, Path(folder) / TENSORS_NAME
     if not path.is_file():

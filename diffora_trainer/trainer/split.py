@@ -61,7 +61,7 @@ class SplitPlan:
 
 class HeldOutSampler(Sampler[int]):
     """
-    The training order with held-out rows moved behind the pruning.
+    The training order with held-out rows moved to after the pruning.
 
     Before the pruning a held-out row is put off to the end of the epoch; if the epoch ends before the pruning, other
     rows of that epoch, drawn at random, stand in for those put off. An epoch has the same length with and without, so

@@ -118,7 +118,7 @@ def test_a_model_is_looked_up_where_it_is_loaded_from(base: Path, tmp_path: Path
 def test_an_adapter_of_another_tool(content: str, adapter: Path, tmp_path: Path, capsys: Any) -> None:
     shutil.copytree(adapter, tmp_path / "run")
     (tmp_path / "run" / "adapter_config.json").write_text(content, errors="surrogateescape")
-    expected = f"The configuration of the adapter in {tmp_path / 'run'} is none of PEFT's: "
+    expected = f"The configuration of the adapter in {tmp_path / 'run'} is not one of PEFT's: "
     for server in ("vllm", "merged"):
         words = ["export", str(tmp_path / "run"), "--for", server, "--output", str(tmp_path / "out")]
         assert expected in said(capsys, words)

@@ -65,7 +65,7 @@ def test_the_snippet_loads_a_head_of_any_size(
     trainer.save_model(str(folder))
     card = (folder / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"### Load it with plain PEFT\n\n```python\n(.*?)```", card, re.DOTALL)
-    note = "is a class of the script" if where == "__main__" else "a module that is in no package"
+    note = "is a class of the script" if where == "__main__" else "a module that is not in a package"
     assert note in snippet
     scope: dict[str, Any] = {name: type(model)} if where == "__main__" else {}
     exec(snippet.replace("<the base model>", str(base)).replace('"out"', repr(str(folder))), scope)

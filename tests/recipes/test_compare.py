@@ -255,7 +255,7 @@ def test_a_method_that_fails_does_not_end_the_others(folder: Path, tmp_path: Pat
         ({"budgets": [0]}, r"in \(0, 1\]"),
         ({"metric": "bleu"}, "`metric` must be one of"),
         ({"text_columns": ["title"]}, r"no column \['title'\]; it has"),
-        ({"budgets": [0.001]}, "Not one module of rank"),
+        ({"budgets": [0.001]}, "No module of rank"),
     ],
 )
 def test_bad_options_are_named(folder: Path, tmp_path: Path, overrides: dict, message: str) -> None:

@@ -55,7 +55,7 @@ def test_a_run_ends_at_the_choice_and_a_stock_one_goes_on(
     assert_same(step_logs(trainer), expected)
     trainer.save_model(str(tmp_path / "out"))
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "went on with" not in card and ("Nothing was trained after that" in card) != trainer.selection.in_ranks
+    assert "continued with" not in card and ("Nothing was trained after that" in card) != trainer.selection.in_ranks
 
     configs = [selected_lora_config(trainer), selected_lora_config(tmp_path / "out")]
     assert (

@@ -5,7 +5,7 @@ That is possible for `residual2` of a post-norm layer: its feed-forward reads wh
 same sum. If the activation `g` has `g(u) - g(-u) = c u` for some `c` other than 0, the shortcut `s * B(A v)` is `2 r`
 more hidden units, with the rows `A` and `-A` of the first matrix, no bias, and the columns `s B / c` and `-s B / c` of
 the second one. ReLU, every GELU, SiLU and hard swish have `c = 1`, a leaky ReLU of slope `a` has `1 + a`. Why nothing
-else can be merged is said in [`~diffora_trainer.experimental.shortcuts`].
+else can be merged is explained in [`~diffora_trainer.experimental.shortcuts`].
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def _check_model(model: nn.Module) -> None:
     base = _base(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(
-            f"You passed a {type(base).__name__}, which is no `PreTrainedModel`: no configuration could say how wide "
-            "its merged feed-forward is. Please keep the `ShortcutModel`."
+            f"You passed a {type(base).__name__}, which is not a `PreTrainedModel`: no configuration could say how "
+            "wide its merged feed-forward is. Please keep the `ShortcutModel`."
         )
     if getattr(base.config, "quantization_config", None) is not None:
         raise ValueError(

@@ -210,7 +210,7 @@ class ShortcutModel(nn.Module):
 
     The folder holds the shortcuts and, of a `PeftModel`, its adapter in `adapter/`, which is plain PEFT. A LoRA file
     cannot hold a shortcut, so in place of an `adapter_config.json` stands one that PEFT refuses, naming this class:
-    an adapter trained beside shortcuts would else be loaded without them in silence. The trainers save in this form
+    an adapter trained beside shortcuts would otherwise be silently loaded without them. The trainers save in this form
     whenever their model has shortcuts.
 
     Args:

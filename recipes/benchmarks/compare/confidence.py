@@ -70,7 +70,7 @@ def describe(found: list[Point]) -> str:
     stated, percentiles = [x for _, x, _ in found], [y for *_, y in found]
     correlation = rank_correlation(list(zip(stated, percentiles, strict=True)))
     if correlation is None:
-        return f"\nRank correlation of confidence and percentile over {len(found)} runs cannot be told.\n"
+        return f"\nRank correlation of confidence and percentile over {len(found)} runs cannot be computed.\n"
     ranks = mean_ranks(stated)
     as_high = by_chance(lambda ys: statistics.correlation(ranks, ys), mean_ranks(percentiles))
     sure = [x > SOME for x in stated]

@@ -75,7 +75,7 @@ class Grid:
                 ranks[name] = self.rank
                 left -= cost
         if not ranks:
-            raise ValueError(f"Not one module of rank {self.rank} fits into {cap:,} parameters; raise the budget.")
+            raise ValueError(f"No module of rank {self.rank} fits into {cap:,} parameters; raise the budget.")
         return ranks
 
     def fill(self, names: Sequence[str], cap: int) -> Ranks:

@@ -215,7 +215,7 @@ def run_all(task_config: TaskConfig, config: HeteroLoRAConfig, small: SmallModel
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "results.jsonl"
     if "num_train_epochs" not in task_config.training or "max_steps" in task_config.training:
-        raise ValueError("`training` must name `num_train_epochs`, and no `max_steps`: choices are made by epochs.")
+        raise ValueError("`training` must name `num_train_epochs`, not `max_steps`: choices are made by epochs.")
     high_rank(task_config.rank, config.keep)
     mark = fingerprint(
         task_config,

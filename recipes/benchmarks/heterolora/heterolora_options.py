@@ -82,7 +82,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or key not in known:
-            raise ValueError(f"{word!r} in {text!r} is no `option=value` of {name!r}; known are {sorted(known)}.")
+            raise ValueError(f"{word!r} in {text!r} is not an `option=value` of {name!r}; known are {sorted(known)}.")
         is_list = any(kind in known[key] for kind in ("list", "tuple", "Sequence"))
         options[key] = value.split(",") if is_list else yaml.safe_load(value)
     return name, options
