@@ -25,7 +25,7 @@ class ConfigParser(TrlParser):
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *others: Any, **options: Any) -> Any:
         """
-        The parent's. What the file holds that is not an argument is always refused.
+        The parent's. What the file holds that is no argument is always refused.
 
         Args:
             args (`Iterable[str]`, *optional*): the words of the command line; by default those of the process.

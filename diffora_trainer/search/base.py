@@ -190,7 +190,7 @@ class SearchBase(GatedModel):
     @property
     def confidence(self) -> Confidence:
         """How sure a choice would be now."""
-        # Of modules, also where single components are chosen: those of one module are not independent evidence.
+        # Of modules, also where single components are chosen: those of one module are no independent evidence.
         halves = SplitHalf(self.of_modules(self.halves.sums, mean=False), self.halves.steps)
         return Confidence(halves.correlation(), len(self.grid), self.effect, self.progress)
 

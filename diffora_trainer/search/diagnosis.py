@@ -98,7 +98,7 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
         )
     if not method.steps:
         return (f"The choice is arbitrary: no architecture step was made, {arbitrary}",)
-    # Other scores are not gradients: all that can be said is which adapters took part in the loss.
+    # Other scores are no gradients: all that can be said is which adapters took part in the loss.
     by_calls = isinstance(method, ScoreMethod) and not method.gradient_score and not method.trains_gates
     if len(missed) == count and not by_calls:
         return (
