@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Names are imported when they are asked for: a search without a Trainer need not wait for transformers' and TRL's.
 _HOMES = {

@@ -24,13 +24,25 @@ if not GITHUB.is_dir():
     pytest.skip("the sdist has no workflows", allow_module_level=True)
 
 
-def test_one_version() -> None:
+def cited_version() -> str:
+    """The last release, or the one that is being made."""
+    return yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"]  # a text, not a number
+
+
+def test_one_version(tmp_path: Path) -> None:
     """The tag of a release must be that of the package, of the citation file and of a section of the changelog."""
+    version, present = cited_version(), diffora_trainer.__version__
+    for name in (NOTES, "diffora_trainer/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    package = tmp_path / "diffora_trainer" / "__init__.py"
 
     def notes(tag: str) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, ROOT / NOTES, tag], capture_output=True, text=True)
+        return subprocess.run([sys.executable, tmp_path / NOTES, tag], capture_output=True, text=True)
 
-    version = diffora_trainer.__version__
+    if present != version:  # between releases
+        assert present.endswith(".dev0") and present > version and notes(f"v{version}").returncode == 1
+        package.write_text(package.read_text().replace(f'"{present}"', f'"{version}"'))
     found = notes(f"v{version}")
     assert found.returncode == 0, found.stderr
     assert "### Added" in found.stdout and not re.search(r"^(## |\[)", found.stdout, re.MULTILINE)
@@ -44,7 +56,7 @@ def test_citation() -> None:
     """The papers are those that the methods name, by their numbers, titles and authors."""
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert cited["cff-version"] == "1.2.0" and cited["title"] == "diffora-trainer" and cited["type"] == "software"
-    assert cited["version"] == diffora_trainer.__version__  # a text, not a number
+    assert cited["version"] == cited_version()
     assert cited["license"] == "Apache-2.0" and cited["message"] and cited["authors"]
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert f"## [{cited['version']}] - {cited['date-released']}\n" in changelog
