@@ -209,6 +209,13 @@ class Budget:
                 most -= int(sizes[unit])
         return kept[self.unit]
 
+    def compared(self, gains: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        By what units are compared, `(k, u)`, from gains of modules, `(k, n)`: the mean gain of each, or under a cap
+        its gain per parameter; and the group in which each competes, `(u,)`.
+        """
+        return torch.stack([self._of_units(row) / self._costs for row in gains]), self._groups
+
     def _of_units(self, values: Tensor, how: str = "sum") -> Tensor:
         """Numbers of modules, `(n,)`, as those of units."""
         found = torch.zeros(int(self.unit.max()) + 1, dtype=torch.float64)

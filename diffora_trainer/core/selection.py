@@ -46,7 +46,7 @@ class Selection:
         step (`int`, *optional*): optimizer step after which the others were pruned.
         confidence (`float`, *optional*): agreement of the two halves of this search on the ranking of the modules, in
             [0, 1], as the rank correlation of two such searches of full length that it predicts: 1 if they rank alike,
-            0 if no better than chance, or if nothing was learned yet when the choice was made. The halves share
+            0 if unrelated, or if nothing was learned yet when the choice was made. The halves share
             weights and steps, so other seeds or data can agree less. `None` where it cannot be told: of a method that
             scores once, say.
         times (`dict[str, float]`, *optional*): seconds of a training step as they were measured and predicted (see

@@ -49,15 +49,14 @@ class RunState:
         kept (`tuple[bool, ...]`, *optional*): what stays, once that is decided.
         losses (`tuple[float, ...]`, *optional*): held-out losses since the last log.
         reached (`tuple[bool, ...]`, *optional*): which gates ever had a gradient; not known of old checkpoints.
-        effect (`tuple[float, float, float]`, *optional*): held-out loss without the modules and with all of them, and
-            the standard error of the difference.
+        effect (`tuple[float, ...]`, *optional*): held-out loss without the modules and with all of them, the standard
+            error of the difference, and the number of batches; old checkpoints have no such number.
         ranks (`tuple[int, ...]`, *optional*): how many components of each adapter take part; nothing where all do.
         halves (`tuple[tuple[float, ...], tuple[float, ...]]`, *optional*): gains of the odd and the even steps of the
             search, summed; nothing before the first one.
         half_steps (`int`, *optional*): how many steps those are.
         early_losses (`tuple[float, ...]`, *optional*): held-out losses after a third of the search.
-        progress (`tuple[float, float, float]`, *optional*): held-out loss there and at the choice, and the standard
-            error of the difference.
+        progress (`tuple[float, ...]`, *optional*): held-out loss there and at the choice, and what `effect` has.
         costs ([`~diffora_trainer.core.costs.StepCosts`], *optional*): what steps cost, where that is limited.
         history (`tuple[Allocation, ...]`, *optional*): what was on before.
         components (`tuple[int, ...]`, *optional*): how many components of each module the matrix has an entry for, of
@@ -84,12 +83,12 @@ class RunState:
     kept: tuple[bool, ...] | None = None
     losses: tuple[float, ...] = ()
     reached: tuple[bool, ...] | None = None
-    effect: tuple[float, float, float] | None = None
+    effect: tuple[float, ...] | None = None
     ranks: tuple[int, ...] = ()
     halves: tuple[tuple[float, ...], ...] = ()
     half_steps: int = 0
     early_losses: tuple[float, ...] = ()
-    progress: tuple[float, float, float] | None = None
+    progress: tuple[float, ...] | None = None
     costs: StepCosts | None = None
     history: tuple[Allocation, ...] = field(default=())
     components: tuple[int, ...] = ()
@@ -312,8 +311,8 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "kept": _maybe(_all(_is(bool))),
     "losses": _all(_number),
     "reached": _maybe(_all(_is(bool))),
-    "effect": _maybe(lambda value: _all(_number)(value) and len(value) == 3),
-    "progress": _maybe(lambda value: _all(_number)(value) and len(value) == 3),
+    "effect": _maybe(lambda value: _all(_number)(value) and len(value) in (3, 4)),
+    "progress": _maybe(lambda value: _all(_number)(value) and len(value) in (3, 4)),
     "early_losses": _all(_number),
     "ranks": _all(_whole),
     "halves": lambda value: (

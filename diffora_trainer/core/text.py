@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 MAX_SHOWN = 80
-CONFIDENCE = "agreement of the two halves of this search: 1 alike, 0 no better than chance"
+CONFIDENCE = "agreement of the two halves of this search: 1 alike, 0 unrelated"
 """What the confidence of a selection is, as the log, the report, the model card and `diffora show` say it."""
 
 

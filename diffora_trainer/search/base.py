@@ -18,7 +18,7 @@ from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from ..methods.ranks import RankMethod
 from ..methods.registry import get_method
-from .confidence import Confidence, SplitHalf, paired
+from .confidence import Comparison, Confidence, SplitHalf, paired
 from .diagnosis import out_of_limits
 from .measured import GatedModel, LossFunction
 from .micro_batches import wanted_micro_batches
@@ -65,9 +65,9 @@ class SearchBase(GatedModel):
             self.gates.give_each_component_one(self.components)
         self.method: SelectionMethod = self.make_method()
         self.reached = torch.zeros(len(self.gates), dtype=torch.bool)
-        self.effect: tuple[float, float, float] | None = None
+        self.effect: Comparison | None = None
         self.early_losses: tuple[float, ...] = ()
-        self.progress: tuple[float, float, float] | None = None
+        self.progress: Comparison | None = None
         self.halves = SplitHalf.empty(len(self.gates))
         self.skipped_steps = 0
         self.pending_losses: list[float] = []
@@ -190,9 +190,11 @@ class SearchBase(GatedModel):
     @property
     def confidence(self) -> Confidence:
         """How sure a choice would be now."""
-        # Of modules, also where single components are chosen: those of one module are no independent evidence.
-        halves = SplitHalf(self.of_modules(self.halves.sums, mean=False), self.halves.steps)
-        return Confidence(halves.correlation(), len(self.grid), self.effect, self.progress)
+        gains, groups = self.method.budget.compared(self.halves.sums)
+        if self.components is not None:  # compared as modules: the components of one are not independent evidence
+            gains = self.components.sum(gains) / torch.tensor(self.components.counts).clamp(min=1)
+            groups = torch.zeros(len(self.grid), dtype=torch.long).scatter_(0, self.components.module, groups)
+        return Confidence(SplitHalf(gains, self.halves.steps).agreement(groups), self.effect, self.progress)
 
     def measure_effect(self, batches: Iterable[Any]) -> float:
         """

@@ -110,11 +110,10 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
     effect = evidence.confidence.effect
     if in_ranks and not evidence.confidence.beyond_chance:
         notes.append(f"{evidence.confidence.doubt() or _TOO_FEW}, {evenly}")
-    elif effect is not None and not effect[1] < effect[0]:
-        without, with_all, _ = effect
+    elif effect is not None and not effect.after < effect.before:
         notes.append(
-            f"The LoRA did not lower the held-out loss before the choice: {without:.4g} without it, "
-            f"{with_all:.4g} with all {count} modules. The run had nothing to learn, or had not begun to learn "
+            f"The LoRA did not lower the held-out loss before the choice: {effect.before:.4g} without it, "
+            f"{effect.after:.4g} with all {count} modules. The run had nothing to learn, or had not begun to learn "
             "what carries over to held-out data, so the gates had little to go by. A later choice "
             "(`discretize_at`) or another learning rate may help."
         )

@@ -24,7 +24,7 @@ def decide_early(run: RunParts, batches: int) -> str | None:
     """
     Move the choice forward to now, if there is evidence for it: the halves of the search agree, and the LoRA has
     lowered the held-out loss, beyond its noise and visibly. Where the budget is spent in ranks, this loss has also
-    fallen since the look before, or no rank would be moved. What it measures leaves no trace.
+    fallen since the first look, or no rank would be moved. What it measures leaves no trace.
 
     Args:
         run ([`RunParts`]): a run whose method searches; its schedule is changed.
@@ -37,17 +37,20 @@ def decide_early(run: RunParts, batches: int) -> str | None:
     if run.step >= latest or not run.held_out.comparable or not is_due(search.halves.steps):
         return None
     agreement = search.confidence.agreement
-    if agreement is None or 2 * agreement < RELIABILITY * (1 + agreement):
+    if agreement is None or 2 * agreement.correlation < RELIABILITY * (1 + agreement.correlation):
         return None
     search.measure_effect(run.held_out.sample(batches))
-    value, effect = search.confidence.value, search.effect
+    confidence, effect = search.confidence, search.effect
     if search.rank_plan is not None and search.progress is None:
         search.measure_early(run.held_out.sample(batches))  # to compare the next look with
         return None
-    if value is None or value < RELIABILITY or effect is None or effect[0] - effect[1] < EFFECT * abs(effect[0]):
+    if confidence.value is None or confidence.value < RELIABILITY or not confidence.beyond_chance:
+        return None
+    if effect is None or effect.before - effect.after < EFFECT * abs(effect.before):
         return None
     run.schedule = run.schedule.decided(run.step)
     return (
-        f"Step {run.step}: the search ranks the modules reliably ({value:.2f}) and the LoRA has lowered the held-out "
-        f"loss from {effect[0]:.4g} to {effect[1]:.4g}, so the choice is made now and not at step {latest}."
+        f"Step {run.step}: the search ranks the modules reliably ({confidence.value:.2f}) and the LoRA has lowered "
+        f"the held-out loss from {effect.before:.4g} to {effect.after:.4g}, so the choice is made now and not at step "
+        f"{latest}."
     )

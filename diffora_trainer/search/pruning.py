@@ -47,7 +47,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     search, held_out = run.search, run.held_out
     before = None
     # Where gates have faded out, all modules were measured right before that.
-    before_fading = None if search.kept is None or search.effect is None else search.effect[1]
+    before_fading = None if search.kept is None or search.effect is None else search.effect.after
     if held_out.comparable and search.kept is None and search.method.searches:  # a score need not rest on it
         search.measure_effect(held_out.sample(gap_batches))  # first: the choice rests on it
     if held_out.comparable and not search.keeps_function:

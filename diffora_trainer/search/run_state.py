@@ -18,7 +18,7 @@ from ..core.agreement import world_size
 from ..core.files import reraise_with_path
 from ..core.state import RunState, check_same, check_same_options
 from ..methods.build import method_of
-from .confidence import SplitHalf
+from .confidence import Comparison, SplitHalf
 from .parts import RunParts
 
 
@@ -125,7 +125,7 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     if state.kept is not None:
         search.discretize(torch.tensor(state.kept))
     search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
-    search.effect, search.progress = state.effect, state.progress
+    search.effect, search.progress = Comparison.restore(state.effect), Comparison.restore(state.progress)
     if state.processes in (None, world_size()):  # the batches of fewer or more hold other rows
         search.early_losses = state.early_losses
     if state.halves:

@@ -61,8 +61,8 @@ class ArchitectureSearch(OldNames, SearchBase):
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by; of a search, the DAM.
         kept (`Tensor` of dtype `torch.bool`, or `None`): what stays, once that is decided: an entry for each gate.
         reached (`Tensor` of dtype `torch.bool`): which gates ever had a gradient, or adapters were called.
-        effect (`tuple[float, float, float]` or `None`): held-out loss without the modules and with all of them, and
-            the standard error of the difference, when the choice was made (see [`measure_effect`]).
+        effect ([`~diffora_trainer.search.confidence.Comparison`] or `None`): held-out loss without the modules and
+            with all of them, when the choice was made (see [`measure_effect`]).
         ranks (`tuple[int, ...]`): how many components of each adapter take part now (see `selection_granularity`).
 
     Raises:
