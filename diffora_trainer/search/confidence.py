@@ -44,16 +44,16 @@ class Comparison(NamedTuple):
     def has_fallen(self) -> bool:
         """
         Whether the second one is lower by more than noise would make it in 95 of 100 cases (Student's t, one-sided).
-        A single batch does not tell how large its noise is.
+        A single batch does not tell its noise, so it only speaks against a fall: the halves of the search decide.
         """
         if self.batches < 2:
-            return False
+            return self.after < self.before
         return self.before - self.after > _STUDENT[min(self.batches - 1, len(_STUDENT)) - 1] * self.error
 
     @property
     def noise(self) -> str:
         """What its noise is, for a message."""
-        return f"standard error {self.error:.2g}" if self.batches > 1 else "on one batch, too few to tell its noise"
+        return f"standard error {self.error:.2g}" if self.batches > 1 else "on a single batch"
 
 
 class Agreement(NamedTuple):

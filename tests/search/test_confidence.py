@@ -113,8 +113,8 @@ def test_noise_of_few_batches_is_no_fall(batches: int) -> None:
     assert not Comparison(1.0 + 0.999 * bound, 1.0, 1.0, batches).has_fallen
 
 
-def test_a_single_batch_does_not_tell_its_noise() -> None:
+def test_a_single_batch_only_speaks_against_a_fall() -> None:
     found = paired(torch.tensor([2.0, torch.nan]), torch.tensor([1.0, 1.0]))
-    assert found == (2.0, 1.0, 0.0, 1) and not found.has_fallen
-    doubt = Confidence(Agreement(0.9, 35), found).doubt()
-    assert "(2 without it, 1 with it, on one batch, too few to tell its noise)" in str(doubt)
+    assert found == (2.0, 1.0, 0.0, 1) and found.has_fallen
+    risen = Confidence(Agreement(0.9, 35), Comparison(1.0, 2.0, 0.0, batches=1))
+    assert risen.value == 0 and "(1 without it, 2 with it, on a single batch)" in str(risen.doubt())
