@@ -99,7 +99,7 @@ def _phases(schedule: Schedule, search: ArchitectureSearch) -> list[tuple[str, s
     """When what happens, as [`~diffora_trainer.search.messages.plan`] says it in the log of a run."""
     end, total, method, config = schedule.prune, schedule.total_steps, search.method, search.config
     latest = " at the latest" if config.decide_early and method.searches else ""
-    if getattr(method.options, "reallocate_every", None) is not None:
+    if method.options.reallocate_every is not None:
         times = f"{len(schedule.updates)} times, every {schedule.updates.step} steps"
         phases = [
             f"all modules train until step {schedule.warmup}",
@@ -138,7 +138,7 @@ def _extra(
     elif not (isinstance(method, ScoreMethod) and method.reads_data):
         lines = [("Extra", f"no scoring passes: {method.name} reads no rows")]
     else:
-        batches = getattr(method.options, "score_batches", 1)
+        batches = method.options.score_batches
         if held_out is not None:  # each row is read once
             batches = min(batches, max(1, held_out // rows))
         least, most = (count * passes for passes in method.num_passes(batches, search.grid, search.adapters.sites))

@@ -20,7 +20,7 @@ from ..core.budget import Budget
 from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from .context import ScoreContext, Site
-from .options import GradientOptions, ScoreOptions
+from .options import GradientOptions, MethodOptions, ScoreOptions
 from .papers import DIFFORA, Paper
 
 
@@ -45,7 +45,7 @@ class SelectionMethod(ABC):
     """What it is, in Markdown, for the model card; by default its name and its paper."""
     informed: ClassVar[bool] = True
     """Whether it looks at the modules at all."""
-    Options: ClassVar[type] = type(None)
+    Options: ClassVar[type[MethodOptions]] = MethodOptions
     """A frozen dataclass of its own options."""
     searches: ClassVar[bool]
     """Whether it learns from architecture steps, and does not score."""
@@ -66,6 +66,8 @@ class SelectionMethod(ABC):
     """Whether it works where FSDP holds each parameter in shards."""
     takes_function: ClassVar[bool] = False
     """Whether the user's own `score_function` does its work."""
+    normalizable: ClassVar[bool] = False
+    """Whether it has a score that grows with the size of a module, so that it can be divided by it."""
     compares_losses: ClassVar[bool] = False
     """Whether it compares values of the loss, so that the loss has to mean something beside its gradient."""
 
@@ -233,7 +235,7 @@ class GradientMethod(SelectionMethod):
 
     paper = DIFFORA
     described = f"an independent implementation of {DIFFORA.link}"
-    Options = GradientOptions
+    Options: ClassVar[type[MethodOptions]] = GradientOptions
     searches = True
     trains_open = False
     default_learning_rate: ClassVar[float | None] = None
@@ -277,10 +279,9 @@ class ScoreMethod(SelectionMethod):
     scores of any range. A new one is a subclass with a [`score`].
     """
 
-    Options: ClassVar[type] = ScoreOptions
+    Options: ClassVar[type[MethodOptions]] = ScoreOptions
     searches = False
-    normalizable: ClassVar[bool] = True
-    """Whether the score grows with the size of a module, so that it can be divided by it."""
+    normalizable = True
     comparable: ClassVar[bool] = False
     """Whether scores of different kinds of site are on one scale. Others are divided by the mean of their kind."""
     gradient_score: ClassVar[bool] = False

@@ -16,13 +16,14 @@ from ..core.ranks import RankBudget
 from ..core.values import check_integer, check_number
 from .context import ScoreContext, Site, bounded, matrices_of
 from .gate_steps import Adam
+from .options import MethodOptions
 from .papers import BEAMLORA
 from .ranks import RankMethod, rows_and_columns
 from .registry import register_method
 
 
 @dataclass(frozen=True)
-class BeamLoraOptions:
+class BeamLoraOptions(MethodOptions):
     """
     Options of `method="beamlora"`.
 

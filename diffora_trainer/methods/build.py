@@ -27,12 +27,12 @@ def method_of(config: DiffoRAConfig) -> tuple[type[SelectionMethod], Any]:
     method = get_method(config.method)
     assert not isinstance(config.method_options, str)
     options = parse_options(method, config.method_options)
-    if getattr(options, "normalize_scores", False) and not getattr(method, "normalizable", False):
+    if options.normalize_scores and not method.normalizable:
         raise ValueError(
             f"You passed `normalize_scores=True` with `method={config.method!r}`, which has no score that grows with "
             "the size of a module. Please leave it out, or use another method."
         )
-    every = getattr(options, "reallocate_every", None)
+    every = options.reallocate_every
     if every is not None and config.weight_sharing != "none":
         raise ValueError(
             f"You passed `reallocate_every={every}` with `weight_sharing={config.weight_sharing!r}`, which would "

@@ -12,8 +12,30 @@ MOST_ARCH_STEPS = 32
 """Of a search that is not told how often. What the defaults rest on made fewer (`docs/defaults.md`)."""
 
 
+class _Defaults:
+    """
+    What is asked of the options of any method, and what holds for one that has no such option. No fields: a user can
+    pass those alone that the method has.
+    """
+
+    arch_order: int = 1
+    fold_gates: bool = True
+    gate_learning_rate: float | None = None
+    normalize_scores: bool = False
+    reallocate_every: float | None = None
+    score_batches: int = 1
+
+
 @dataclass(frozen=True)
-class GradientOptions:
+class MethodOptions(_Defaults):
+    """
+    The options of a method that has none. Those of every other one are a frozen dataclass that derives from it, or
+    from [`GradientOptions`] or [`ScoreOptions`], which do.
+    """
+
+
+@dataclass(frozen=True)
+class GradientOptions(MethodOptions):
     """
     Options of a method that searches, as they stand in `DiffoRAConfig(method_options=...)`.
 
@@ -95,7 +117,7 @@ class GradientOptions:
 
 
 @dataclass(frozen=True)
-class ScoreOptions:
+class ScoreOptions(MethodOptions):
     """
     Options of a method that scores, as they stand in `DiffoRAConfig(method_options=...)`.
 

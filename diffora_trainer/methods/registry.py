@@ -7,7 +7,8 @@ from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
-from .base import SelectionMethod
+from .base import GradientMethod, SelectionMethod
+from .options import GradientOptions, MethodOptions
 
 
 ENTRY_POINTS = "diffora_trainer.methods"
@@ -35,7 +36,8 @@ def register_method(name: str) -> Callable[[_Method], _Method]:
         name (`str`): the name. A method that was registered under it before is replaced.
 
     Raises:
-        TypeError: if what is decorated is not a subclass of [`~diffora_trainer.methods.base.SelectionMethod`].
+        TypeError: if what is decorated is not a subclass of [`~diffora_trainer.methods.base.SelectionMethod`], or its
+            `Options` do not derive from [`~diffora_trainer.methods.options.MethodOptions`].
     """
 
     def register(method: _Method) -> _Method:
@@ -43,6 +45,12 @@ def register_method(name: str) -> Callable[[_Method], _Method]:
             raise TypeError(
                 f"`@register_method({name!r})` decorates {method!r}, which is not a subclass of `SelectionMethod`. "
                 "Please derive a class from `ScoreMethod` or `GradientMethod`."
+            )
+        options = GradientOptions if issubclass(method, GradientMethod) else MethodOptions
+        if not issubclass(method.Options, options):
+            raise TypeError(
+                f"`{method.__name__}.Options` is {method.Options.__name__}, which lacks what every such method is "
+                f"asked for. Please derive it from `{options.__module__}.{options.__name__}`."
             )
         method.name = name
         _METHODS[name] = method

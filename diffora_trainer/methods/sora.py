@@ -14,13 +14,14 @@ from ..core.ranks import RankBudget
 from ..core.values import check_number
 from .context import ScoreContext, Site, bounded
 from .gate_steps import Adam
+from .options import MethodOptions
 from .papers import SORA
 from .ranks import RankMethod
 from .registry import register_method
 
 
 @dataclass(frozen=True)
-class SoraOptions:
+class SoraOptions(MethodOptions):
     """
     Options of `method="sora"`.
 

@@ -12,6 +12,8 @@ from ..core.isolation import isolated_random_state
 from .batches import Batches, without_labels
 
 
+GAP_BATCHES = 8
+"""Held-out batches on which losses are compared."""
 _CHECKED_BATCHES = 8
 
 

@@ -34,7 +34,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     relaxed, scores = search.of_modules(method.values()), search.of_modules(method.scores())
     trained = method.evaluation_gates()
     selected = torch.ones(len(kept), dtype=torch.float32)
-    if trained is not None and getattr(method.options, "fold_gates", True):
+    if trained is not None and method.options.fold_gates:
         selected = trained
     factors = torch.where(torch.tensor(kept), selected, relaxed)
     ties = method.tie_breaker()
@@ -126,7 +126,7 @@ def check_adapters(adapters: AdapterGrid, config: DiffoRAConfig, method: Selecti
             "gate needs twice its rank. Please use plain LoRA (`init_lora_weights=True`), or a method that trains "
             "none, such as 'adalora'."
         )
-    if fixed and method.evaluation_gates() is not None and getattr(method.options, "fold_gates", True):
+    if fixed and method.evaluation_gates() is not None and method.options.fold_gates:
         raise ValueError(
             f"You passed `method={method.name!r}`, which trains the weights under gates and multiplies them in at the "
             f"pruning, but the adapter of {fixed[0]!r} starts as a part of the base weight, and what it does under a "

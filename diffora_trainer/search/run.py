@@ -19,7 +19,7 @@ from ..methods.context import ScoreFunction
 from . import messages
 from .batches import Batches, as_batches, own_copy, without_labels
 from .early import decide_early
-from .held_out import batch_to_measure
+from .held_out import GAP_BATCHES, batch_to_measure
 from .measured import LossFunction
 from .parts import DueEvents, RunParts
 from .pruning import prune_run
@@ -31,9 +31,6 @@ from .trained_gates import TrainedGates, check_rate, rate_of_weights
 
 
 logger = get_logger(__name__)
-
-_GAP_BATCHES = 8
-"""Held-out batches on which losses are compared."""
 
 
 class SelectionRun(RunParts):
@@ -107,9 +104,9 @@ class SelectionRun(RunParts):
             runtime=runtime,
         )
         options, schedule = search.method.options, make_schedule(search.config, total_steps)
-        keep = max(_GAP_BATCHES, getattr(options, "score_batches", 0))
+        keep = max(GAP_BATCHES, options.score_batches)
         held_out = as_batches(held_out_batches, keep, search.config.arch_seed, beside_the_training_loader)
-        anew = getattr(options, "reallocate_every", None) is not None
+        anew = options.reallocate_every is not None
         reallocation = Reallocation(search) if anew else None
         super().__init__(model, optimizer, scheduler, search, schedule, held_out, reallocation)
         self._trained = TrainedGates(search, schedule.prune) if search.method.trains_gates else None
@@ -170,7 +167,7 @@ class SelectionRun(RunParts):
             self.search.draw_gates()
             if self._trained is not None:
                 self._trained.before_step()
-            if getattr(self.search.method.options, "arch_order", 1) == 2:
+            if self.search.method.options.arch_order == 2:
                 self._train_batch = own_copy(batch)
 
     def after_step(self) -> bool:
@@ -271,8 +268,8 @@ class SelectionRun(RunParts):
         updates = self.schedule.updates
         compares = self.held_out.comparable and self.search.rank_plan is not None and not self.search.early_losses
         if self.step == updates[len(updates) // 3] and compares:
-            self.search.measure_early(self.held_out.sample(_GAP_BATCHES))
-        if self.config.decide_early and (line := decide_early(self, _GAP_BATCHES)) is not None:
+            self.search.measure_early(self.held_out.sample(GAP_BATCHES))
+        if self.config.decide_early and (line := decide_early(self, GAP_BATCHES)) is not None:
             self._say(line)
             self._discretize(measured=True) if self.schedule.fades else self._prune()
 
@@ -287,7 +284,7 @@ class SelectionRun(RunParts):
 
     def _discretize(self, measured: bool = False) -> None:
         if self.held_out.comparable and not measured:  # first: where nothing was learned, nothing should be favoured
-            self.search.measure_effect(self.held_out.sample(_GAP_BATCHES))
+            self.search.measure_effect(self.held_out.sample(GAP_BATCHES))
         if self.search.effect is not None:
             self._report = {"diffora/held_out_loss_before_closing": self.search.effect.after}
         self.search.discretize()
@@ -296,7 +293,7 @@ class SelectionRun(RunParts):
 
     def _prune(self) -> None:
         """Decide if that is still to be done, carry it out, and measure what that does."""
-        outcome = prune_run(self, _GAP_BATCHES)
+        outcome = prune_run(self, GAP_BATCHES)
         self.selection, self._train_batch = outcome.selection, None
         self._report.update(outcome.metrics)
         for line in outcome.lines:

@@ -33,7 +33,7 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
     scores, ties = found if isinstance(found, tuple) else (found, torch.zeros_like(found))
     _check_shape(method, scores, ties)
     scores, ties = search.runtime.reduce(torch.stack([scores, ties]))
-    if getattr(method.options, "normalize_scores", False):  # of a method with a score for each module
+    if method.options.normalize_scores:  # of a method with a score for each module
         sizes = torch.tensor(grid.parameters, dtype=torch.float64)
         scores, ties = scores / sizes, ties / sizes
     _check_finite(method, grid, scores + ties)

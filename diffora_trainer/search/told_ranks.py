@@ -33,7 +33,7 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
         return None, None
     assert not isinstance(config.method_options, str)
     options = parse_options(method, config.method_options)
-    reason = uncombinable(config, adapters, reallocate_every=getattr(options, "reallocate_every", None))
+    reason = uncombinable(config, adapters, reallocate_every=options.reallocate_every)
     if reason is not None:
         if config.selection_granularity != "auto":
             refuse(config.selection_granularity, reason)

@@ -27,7 +27,7 @@ def check_rate(search: ArchitectureSearch, optimizer: Any, trained: TrainedGates
     """Raise a `ValueError` before the first step if a later one needs a learning rate that there is not."""
     if trained is not None:
         trained.learning_rate(optimizer)
-    elif getattr(search.method.options, "arch_order", 1) == 2:
+    elif search.method.options.arch_order == 2:
         rate_of_weights(search, optimizer)
 
 
@@ -72,7 +72,7 @@ class TrainedGates:
         Raises:
             ValueError: if there is none.
         """
-        own = getattr(self.search.method.options, "gate_learning_rate", None)
+        own = self.search.method.options.gate_learning_rate
         what = "please give the gates one of their own (`gate_learning_rate` in `method_options`)."
         return own if own is not None else rate_of_weights(self.search, optimizer, what, initial)
 

@@ -89,7 +89,7 @@ def check_trainer(trainer: Any) -> None:
         )
     check_compilation(trainer)
     method, options = method_of(trainer.diffora_config)
-    if getattr(options, "arch_order", 1) == 2 and args.world_size > 1:
+    if options.arch_order == 2 and args.world_size > 1:
         raise ValueError(
             "`arch_order=2` looks ahead along the gradient of one process, so on several they would disagree. Please "
             "set `arch_order=1`."
@@ -131,7 +131,8 @@ def _check_completions(trainer: Any) -> None:
         )
     check_generation(trainer, "makes the completions that it trains on")
     method, options = method_of(config)
-    if uses_vllm(trainer) and (method.searches or options.reallocate_every is not None):
+    closes_gates = method.searches or method.trains_gates or options.reallocate_every is not None
+    if uses_vllm(trainer) and closes_gates:
         logger.warning(
             "`use_vllm=True`: vLLM generates with the LoRA of all modules and without gates. While gates are not open "
             "(with a method whose weights train under gates, in the steps of `fade_out`, or with modules that are off "
@@ -146,7 +147,7 @@ def check_generation(trainer: Any, why: str) -> None:
     method, options = method_of(config)
     refused = {
         "arch_order": (
-            *(getattr(options, "arch_order", 1), 1),
+            *(options.arch_order, 1),
             "looks one training step ahead by differences of losses on held-out and training data",
         ),
         "method": (
@@ -237,7 +238,7 @@ def _check_fsdp(trainer: Any) -> None:
             "modules, and not for what is added between them. Please use plain data parallelism (`accelerate launch "
             "--config_file recipes/accelerate_configs/ddp.yaml`), or leave them out."
         )
-    if (every := getattr(options, "reallocate_every", None)) is not None:
+    if (every := options.reallocate_every) is not None:
         raise ValueError(
             f"You passed `reallocate_every={every}` with FSDP, which gathers and scatters the "
             "parameters of all modules, also of those that are off. Please use plain data parallelism (`accelerate "

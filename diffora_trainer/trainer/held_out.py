@@ -31,7 +31,7 @@ from ..compat import (
 from ..core.isolation import replaced
 from ..logging import get_logger
 from ..methods.build import make_schedule, method_of
-from ..search.held_out import ArchitectureBatches, HeldOutBatches, RolloutBatches
+from ..search.held_out import GAP_BATCHES, ArchitectureBatches, HeldOutBatches, RolloutBatches
 from .datasets import subset
 from .split import HeldOutSampler, HeldOutStream, SplitPlan, split_indices
 
@@ -195,8 +195,8 @@ class HeldOutData:
         """
         trainer, config = self._trainer, self._trainer.diffora_config
         if makes_completions(trainer):
-            method, options = method_of(config)
-            self.rollouts = RolloutBatches(1 if method.searches else options.score_batches)
+            _, options = method_of(config)
+            self.rollouts = RolloutBatches(options.score_batches)
             return self.rollouts
         if trainer.arch_dataset is not None:
             rows = trainer.arch_dataset
@@ -255,9 +255,9 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
             "`arch_dataset=` to the trainer."
         )
     (method, options), updates = method_of(config), len(make_schedule(config, args.max_steps).updates)
-    batches = min(updates, _MAX_STREAM_BATCHES)
-    if not method.searches:
-        batches = max(options.score_batches, min(updates * options.score_batches, _MAX_STREAM_BATCHES))
+    if method.trains_gates:  # in the training steps: only losses are compared on held-out rows
+        updates = GAP_BATCHES
+    batches = max(options.score_batches, min(updates * options.score_batches, _MAX_STREAM_BATCHES))
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
     if training and hasattr(stream, "set_epoch"):
         stream.set_epoch(0)  # as the loop will: a shuffled stream that was read before may be at a later one

@@ -130,7 +130,10 @@ def test_gradient_is_taken_on_the_step_just_made(tmp_path: Path) -> None:
     assert all(column is last[step]["column"] for step, column in trainer.searched)
 
 
-@pytest.mark.parametrize("name", ["snip", "grad_norm", "synflow", "reallocation", "custom", "sigmoid", "cka"])
+METHODS = ("snip", "grad_norm", "synflow", "reallocation", "custom", "sigmoid", "cka", "sora", "beamlora")
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_methods_read_the_latest_completions(name: str, tmp_path: Path) -> None:
     found: list[Any] = []
 
@@ -144,6 +147,8 @@ def test_methods_read_the_latest_completions(name: str, tmp_path: Path) -> None:
         options.update(method="snip", reallocate_every=2, arch_warmup=WARMUP)
     if name == "sigmoid":
         options = {"method": "sigmoid", "discretize_at": CUT, "arch_warmup": WARMUP}
+    if name in ("sora", "beamlora"):  # reads none of them
+        options = {"method": name, "discretize_at": CUT, "method_options": {"gate_learning_rate": 0.1}}
     trainer = rollout_trainer(
         tmp_path,
         diffora_config=make_config(**options),
@@ -151,7 +156,7 @@ def test_methods_read_the_latest_completions(name: str, tmp_path: Path) -> None:
     )
     trainer.train()
     assert trainer.selection.step == CUT
-    assert 0 < len(trainer.selection.selected) < len(trainer.selection.modules)
+    assert 0 < sum(trainer.selection.ranks) < sum(trainer.selection.grid.ranks)  # "beamlora" keeps every module
     assert len(calls(trainer)) == 12
     if name == "custom":  # the last three micro-batches, the newest first
         assert len(found) == 3 and all("advantages" in batch for batch in found)
@@ -252,7 +257,7 @@ def with_vllm(parent: Any) -> Any:
     return Searching
 
 
-@pytest.mark.parametrize(("method", "warned"), [("diffora", True), ("snip", False)])
+@pytest.mark.parametrize(("method", "warned"), [("diffora", True), ("sora", True), ("snip", False)])
 def test_vllm_knows_no_gates(method: str, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     rollout_trainer(tmp_path, cls=with_vllm(GRPOTrainer), diffora_config=DiffoRAConfig(method=method))
     assert ("vLLM generates with the LoRA of all modules and without gates" in caplog.text) == warned

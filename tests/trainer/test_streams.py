@@ -71,6 +71,17 @@ def test_run_on_a_stream_says_what_it_holds_out(
     assert "diffora/gap" in step_logs(trainer)[CUT]
 
 
+@pytest.mark.parametrize("method", ["sora", "beamlora"])
+def test_trained_gates_hold_out_of_a_stream_what_losses_are_compared_on(method: str, tmp_path: Path) -> None:
+    """Their gates learn in the training steps. There are 8 batches of 4 rows."""
+    options = {"gate_learning_rate": 0.1}
+    config = make_config(method=method, method_options=options, arch_split=0.9, selection_ratio=0.5, discretize_at=CUT)
+    trainer = make_trainer(tmp_path, train_dataset=Stream(2000), diffora_config=config)
+    trainer.train()
+    assert len(read_head(trainer, trainer.train_dataset)) == 32
+    assert trainer.selection.step == CUT and "diffora/gap" in step_logs(trainer)[CUT]
+
+
 def test_a_shuffled_stream_that_was_read_before_holds_the_same_rows_out(tmp_path: Path) -> None:
     stream = classification_dataset(64).to_iterable_dataset(2).shuffle(seed=3, buffer_size=16)
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from diffora_trainer import DiffoRAConfig, Selection, SelectionRun, register_met
 from diffora_trainer.adapters import lora as adapters_lora
 from diffora_trainer.adapters.base import load_installed
 from diffora_trainer.hub.card import write_card
-from diffora_trainer.methods.base import ScoreMethod
+from diffora_trainer.methods.base import GradientMethod, ScoreMethod
+from diffora_trainer.methods.options import MethodOptions
 from diffora_trainer.methods.registry import method_names, unregister_method
 from helpers.adapted import lora_layers
 from helpers.checks import assert_continues
+from helpers.data import classification_dataset
 from helpers.marks import mostly_slow
 from helpers.searches import warm
 from helpers.trainers import CUT, SAVES, causal_model, lora, make_trainer, saving_trainer
@@ -291,6 +294,48 @@ def test_a_card_is_written_where_the_method_is_not_installed(installed: None, tm
         assert "fisher" not in method_names()
         text = write_card(tmp_path / "card", trainer.selection, lora(task_type="SEQ_CLS")).read_text()
         assert "Chosen modules" in text and "fisher" in text and "amari98" not in text
+
+
+def test_method_may_have_none_but_its_own_options(tmp_path: Path) -> None:
+    """What others are asked for has a default then, and cannot be passed: it is scored on one batch of a stream."""
+
+    @dataclass(frozen=True)
+    class TiltOptions(MethodOptions):
+        tilt: float = 1.0
+
+    @register_method("tilt")
+    class Tilt(ScoreMethod):
+        """Prefers one end of the model."""
+
+        Options = TiltOptions
+
+        def score(self, context):
+            assert len(context.batches) == 1
+            return self.options.tilt * torch.arange(len(context.sites), dtype=torch.float64)
+
+    search: dict[str, Any] = {"method": "tilt", "method_options": {"tilt": -1.0}}
+    try:
+        stream = classification_dataset(48).to_iterable_dataset()
+        trainer = make_trainer(tmp_path, search=search, train_dataset=stream)
+        trainer.train()
+        assert trainer.selection.config["method_options"] == {"tilt": -1.0}
+        assert list(trainer.selection.scores) == [-i for i in range(len(trainer.selection.modules))]
+        with pytest.raises(ValueError, match=r"`score_batches` with `method='tilt'`.*\['tilt'\]"):
+            make_trainer(tmp_path, search={**search, "method_options": {"score_batches": 2}})
+    finally:
+        unregister_method("tilt")
+
+
+def test_options_of_no_method_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Plain:
+        power: float = 1.0
+
+    for parent, needed in ((ScoreMethod, "MethodOptions"), (GradientMethod, "GradientOptions")):
+        method = type("Fisher", (parent,), {"Options": Plain})
+        with pytest.raises(TypeError, match=rf"`Fisher.Options` is Plain.*derive it from.*\.{needed}`"):
+            register_method("plain")(method)
+    assert "plain" not in method_names()
 
 
 def test_what_is_no_method_is_refused() -> None:
