@@ -68,6 +68,8 @@ class SelectionMethod(ABC):
     """Whether the user's own `score_function` does its work."""
     normalizable: ClassVar[bool] = False
     """Whether it has a score that grows with the size of a module, so that it can be divided by it."""
+    gradient_score: ClassVar[bool] = False
+    """Whether it has a score that is exactly 0 where no gradient has arrived at the module."""
     compares_losses: ClassVar[bool] = False
     """Whether it compares values of the loss, so that the loss has to mean something beside its gradient."""
 
@@ -108,6 +110,11 @@ class SelectionMethod(ABC):
     @abstractmethod
     def scores(self) -> Tensor:
         """What the choice is made by, `(n,)`; higher is better."""
+
+    def entropy(self) -> float:
+        """Mean binary entropy of the relaxed matrix in bits: 1 when nothing is decided, 0 when everything is."""
+        p = self.values().double().clamp(1e-12, 1 - 1e-12)
+        return float(-(p * p.log2() + (1 - p) * (1 - p).log2()).mean())
 
     def tie_breaker(self) -> Tensor | None:
         """What decides between equal scores, `(n,)`, higher is better; `None` leaves it to the order of the grid."""
@@ -267,11 +274,6 @@ class GradientMethod(SelectionMethod):
     def scores(self) -> Tensor:
         return self.values()
 
-    def entropy(self) -> float:
-        """Mean binary entropy of the entries in bits: 1 when nothing is decided, 0 when everything is."""
-        p = self.values().double().clamp(1e-12, 1 - 1e-12)
-        return float(-(p * p.log2() + (1 - p) * (1 - p).log2()).mean())
-
 
 class ScoreMethod(SelectionMethod):
     """
@@ -284,8 +286,6 @@ class ScoreMethod(SelectionMethod):
     normalizable = True
     comparable: ClassVar[bool] = False
     """Whether scores of different kinds of site are on one scale. Others are divided by the mean of their kind."""
-    gradient_score: ClassVar[bool] = False
-    """Whether a score of exactly 0 means that no gradient has arrived at the module."""
     reads_data: ClassVar[bool] = True
     """Whether it runs the model on the scoring batches."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..config import DiffoRAConfig
 from ..core.costs import StepCosts
 from ..core.text import some
-from ..methods.base import ScoreMethod, SelectionMethod
+from ..methods.base import SelectionMethod
 from .confidence import Confidence
 
 
@@ -99,7 +99,7 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
     if not method.steps:
         return (f"The choice is arbitrary: no architecture step was made, {arbitrary}",)
     # Other scores are no gradients: all that can be said is which adapters took part in the loss.
-    by_calls = isinstance(method, ScoreMethod) and not method.gradient_score and not method.trains_gates
+    by_calls = not (method.searches or method.gradient_score or method.trains_gates)
     if len(missed) == count and not by_calls:
         return (
             f"The choice is arbitrary: the loss had a gradient of exactly 0 in all {count} gates, {arbitrary} "

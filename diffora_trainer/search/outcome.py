@@ -16,7 +16,7 @@ from ..config import DiffoRAConfig
 from ..core.costs import StepCost, StepCosts
 from ..core.selection import Selection
 from ..core.text import short_names
-from ..methods.base import GradientMethod, SelectionMethod
+from ..methods.base import SelectionMethod
 from .base import SearchBase
 from .diagnosis import TRAINED_BEFORE, Evidence, doubts
 
@@ -71,7 +71,7 @@ def search_metrics(search: SearchBase) -> dict[str, float]:
     """See [`ArchitectureSearch.metrics`]."""
     method, grid = search.method, search.grid
     report = {}
-    if isinstance(method, GradientMethod):
+    if method.searches:
         values, what = method.values(), "gate"
         report["diffora/entropy"] = method.entropy()
     elif method.steps:

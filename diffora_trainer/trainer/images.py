@@ -12,7 +12,6 @@ from ..compat import image_writers
 from ..core.selection import Selection
 from ..hub.plots import GATES, NO_MATPLOTLIB, Picture, score_scale
 from ..logging import get_logger
-from ..methods.base import GradientMethod
 from ..search.run import SelectionRun
 from .session import TrainerSession
 
@@ -87,7 +86,7 @@ def _moments(run: SelectionRun) -> range:
 def _of_run(run: SelectionRun) -> Picture | None:
     """A run as it stands: its gates, or what the latest of its reallocations has scored and switched on."""
     method, grid, step = run.search.method, run.search.grid, run.step
-    if isinstance(method, GradientMethod):
+    if method.searches:
         title = ("Differential Adaptation Matrix", f"step {step}, {run.phase}")
         return Picture(grid, tuple(method.values().tolist()), "gate (0: closed, 1: open)", title, GATES)
     if run.reallocation is None or not run.reallocation.history:

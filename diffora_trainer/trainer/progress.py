@@ -12,7 +12,6 @@ from transformers.trainer_callback import CallbackHandler
 
 from ..compat import training_bar
 from ..core.schedule import Event, Schedule
-from ..methods.base import GradientMethod
 from .session import TrainerSession
 
 
@@ -99,7 +98,7 @@ class SearchProgressCallback(TrainerCallback):
         phase, run = self._source.phase, self._source.run
         self._measure(state.global_step)
         note = ""
-        if run is not None and run.gates_active and isinstance(run.search.method, GradientMethod):
+        if run is not None and run.gates_active and run.search.method.searches:
             gates = run.search.method.values()
             note = f"entropy {run.search.method.entropy():.2f}"
             note += f", gates {float(gates.min()):.2f}-{float(gates.max()):.2f}"
