@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.ranks import RankBudget
-from ..methods.build import method_of
+from ..methods.build import method_of, scope_of
 from ..methods.registry import get_method
 from .ranks import ComponentPlan, ModulePlan, RankPlan
 
@@ -32,7 +32,7 @@ def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankPl
         return None, None  # a share of the modules was asked for
     reason, budget = _obstacle(config, adapters), None
     if reason is None:
-        budget = make_rank_budget(config, adapters, config.scope)
+        budget = make_rank_budget(config, adapters)
         if granularity != "component" and budget is not None and not budget.fits(budget.start()):
             reason = "the budget has no room for rank 1 in every module"
     if reason is not None:
@@ -55,16 +55,15 @@ def refuse(granularity: str, reason: str) -> NoReturn:
     )
 
 
-def make_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid, scope: str) -> RankBudget | None:
+def make_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
     """
     The limits of a configuration in ranks, or `None` if they have room for all modules.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
         adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
-        scope (`str`): in what modules compete, `"layer"` or `"model"`.
     """
-    grid, by_layer = adapters.grid, scope == "layer"
+    grid, by_layer = adapters.grid, scope_of(config) == "layer"
     rows = sorted(set(grid.row_of)) if by_layer else [0]
     groups = tuple(rows.index(row) if by_layer else 0 for row in grid.row_of)
     totals = [sum(p for p, own in zip(grid.parameters, groups, strict=True) if own == g) for g in range(len(rows))]

@@ -8,7 +8,6 @@ from ..adapters.base import AdapterSite
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.ranks import RankBudget
-from ..methods.build import scope_of
 from ..methods.context import wide
 from ..methods.ranks import rows_and_columns
 from ..methods.registry import get_method, parse_options
@@ -38,7 +37,7 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
         if config.selection_granularity != "auto":
             refuse(config.selection_granularity, reason)
         return None, reason if config.max_trainable_parameters is not None else None
-    budget = make_rank_budget(config, adapters, scope_of(config))
+    budget = make_rank_budget(config, adapters)
     if budget is None:
         return None, None
     if all(cost > budget.limits[group] for cost, group in zip(budget.costs, budget.groups, strict=True)):

@@ -21,6 +21,7 @@ from diffora_trainer.search import rank_rules
 from diffora_trainer.search.search import ArchitectureSearch
 from helpers.adapted import base_weights, logits, randomize
 from helpers.models import llama
+from helpers.searches import gain_relaxation
 from helpers.tiny_model import TinyModel
 
 
@@ -240,3 +241,13 @@ def test_an_adapter_that_was_trained_before_keeps_its_ranks(caplog: pytest.LogCa
     randomize(again[1])
     with pytest.raises(ValueError, match="'rank'`, but the adapter of 'model.layers.0.*' was trained before"):
         train(again, DiffoRAConfig(max_trainable_parameters=4000, **CONFIG))
+
+
+@pytest.mark.parametrize("granularity", ["rank", "component"])
+def test_a_method_that_compares_layers_has_one_budget_for_all_of_them(granularity: str) -> None:
+    _, model, _ = make()
+    options: dict[str, Any] = {"method": "gain", "selection_granularity": granularity, "selection_ratio": 0.5}
+    for compares, groups in ((False, {0, 1}), (True, {0})):
+        with gain_relaxation(trains_open=True, spends_ranks=True, compares_layers=compares):
+            budget = ArchitectureSearch(model, DiffoRAConfig(**options), loss_fn=loss_of).rank_budget
+            assert budget is not None and set(budget.groups) == groups and len(budget.limits) == len(groups)
