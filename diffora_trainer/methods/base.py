@@ -47,6 +47,8 @@ class SelectionMethod(ABC):
     """Whether it looks at the modules at all."""
     Options: ClassVar[type[MethodOptions]] = MethodOptions
     """A frozen dataclass of its own options."""
+    options: Any = None
+    """Those of the run, also in the constructor; the defaults if the method was made without any."""
     searches: ClassVar[bool]
     """Whether it learns from architecture steps, and does not score."""
     trains_open: ClassVar[bool] = True
@@ -78,13 +80,15 @@ class SelectionMethod(ABC):
         self.generator = torch.Generator(device="cpu").manual_seed(seed)
         self.seed = seed
         self.steps = 0
-        self.options: Any = self.Options()
+        if self.options is None:
+            self.options = self.Options()
 
     @classmethod
     def create(cls, budget: Budget, options: Any, seed: int = 0) -> SelectionMethod:
-        """The method with its [`Options`]."""
-        method = cls(budget, seed=seed)
+        """The method with its [`Options`], which its constructor can read."""
+        method = cls.__new__(cls)
         method.options = options
+        cls.__init__(method, budget, seed=seed)
         return method
 
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:  # noqa: B027 (most need nothing of it)
@@ -236,7 +240,7 @@ class GradientMethod(SelectionMethod):
 
     Args:
         budget ([`~diffora_trainer.core.budget.Budget`]): what may be kept in the end.
-        learning_rate (`float`, *optional*): step size; defaults to the method's own.
+        learning_rate (`float`, *optional*): step size; defaults to that of the options, or the method's own.
         seed (`int`, *optional*, defaults to `0`): seed of the gates that are drawn.
     """
 
@@ -249,14 +253,8 @@ class GradientMethod(SelectionMethod):
 
     def __init__(self, budget: Budget, learning_rate: float | None = None, seed: int = 0) -> None:
         super().__init__(budget, seed)
-        self.learning_rate = self.default_learning_rate if learning_rate is None else learning_rate
-
-    @classmethod
-    def create(cls, budget: Budget, options: Any, seed: int = 0) -> SelectionMethod:
-        """The method with its [`Options`], of which the step size is an argument of the constructor."""
-        method = cls(budget, options.arch_learning_rate, seed)
-        method.options = options
-        return method
+        given = self.options.arch_learning_rate if learning_rate is None else learning_rate
+        self.learning_rate = self.default_learning_rate if given is None else given
 
     @abstractmethod
     def step(self, gradient: Tensor) -> None:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..core.budget import Budget
-from .base import GradientMethod
+from .base import GradientMethod, SelectionMethod
 from .registry import get_method, register_method
 
 
@@ -34,12 +34,10 @@ class DifferentialAdaptationMatrix(GradientMethod):
     @classmethod
     def create(  # type: ignore[override]
         cls, relaxation: str | Budget, budget: object, learning_rate: float | None = None, seed: int = 0
-    ) -> GradientMethod:
+    ) -> SelectionMethod:
         """Deprecated: `get_method(name)(budget, learning_rate, seed)`."""
         if isinstance(relaxation, Budget):  # as any method is made
-            method = cls(relaxation, getattr(budget, "arch_learning_rate", None), seed)
-            method.options = budget
-            return method
+            return super().create(relaxation, budget, seed)
         found = get_method("diffora" if relaxation == "budget" else relaxation)
         assert issubclass(found, GradientMethod) and isinstance(budget, Budget)
         return found(budget, learning_rate, seed)

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffora_trainer import DiffoRAConfig
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid, SiteInfo
 from diffora_trainer.methods.base import GradientMethod
+from diffora_trainer.methods.build import make_method
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from diffora_trainer.methods.registry import get_method, method_names
 from diffora_trainer.methods.sampled import Sampled
@@ -188,6 +190,18 @@ def test_a_new_relaxation_is_one_subclass() -> None:
         again.load_state_dict(matrix.state_dict())
         assert again.values().equal(matrix.values()) and again.steps == 40
     assert "gain" not in method_names()
+
+
+@pytest.mark.parametrize("relaxation", [*RELAXATIONS, "gain"])
+def test_the_step_size_is_that_of_the_options(relaxation: str) -> None:
+    config = DiffoRAConfig(method=relaxation, method_options={"arch_learning_rate": 0.25}, arch_seed=0)
+    with gain_relaxation():
+        found, expected = make_method(config, BUDGETS["cap"]), get_method(relaxation)(BUDGETS["cap"], 0.25)
+        own = get_method(relaxation)(BUDGETS["cap"])
+    for matrix in (found, expected, own):
+        for _ in learn(matrix, planted(), steps=3):
+            pass
+    assert found.values().equal(expected.values()) and not found.values().equal(own.values())
 
 
 def test_entropy_and_the_view_as_a_matrix() -> None:

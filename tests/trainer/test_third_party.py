@@ -20,7 +20,8 @@ from diffora_trainer import DiffoRAConfig, Selection, SelectionRun, register_met
 from diffora_trainer.adapters import lora as adapters_lora
 from diffora_trainer.adapters.base import load_installed
 from diffora_trainer.hub.card import write_card
-from diffora_trainer.methods.base import GradientMethod, ScoreMethod
+from diffora_trainer.methods.base import GradientMethod, ScoreMethod, SelectionMethod
+from diffora_trainer.methods.build import method_of
 from diffora_trainer.methods.options import MethodOptions
 from diffora_trainer.methods.registry import method_names, unregister_method
 from helpers.adapted import lora_layers
@@ -297,7 +298,7 @@ def test_a_card_is_written_where_the_method_is_not_installed(installed: None, tm
 
 
 def test_method_may_have_none_but_its_own_options(tmp_path: Path) -> None:
-    """What others are asked for has a default then, and cannot be passed: it is scored on one batch of a stream."""
+    """What others are asked for has a default, and cannot be passed: it is scored on one batch of a stream."""
 
     @dataclass(frozen=True)
     class TiltOptions(MethodOptions):
@@ -309,9 +310,13 @@ def test_method_may_have_none_but_its_own_options(tmp_path: Path) -> None:
 
         Options = TiltOptions
 
+        def __init__(self, budget, seed=0):
+            super().__init__(budget, seed)
+            self.tilt = self.options.tilt
+
         def score(self, context):
             assert len(context.batches) == 1
-            return self.options.tilt * torch.arange(len(context.sites), dtype=torch.float64)
+            return self.tilt * torch.arange(len(context.sites), dtype=torch.float64)
 
     search: dict[str, Any] = {"method": "tilt", "method_options": {"tilt": -1.0}}
     try:
@@ -324,6 +329,19 @@ def test_method_may_have_none_but_its_own_options(tmp_path: Path) -> None:
             make_trainer(tmp_path, search={**search, "method_options": {"score_batches": 2}})
     finally:
         unregister_method("tilt")
+
+
+def test_method_without_options_takes_none() -> None:
+    @register_method("bare")
+    class Bare(SelectionMethod):
+        searches = False
+
+    try:
+        assert method_of(DiffoRAConfig(method="bare")) == (Bare, MethodOptions())
+        with pytest.raises(ValueError, match="`score_batches` with `method='bare'`"):
+            method_of(DiffoRAConfig(method="bare", method_options={"score_batches": 2}))
+    finally:
+        unregister_method("bare")
 
 
 def test_options_of_no_method_are_refused() -> None:
