@@ -21,6 +21,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
+from peft import PeftType
 from torch import Tensor, nn
 
 from .matrices import Adapter
@@ -65,6 +66,8 @@ class AdapterSite(Adapter):
 
     kind: ClassVar[str]
     """Name of its [`SiteKind`]."""
+    peft_type: ClassVar[PeftType | None] = None
+    """The type of the configuration of such an adapter, if it is one of PEFT."""
     foldable: ClassVar[bool] = True
     """Whether a gate can be multiplied into the weights, so that the adapter alone does what it did under it."""
     shareable: ClassVar[bool] = False
@@ -104,6 +107,11 @@ class AdapterSite(Adapter):
         """
         return self.gated.register_forward_hook(scale)
 
+    @property
+    def scales_gated(self) -> bool:
+        """Whether a gate multiplies the output of what is [`gated`], and acts nowhere else (see [`attach`])."""
+        return type(self).attach is AdapterSite.attach
+
     def freeze(self) -> None:
         """Train it no further: from now on it takes part in the model as it is."""
         for parameter in self.parameters:
@@ -115,8 +123,8 @@ class AdapterSite(Adapter):
         How many gates can act on its components, each on one: as many as it has, where each output of what is
         [`gated`] is one of its [`matrices`]' components; 1, if a gate multiplies the adapter as a whole.
         """
-        whole = type(self).attach is not AdapterSite.attach or not isinstance(self.gated, nn.Linear)
-        return 1 if whole or self.matrices is None else self.rank
+        apart = self.scales_gated and isinstance(self.gated, nn.Linear) and self.matrices is not None
+        return self.rank if apart else 1
 
     def fold_components(self, factors: Tensor) -> None:
         """Multiply gates of its components, [`num_components`] of them, into the weights for good."""

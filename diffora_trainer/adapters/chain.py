@@ -75,7 +75,7 @@ class Chain:
                 site.layer.register_load_state_dict_pre_hook(_grow_to_loaded)
 
     def _sites(self) -> list[LoraSite]:
-        return [site for site in find_sites(self.model, self.adapter_name).values() if isinstance(site, LoraSite)]
+        return _lora_sites(self.model, self.adapter_name)
 
     def _growing(self) -> list[LoraSite]:
         """The sites that are trained: but those that a choice has left frozen (`unselected="freeze"`)."""
@@ -174,11 +174,16 @@ def rounds_in_checkpoint(folder: Path, model: Any, ranks: Mapping[str, int]) -> 
 def _chained(folder: Path, model: Any) -> list[tuple[LoraSite, int]]:
     """The sites of a model in which each is one of a chain, and their ranks in a saved adapter; 0 if it has none."""
     adapter_name, file = str(model.active_adapters[0]), folder / ADAPTER_NAME
-    sites = [site for site in find_sites(model, adapter_name).values() if isinstance(site, LoraSite)]
+    sites = _lora_sites(model, adapter_name)
     if not file.is_file() or not all(_rounds_of(site.layer, adapter_name) for site in sites):
         return []
     shapes = tensor_shapes(file)
     return [(site, shapes.get(f"{peft_name(site.name)}.lora_A.weight", (0,))[0]) for site in sites]
+
+
+def _lora_sites(model: Any, adapter_name: str) -> list[LoraSite]:
+    """The sites of a model that PEFT's adapter has: others have no rounds."""
+    return [site for site in find_sites(model, adapter_name).values() if isinstance(site, LoraSite)]
 
 
 def _rounds_of(layer: Any, adapter_name: str) -> Any:

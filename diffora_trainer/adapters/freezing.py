@@ -29,7 +29,7 @@ def check_freezable(sites: Sequence[AdapterSite]) -> None:
 
 
 def _obstacle(site: Any) -> str | None:
-    if getattr(site, "peft_type", None) is not PeftType.LORA:
+    if site.peft_type is not PeftType.LORA:
         return f"the adapter of {site.name!r} is of the kind {type(site).__name__}, and only LoRA is frozen here"
     if site.other_adapters:
         return (

@@ -49,7 +49,7 @@ class Gates:
     """
 
     def __init__(self, sites: Sequence[AdapterSite], compiled: bool = False) -> None:
-        other = [site for site in sites if type(site).attach is not AdapterSite.attach]
+        other = [site for site in sites if not site.scales_gated]
         if compiled and other:
             raise ValueError(
                 f"You asked for `torch_compile`, but the adapter of {other[0].name!r} ({type(other[0]).__name__}) is "

@@ -51,8 +51,7 @@ class LoraSite(AdapterSite):
 
     kind = LORA
     shareable = True
-    peft_type: ClassVar[PeftType] = PeftType.LORA
-    """The type of the configuration of such an adapter."""
+    peft_type = PeftType.LORA
     marks: ClassVar[tuple[str, ...]] = (".lora_",)
     """What the names of all its parameters contain, and no other's: one of these."""
     of_parameter: ClassVar[bool] = False
