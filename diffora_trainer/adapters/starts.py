@@ -113,6 +113,12 @@ class StartedSite(LoraSite):
         return functional.linear(functional.linear(value.to(a.dtype), a), b)
 
     def obstacle(self) -> str | None:
+        if self.adapter_name in self.layer.lora_variant:
+            return (
+                "it starts as a part of the base weight (`init_lora_weights`) and is of a variant such as DoRA, whose "
+                "effect beyond the start is not known exactly. Please use `init_lora_weights=True`, or plain LoRA "
+                "without the variant."
+            )
         if self.layer.diffora_starts[self.adapter_name] is None:
             return (
                 "it starts as a part of the base weight (`init_lora_weights`), which can be given back to a pruned "

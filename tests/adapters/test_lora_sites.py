@@ -224,6 +224,14 @@ def test_a_smaller_rank_keeps_the_scaling_of_rslora(tmp_path: Path) -> None:
         ({"init_lora_weights": "corda"}, "computed from data.*'pissa'"),
         ({"init_lora_weights": "mica"}, "variant MiCALinearVariant.*plain LoRA"),
         ({"use_dora": True, "target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens.*in place.*exclude_modules"),
+        (
+            {"use_dora": True, "init_lora_weights": "pissa"},
+            "starts as a part.*of a variant such as DoRA.*init_lora_weights=True",
+        ),
+        (
+            {"use_dora": True, "init_lora_weights": "olora"},
+            "starts as a part.*of a variant such as DoRA.*init_lora_weights=True",
+        ),
     ],
     ids=lambda value: str(value)[:40],
 )
