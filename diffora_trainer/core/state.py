@@ -18,7 +18,7 @@ from .selection import Selection
 WARMUP, SEARCH, FADE_OUT, SELECTED = "warm-up", "search", "fade-out", "selected"
 """The phases of a run."""
 
-_FORMAT = 7
+_FORMAT = 8
 _MOST_SHOWN = 30
 """Differences that a message names: more than there are options, and fewer than a model may have modules."""
 
@@ -62,6 +62,8 @@ class RunState:
         components (`tuple[int, ...]`, *optional*): how many components of each module the matrix has an entry for, of
             which `kept`, `reached` and `halves` have one too; nothing where it has one for each module.
         processes (`int`, *optional*): how many processes the run had; not known of old checkpoints.
+        batch_rows (`int`, *optional*): rows of a held-out batch on each process; not known of old checkpoints and
+            in a loop of one's own.
 
     Raises:
         ValueError: if this cannot be the state of a run.
@@ -93,6 +95,7 @@ class RunState:
     history: tuple[Allocation, ...] = field(default=())
     components: tuple[int, ...] = ()
     processes: int | None = None
+    batch_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.selection is not None:
@@ -150,7 +153,7 @@ class RunState:
         Raises:
             ValueError: if this is not the state of a run.
         """
-        if data.get("format") in (2, 3, 4, 5, 6):
+        if data.get("format") in (2, 3, 4, 5, 6, 7):
             data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
@@ -323,4 +326,5 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "history": _all(_allocation),
     "components": _all(_whole),
     "processes": _maybe(_whole),
+    "batch_rows": _maybe(_whole),
 }

@@ -19,6 +19,7 @@ from ..core.files import reraise_with_path
 from ..core.state import RunState, check_same, check_same_options
 from ..methods.build import method_of
 from .confidence import Comparison, SplitHalf
+from .held_out import HeldOutBatches
 from .parts import RunParts
 
 
@@ -57,6 +58,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         half_steps=search.halves.steps,
         early_losses=search.early_losses,
         processes=world_size(),
+        batch_rows=_batch_rows(run),
         progress=search.progress,
         costs=search.costs,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
@@ -126,7 +128,8 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
         search.discretize(torch.tensor(state.kept))
     search.skipped_steps, search.pending_losses = state.skipped_steps, list(state.losses)
     search.effect, search.progress = Comparison.restore(state.effect), Comparison.restore(state.progress)
-    if state.processes in (None, world_size()):  # the batches of fewer or more hold other rows
+    if state.processes in (None, world_size()) and state.batch_rows in (None, _batch_rows(run)):
+        # Batches of another size, or on fewer or more processes, hold other rows: their losses are not comparable.
         search.early_losses = state.early_losses
     if state.halves:
         search.halves = SplitHalf(torch.tensor(state.halves, dtype=torch.float64), state.half_steps)
@@ -136,6 +139,10 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
         search.reached |= search.method.steps > 0
     run.held_out.position, run.step = state.held_out_position, state.step
     return False
+
+
+def _batch_rows(run: RunParts) -> int | None:
+    return run.held_out.batch_size if isinstance(run.held_out, HeldOutBatches) else None
 
 
 def _options(run: RunParts) -> dict[str, Any]:

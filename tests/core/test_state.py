@@ -23,7 +23,7 @@ SEARCHING = RunState(
     ranks=(2, 2, 1), halves=((0.5, 0.0, -1.0), (0.25, 0.0, 1.0)), half_steps=3,
     early_losses=(1.0, 2.0), progress=(1.5, 1.0, 0.25), costs=StepCosts(time=StepCost(1.0, (0.5, 0.25), 0.1)),
     history=(Allocation(2, (1.0, 2.0, 3.0), (True, True, False)), Allocation(4, (1.0, 2.0, 4.0), (True, False, True))),
-    processes=2,
+    processes=2, batch_rows=4,
 )  # fmt: skip
 STATES = {
     "warm-up": RunState(1, {}, {}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_rows=10),
@@ -39,7 +39,7 @@ def test_a_state_survives_json(phase: str) -> None:
     assert state.phase == phase
     record = state.to_dict()
     assert RunState.from_dict(json.loads(json.dumps(record, allow_nan=False))) == state
-    assert record["phase"] == phase and record["format"] == 7
+    assert record["phase"] == phase and record["format"] == 8
     if phase == "selected":
         assert "modules" not in record
 
@@ -82,21 +82,28 @@ def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
         replace(SEARCHING, **change)
 
 
-def test_states_of_format_6_are_read() -> None:
-    """They did not say how many processes the run had."""
-    old = {**SEARCHING.to_dict(), "format": 6}
-    del old["processes"]
-    assert RunState.from_dict(json.loads(json.dumps(old))) == replace(SEARCHING, processes=None)
+@pytest.mark.parametrize("phase", STATES)
+def test_states_of_formats_6_and_7_are_read(phase: str) -> None:
+    """They did not say how many rows a held-out batch has, and format 6 not how many processes the run had."""
+    expected = replace(STATES[phase], batch_rows=None)
+    old = {**STATES[phase].to_dict(), "format": 7}
+    old.pop("batch_rows", None)
+    assert RunState.from_dict(json.loads(json.dumps(old))) == expected
+    old.pop("processes", None)
+    old["format"] = 6
+    assert RunState.from_dict(json.loads(json.dumps(old))) == replace(expected, processes=None)
 
 
 def test_states_of_format_4_are_read() -> None:
     """It kept times alone, read no share of the modules beside a cap, and `max_step_time` was another one."""
     capped = {**SEARCHING.config, "max_trainable_parameters": 99, "selection_ratio": 0.5, "max_step_time": None}
     old = {**SEARCHING.to_dict(), "format": 4, "config": capped, "times": None}
-    for name in ("costs", "processes"):
+    for name in ("costs", "processes", "batch_rows"):
         del old[name]
     found = RunState.from_dict(json.loads(json.dumps(old)))
-    assert found == replace(SEARCHING, config={**capped, "selection_ratio": None}, costs=None, processes=None)
+    assert found == replace(
+        SEARCHING, config={**capped, "selection_ratio": None}, costs=None, processes=None, batch_rows=None
+    )
     with pytest.raises(ValueError, match="max_step_time"):
         RunState.from_dict({**old, "config": {**capped, "max_step_time": 0.7}})
     selected = STATES["selected"]
@@ -109,7 +116,7 @@ def test_states_of_format_3_are_read() -> None:
     for name in ("ranks", "halves", "half_steps", "early_losses", "progress", "costs"):
         del old[name]
     nothing = {"ranks": (), "halves": (), "half_steps": 0, "early_losses": (), "progress": None, "costs": None}
-    expected = replace(SEARCHING, **nothing, effect=(1.0, 0.5, 0.0), processes=None)
+    expected = replace(SEARCHING, **nothing, effect=(1.0, 0.5, 0.0), processes=None, batch_rows=None)
     assert RunState.from_dict(json.loads(json.dumps(old))) == expected
     selected = STATES["selected"]
     assert RunState.from_dict({**selected.to_dict(), "format": 3}) == selected
@@ -125,7 +132,7 @@ def test_states_of_format_2_are_read() -> None:
         del record[name]
     record["effect"] = record["effect"][:2]
     state = replace(state, ranks=(), halves=(), half_steps=0, early_losses=(), progress=None, effect=(1.0, 0.5, 0.0))
-    state = replace(state, costs=None, processes=None)
+    state = replace(state, costs=None, processes=None, batch_rows=None)
     old = {**record, "format": 2, "phase": "search"}  # it knew no phase of its own for the fade-out
     assert RunState.from_dict({**old, "shortcuts": True}) == replace(state, extra_kinds=("shortcuts",))
     assert RunState.from_dict({**old, "shortcuts": False}) == state
@@ -134,7 +141,7 @@ def test_states_of_format_2_are_read() -> None:
     assert RunState.from_dict(old) == replace(state, history=(), reached=None, effect=None)
     with pytest.raises(ValueError, match="discretize"):
         RunState.from_dict({name: value for name, value in old.items() if name != "decision"})
-    with pytest.raises(ValueError, match="`format` is not 7"):
+    with pytest.raises(ValueError, match="`format` is not 8"):
         RunState.from_dict({**old, "format": 1})
 
 

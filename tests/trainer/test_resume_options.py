@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from diffora_trainer.methods.base import ScoreMethod
 from diffora_trainer.methods.options import ScoreOptions
 from diffora_trainer.methods.registry import unregister_method
 from helpers.checks import adapter, assert_same, step_logs
+from helpers.data import classification_dataset
 from helpers.depth import trainer_of
 from helpers.marks import mostly_slow
-from helpers.trainers import CUT, MOMENTS, deep_model, lora, saving_trainer
+from helpers.trainers import CUT, MOMENTS, Probe, deep_model, lora, out_of_memory, running, saving_trainer
 
 
 SEARCH = MOMENTS["search"]
@@ -97,6 +99,32 @@ def test_a_schedule_that_other_steps_move_is_refused(tmp_path: Path) -> None:
     make(tmp_path, share).train()
     found = message(make(tmp_path / "again", share, args={"max_steps": 16}), tmp_path / f"checkpoint-{SEARCH}")
     assert "the end of the warm-up differ(s) (saved: 3, now: 4)" in found
+
+
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({}, True),
+        ({"args": {"per_device_train_batch_size": 2}}, False),
+        ({"args": {"per_device_train_batch_size": 2}, "search": {"arch_batch_size": 4}}, True),
+        ({"args": {"auto_find_batch_size": True}, "memory ends": (6,)}, False),
+    ],
+)
+def test_losses_of_other_held_out_rows_are_not_compared_with(
+    changed: dict[str, Any], kept: bool, tmp_path: Path
+) -> None:
+    """Where `arch_batch_size` is not set, a held-out batch has as many rows as a training batch."""
+    options = {"selection_granularity": "rank", **changed.get("search", {})}
+    rows = classification_dataset(100)
+    make(tmp_path, options, train_dataset=rows).train()
+    checkpoint = tmp_path / f"checkpoint-{SEARCH}"
+    saved = json.loads((checkpoint / "diffora_state.json").read_text())["early_losses"]
+    resumed = make(tmp_path / "again", options, train_dataset=rows, args=changed.get("args", {}))
+    out_of_memory(resumed, *changed.get("memory ends", ()))
+    resumed.add_callback(Probe(lambda **kwargs: running(resumed).state().early_losses, SEARCH + 1))
+    probe = resumed.callback_handler.callbacks[-1]
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert len(saved) == 2 and list(probe.found[SEARCH + 1]) == (saved if kept else [])
 
 
 def test_options_that_touch_no_search_may_change(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_times_of_an_earlier_meaning_are_not_resumed(tmp_path) -> None:
     folder = tmp_path / f"checkpoint-{CUT - 2}"
     path = folder / "diffora_state.json"
     state = json.loads(path.read_text())
-    assert state["format"] == 7
+    assert state["format"] == 8
     path.write_text(json.dumps({**state, "format": 4, "times": state["costs"]["time"]}))
     resumed = make_trainer(tmp_path, "sft", model=deep_model, search=LAX, args=arguments)
     with pytest.raises(ValueError, match="max_step_time.*start it anew"):
