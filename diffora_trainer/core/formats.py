@@ -109,13 +109,13 @@ def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     always which gates a gradient had reached; format 3 no ranks, no halves of a search and no error of its effect. In
     format 4 `max_step_time` was a part of another time, and `selection_ratio` not read beside a cap. Format 5 had an
     entry of the matrix for each module alone, format 6 did not say how many processes the run had, and
-    format 7 not how many rows a held-out batch.
+    format 7 not how many rows a held-out batch, nor what a pruned run has held out.
 
     Raises:
         ValueError: for a run that is not pruned yet, whose choice was limited by what `max_step_time` meant then.
     """
     if data["format"] == 7:
-        return {**data, "batch_rows": None, "format": 8}
+        return {**data, "batch_rows": None, "given_back": None, "format": 8}
     if data["format"] == 6:
         return upgrade_state({**data, "processes": None, "format": 7})
     if data["format"] == 5:

@@ -39,6 +39,8 @@ class RunState:
             before, so that it has held no rows out.
         selection ([`~diffora_trainer.core.selection.Selection`], *optional*): what was chosen, once the others are
             pruned.
+        given_back (`tuple[int, int]`, *optional*): how many training rows a pruned run of a trainer has held out, and
+            the step at whose end they went back to training; not known of old checkpoints.
         modules (`tuple[str, ...]`, *optional*): names of the modules that are searched.
         warmup (`int`, *optional*): the last step of the warm-up.
         discretize (`int`, *optional*): the step of the decision.
@@ -75,6 +77,7 @@ class RunState:
     extra_kinds: tuple[str, ...] = ()
     began_pruned: bool = False
     selection: Selection | None = None
+    given_back: tuple[int, int] | None = None
     modules: tuple[str, ...] = ()
     warmup: int = 0
     discretize: int = 0
@@ -296,7 +299,7 @@ def _costs(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == set(names) and all(_maybe(_cost)(value[name]) for name in names)
 
 
-_ALWAYS: Sequence[str] = ("step", "config", "base_model", "extra_kinds", "began_pruned", "selection")
+_ALWAYS: Sequence[str] = ("step", "config", "base_model", "extra_kinds", "began_pruned", "selection", "given_back")
 _CHECKS: dict[str, Callable[[Any], bool]] = {
     "step": _whole,
     "config": _is(dict),
@@ -304,6 +307,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "extra_kinds": _all(_is(str)),
     "began_pruned": _is(bool),
     "selection": _maybe(_is(str)),
+    "given_back": _maybe(lambda value: _all(_whole)(value) and len(value) == 2),
     "modules": _all(_is(str)),
     "warmup": _whole,
     "discretize": _whole,

@@ -63,36 +63,43 @@ class HeldOutData:
         self.rollouts: RolloutBatches | None = None
         self.removes_columns = False
         self._trainer = trainer
+        self._count = self._prune_step = 0
         self._rows: Any = None
         self._samples = False
 
-    def train_dataloader(self, parent: Callable[[], DataLoader], hold_out: bool, again: bool = False) -> DataLoader:
+    def train_dataloader(
+        self, parent: Callable[[], DataLoader], count: int | None = None, again: bool = False
+    ) -> DataLoader:
         """
         The data loader of the training rows; until the pruning it leaves the held-out ones out.
 
         Args:
             parent (`Callable[[], DataLoader]`): the parent trainer's `get_train_dataloader`.
-            hold_out (`bool`): whether the run has still to be pruned, or to come to the end of the epoch of its
-            pruning.
+            count (`int`, *optional*): how many rows a run that is resumed after its pruning has held out, whatever the
+                trainer has now; 0 if none. By default it is as in a run that begins now.
             again (`bool`, *optional*, defaults to `False`): whether another one is in use in the present loop, whose
                 plan holds for this one too.
         """
         trainer, config = self._trainer, self._trainer.diffora_config
         self._samples = self.removes_columns = False
-        if not hold_out or trainer.arch_dataset is not None or makes_completions(trainer):
-            self.split = None
+        if count is None and (trainer.arch_dataset is not None or makes_completions(trainer)):
+            count = 0
+        if count == 0:
+            self.split, self._count = None, 0
             return parent()
         stock = trainer.train_dataset
         if has_length(stock):
             if self.split is None or not again:
                 rows = split_indices(len(stock), config.arch_split, config.arch_seed)
                 self.split = SplitPlan(rows, config.arch_seed)
+            self._count = len(self.split.held_out)
             with replaced(trainer, "_get_train_sampler", self._of_sampler(trainer._get_train_sampler)):
                 loader = parent()
             return loader if self._samples else self._without_held_out(parent)
         if self.split is None or not again:
             self.split = SplitPlan((), config.arch_seed)
-        self._rows = read_head(trainer, stock)
+        self._rows = read_head(trainer, stock, count)
+        self._count = len(self._rows)
         with replaced(trainer, "train_dataset", HeldOutStream(stock, self._rows, self.split)):
             return parent()
 
@@ -160,6 +167,11 @@ class HeldOutData:
             )
         return HeldOutSampler(sampler, self.split, len(self._trainer.train_dataset))
 
+    @property
+    def given_back(self) -> tuple[int, int]:
+        """How many training rows are held out of the present run, and the step at whose end they go back."""
+        return self._count, self._prune_step
+
     def set_prune_step(self, step: int, given_back: bool) -> None:
         """
         Set the moment at which the held-out rows go back to training, once the length of the run is known.
@@ -168,6 +180,7 @@ class HeldOutData:
             step (`int`): optimizer step at whose end that is.
             given_back (`bool`): whether it is over.
         """
+        self._prune_step = step
         if self.split is not None:
             self.split.set_prune_step(step, *steps_of_epoch(self._trainer))
             self.split.given_back = given_back
@@ -237,11 +250,16 @@ class HeldOutData:
             self.split.given_back = True
 
 
-def read_head(trainer: Any, stream: Any) -> list[Any]:
+def read_head(trainer: Any, stream: Any, count: int | None = None) -> list[Any]:
     """
     The first rows of a stream: as many as the search will read, up to a limit, of the training stream never more than
     `arch_split` of it or of what the run reads of it, but one at least; to know how long a short stream is, it is read
     on without keeping the rows.
+
+    Args:
+        trainer (`Trainer`): the trainer.
+        stream (`Iterable`): its training stream, or its `arch_dataset`.
+        count (`int`, *optional*): how many rows, where the run that is resumed has said so.
 
     Raises:
         ValueError: if the stream is read by several workers, has no rows, or only one that should be held out.
@@ -254,14 +272,17 @@ def read_head(trainer: Any, stream: Any) -> list[Any]:
             "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
             "`arch_dataset=` to the trainer."
         )
+    if training and hasattr(stream, "set_epoch"):
+        stream.set_epoch(0)  # as the loop will: a shuffled stream that was read before may be at a later one
+    source = iter(stream)
+    if count is not None:
+        return list(islice(source, count))
     (method, options), updates = method_of(config), len(make_schedule(config, args.max_steps).updates)
     if method.trains_gates:  # in the training steps: only losses are compared on held-out rows
         updates = GAP_BATCHES
     batches = max(options.score_batches, min(updates * options.score_batches, _MAX_STREAM_BATCHES))
     rows_a_batch = (config.arch_batch_size or args.per_device_train_batch_size) * args.world_size
-    if training and hasattr(stream, "set_epoch"):
-        stream.set_epoch(0)  # as the loop will: a shuffled stream that was read before may be at a later one
-    needed, source = batches * rows_a_batch, iter(stream)
+    needed = batches * rows_a_batch
     if training:
         rows_a_step = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
         needed = max(1, min(needed, _part(config.arch_split, args.max_steps * rows_a_step)))

@@ -143,9 +143,8 @@ class DiffoRAMixin(_Base):
         self._public_copies = PublicCopies(self)
         self._output_card = saving.OutputCard(self)
         self._prefix_cache = TrainingPrefix(self)
-        self._session = TrainerSession(
-            self.diffora_config, Hooks(self._make_run, self._set_prune_step, self._held_out.begin_epoch)
-        )
+        hooks = Hooks(self._make_run, self._set_prune_step, self._held_out)
+        self._session = TrainerSession(self.diffora_config, hooks)
 
     def _prepare_search(self, given: Any = None, formatting_func: Any = None) -> None:
         """
@@ -192,9 +191,9 @@ class DiffoRAMixin(_Base):
         if self._callback is None:  # searching since its constructor ran (`integrations.callback`)
             self._prepare_search()
         check_can_train(self)
-        self._session.forget_checkpoint()
         self._loop_began = False
         checkpoint = saving.checkpoint_to_resume(self, resume_from_checkpoint)
+        self._session.expect(checkpoint)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
@@ -281,7 +280,7 @@ class DiffoRAMixin(_Base):
         """The parent's data loader; until the pruning it leaves the held-out rows out."""
         parent, session = partial(super().get_train_dataloader, *args, **kwargs), self._session
         with self._prefix_cache.keyed():
-            return self._held_out.train_dataloader(parent, session.holds_out(self.model), again=session.in_loop)
+            return self._held_out.train_dataloader(parent, session.held_out_rows(self.model), again=session.in_loop)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self._held_out.train_sampler(super()._get_train_sampler(train_dataset))

@@ -25,6 +25,7 @@ from ..methods.build import make_schedule
 from ..search.run import SelectionRun
 from ..search.search import ArchitectureSearch
 from .checkpoint import TENSORS_NAME, load_state, save_state
+from .held_out import HeldOutData
 from .resume import check_model
 
 
@@ -39,13 +40,13 @@ class Hooks:
     Args:
         make_run (`Callable`): makes the run of a model, its optimizer and its scheduler, of so many steps.
         resume_split (`Callable[[int], None]`): tells the training data of a run that is resumed after the pruning at
-            which step that was: until the end of that epoch the order of the rows depends on it.
-        begin_epoch (`Callable[[int], None]`): tells the training data at which step an epoch begins.
+            which step its rows went back: until the end of that epoch the order of the rows depends on it.
+        held_out ([`~diffora_trainer.trainer.held_out.HeldOutData`]): the held-out part of the training data.
     """
 
     make_run: Callable[[nn.Module, Any, Any, int], SelectionRun]
     resume_split: Callable[[int], None]
-    begin_epoch: Callable[[int], None]
+    held_out: HeldOutData
 
 
 class TrainerSession:
@@ -71,6 +72,7 @@ class TrainerSession:
         self._hooks = hooks
         self._report: dict[str, float] = {}
         self._resumed: tuple[str, RunState, dict[str, Tensor]] | None = None
+        self._given_back: tuple[int, int] | None = None  # of the run that is resumed after its pruning, if known
         # Weak, so that a trial of a hyperparameter search does not keep the model of the one before in memory.
         self._pruned_model: weakref.ref[nn.Module] | None = None
         self._began_pruned = self._switched_on = False
@@ -126,11 +128,7 @@ class TrainerSession:
         self._suspend(model)
         if self.is_pruned(model):  # resumed after the pruning, or trained again
             if self.resumed_after_prune and self.selection is not None:
-                step = self.selection.step or 0
-                # Whenever the choice is made, the held-out rows go back at the latest moment of it.
-                self._hooks.resume_split(
-                    make_schedule(self.config, state.max_steps).prune if self.config.decide_early else step
-                )
+                self._hooks.resume_split(self._step_of_giving_back(self.selection, state.max_steps))
             # No rows are held out of a training that begins after the pruning, and a checkpoint of it has to say so.
             self._began_pruned, self.resumed_after_prune = not self.resumed_after_prune, False
             return False
@@ -150,7 +148,7 @@ class TrainerSession:
         resumed (`skips_rows`) may be read from its middle on, which is where the Trainer takes the step to be.
         """
         if step > self._first_step or not skips_rows:
-            self._hooks.begin_epoch(step)
+            self._hooks.held_out.begin_epoch(step)
 
     def before_step(self, batch: Any) -> None:
         """Before a forward pass of a training batch."""
@@ -177,11 +175,18 @@ class TrainerSession:
             self.run.finish()
         return self._take_over()
 
-    def holds_out(self, model: nn.Module) -> bool:
-        """Whether a data loader of the training rows has to leave some out, or to give them back."""
+    def held_out_rows(self, model: nn.Module) -> int | None:
+        """
+        How many rows a data loader of the training rows has to leave out, or to give back: those of the run that is
+        resumed, 0 if none, and `None` if that is as in a run that begins now.
+        """
         if self.in_loop:  # ms-swift makes another one in a loop that resumes
-            return not self._began_pruned
-        return not self.is_pruned(model) or self.resumed_after_prune
+            alone = self._began_pruned
+        else:
+            alone = self.is_pruned(model) and not self.resumed_after_prune
+        if alone:
+            return 0
+        return None if self._given_back is None else self._given_back[0]
 
     def leave_loop(self) -> None:
         """Forget the training loop before, which may have failed."""
@@ -234,6 +239,13 @@ class TrainerSession:
             "from its start."
         )
 
+    def _step_of_giving_back(self, selection: Selection, max_steps: int) -> int:
+        """The step at whose end the rows of a run that is resumed after its pruning went back to training."""
+        if self._given_back is not None:
+            return self._given_back[1]
+        # Not known of an old checkpoint. Whenever the choice is made, they go back at the latest moment of it.
+        return make_schedule(self.config, max_steps).prune if self.config.decide_early else selection.step or 0
+
     def _suspend(self, model: nn.Module) -> None:
         """From here on a backward pass goes no deeper than the lowest module that is trained."""
         self._forget_suspensions()
@@ -254,7 +266,8 @@ class TrainerSession:
             return
         kinds = tuple(kind.name for kind in extra_kinds() if kind.installed(model))
         common = (step, self.config.to_dict(), describe_base(model), kinds, self._began_pruned)
-        save_state(folder, RunState(*common, selection=self.selection), {})
+        given_back = self._hooks.held_out.given_back
+        save_state(folder, RunState(*common, selection=self.selection, given_back=given_back), {})
 
     def load(self, folder: str, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         """
@@ -275,9 +288,10 @@ class TrainerSession:
                     "pruned. Please build a new trainer to resume from it."
                 )
             check_model(folder, state, model, selection.modules, selection.present)
-            # The order of the rows depends on them until the end of the epoch of the pruning.
-            split = {f"`{name}`": (state.config.get(name), getattr(self.config, name)) for name in _SPLIT_OPTIONS}
-            check_same(folder, split)
+            if state.given_back is None or state.given_back[0]:
+                # Which rows were held out: the order of all depends on that until the end of the epoch of the pruning.
+                split = {f"`{name}`": (state.config.get(name), getattr(self.config, name)) for name in _SPLIT_OPTIONS}
+                check_same(folder, split)
             # ms-swift resumes with the model of the checkpoint, which has what is left alone.
             if not self.is_pruned(model):
                 restore_selection(model, selection, optimizer, scheduler)
@@ -292,6 +306,10 @@ class TrainerSession:
         check_model(folder, state, model, state.modules, state.modules)
         self._resumed = (folder, state, tensors)
 
-    def forget_checkpoint(self) -> None:
-        """Drop what a resumption that failed half-way has left, so that the next training starts anew."""
+    def expect(self, folder: str | None) -> None:
+        """
+        Before a training: drop what a resumption that failed half-way has left, and read what the data loader depends
+        on from the checkpoint that is resumed from. With FSDP the loader is made before the checkpoint is loaded.
+        """
         self._resumed, self.resumed_after_prune = None, False
+        self._given_back = None if folder is None else load_state(folder)[0].given_back

@@ -29,7 +29,9 @@ STATES = {
     "warm-up": RunState(1, {}, {}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_rows=10),
     "search": SEARCHING,
     "fade-out": replace(SEARCHING, step=6, kept=(True, False, True)),
-    "selected": RunState(9, {"method": "snip"}, {"size": 3}, ("shortcuts",), True, selection=make_selection()),
+    "selected": RunState(
+        9, {"method": "snip"}, {"size": 3}, ("shortcuts",), selection=make_selection(), given_back=(4, 6)
+    ),
 }
 
 
@@ -84,13 +86,14 @@ def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("phase", STATES)
 def test_states_of_formats_6_and_7_are_read(phase: str) -> None:
-    """They did not say how many rows a held-out batch has, and format 6 not how many processes the run had."""
-    expected = replace(STATES[phase], batch_rows=None)
+    """They did not say how many rows a held-out batch has, nor what was held out once the others are pruned."""
+    expected = replace(STATES[phase], batch_rows=None, given_back=None)
     old = {**STATES[phase].to_dict(), "format": 7}
+    del old["given_back"]
     old.pop("batch_rows", None)
     assert RunState.from_dict(json.loads(json.dumps(old))) == expected
+    old["format"] = 6  # which did not say how many processes the run had
     old.pop("processes", None)
-    old["format"] = 6
     assert RunState.from_dict(json.loads(json.dumps(old))) == replace(expected, processes=None)
 
 
@@ -107,7 +110,7 @@ def test_states_of_format_4_are_read() -> None:
     with pytest.raises(ValueError, match="max_step_time"):
         RunState.from_dict({**old, "config": {**capped, "max_step_time": 0.7}})
     selected = STATES["selected"]
-    assert RunState.from_dict({**selected.to_dict(), "format": 4}) == selected
+    assert RunState.from_dict({**selected.to_dict(), "format": 4}) == replace(selected, given_back=None)
 
 
 def test_states_of_format_3_are_read() -> None:
@@ -119,7 +122,7 @@ def test_states_of_format_3_are_read() -> None:
     expected = replace(SEARCHING, **nothing, effect=(1.0, 0.5, 0.0), processes=None, batch_rows=None)
     assert RunState.from_dict(json.loads(json.dumps(old))) == expected
     selected = STATES["selected"]
-    assert RunState.from_dict({**selected.to_dict(), "format": 3}) == selected
+    assert RunState.from_dict({**selected.to_dict(), "format": 3}) == replace(selected, given_back=None)
 
 
 def test_states_of_format_2_are_read() -> None:

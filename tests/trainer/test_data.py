@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
@@ -137,6 +138,66 @@ def test_held_out_rows_are_kept_from_the_weights_until_the_cut(name: str, tmp_pa
     # Nothing of it changes the number of steps, or of rows in a step.
     assert {s: len(rows) for s, rows in found.trained.items()} == {s: len(rows) for s, rows in stock.trained.items()}
     assert found.state.max_steps == stock.state.max_steps and found.state.epoch == stock.state.epoch
+
+
+# What the run had, and what is passed when it is resumed after its pruning.
+ARCH: dict[str, Any] = {"arch_dataset": rows_of(8)}
+EARLY: dict[str, Any] = {"decide_early": True, "discretize_at": 9}
+CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing": ({}, {}),
+    "no arch_dataset any more": (ARCH, {"search": {"arch_seed": 5}}),
+    "no arch_dataset any more, a stream": ({**ARCH, "stream": True}, {"stream": True}),
+    "an arch_dataset": ({}, ARCH),
+    "an arch_dataset, a stream": ({"stream": True}, {**ARCH, "stream": True}),
+    "fewer held-out rows of a stream": ({"stream": True}, {"stream": True, "search": {"arch_batch_size": 1}}),
+    "a later moment": ({"search": EARLY}, {"search": {**EARLY, "discretize_at": 10}}),
+    "no early choice": ({"search": EARLY}, {"search": {"discretize_at": 9}}),
+    "more steps": (
+        {"search": {**EARLY, "discretize_at": 0.75, "arch_warmup": 0.25}},
+        {"search": {**EARLY, "discretize_at": 0.75, "arch_warmup": 0.25}, "args": {"max_steps": 24}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_rows_go_back_as_in_the_run_that_is_resumed_after_its_pruning(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the end of the epoch, whatever the trainer is given now: no row comes twice, and none is left out."""
+
+    def decide(run: Any, batches: int) -> str | None:
+        if run.step != 5:
+            return None
+        run.schedule = run.schedule.decided(run.step)
+        return "decided"
+
+    def make(folder: Path, stream: bool = False, resume: str | None = None, **kwargs: Any) -> Recorder:
+        search = {"discretize_at": 6, **kwargs.pop("search", {})}
+        args = {"save_strategy": "steps", "save_steps": 6, **kwargs.pop("args", {})}
+        rows = rows_of(ROWS).to_iterable_dataset() if stream else rows_of(ROWS)
+        return run(folder, train_dataset=rows, search=search, args=args, resume=resume, **kwargs)
+
+    monkeypatch.setattr("diffora_trainer.search.run.decide_early", decide)
+    had, passed = CHANGES[name]
+    whole = make(tmp_path, **had)
+    assert whole.selection.step == (5 if "decide_early" in had.get("search", {}) else 6)
+    assert sorted(whole.rows(1, 10)) == list(range(ROWS))
+    resumed = make(tmp_path / "again", resume=f"{tmp_path}/checkpoint-6", **passed)
+    assert resumed.rows(7, 10) == whole.rows(7, 10)
+
+
+def test_rows_go_back_as_an_old_checkpoint_lets_know(tmp_path: Path) -> None:
+    """One that does not say which rows were held out: then that is as the options say now."""
+    args = {"save_strategy": "steps", "save_steps": 7}
+    whole = run(tmp_path, search={"discretize_at": 6}, args=args)
+    file = tmp_path / "checkpoint-7" / "diffora_state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("given_back") == [4, 6]
+    file.write_text(json.dumps({**state, "format": 7}))
+    resumed = run(tmp_path / "again", search={"discretize_at": 6}, args=args, resume=str(file.parent))
+    assert resumed.rows(8, 12) == whole.rows(8, 12)
+    with pytest.raises(ValueError, match="`arch_seed` differ"):
+        run(tmp_path / "other", search={"discretize_at": 6, "arch_seed": 5}, args=args, resume=str(file.parent))
 
 
 class StopEpochs(TrainerCallback):

@@ -27,7 +27,7 @@ class HeldOutOrderTrainer(Trainer):
         self.add_callback(_SetPruneStep(self))
 
     def get_train_dataloader(self) -> Any:
-        return self.held_out.train_dataloader(super().get_train_dataloader, hold_out=True)
+        return self.held_out.train_dataloader(super().get_train_dataloader)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return self.held_out.train_sampler(super()._get_train_sampler(train_dataset))
