@@ -108,14 +108,14 @@ def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     The state of a run as formats 2 to 7 had it, in the form of format 8. Format 2 knew one other kind of site, and not
     always which gates a gradient had reached; format 3 no ranks, no halves of a search and no error of its effect. In
     format 4 `max_step_time` was a part of another time, and `selection_ratio` not read beside a cap. Format 5 had an
-    entry of the matrix for each module alone, format 6 did not say how many processes the run had, and
-    format 7 not how many rows a held-out batch, nor what a pruned run has held out.
+    entry of the matrix for each module alone, format 6 did not say how many processes the run had, and format 7 not
+    how many rows a held-out batch has, what a pruned run has held out, and what `reallocate_every` is in steps.
 
     Raises:
         ValueError: for a run that is not pruned yet, whose choice was limited by what `max_step_time` meant then.
     """
     if data["format"] == 7:
-        return {**data, "batch_rows": None, "given_back": None, "format": 8}
+        return {**data, "batch_rows": None, "given_back": None, "reallocate_every": None, "format": 8}
     if data["format"] == 6:
         return upgrade_state({**data, "processes": None, "format": 7})
     if data["format"] == 5:

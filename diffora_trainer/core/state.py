@@ -66,6 +66,8 @@ class RunState:
         processes (`int`, *optional*): how many processes the run had; not known of old checkpoints.
         batch_rows (`int`, *optional*): rows of a held-out batch on each process; not known of old checkpoints and
             in a loop of one's own.
+        reallocate_every (`int`, *optional*): steps between two choices of the modules that are on, where a method
+            makes them; not known of old checkpoints.
 
     Raises:
         ValueError: if this cannot be the state of a run.
@@ -99,6 +101,7 @@ class RunState:
     components: tuple[int, ...] = ()
     processes: int | None = None
     batch_rows: int | None = None
+    reallocate_every: int | None = None
 
     def __post_init__(self) -> None:
         if self.selection is not None:
@@ -181,15 +184,21 @@ class RunState:
         return state
 
     def check_schedule(self, schedule: Schedule) -> dict[str, tuple[Any, Any]]:
-        """What has to be equal in a run that is resumed: saved and present, by what it is."""
-        return {
+        """
+        What has to be equal in a run that is resumed: saved and present, by what it is. Architecture steps may come
+        at another interval: the matrix goes on from what was learned.
+        """
+        found = {
             "the end of the warm-up": (self.warmup, schedule.warmup),
             "the step of the pruning": (self.prune, schedule.prune),
             "the step of the choice": (self.discretize, schedule.discretize),
         }
+        if self.reallocate_every is not None:
+            found["the steps between two choices (`reallocate_every`)"] = self.reallocate_every, schedule.updates.step
+        return found
 
 
-def check_same(source: str, values: dict[str, tuple[Any, Any]]) -> None:
+def check_same(source: str, values: dict[str, tuple[Any, Any]], hint: str = "") -> None:
     """
     Raise a `ValueError` if something in a checkpoint differs from the run that is resumed with it.
 
@@ -197,12 +206,13 @@ def check_same(source: str, values: dict[str, tuple[Any, Any]]) -> None:
         source (`str`): the checkpoint.
         values (`dict[str, tuple]`): what is saved and what is present, by what it is. Of two dictionaries the message
             names the entries that differ.
+        hint (`str`, *optional*): what else the message says, at its end.
     """
     for what, (saved, present) in values.items():
         if saved != present:
             raise ValueError(
                 f"The checkpoint {source!r} does not fit this run: {what} differ(s) ({_differences(saved, present)}). "
-                "Please resume with the model, data and options that the run was started with."
+                f"Please resume with the model, data and options that the run was started with{hint}."
             )
 
 
@@ -331,4 +341,5 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "components": _all(_whole),
     "processes": _maybe(_whole),
     "batch_rows": _maybe(_whole),
+    "reallocate_every": _maybe(_whole),
 }

@@ -26,6 +26,8 @@ from .parts import RunParts
 _NOT_OF_THE_SEARCH = ("base_model_id", "log_gates_by_kind", "prefix_cache", "prefix_cache_gib", "search_only")
 """Options that change nothing of a search: what is published and logged, and what comes after the choice."""
 
+_OF_FRACTIONS = " (moments that are fractions depend on `max_steps` and `num_train_epochs`, and on the batch size)"
+
 
 def state_of(run: RunParts, began_pruned: bool) -> RunState:
     """See [`SelectionRun.state`]."""
@@ -59,6 +61,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         early_losses=search.early_losses,
         processes=world_size(),
         batch_rows=_batch_rows(run),
+        reallocate_every=None if run.reallocation is None else schedule.updates.step,
         progress=search.progress,
         costs=search.costs,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
@@ -97,10 +100,10 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     costs = () if state.costs is None else (state.costs.time, state.costs.memory)
     depths = {len(search.grid.rows), *(len(cost.depth) for cost in costs if cost is not None)}
     check_same_options(source, comparable_options(state.config), comparable_options(run.config.to_dict()))
+    check_same(source, state.check_schedule(run.schedule), _OF_FRACTIONS)
     check_same(
         source,
         {
-            **state.check_schedule(run.schedule),
             "the number of held-out rows": (state.held_out_rows, len(run.held_out.dataset)),
             "the order of the modules": (state.modules, search.grid.names),
             "whether the budget is spent in ranks": (bool(state.ranks), search.rank_plan is not None),

@@ -23,7 +23,7 @@ SEARCHING = RunState(
     ranks=(2, 2, 1), halves=((0.5, 0.0, -1.0), (0.25, 0.0, 1.0)), half_steps=3,
     early_losses=(1.0, 2.0), progress=(1.5, 1.0, 0.25), costs=StepCosts(time=StepCost(1.0, (0.5, 0.25), 0.1)),
     history=(Allocation(2, (1.0, 2.0, 3.0), (True, True, False)), Allocation(4, (1.0, 2.0, 4.0), (True, False, True))),
-    processes=2, batch_rows=4,
+    processes=2, batch_rows=4, reallocate_every=2,
 )  # fmt: skip
 STATES = {
     "warm-up": RunState(1, {}, {}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_rows=10),
@@ -86,11 +86,12 @@ def test_what_cannot_be_together(change: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("phase", STATES)
 def test_states_of_formats_6_and_7_are_read(phase: str) -> None:
-    """They did not say how many rows a held-out batch has, nor what was held out once the others are pruned."""
-    expected = replace(STATES[phase], batch_rows=None, given_back=None)
+    """They did not say how many rows a batch has, when modules are chosen anew, nor what a pruned run held out."""
+    expected = replace(STATES[phase], batch_rows=None, given_back=None, reallocate_every=None)
     old = {**STATES[phase].to_dict(), "format": 7}
     del old["given_back"]
-    old.pop("batch_rows", None)
+    for name in ("batch_rows", "reallocate_every"):
+        old.pop(name, None)
     assert RunState.from_dict(json.loads(json.dumps(old))) == expected
     old["format"] = 6  # which did not say how many processes the run had
     old.pop("processes", None)
@@ -101,12 +102,11 @@ def test_states_of_format_4_are_read() -> None:
     """It kept times alone, read no share of the modules beside a cap, and `max_step_time` was another one."""
     capped = {**SEARCHING.config, "max_trainable_parameters": 99, "selection_ratio": 0.5, "max_step_time": None}
     old = {**SEARCHING.to_dict(), "format": 4, "config": capped, "times": None}
-    for name in ("costs", "processes", "batch_rows"):
+    for name in ("costs", "processes", "batch_rows", "reallocate_every"):
         del old[name]
     found = RunState.from_dict(json.loads(json.dumps(old)))
-    assert found == replace(
-        SEARCHING, config={**capped, "selection_ratio": None}, costs=None, processes=None, batch_rows=None
-    )
+    unknown = replace(SEARCHING, costs=None, processes=None, batch_rows=None, reallocate_every=None)
+    assert found == replace(unknown, config={**capped, "selection_ratio": None})
     with pytest.raises(ValueError, match="max_step_time"):
         RunState.from_dict({**old, "config": {**capped, "max_step_time": 0.7}})
     selected = STATES["selected"]
@@ -119,7 +119,9 @@ def test_states_of_format_3_are_read() -> None:
     for name in ("ranks", "halves", "half_steps", "early_losses", "progress", "costs"):
         del old[name]
     nothing = {"ranks": (), "halves": (), "half_steps": 0, "early_losses": (), "progress": None, "costs": None}
-    expected = replace(SEARCHING, **nothing, effect=(1.0, 0.5, 0.0), processes=None, batch_rows=None)
+    expected = replace(
+        SEARCHING, **nothing, effect=(1.0, 0.5, 0.0), processes=None, batch_rows=None, reallocate_every=None
+    )
     assert RunState.from_dict(json.loads(json.dumps(old))) == expected
     selected = STATES["selected"]
     assert RunState.from_dict({**selected.to_dict(), "format": 3}) == replace(selected, given_back=None)
@@ -135,7 +137,7 @@ def test_states_of_format_2_are_read() -> None:
         del record[name]
     record["effect"] = record["effect"][:2]
     state = replace(state, ranks=(), halves=(), half_steps=0, early_losses=(), progress=None, effect=(1.0, 0.5, 0.0))
-    state = replace(state, costs=None, processes=None, batch_rows=None)
+    state = replace(state, costs=None, processes=None, batch_rows=None, reallocate_every=None)
     old = {**record, "format": 2, "phase": "search"}  # it knew no phase of its own for the fade-out
     assert RunState.from_dict({**old, "shortcuts": True}) == replace(state, extra_kinds=("shortcuts",))
     assert RunState.from_dict({**old, "shortcuts": False}) == state
@@ -163,8 +165,10 @@ def test_selections_of_format_1_are_read() -> None:
 
 
 def test_what_differs_is_said() -> None:
-    schedule = Schedule(12, 2, range(3, 7), 6, 8)
+    schedule = Schedule(12, 2, range(2, 6, 2), 6, 8)
     check_same("there", SEARCHING.check_schedule(schedule))
+    architecture_steps = replace(SEARCHING, reallocate_every=None)  # of an older version there were more of them
+    check_same("there", architecture_steps.check_schedule(Schedule(12, 2, range(3, 7), 6, 8)))
     later = Schedule(12, 3, range(4, 7), 6, 9)
     with pytest.raises(ValueError, match="'there' does not fit.*end of the warm-up.*saved: 2, now: 3.*Please"):
         check_same("there", SEARCHING.check_schedule(later))

@@ -94,11 +94,20 @@ def test_the_options_of_another_method_are_not_told_one_by_one(tmp_path: Path) -
     assert re.findall("`([^`]+)` saved", found) == ["method"]
 
 
-def test_a_schedule_that_other_steps_move_is_refused(tmp_path: Path) -> None:
-    share = {"discretize_at": 0.75, "arch_warmup": 0.25}
+@pytest.mark.parametrize(
+    ("share", "moved"),
+    [
+        ({"discretize_at": 0.75, "arch_warmup": 0.25}, "the end of the warm-up differ(s) (saved: 3, now: 4)"),
+        (
+            {"method": "snip", "method_options": {"reallocate_every": 0.25}},
+            "the steps between two choices (`reallocate_every`) differ(s) (saved: 3, now: 4)",
+        ),
+    ],
+)
+def test_a_schedule_that_other_steps_move_is_refused(share: dict[str, Any], moved: str, tmp_path: Path) -> None:
     make(tmp_path, share).train()
     found = message(make(tmp_path / "again", share, args={"max_steps": 16}), tmp_path / f"checkpoint-{SEARCH}")
-    assert "the end of the warm-up differ(s) (saved: 3, now: 4)" in found
+    assert moved in found and "fractions depend on `max_steps`" in found
 
 
 @pytest.mark.parametrize(
