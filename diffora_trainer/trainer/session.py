@@ -19,8 +19,10 @@ from ..adapters.grid import describe_base
 from ..adapters.lora import peft_model
 from ..adapters.pruning import is_described, restore_selection
 from ..config import DiffoRAConfig
+from ..core.agreement import is_main_process
 from ..core.selection import Selection
 from ..core.state import SELECTED, WARMUP, RunState, check_same
+from ..logging import get_logger
 from ..methods.build import make_schedule
 from ..search.run import SelectionRun
 from ..search.search import ArchitectureSearch
@@ -29,7 +31,14 @@ from .held_out import HeldOutData
 from .resume import check_model
 
 
+logger = get_logger(__name__)
+
 _SPLIT_OPTIONS = ("arch_split", "arch_seed")
+_BEGUN_ANEW = (
+    "The training data has no rows beyond those of {step} steps, which are skipped, so training goes on at the start "
+    "of the data. The Trainer cannot tell how far a stream was read in a later epoch: unless the checkpoint is from "
+    "the end of one, rows of that epoch come again. Only a data set with a length can be resumed exactly there."
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class TrainerSession:
         self._pruned_model: weakref.ref[nn.Module] | None = None
         self._began_pruned = self._switched_on = False
         self._suspensions: list[RemovableHandle] = []
-        self._first_step = 0
+        self._first_step = self._epochs = 0
 
     @property
     def splitting_search(self) -> ArchitectureSearch | None:
@@ -123,7 +132,7 @@ class TrainerSession:
 
     def begin(self, model: nn.Module, optimizer: Any, scheduler: Any, state: TrainerState) -> bool:
         """Make the run of a training loop and begin it; tells whether modules were pruned before the first step."""
-        self._first_step, self._report = state.global_step, {}
+        self._first_step, self._epochs, self._report = state.global_step, 0, {}
         self.in_loop = True
         self._suspend(model)
         if self.is_pruned(model):  # resumed after the pruning, or trained again
@@ -147,6 +156,9 @@ class TrainerSession:
         Before the rows of an epoch are read, at an optimizer step of this number. The first epoch of a run that is
         resumed (`skips_rows`) may be read from its middle on, which is where the Trainer takes the step to be.
         """
+        self._epochs += 1
+        if self._epochs == 2 and step == self._first_step > 0 and is_main_process():
+            logger.warning(_BEGUN_ANEW.format(step=step))
         if step > self._first_step or not skips_rows:
             self._hooks.held_out.begin_epoch(step)
 

@@ -163,6 +163,23 @@ def test_stream_resumes(task: str, tmp_path: Path) -> None:
         assert_continues(resumed, whole, step)
 
 
+def test_a_stream_that_is_resumed_beyond_its_first_epoch_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The Trainer cannot know how far it was in it: it skips as many batches as there were steps, and finds none."""
+
+    def warned(checkpoint: str | None = None) -> bool:
+        stream = task_rows("cls", 24).to_iterable_dataset()  # six steps, or five without the held-out rows
+        caplog.clear()
+        with caplog.at_level("WARNING", "diffora_trainer"):
+            saving_trainer(tmp_path, "cls", train_dataset=stream).train(resume_from_checkpoint=checkpoint)
+        return "training goes on at the start of the data" in caplog.text
+
+    assert not warned()
+    checkpoints = {step: str(tmp_path / f"checkpoint-{step}") for step in SAVES}
+    assert [warned(checkpoints[step]) for step in (MOMENTS["warm-up"], MOMENTS["selected"])] == [False, True]
+
+
 def test_rotated_checkpoints_resume(whole_runs, tmp_path: Path) -> None:
     """With `save_total_limit` alone, whatever is left at any moment continues the run."""
     whole = whole_runs("classifier")
