@@ -18,6 +18,8 @@ NO_LORA_FA = (
     "Please train the whole LoRA with another optimizer, or use the parent trainer."
 )
 
+_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+
 
 def check_optimizer(optimizer: Any) -> None:
     """Raise a `ValueError` if parameters cannot leave an optimizer in the middle of a run."""
@@ -117,6 +119,36 @@ def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = No
     optimizer = innermost(optimizer)
     optimizer.state.pop(old, None)
     _exchange(optimizer, old, new)
+
+
+def start_moments(weight: nn.Parameter, dim: int, new: Sequence[int], trained: Sequence[int], optimizer: Any) -> None:
+    """
+    Let entries of a weight that were behind a mask begin with steps of the usual size: in the state of Adam and its
+    relatives they get the mean second moment of those that were trained.
+
+    Behind a mask the second moment stays 0 while the steps of the weight are counted, and it is by this count alone
+    that Adam makes up for a start at 0. So the first steps would be several learning rates long: up to 6 of them where
+    ranks are chosen at step 2,000.
+
+    Entries whose second moment is not 0 stay as they are, and so does a state of another form (see [`narrow_weight`]).
+
+    Args:
+        weight (`nn.Parameter`): the weight.
+        dim (`int`): the dimension.
+        new (`Sequence[int]`): the indices of what begins.
+        trained (`Sequence[int]`): the indices of what was trained before.
+        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
+    """
+    state = innermost(optimizer).state.get(weight) or {}
+    for name in _SECOND_MOMENTS:
+        value = state.get(name)
+        if not isinstance(value, Tensor) or not _is_entry_by_entry(value, weight) or not value.is_floating_point():
+            continue
+        entries = value.movedim(dim, 0)  # of the same memory
+        mean = entries[list(trained)].float().mean(dim=0).to(value.dtype)
+        for index in new:
+            if not entries[index].any():
+                entries[index] = mean
 
 
 def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], what: str, initial: bool = False) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from ..adapters.optimizer import start_moments
 from ..adapters.pruning import apply_selection
 from ..core.costs import StepCosts
 from ..core.selection import Selection
@@ -60,6 +61,8 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         selection = search.finish(run.step)
     else:
         selection = run.reallocation.finish(run.step)
+    if search.kept is None:
+        open_components(run)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
     search.runtime.after_prune()
     after = None if before is None else search.held_out_loss(held_out.sample(gap_batches))
@@ -76,3 +79,22 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     metrics.update(messages.prune_metrics(selection, losses))
     lines = messages.pruned(selection, losses, before_fading)
     return Pruning(selection, metrics, [*lines, messages.SEARCH_ENDS] if run.config.search_only else lines)
+
+
+def open_components(run: RunParts) -> None:
+    """
+    Where ranks are chosen, let the optimizer begin with the components that take part from now on as with those that
+    did before (see [`start_moments`]). If no rank moves, nothing is touched. What this changes is in the state of the
+    optimizer, so a run that is resumed after the choice has it, and does not do it again.
+
+    Args:
+        run ([`RunParts`]): the run, right after its choice.
+    """
+    search = run.search
+    if search.rank_plan is None:
+        return
+    opened = search.rank_plan.opened(*search.choice())
+    for site, new, start in zip(search.adapters.sites, opened, search.rank_plan.start, strict=True):
+        if new:
+            for dim, weight in enumerate(site.parameters):  # rows of `lora_A` and columns of `lora_B`
+                start_moments(weight, dim, new, range(start), run.optimizer)

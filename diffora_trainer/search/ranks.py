@@ -70,6 +70,14 @@ class RankPlan(ABC):
             faded (`float`): how far what goes has faded out, in [0, 1].
         """
 
+    def opened(self, kept: Tensor, ranks: Sequence[int]) -> list[list[int]]:
+        """Which components of each adapter take part from a choice on, and took no part before: indices."""
+        found = []
+        for old, new in zip(self.masks(None, self.start, 0.0), self.masks(kept, ranks, 0.0), strict=True):
+            opens = torch.zeros(0) if old is None else (old == 0) & (True if new is None else new > 0)
+            found.append(opens.nonzero().flatten().tolist())
+        return found
+
 
 class ModulePlan(RankPlan):
     """

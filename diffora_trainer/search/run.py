@@ -22,7 +22,7 @@ from .early import decide_early
 from .held_out import GAP_BATCHES, batch_to_measure
 from .measured import LossFunction
 from .parts import DueEvents, RunParts
-from .pruning import prune_run
+from .pruning import open_components, prune_run
 from .reallocation import Reallocation
 from .run_state import check_same_run, restore_run, state_of
 from .runtime import Runtime
@@ -290,6 +290,7 @@ class SelectionRun(RunParts):
         self.search.discretize()
         in_ranks = self.search.rank_plan is not None
         self._say(messages.discretized(self.step, self.search.choice()[1], self.schedule, in_ranks))
+        open_components(self)
 
     def _prune(self) -> None:
         """Decide if that is still to be done, carry it out, and measure what that does."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from diffora_trainer import DiffoRAConfig, SelectionRun
 from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.adapters.optimizer import start_moments
 from diffora_trainer.core.ranks import RankBudget
 from diffora_trainer.search import rank_rules
 from diffora_trainer.search.search import ArchitectureSearch
@@ -153,6 +154,97 @@ def test_components_keep_weights_and_moments() -> None:
         assert a.equal(before[name][0][:rank]) and b.equal(before[name][1][:, :rank])
         assert optimizer.state[a]["exp_avg_sq"].equal(moments[name][:rank])
     torch.testing.assert_close(logits(model, tiny), full, atol=1e-5, rtol=1e-5)
+
+
+LATE, LAST = 20, 26
+OPENING: dict[str, Any] = {"arch_warmup": 4, "discretize_at": LATE, "method_options": {"arch_every": 1}}
+
+
+def before_a_late_choice(evident: bool = True, amsgrad: bool = False, **options: Any) -> Any:
+    """A run one step before its choice, whose optimizer remembers no gradient, only their squares."""
+    tiny, model, _ = make()
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, betas=(0.0, 0.9999), weight_decay=0.0, amsgrad=amsgrad)
+    config = DiffoRAConfig(max_trainable_parameters=3000, **{**OPENING, **options})
+    run = SelectionRun(model, optimizer, config, loss_of, [tiny.batch] * 4, total_steps=LAST)
+    advance(tiny, run, run.schedule.discretize - 1)
+    if not evident:
+        run.search.halves.sums.zero_()
+    return tiny, run
+
+
+def advance(tiny: TinyModel, run: SelectionRun, until: int) -> None:
+    while run.step < until:
+        run.before_step()
+        loss_of(run.model, tiny.batch).backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.after_step()
+
+
+@pytest.mark.parametrize("granularity", ["rank", "component"])
+@pytest.mark.parametrize("fade_out", [3, 0])
+def test_components_that_begin_at_the_choice_train_at_the_learning_rate(granularity: str, fade_out: int) -> None:
+    tiny, run = before_a_late_choice(selection_granularity=granularity, fade_out=fade_out, amsgrad=fade_out == 0)
+    search = run.search
+    start = search.rank_plan.start
+    advance(tiny, run, run.schedule.discretize)
+    ends = run.selection.kept_components if fade_out == 0 else [range(rank) for rank in search.ranks]
+    if granularity == "component" and fade_out:
+        ends = search.components.indices(search.kept, search.ranks)
+    begun = {site.name: [p.detach().clone() for p in site.parameters] for site in search.adapters.sites}
+    advance(tiny, run, run.step + 1)
+    new, old = [], []
+    for site, own, first in zip(search.adapters.sites, ends, start, strict=True):
+        places = range(len(own)) if fade_out == 0 else own  # what is pruned has moved up
+        moves = (site.parameters[1].detach() - begun[site.name][1]).abs().mean(dim=0) / 1e-3
+        for place, index in zip(places, own, strict=True):
+            (new if index >= first else old).append(float(moves[place]))
+    assert len(new) > 3 and max(old) < 2
+    assert 0.01 < sum(new) / len(new) < 2
+
+
+@pytest.mark.parametrize("fade_out", [3, 0])
+def test_where_no_rank_moves_no_moment_is_touched(fade_out: int) -> None:
+    tiny, run = before_a_late_choice(evident=False, selection_granularity="rank", fade_out=fade_out)
+    names = {parameter: name for name, parameter in run.model.named_parameters()}
+    run.before_step()
+    before = {names[p]: {n: v.clone() for n, v in state.items()} for p, state in run.optimizer.state.items()}
+    ranks = run.search.ranks
+    run.after_step()
+    assert run.step == run.schedule.discretize and run.search.ranks == ranks
+    after = {name: run.optimizer.state[p] for name, p in run.model.named_parameters() if p.requires_grad}
+    assert after.keys() == before.keys()
+    rank_of = dict(zip(run.search.grid.names, ranks, strict=True))
+    for name, state in after.items():
+        rank = rank_of[name.removeprefix("base_model.model.").partition(".lora_")[0]]
+        for key, value in state.items():
+            whole = before[name][key]
+            if value.ndim and fade_out == 0:
+                whole = whole[:rank] if "lora_A" in name else whole[:, :rank]
+            assert value.equal(whole)
+
+
+def test_moments_in_a_form_of_their_own_are_left_alone() -> None:
+    weight = nn.Parameter(torch.zeros(3, 4))
+
+    def begun(**state: Any) -> dict[str, Any]:
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        optimizer.state[weight] = state
+        start_moments(weight, 1, [2, 3], [0, 1], optimizer)
+        return optimizer.state[weight]
+
+    squares = torch.tensor([[1.0, 3.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.5], [0.0, 4.0, 0.0, 0.0]])
+    expected = squares.clone()
+    expected[:, 2] = torch.tensor([2.0, 2.0, 2.0])  # what has a moment keeps it
+    for dtype in (torch.float32, torch.bfloat16):
+        state = begun(exp_avg=torch.zeros(3, 4), exp_avg_sq=squares.to(dtype), step=torch.tensor(9.0))
+        assert state["exp_avg_sq"].equal(expected.to(dtype)) and not state["exp_avg"].any()
+    assert begun(square_avg=squares.clone())["square_avg"].equal(squares)
+    assert begun(exp_avg_sq=squares.char())["exp_avg_sq"].equal(squares.char())
+    assert begun(exp_avg_sq=squares[0].clone())["exp_avg_sq"].equal(squares[0])
+    assert begun(exp_avg_sq=nn.Parameter(squares.clone()))["exp_avg_sq"].equal(squares)
+    assert begun() == {}
 
 
 def test_without_evidence_no_module_is_favoured(monkeypatch: pytest.MonkeyPatch) -> None:
