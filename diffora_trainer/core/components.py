@@ -69,6 +69,14 @@ class Components:
         """How many entries of each module are among those kept, `(m,)` bools."""
         return tuple(self.sum(kept.long()).tolist())
 
+    def order(self, scores: Tensor, tie_breaker: Tensor | None = None) -> list[int]:
+        """Indices of all entries, the best ones first; equal ones, `(m,)` numbers, as a `tie_breaker` has them."""
+        order = torch.arange(len(self))
+        for key in (tie_breaker, scores):
+            if key is not None:
+                order = order[torch.sort(key[order], descending=True, stable=True).indices]
+        return order.tolist()
+
     def best(self, ranks: Sequence[int], scores: Tensor, tie_breaker: Tensor | None = None) -> Tensor:
         """
         The best entries of each module.
@@ -81,12 +89,9 @@ class Components:
         Returns:
             `Tensor` of shape `(m,)` and dtype `torch.bool`.
         """
-        order = torch.arange(len(self))
-        for key in (tie_breaker, scores):
-            if key is not None:
-                order = order[torch.sort(key[order], descending=True, stable=True).indices]
         left, kept = list(ranks), torch.zeros(len(self), dtype=torch.bool)
-        for entry, module in zip(order.tolist(), self.module[order].tolist(), strict=True):
+        for entry in self.order(scores, tie_breaker):
+            module = int(self.module[entry])
             if left[module]:
                 kept[entry] = True
                 left[module] -= 1

@@ -51,10 +51,14 @@ class RankBudget:
 
     def fits(self, ranks: Sequence[int]) -> bool:
         """Whether ranks are under the limits."""
-        used = [0] * len(self.limits)
+        return min(self.left(ranks)) >= 0
+
+    def left(self, ranks: Sequence[int]) -> list[int]:
+        """How many parameters ranks leave of each limit."""
+        left = list(self.limits)
         for rank, cost, group in zip(ranks, self.costs, self.groups, strict=True):
-            used[group] += rank * cost
-        return all(spent <= limit for spent, limit in zip(used, self.limits, strict=True))
+            left[group] -= rank * cost
+        return left
 
     def spread(self) -> list[int]:
         """Indices of all modules, each far from the one before: the order of an even growth."""
@@ -69,10 +73,7 @@ class RankBudget:
             ranks (`Sequence[int]` of length `n`): the ranks to start from.
             order (`Iterable[int]`): indices of the modules that may grow, the best first.
         """
-        found, order = list(ranks), list(order)
-        left = list(self.limits)
-        for index, rank in enumerate(found):
-            left[self.groups[index]] -= rank * self.costs[index]
+        found, order, left = list(ranks), list(order), self.left(ranks)
         growing = True
         while growing:
             growing = False

@@ -134,7 +134,7 @@ class ComponentPlan(RankPlan):
     Args:
         budget ([`~diffora_trainer.core.ranks.RankBudget`]): what may be kept.
         margin (`float`): how many times the parameters of the budget a run begins with.
-        growth (`float`): part of the budget that is given to new components, in [0, 1).
+        growth (`float`): part of the budget that is given to new components, in [0, 1), as far as there are such.
     """
 
     components: Components
@@ -153,9 +153,13 @@ class ComponentPlan(RankPlan):
         costs = list(zip(self.budget.groups, self.budget.costs, strict=True))
         # At least one component of each group is chosen, if the budget has room for it.
         least = [min(cost for own, cost in costs if own == group) for group in range(len(self.budget.limits))]
+        # No more is left for new ones than there are of them.
+        fresh = [0] * len(self.budget.limits)
+        for (group, cost), start, rank in zip(costs, self.start, self.budget.ranks, strict=True):
+            fresh[group] += cost * (rank - start)
         limits = [
-            max(int((1 - self._growth) * limit), min(one, limit))
-            for limit, one in zip(self.budget.limits, least, strict=True)
+            max(int((1 - self._growth) * limit), limit - new, min(one, limit))
+            for limit, one, new in zip(self.budget.limits, least, fresh, strict=True)
         ]
         return Budget(
             each(rows), each(self.budget.costs), cap=sum(limits), kinds=each(self.budget.groups), limits=limits
@@ -172,7 +176,20 @@ class ComponentPlan(RankPlan):
         costs = torch.tensor(self.budget.costs, dtype=torch.float32)
         worth = self.components.mean(scores if gains is None else gains) / costs
         order = torch.sort(worth, descending=True, stable=True).indices.tolist()
-        return kept, replace(self.budget, ranks=tuple(room)).grow(ranks, order)
+        ranks = replace(self.budget, ranks=tuple(room)).grow(ranks, order)
+        return self._spend(kept, ranks, self.components.order(scores, gains))
+
+    def _spend(self, kept: Tensor, ranks: Sequence[int], order: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Keep more entries, the best first, with what is left of the budget where nothing new has room for it."""
+        kept, found, left = kept.clone(), list(ranks), self.budget.left(ranks)
+        for entry in order:
+            module = int(self.components.module[entry])
+            group, cost = self.budget.groups[module], self.budget.costs[module]
+            if not kept[entry] and cost <= left[group]:
+                kept[entry] = True
+                found[module] += 1
+                left[group] -= cost
+        return kept, tuple(found)
 
     def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
         return self.components.masks(kept, ranks, faded)

@@ -269,13 +269,26 @@ def test_a_budget_is_used_up_and_never_more(made: tuple[ComponentPlan, list[floa
     assert budget.fits(ranks)
     own = plan.components.count(kept)
     for index, (rank, chosen, start) in enumerate(zip(ranks, own, plan.start, strict=True)):
-        room = chosen + budget.ranks[index] - start  # those that stay, and those that can be new
-        assert chosen <= rank <= room
+        assert chosen <= rank <= chosen + budget.ranks[index] - start  # those that stay, and those that can be new
         more = [*ranks[:index], rank + 1, *ranks[index + 1 :]]
-        assert not evident or rank == room or not budget.fits(more)
+        assert not evident or rank == budget.ranks[index] or not budget.fits(more)
     kept_again = plan.components.indices(kept, ranks)
     assert [len(indices) for indices in kept_again] == list(ranks)
     assert all(max(found, default=0) < most for found, most in zip(kept_again, budget.ranks, strict=True))
+
+
+@pytest.mark.parametrize("margin", [1.0, 2.0])
+@pytest.mark.parametrize("cap", [4096, 7372])  # a half of all parameters, and nine tenths
+def test_what_new_components_cannot_use_of_a_budget_goes_to_those_that_were_there(cap: int, margin: float) -> None:
+    search = Loop(config(margin=margin, max_trainable_parameters=cap)).run.search
+    plan, method, costs = search.rank_plan, search.method, [site.cost for site in search.grid.sites]
+    assert plan is not None and isinstance(method, FrankWolfe)
+    method.step(torch.linspace(-1, 1, len(method.budget)))
+    _, ranks = plan.choose(method, True)
+    assert 0 <= cap - sum(rank * cost for rank, cost in zip(ranks, costs, strict=True)) < min(costs)
+    # A quarter of the budget is to grow, or all that is not there yet.
+    new = sum((RANK - start) * cost for start, cost in zip(plan.start, costs, strict=True))
+    assert method.budget.targets.tolist() == [max(int(0.75 * cap), cap - new)]
 
 
 def test_where_components_cannot_be_chosen_the_reason_is_told() -> None:
