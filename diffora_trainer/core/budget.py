@@ -36,6 +36,7 @@ class Budget:
     Attributes:
         allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`limit`] said
             otherwise.
+        at_least_one (`bool`): whether a group keeps a module, or a unit, only since each keeps one.
 
     Raises:
         ValueError: if there is no module, or not even the smallest one fits under the cap.
@@ -89,6 +90,8 @@ class Budget:
         smallest = torch.full_like(self.targets, math.inf).scatter_reduce(0, self._groups, self._costs, "amin")
         # A group whose count is less than its smallest unit keeps one all the same, as each keeps one module.
         self._keeps_one = ((smallest > self.targets) & (self.cap is None)).tolist()
+        less_than_one = any(math.floor(ratio * size + 0.5) < 1 for size in sizes.tolist())
+        self.at_least_one = self.cap is None and (less_than_one or any(self._keeps_one))
 
     def _check_cap(self, cap: int | None) -> None:
         if cap is None:

@@ -19,7 +19,7 @@ from ..methods.build import make_method, module_budget
 from ..methods.ranks import RankMethod
 from ..methods.registry import get_method
 from .confidence import Comparison, Confidence, SplitHalf, paired
-from .diagnosis import out_of_limits
+from .diagnosis import all_kept, out_of_limits
 from .measured import GatedModel, LossFunction
 from .micro_batches import wanted_micro_batches
 from .rank_rules import find_rank_plan, refuse
@@ -82,6 +82,13 @@ class SearchBase(GatedModel):
     def components(self) -> Components | None:
         """What the method has an entry for, where that are single components and not whole modules."""
         return None if self.rank_plan is None else self.rank_plan.components
+
+    @property
+    def everything(self) -> str | None:
+        """That the budget keeps everything, as a clause; `None` if something goes."""
+        if self.told_budget is not None:  # there is one only where it has no room for all components
+            return None
+        return all_kept(self.method.budget, self.config, "modules" if self.components is None else "components")
 
     def of_modules(self, values: Tensor, mean: bool = True) -> Tensor:
         """Numbers of the entries of the method as one for each module, `(..., n)`: their mean, or their sum."""

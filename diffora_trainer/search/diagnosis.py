@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from ..config import DiffoRAConfig
+from ..core.budget import Budget
 from ..core.costs import StepCosts
 from ..core.text import some
 from ..methods.base import SelectionMethod
+from ..methods.build import scope_of
 from .confidence import Confidence
 
 
@@ -45,9 +47,29 @@ class Evidence:
     what: str = "modules"
 
 
-def keeps_all(method: SelectionMethod) -> bool:
-    """Whether the budget has room for every module, so that there is nothing to choose."""
-    return bool(method.budget.discretize(torch.zeros(len(method.budget), dtype=torch.float32)).all())
+def all_kept(budget: Budget, config: DiffoRAConfig, what: str) -> str | None:
+    """
+    That a budget keeps everything, so that there is nothing to choose, and why, where less was asked for.
+
+    Args:
+        budget ([`~diffora_trainer.core.budget.Budget`]): the budget.
+        config ([`DiffoRAConfig`]): the options.
+        what (`str`): what it has an entry for.
+
+    Returns:
+        `str` or `None`: a clause, if it does.
+    """
+    if not budget.discretize(torch.zeros(len(budget), dtype=torch.float32)).all():
+        return None
+    why, by_layer = "", scope_of(config) == "layer"
+    less = budget.cap is None and config.ratio < 1
+    if less and budget.at_least_one:
+        why = ", since at least one of each layer is kept" if by_layer else ", since at least one is kept"
+    elif less and by_layer and int(torch.bincount(budget.group).max()) == 1:
+        why = f", since each layer has one {what.removesuffix('s')}"
+    elif less:
+        why = f", since {config.ratio:g} of them is rounded to whole {what}{' in each layer' if by_layer else ''}"
+    return f"the budget keeps all {len(budget)} {what}{why}"
 
 
 def out_of_limits(config: DiffoRAConfig, costs: StepCosts, rows: Collection[int]) -> str:
@@ -73,7 +95,9 @@ def out_of_limits(config: DiffoRAConfig, costs: StepCosts, rows: Collection[int]
     )
 
 
-def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wants_all: bool) -> tuple[str, ...]:
+def doubts(
+    method: SelectionMethod, names: Sequence[str], evidence: Evidence, everything: str | None
+) -> tuple[str, ...]:
     """
     What a choice does not rest on: modules of which nothing was learned, too few steps, equal scores at the edge of
     the choice, and a budget that leaves nothing to choose. Empty if there is nothing to say.
@@ -82,12 +106,11 @@ def doubts(method: SelectionMethod, names: Sequence[str], evidence: Evidence, wa
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by.
         names (`Sequence[str]`): names of the modules.
         evidence ([`Evidence`]): what it rests on.
-        wants_all (`bool`): whether all modules were asked for.
+        everything (`str` or `None`): that everything is kept, if it is (see [`all_kept`]).
     """
     count, missed = len(names), (~evidence.reached).nonzero().flatten().tolist()
-    if keeps_all(method):
-        why = "." if wants_all else ", since at least one of each layer is kept."
-        return (f"There was nothing to choose: the budget keeps all {len(method.budget)} {evidence.what}{why}",)
+    if everything is not None:
+        return (f"There was nothing to choose: {everything}.",)
     in_ranks = evidence.in_ranks
     evenly = "so no module was favoured: the budget stays spread evenly over all of them."
     arbitrary = evenly if in_ranks else f"so the {evidence.what} are kept by their order in the model alone."

@@ -13,6 +13,7 @@ from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
 from ..core.text import CONFIDENCE
 from ..methods.base import SelectionMethod
+from ..methods.build import scope_of
 
 
 if TYPE_CHECKING:
@@ -106,11 +107,8 @@ def _doubt(schedule: Schedule, search: ArchitectureSearch) -> str | None:
     a part of them was asked for, or a search that is too short. `None` if nothing does.
     """
     if search.has_no_choice:
-        what = "modules" if search.components is None else "components"
-        return (
-            f"There is nothing to choose: the budget keeps all {len(search.gates)} {what}. Please set "
-            "`selection_scope='model'` where each layer has one module, or a smaller budget."
-        )
+        scope = "`selection_scope='model'`, or " if scope_of(search.config) == "layer" else ""
+        return f"There is nothing to choose: {search.everything}. Please set {scope}a smaller budget."
     if search.method.searches and len(schedule.updates) < 2:
         fading = f" and gates fade out until step {schedule.prune}" if schedule.fades else ""
         return (

@@ -46,7 +46,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     evidence = Evidence(reached, search.skipped_steps, confidence, evenly, what)
     rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
     costs = StepCosts() if search.costs is None else search.costs
-    notes = doubts(method, grid.names, evidence, wants_all=config.ratio >= 1)
+    notes = doubts(method, grid.names, evidence, search.everything)
     return Selection(
         grid=grid,
         ranks=ranks,

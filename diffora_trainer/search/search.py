@@ -25,7 +25,6 @@ from .base import SearchBase
 from .batches import NO_LABELS, without_labels
 from .bilevel import ArchitectureGradient
 from .deprecated import OldNames
-from .diagnosis import keeps_all
 from .measured import LossFunction
 from .outcome import check_adapters, make_selection, search_metrics
 from .runtime import Runtime
@@ -106,9 +105,9 @@ class ArchitectureSearch(OldNames, SearchBase):
 
     @property
     def has_no_choice(self) -> bool:
-        """Whether the budget has room for every module, though it was to limit what is kept."""
+        """Whether the budget has room for everything, though it was to limit what is kept."""
         limited = self.config.max_trainable_parameters is not None or self.config.ratio < 1
-        return limited and not self.config.limits_step and keeps_all(self.method)
+        return limited and not self.config.limits_step and self.everything is not None
 
     def check_start(self, batch: Any) -> None:
         """

@@ -17,6 +17,9 @@ from helpers.tiny_model import TinyModel
 from helpers.trainers import lora, search_config
 
 
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
@@ -182,3 +185,42 @@ def test_states_of_a_class_of_their_own_begin_anew() -> None:
     run = run_of(model, batches_of(tiny), optimizer, method="adalora")
     train(run, batches_of(tiny))
     assert run.selection is not None and any(0 < rank < 4 for rank in run.selection.ranks)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "reason"),
+    [
+        (["q_proj"], {"selection_ratio": 0.3}, "all 2 modules, since at least one of each layer is kept."),
+        (["q_proj"], {"selection_ratio": 0.5}, "all 2 modules, since each layer has one module."),
+        (
+            ATTENTION,
+            {"selection_ratio": 0.9},
+            "all 8 modules, since 0.9 of them is rounded to whole modules in each la",
+        ),
+        (["q_proj"], {"selection_ratio": 0.9, "selection_scope": "model"}, "since 0.9 of them is rounded to whole mo"),
+        (["q_proj"], {"max_trainable_parameters": 10**6}, "all 2 modules."),
+        (["q_proj"], {"selection_ratio": 0.9, "method": "adalora"}, None),
+        (ATTENTION, {"selection_ratio": 0.95, "method": "adalora"}, None),
+        (ATTENTION, {"max_trainable_parameters": 10**6, "method": "adalora"}, "all 8 modules."),
+    ],
+)
+def test_why_there_is_nothing_to_choose(
+    names: list[str], options: dict[str, Any], reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = llama()
+    model = get_peft_model(tiny.model, lora(r=4, target_modules=names, task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW(weights_of(model), lr=1e-2)
+    run = SelectionRun(model, optimizer, search_config(**options), loss_of, batches_of(tiny), 12)
+    with caplog.at_level(logging.WARNING, logger="diffora_trainer"):
+        run.begin()
+    (line, *_) = [record.getMessage() for record in caplog.records if "nothing to choose" in record.msg] or [""]
+    assert ("There is nothing to choose" in line) == (reason is not None)
+    by_layer = "max_trainable_parameters" not in options and options.get("selection_scope") != "model"
+    assert ("selection_scope='model'" in line) == (reason is not None and by_layer)
+    train(run, batches_of(tiny))
+    assert run.selection is not None
+    (note, *_) = [note for note in run.selection.notes if "nothing to choose" in note] or [""]
+    assert bool(note) == (reason is not None) and (reason or "").removesuffix(".") in note
+    assert reason is None or reason.removesuffix(".") in line
+    assert all(run.selection.kept) or reason is None
+    assert reason is not None or run.selection.in_ranks  # components go
