@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..adapters.base import site_kind
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
+from ..core.budget import Budget
 from ..core.components import Components
 from ..core.costs import Ceiling, StepCosts, ceilings
 from ..core.ranks import RankBudget
@@ -117,6 +118,9 @@ class SearchBase(GatedModel):
         """The method, under the budget and what the limits of a step leave of it."""
         if self.rank_plan is not None:
             budget = self.rank_plan.matrix_budget(self.grid.row_of)
+        elif self.told_budget is not None:
+            # That is the budget, of which each unit of rank has to fit, and not each module.
+            budget = Budget(self.grid.row_of, self.grid.parameters)
         else:
             budget = module_budget(self.config, self.grid, self.adapters.in_adapter, self._separate_kinds)
             if self.ceilings:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from diffora_trainer import SelectionRun, apply_selection
@@ -17,6 +18,7 @@ from helpers.checks import assert_same
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.searches import components, make_search, make_steps, model_loss, pairs, warm
+from helpers.trainers import lora
 
 
 def test_the_best_components_stay_with_their_weights_and_moments() -> None:
@@ -82,6 +84,23 @@ def test_what_cannot_be_spent_in_ranks_keeps_whole_modules() -> None:
             make_search(model, "adalora", selection_granularity=asked, selection_unit="layer")
     with pytest.raises(ValueError, match="room for 10 parameters"):
         make_search(model, "adalora", max_trainable_parameters=10)
+
+
+@pytest.mark.parametrize("method", ["adalora", "eva", "prilora"])
+def test_a_cap_below_the_smallest_module_at_full_rank_is_kept(method: str) -> None:
+    tiny = llama()
+    model = get_peft_model(tiny.model, lora(r=64, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+    batches = [{key: value[[i, i + 1]] for key, value in tiny.batch.items()} for i in range(3)]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    costs = [site.cost for site in AdapterGrid.from_model(model).sites]
+    cap = 8 * sum(costs)
+    assert cap < 64 * min(costs)
+    config = make_config(method=method, max_trainable_parameters=cap, discretize_at=4)
+    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=6)
+    make_steps(run, model, batches, optimizer, 6)
+    assert run.selection is not None and run.selection.notes == ()
+    left = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert cap - min(costs) < left == run.selection.trainable_parameters <= cap
 
 
 def train_gated(model: Any, batches: list[Any], steps: int, until: int, **options: Any) -> SelectionRun:
