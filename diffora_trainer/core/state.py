@@ -57,7 +57,8 @@ class RunState:
         halves (`tuple[tuple[float, ...], tuple[float, ...]]`, *optional*): gains of the odd and the even steps of the
             search, summed; nothing before the first one.
         half_steps (`int`, *optional*): how many steps those are.
-        early_losses (`tuple[float, ...]`, *optional*): held-out losses after a third of the search.
+        early_losses (`tuple[float or None, ...]`, *optional*): held-out losses after a third of the search; `None` for
+            one that was not finite.
         progress (`tuple[float, ...]`, *optional*): held-out loss there and at the choice, and what `effect` has.
         costs ([`~diffora_trainer.core.costs.StepCosts`], *optional*): what steps cost, where that is limited.
         history (`tuple[Allocation, ...]`, *optional*): what was on before.
@@ -94,7 +95,7 @@ class RunState:
     ranks: tuple[int, ...] = ()
     halves: tuple[tuple[float, ...], ...] = ()
     half_steps: int = 0
-    early_losses: tuple[float, ...] = ()
+    early_losses: tuple[float | None, ...] = ()
     progress: tuple[float, ...] | None = None
     costs: StepCosts | None = None
     history: tuple[Allocation, ...] = field(default=())
@@ -330,7 +331,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "reached": _maybe(_all(_is(bool))),
     "effect": _maybe(lambda value: _all(_number)(value) and len(value) in (3, 4)),
     "progress": _maybe(lambda value: _all(_number)(value) and len(value) in (3, 4)),
-    "early_losses": _all(_number),
+    "early_losses": lambda value: _all(_maybe(_number))(value) and (not value or any(x is not None for x in value)),
     "ranks": _all(_whole),
     "halves": lambda value: (
         isinstance(value, (list, tuple)) and len(value) in (0, 2) and all(map(_all(_number), value))

@@ -21,7 +21,7 @@ from ..methods.ranks import RankMethod
 from ..methods.registry import get_method
 from .confidence import Comparison, Confidence, SplitHalf, paired
 from .diagnosis import all_kept, out_of_limits
-from .measured import GatedModel, LossFunction
+from .measured import GatedModel, LossFunction, finite_mean
 from .micro_batches import wanted_micro_batches
 from .rank_rules import find_rank_plan, refuse
 from .ranks import RankPlan
@@ -226,18 +226,18 @@ class SearchBase(GatedModel):
         self.effect = paired(without, with_all) or self.effect
         if len(self.early_losses) == len(with_all):
             self.progress = paired(torch.tensor(self.early_losses, dtype=torch.float32), with_all)
-        return float(with_all.mean())
+        return finite_mean(with_all)
 
     def measure_early(self, batches: Iterable[Any]) -> None:
         """
         Measure the held-out loss after a third of the search, which [`measure_effect`] compares with that of the same
-        batches at the choice, if all of it is finite.
+        batches at the choice, of those in which both are finite.
 
         Args:
             batches (`Iterable`): as `loss_fn` takes them.
         """
         losses = self.held_out_losses(batches)
-        self.early_losses = tuple(losses.tolist()) if bool(losses.isfinite().all()) else ()
+        self.early_losses = tuple(losses.tolist()) if bool(losses.isfinite().any()) else ()
 
     def choice(self) -> tuple[Tensor, tuple[int, ...]]:
         """

@@ -27,6 +27,19 @@ from .runtime import Runtime
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
+def finite_mean(losses: Tensor) -> float:
+    """The mean of those losses that are finite; NaN if none is."""
+    return float(losses[losses.isfinite()].mean())
+
+
+def paired_means(before: Tensor, after: Tensor) -> tuple[float, float]:
+    """The means of two losses of the same batches, `(k,)` each, over those in which both are finite, if there are."""
+    both = before.isfinite() & after.isfinite()
+    if both.any():
+        before, after = before[both], after[both]
+    return finite_mean(before), finite_mean(after)
+
+
 class GatedModel:
     """
     A model whose sites are behind gates.
@@ -116,14 +129,15 @@ class GatedModel:
 
     def held_out_loss(self, batches: Iterable[Any], relaxed: bool = False) -> float:
         """
-        Mean loss over batches, in evaluation mode and without gradients; it leaves no trace in the training.
+        Mean loss over batches, in evaluation mode and without gradients; it leaves no trace in the training. Those
+        whose loss is not finite, as without any label, are left out; NaN, if there are no others.
 
         Args:
             batches (`Iterable`): as `loss_fn` takes them.
             relaxed (`bool`, *optional*, defaults to `False`): under the gates that the weights are trained with, drawn
                 anew for each batch, instead of those of evaluation.
         """
-        return float(self.held_out_losses(batches, relaxed).mean())
+        return finite_mean(self.held_out_losses(batches, relaxed))
 
     def held_out_losses(self, batches: Iterable[Any], relaxed: bool = False) -> Tensor:
         """The loss of each batch, `(k,)`: see [`held_out_loss`]."""

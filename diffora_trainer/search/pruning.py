@@ -10,6 +10,7 @@ from ..core.costs import StepCosts
 from ..core.selection import Selection
 from . import messages
 from .held_out import batch_to_measure
+from .measured import paired_means
 from .parts import RunParts
 
 
@@ -52,7 +53,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     if held_out.comparable and search.kept is None and search.method.searches:  # a score need not rest on it
         search.measure_effect(held_out.sample(gap_batches))  # first: the choice rests on it
     if held_out.comparable and not search.keeps_function:
-        before = search.held_out_loss(held_out.sample(gap_batches), relaxed=True)
+        before = search.held_out_losses(held_out.sample(gap_batches), relaxed=True)
     if run.reallocation is not None:  # what follows compares with all modules
         run.reallocation.release()
     costs = StepCosts() if search.costs is None else search.costs
@@ -65,7 +66,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         open_components(run)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
     search.runtime.after_prune()
-    after = None if before is None else search.held_out_loss(held_out.sample(gap_batches))
+    after = None if before is None else search.held_out_losses(held_out.sample(gap_batches))
     if costs.time is not None:
         # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
         seconds_after = search.step_seconds(batch_to_measure(held_out))
@@ -75,7 +76,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         kept = [index for index, keep in enumerate(selection.kept) if keep]
         bytes_after = search.step_bytes(batch_to_measure(held_out), kept)
         selection = replace(selection, memory={**selection.memory, "after_cut": bytes_after})
-    losses = None if before is None or after is None else (before, after)
+    losses = None if before is None or after is None else paired_means(before, after)
     metrics.update(messages.prune_metrics(selection, losses))
     lines = messages.pruned(selection, losses, before_fading)
     return Pruning(selection, metrics, [*lines, messages.SEARCH_ENDS] if run.config.search_only else lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         components=() if search.components is None else search.components.counts,
         halves=tuple(map(tuple, search.halves.sums.tolist())),
         half_steps=search.halves.steps,
-        early_losses=search.early_losses,
+        early_losses=tuple(loss if math.isfinite(loss) else None for loss in search.early_losses),
         processes=world_size(),
         batch_rows=_batch_rows(run),
         reallocate_every=None if run.reallocation is None else schedule.updates.step,
@@ -133,7 +134,7 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     search.effect, search.progress = Comparison.restore(state.effect), Comparison.restore(state.progress)
     if state.processes in (None, world_size()) and state.batch_rows in (None, _batch_rows(run)):
         # Batches of another size, or on fewer or more processes, hold other rows: their losses are not comparable.
-        search.early_losses = state.early_losses
+        search.early_losses = tuple(math.nan if loss is None else loss for loss in state.early_losses)
     if state.halves:
         search.halves = SplitHalf(torch.tensor(state.halves, dtype=torch.float64), state.half_steps)
     if state.reached is not None:

@@ -21,7 +21,7 @@ SEARCHING = RunState(
     5, {"method": "diffora"}, {"size": 3}, modules=NAMES, warmup=2, discretize=6, prune=8, held_out_position=3,
     held_out_rows=10, skipped_steps=1, losses=(0.5, 0.25), reached=(True, False, True), effect=(1.0, 0.5, 0.125),
     ranks=(2, 2, 1), halves=((0.5, 0.0, -1.0), (0.25, 0.0, 1.0)), half_steps=3,
-    early_losses=(1.0, 2.0), progress=(1.5, 1.0, 0.25), costs=StepCosts(time=StepCost(1.0, (0.5, 0.25), 0.1)),
+    early_losses=(1.0, None), progress=(1.5, 1.0, 0.25), costs=StepCosts(time=StepCost(1.0, (0.5, 0.25), 0.1)),
     history=(Allocation(2, (1.0, 2.0, 3.0), (True, True, False)), Allocation(4, (1.0, 2.0, 4.0), (True, False, True))),
     processes=2, batch_rows=4, reallocate_every=2,
 )  # fmt: skip

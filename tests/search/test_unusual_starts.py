@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -105,6 +108,47 @@ def test_a_held_out_batch_without_labels_is_left_out(method: str) -> None:
         chosen.append(run.selection.scores)
     if method in ("alpha_test", "alora"):  # the same score as without that batch
         assert chosen[0] == pytest.approx(chosen[1], abs=1e-5)
+
+
+def with_one_unlabelled(tiny: TinyModel) -> list[dict[str, Tensor]]:
+    first, second, third = batches_of(tiny)
+    return [first, {**second, "labels": torch.full_like(second["labels"], -100)}, third]
+
+
+@pytest.mark.parametrize("method", ["snip", "diffora"])
+def test_the_loss_around_the_choice_is_that_of_the_batches_with_labels(method: str) -> None:
+    tiny = llama()
+    held_out = with_one_unlabelled(tiny)
+    run = run_of(adapted(tiny), held_out, method=method)
+    train(run, batches_of(tiny), 7)
+    search = run.search
+    assert search.held_out_loss(held_out) == pytest.approx(search.held_out_loss([held_out[0], held_out[2]]))
+    assert math.isnan(search.held_out_loss(held_out[1:2]))
+    train(run, batches_of(tiny), 1)
+    report = run.metrics()
+    assert run.selection is not None and math.isfinite(report["diffora/gap"])
+    expected = float(search.held_out_losses([held_out[0], held_out[2]]).mean())
+    assert expected in [pytest.approx(value) for name, value in report.items() if "after" in name]
+
+
+def test_a_plateau_is_looked_for_on_the_batches_with_labels_also_in_a_resumed_run() -> None:
+    def begun() -> SelectionRun:
+        model = adapted(llama())
+        return run_of(model, with_one_unlabelled(llama()), selection_granularity="rank", selection_scope="model")
+
+    tiny, whole, resumed = llama(), begun(), begun()
+    train(whole, batches_of(tiny), 6)
+    early = whole.search.early_losses
+    assert [math.isfinite(loss) for loss in early] == [True, False, True]
+    state = json.loads(json.dumps(whole.state().to_dict(), allow_nan=False))
+    resumed.load_state_dict({"run": state, "method": whole.state_dict()["method"]})
+    resumed.model.load_state_dict(whole.model.state_dict())
+    resumed.optimizer.load_state_dict(copy.deepcopy(whole.optimizer.state_dict()))
+    assert resumed.search.early_losses == pytest.approx(early, abs=0, nan_ok=True)
+    for run in (whole, resumed):
+        train(run, batches_of(tiny), 6)
+        assert run.search.progress is not None and run.search.progress[0] == pytest.approx((early[0] + early[2]) / 2)
+    assert whole.selection == resumed.selection
 
 
 def test_gates_that_can_only_close_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
