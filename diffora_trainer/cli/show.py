@@ -48,7 +48,7 @@ def describe(selection: Selection) -> str:
         lines.append(f"Confidence: {selection.confidence:.2f} ({CONFIDENCE}).")
     for name, costs, unit in (("time", selection.times, "s"), ("memory", selection.memory, "bytes")):
         if costs:
-            after = costs.get("after_cut", costs["predicted"])
+            after = costs.get("after_pruning", costs["predicted"])
             part = after / costs["all_modules"]
             lines.append(f"A step has {part:.2f} of the {name} with all modules ({after:.4g} {unit}).")
     lines += [f"Note: {note}" for note in selection.notes]

@@ -86,6 +86,12 @@ def read_components(record: dict[str, Any]) -> tuple[int, ...]:
     return tuple(map(as_whole, as_list(record["components"])))
 
 
+def read_costs(costs: Any) -> dict[str, float]:
+    """What a step costs, by name, out of a selection. Some names had another word until version 0.2."""
+    old = {"before_cut": "before_pruning", "after_cut": "after_pruning"}
+    return {old.get(name, name): float(cost) for name, cost in as_object(costs).items()}
+
+
 def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
     """
     A selection as format 1 had it, in the form of format 2. It knew neither ranks, so an adapter has the rank 1 and

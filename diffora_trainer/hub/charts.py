@@ -20,10 +20,16 @@ _MAX_POINTS = 400
 _MAX_EVALUATIONS = 5
 _LARGEST = 1e30
 _AROUND_PRUNING = (
-    "diffora/held_out_loss_before_closing",
-    "diffora/held_out_loss_before_cut",
-    "diffora/held_out_loss_after_cut",
+    "diffora/held_out_loss_before_fade_out",
+    "diffora/held_out_loss_before_pruning",
+    "diffora/held_out_loss_after_pruning",
 )
+_OLD_METRICS = {
+    "diffora/held_out_loss_before_closing": "diffora/held_out_loss_before_fade_out",
+    "diffora/held_out_loss_before_cut": "diffora/held_out_loss_before_pruning",
+    "diffora/held_out_loss_after_cut": "diffora/held_out_loss_after_pruning",
+}
+"""The names of metrics in the logs of version 0.1, and today's."""
 
 Points = list[tuple[float, float]]
 
@@ -58,6 +64,11 @@ class Line:
     name: str
     style: str
     points: Points
+
+
+def with_new_names(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A log, which may be of an earlier version, with the metrics by their names of today."""
+    return [{_OLD_METRICS.get(name, name): value for name, value in entry.items()} for entry in log_history]
 
 
 def last_step(log_history: Sequence[Mapping[str, Any]]) -> int | None:

@@ -71,6 +71,7 @@ def render_report(
     method = method_facts(selection.config)
     if not is_log_of_choice(log_history):
         log_history, max_steps = (), None
+    log_history = charts.with_new_names(log_history)
     steps = max_steps or charts.last_step(log_history)
     run = charts.phases(selection, log_history, max_steps)
     lines, skipped, undrawn = charts.losses(log_history, selection.step)
@@ -136,10 +137,10 @@ def _facts(selection: Selection, log: Sequence[Mapping[str, Any]], steps: int | 
         facts.append(("Chosen after step", f"{selection.step:,}", "" if steps is None else f"of {steps:,}"))
     if selection.confidence is not None:
         facts.append(("Confidence", f"{selection.confidence:.2f}", CONFIDENCE))
-    pruned = charts.last(log, "diffora/held_out_loss_after_cut")
+    pruned = charts.last(log, "diffora/held_out_loss_after_pruning")
     if pruned is not None:
-        fading = charts.last(log, "diffora/held_out_loss_before_closing")
-        start = charts.last(log, "diffora/held_out_loss_before_cut") if fading is None else fading
+        fading = charts.last(log, "diffora/held_out_loss_before_fade_out")
+        start = charts.last(log, "diffora/held_out_loss_before_pruning") if fading is None else fading
         when = "just before pruning" if fading is None else "before the fade-out"
         facts.append(("Held-out loss after", f"{pruned:.4f}", "" if start is None else f"{start:.4f} {when}"))
     seconds = charts.last(log, "train_runtime")
@@ -187,7 +188,7 @@ def _costs(selection: Selection) -> list[list[str]]:
         if "all_modules" in costs:
             whole = costs["all_modules"]
             row = [name, show(whole)]
-            for key in ("predicted", "after_cut"):
+            for key in ("predicted", "after_pruning"):
                 value = costs.get(key)
                 part = f" ({value / whole:.2f})" if value is not None and whole else ""
                 row.append("–" if value is None else show(value) + part)

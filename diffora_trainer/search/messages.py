@@ -217,12 +217,12 @@ def pruned(selection: Selection, losses: tuple[float, float] | None, before_fadi
         lines.append(
             f"Lowest layer with a LoRA that is trained: {selection.lowest_row}. A training step is "
             f"{seconds['all_modules'] / seconds['predicted']:.2f} times as fast as with all modules by prediction, "
-            f"{seconds['before_cut'] / seconds['after_cut']:.2f} times measured."
+            f"{seconds['before_pruning'] / seconds['after_pruning']:.2f} times measured."
         )
     if memory := selection.memory:
         lines.append(
-            f"A training step needs {mebibytes(memory['after_cut'])} MiB beside the model, "
-            f"{memory['after_cut'] / memory['all_modules']:.2f} of what it does with all modules (by prediction "
+            f"A training step needs {mebibytes(memory['after_pruning'])} MiB beside the model, "
+            f"{memory['after_pruning'] / memory['all_modules']:.2f} of what it does with all modules (by prediction "
             f"{memory['predicted'] / memory['all_modules']:.2f})."
         )
     return lines
@@ -238,8 +238,8 @@ def prune_metrics(selection: Selection, losses: tuple[float, float] | None) -> d
         report["diffora/confidence"] = selection.confidence
     if losses is not None:
         before, after = losses
-        report["diffora/held_out_loss_before_cut"] = before
-        report["diffora/held_out_loss_after_cut"] = after
+        report["diffora/held_out_loss_before_pruning"] = before
+        report["diffora/held_out_loss_after_pruning"] = after
         report["diffora/gap"] = after - before
     for kind in dict.fromkeys(selection.grid.kinds):
         if kind != LORA:
@@ -252,10 +252,11 @@ def prune_warnings(selection: Selection, max_step_memory: float | None) -> list[
     rows, columns = selection.unadapted()
     lines = []
     memory = selection.memory
-    if memory and max_step_memory and memory["after_cut"] > max_step_memory * _OVER * memory["all_modules"]:
+    part = memory["after_pruning"] / memory["all_modules"] if memory else 0.0
+    if max_step_memory and part > max_step_memory * _OVER:
         lines.append(
-            f"A step needs {memory['after_cut'] / memory['all_modules']:.2f} of the memory of one with all modules, "
-            f"above `max_step_memory={max_step_memory:g}`: the limit holds for the prediction, to which every module "
+            f"A step needs {part:.2f} of the memory of one with all modules, above "
+            f"`max_step_memory={max_step_memory:g}`: the limit holds for the prediction, to which every module "
             "adds the same. If that is too much, please start the run anew with a lower limit."
         )
     if rows:

@@ -70,12 +70,12 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     if costs.time is not None:
         # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
         seconds_after = search.step_seconds(batch_to_measure(held_out))
-        times = {**selection.times, "before_cut": costs.time.all_modules, "after_cut": seconds_after}
+        times = {**selection.times, "before_pruning": costs.time.all_modules, "after_pruning": seconds_after}
         selection = replace(selection, times=times)
     if costs.memory is not None:
         kept = [index for index, keep in enumerate(selection.kept) if keep]
         bytes_after = search.step_bytes(batch_to_measure(held_out), kept)
-        selection = replace(selection, memory={**selection.memory, "after_cut": bytes_after})
+        selection = replace(selection, memory={**selection.memory, "after_pruning": bytes_after})
     losses = None if before is None or after is None else paired_means(before, after)
     metrics.update(messages.prune_metrics(selection, losses))
     lines = messages.pruned(selection, losses, before_fading)

@@ -286,7 +286,7 @@ class SelectionRun(RunParts):
         if self.held_out.comparable and not measured:  # first: where nothing was learned, nothing should be favoured
             self.search.measure_effect(self.held_out.sample(GAP_BATCHES))
         if self.search.effect is not None:
-            self._report = {"diffora/held_out_loss_before_closing": self.search.effect.after}
+            self._report = {"diffora/held_out_loss_before_fade_out": self.search.effect.after}
         self.search.discretize()
         in_ranks = self.search.rank_plan is not None
         self._say(messages.discretized(self.step, self.search.choice()[1], self.schedule, in_ranks))

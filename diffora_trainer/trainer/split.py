@@ -32,7 +32,7 @@ class SplitPlan:
         self.held_out = frozenset(held_out)
         self.seed = seed
         self.given_back = False
-        self._cut = self._steps_per_epoch = self._rows_per_step = 0
+        self._prune_step = self._steps_per_epoch = self._rows_per_step = 0
         self._began: int | None = None
 
     def set_prune_step(self, step: int, steps_per_epoch: int, rows_per_step: int) -> None:
@@ -42,7 +42,7 @@ class SplitPlan:
             steps_per_epoch (`int`): optimizer steps in an epoch.
             rows_per_step (`int`): rows that all processes together read for one optimizer step.
         """
-        self._cut, self._steps_per_epoch, self._rows_per_step = step, steps_per_epoch, rows_per_step
+        self._prune_step, self._steps_per_epoch, self._rows_per_step = step, steps_per_epoch, rows_per_step
 
     def begin_epoch(self, step: int) -> None:
         """
@@ -51,9 +51,9 @@ class SplitPlan:
         """
         self._began = step
 
-    def rows_before_cut(self, epoch: int) -> float:
+    def rows_before_pruning(self, epoch: int) -> float:
         """Rows of an epoch that are read before the pruning; infinite if all of them are."""
-        steps = self._cut - (epoch * self._steps_per_epoch if self._began is None else self._began)
+        steps = self._prune_step - (epoch * self._steps_per_epoch if self._began is None else self._began)
         if steps >= self._steps_per_epoch > 0:
             return math.inf
         return max(0, steps) * self._rows_per_step
@@ -103,11 +103,11 @@ class HeldOutSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         # The epoch is read once: a random sampler moves itself on to the next one when it is exhausted.
         epoch, held_out = self.epoch, self.plan.held_out
-        before_cut = self.plan.rows_before_cut(epoch)
+        before_pruning = self.plan.rows_before_pruning(epoch)
         put_off, position = [], 0
         drawn = bytearray(self.size)  # a sampler of the user's may leave rows out, or draw them with replacement
         for index in map(self._row, self.sampler):
-            if index in held_out and position < before_cut:
+            if index in held_out and position < before_pruning:
                 put_off.append(index)
                 continue
             drawn[index] = True
@@ -115,7 +115,7 @@ class HeldOutSampler(Sampler[int]):
             position += 1
         generator = torch.Generator(device="cpu").manual_seed(self.plan.seed + epoch)
         for index in put_off:
-            yield index if position >= before_cut else self._stand_in(generator, drawn)
+            yield index if position >= before_pruning else self._stand_in(generator, drawn)
             position += 1
 
     def _row(self, index: Any) -> int:
@@ -169,13 +169,14 @@ class HeldOutStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Any]:
         # A stream has no length, so in later epochs only time can tell whether the pruning is over.
-        before_cut = self.plan.rows_before_cut(0) if self.epoch == 0 else 0 if self.plan.given_back else math.inf
-        if before_cut == 0:
+        later = 0 if self.plan.given_back else math.inf
+        before_pruning = self.plan.rows_before_pruning(0) if self.epoch == 0 else later
+        if before_pruning == 0:
             yield from self.stream
             return
         position = 0
         for row in islice(iter(self.stream), len(self.rows), None):
-            if position == before_cut:
+            if position == before_pruning:
                 yield from self.rows
             yield row
             position += 1

@@ -187,6 +187,14 @@ def test_options_that_hold_tuples_are_the_same_after_a_way_through_json() -> Non
     assert given["method_options"]["taps"] == (1, 2)  # what was passed stays as it is
 
 
+def test_costs_by_their_names_of_before_are_read() -> None:
+    """Version 0.1 wrote what a step costs around the pruning under other names."""
+    seconds = {"all_modules": 0.8, "predicted": 0.5, "before_pruning": 0.8, "after_pruning": 0.52}
+    selection = make_selection(times=seconds, memory={"all_modules": 8.0, "predicted": 5.0, "after_pruning": 5.2})
+    text = selection.to_json().replace("before_pruning", "before_cut").replace("after_pruning", "after_cut")
+    assert text.count("_cut") == 3 and Selection.from_json(text) == selection
+
+
 def changed(**changes: Any) -> str:
     return json.dumps({**json.loads(make_selection().to_json()), **changes})
 

@@ -56,7 +56,7 @@ def log_of(steps: int, prune: int) -> list[dict[str, float]]:
         if steps * 0.05 < step <= steps * 0.2 and step % 4 == 0:
             entry["diffora/arch_loss"] = entry["loss"] + 0.25
         if step == prune:
-            entry |= {"diffora/selected_modules": 4.0, "diffora/held_out_loss_after_cut": 2.125}
+            entry |= {"diffora/selected_modules": 4.0, "diffora/held_out_loss_after_pruning": 2.125}
         log.append(entry)
         if step % 100 == 0:
             log.append({"step": step, "eval_loss": entry["loss"] + 0.1})
@@ -214,7 +214,7 @@ def test_why_a_module_was_removed() -> None:
 
 
 def test_time_and_memory_as_predicted_and_measured() -> None:
-    times = {"all_modules": 0.8, "predicted": 0.5, "before_cut": 0.8, "after_cut": 0.52}
+    times = {"all_modules": 0.8, "predicted": 0.5, "before_pruning": 0.8, "after_pruning": 0.52}
     memory = {"all_modules": 800 * 2.0**20, "predicted": 600 * 2.0**20}
     page = Page(render_report(of_layers(2, times=times, memory=memory), log_of(100, 25), 100))
     assert page.tables[2][1:] == [
@@ -222,6 +222,21 @@ def test_time_and_memory_as_predicted_and_measured() -> None:
         ["memory of a step, beside the model", "800 MiB", "600 MiB (0.75)", "–"],
     ]
     assert "no limit on the time" in Page(render_report(of_layers(2))).text
+
+
+def test_the_log_of_an_earlier_version_is_read() -> None:
+    """The held-out losses around the pruning had other names in version 0.1."""
+    log = log_of(1000, 250)
+    for entry in log:
+        if entry["step"] == 200:
+            entry["diffora/held_out_loss_before_fade_out"] = 2.25
+        if entry["step"] == 250:
+            entry["diffora/held_out_loss_before_pruning"] = 2.5
+    new = {"before_fade_out": "before_closing", "before_pruning": "before_cut", "after_pruning": "after_cut"}
+    old = [{re.sub("before_fade_out|(before|after)_pruning", lambda m: new[m[0]], k): e[k] for k in e} for e in log]
+    page = render_report(of_layers(2), old, 1000)
+    assert old != log and page == render_report(of_layers(2), log, 1000)
+    assert "2.2500 before the fade-out" in page
 
 
 def test_logs_of_any_kind() -> None:

@@ -293,7 +293,7 @@ def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) ->
     assert torch.equal(scores[4], scores[7])  # no search on what is decided
     logs = {k: v for log in trainer.state.log_history for k, v in log.items() if k.startswith("diffora/")}
     assert logs["diffora/gap"] == pytest.approx(0, abs=1e-6)
-    assert logs["diffora/held_out_loss_before_closing"] > 0
+    assert logs["diffora/held_out_loss_before_fade_out"] > 0
     assert torch.all(torch.tensor(trainer.selection.factors)[kept] == 1)
     fresh = get_peft_model(classifier().model, lora())
     with pytest.raises(ValueError, match="call `discretize` first"):

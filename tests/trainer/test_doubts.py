@@ -149,7 +149,7 @@ def test_relaxation_of_another_package_is_closed_before_the_cut(tmp_path: Path) 
         trainer = make_trainer(tmp_path, search=search)
         trainer.train()
     logs = step_logs(trainer)
-    assert "diffora/held_out_loss_before_closing" in logs[CUT - 2]
+    assert "diffora/held_out_loss_before_fade_out" in logs[CUT - 2]
     assert logs[CUT]["diffora/gap"] == pytest.approx(0, abs=1e-5)  # the gates had fallen to 0 by then
     with gain_relaxation(training_gates=lambda self: None), pytest.raises(TypeError, match="trains_open = True"):
         make_trainer(tmp_path, search=search).train()
@@ -162,11 +162,11 @@ def test_line_at_the_pruning_compares_with_the_loss_before_gates_faded_out(
     trainer = make_trainer(tmp_path, search={"fade_out": 2})
     trainer.train()
     logs = step_logs(trainer)
-    before = logs[CUT - 2]["diffora/held_out_loss_before_closing"]
-    after = logs[CUT]["diffora/held_out_loss_after_cut"]
+    before = logs[CUT - 2]["diffora/held_out_loss_before_fade_out"]
+    after = logs[CUT]["diffora/held_out_loss_after_pruning"]
     assert f"Held-out loss {before:.4f} before the fade-out, {after:.4f} after pruning." in caplog.text
 
     trainer = make_trainer(tmp_path)  # without a closing
     trainer.train()
-    before = step_logs(trainer)[CUT]["diffora/held_out_loss_before_cut"]
+    before = step_logs(trainer)[CUT]["diffora/held_out_loss_before_pruning"]
     assert f"Held-out loss {before:.4f} just before pruning, " in caplog.text

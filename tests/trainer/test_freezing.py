@@ -214,7 +214,7 @@ def test_a_limit_of_the_time_is_measured_with_frozen_modules(
     assert set(present) == {count}  # also in the steps that are measured, all of them take part
     selection = trainer.selection
     assert selection.times["predicted"] <= 0.7 * selection.times["all_modules"]
-    assert selection.times["after_cut"] == pytest.approx(selection.times["predicted"], rel=0.01)
+    assert selection.times["after_pruning"] == pytest.approx(selection.times["predicted"], rel=0.01)
     # Nothing but the depth costs much here, so that all modules above it go on.
     lowest = min(map(layer_of, selection.selected))
     assert lowest > 0 and set(selection.selected) == {n for n in selection.modules if layer_of(n) >= lowest}
@@ -232,7 +232,7 @@ def test_a_limit_of_the_memory_is_counted_with_frozen_modules(tmp_path: Path):
     trainer.train()
     memory = trainer.selection.memory
     assert memory["predicted"] <= 0.6 * memory["all_modules"]
-    assert memory["after_cut"] == pytest.approx(memory["predicted"], rel=0.1)
+    assert memory["after_pruning"] == pytest.approx(memory["predicted"], rel=0.1)
     assert trainer.selection.frozen and min(map(layer_of, trainer.selection.selected)) > 0
 
 

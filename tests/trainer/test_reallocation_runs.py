@@ -99,7 +99,7 @@ def test_run(tmp_path: Path) -> None:
     assert selection.frequency == tuple(sum(e.on[i] for e in selection.history) / 5 for i in range(len(sizes)))
     assert 0 < min(f for f in selection.frequency if f) < 1
     log = step_logs(trainer)[CUT]
-    assert log["diffora/held_out_loss_before_cut"] == log["diffora/held_out_loss_after_cut"]
+    assert log["diffora/held_out_loss_before_pruning"] == log["diffora/held_out_loss_after_pruning"]
     assert step_logs(trainer)[4]["diffora/switched_modules"] >= 0
     assert Selection.load(tmp_path) == selection
     plain = plot_selection(replace(selection, history=()), tmp_path / "plain.png")
@@ -225,7 +225,7 @@ def test_with_a_budget_of_time(tmp_path: Path) -> None:
     trainer.train()
     selection = trainer.selection
     assert len(selection.history) == 3 and selection.kept == selection.history[-1].on
-    assert selection.times["before_cut"] > 0
+    assert selection.times["before_pruning"] > 0
 
 
 @pytest.mark.slow

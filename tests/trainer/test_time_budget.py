@@ -34,9 +34,9 @@ def test_a_run_under_a_time_budget(tmp_path, monkeypatch, limit: float, lowest: 
     assert min(grid_rows[name] for name in selection.selected) >= lowest
     assert selection.lowest_row in [f"model.layers.{row}" for row in range(lowest, 6)]
     assert not any(probe.found[WARMUP])
-    assert set(selection.times) == {"all_modules", "predicted", "before_cut", "after_cut"}
+    assert set(selection.times) == {"all_modules", "predicted", "before_pruning", "after_pruning"}
     assert selection.times["predicted"] <= limit * selection.times["all_modules"]
-    assert selection.times["after_cut"] == pytest.approx(selection.times["predicted"], rel=0.1)
+    assert selection.times["after_pruning"] == pytest.approx(selection.times["predicted"], rel=0.1)
     assert Selection.from_json(selection.to_json()) == selection
 
     plain = make_trainer(
@@ -80,7 +80,7 @@ def test_a_run_under_a_memory_budget(tmp_path, checkpointing: bool) -> None:
     memory = trainer.selection.memory
     assert memory["predicted"] <= 0.6 * memory["all_modules"]
     # Counted anew, in the pruned model. With checkpointing the peak is no straight line in the count of modules.
-    assert memory["after_cut"] == pytest.approx(memory["predicted"], rel=0.15 if checkpointing else 0.1)
+    assert memory["after_pruning"] == pytest.approx(memory["predicted"], rel=0.15 if checkpointing else 0.1)
     assert checkpointing or trainer.selection.lowest_row != "model.layers.0"
     assert Selection.from_json(trainer.selection.to_json()) == trainer.selection
 
@@ -101,7 +101,7 @@ def test_a_limit_is_that_of_a_training_batch(tmp_path) -> None:
         found.append(trainer.selection.memory)
     assert len({memory["all_modules"] for memory in found}) == 1
     for memory in found:
-        assert memory["after_cut"] < 0.65 * memory["all_modules"]
+        assert memory["after_pruning"] < 0.65 * memory["all_modules"]
 
 
 def test_a_step_above_its_limit_is_warned_of(tmp_path, caplog) -> None:
@@ -112,7 +112,7 @@ def test_a_step_above_its_limit_is_warned_of(tmp_path, caplog) -> None:
         trainer.train()
         memory = trainer.selection.memory
         assert memory["predicted"] <= limit * memory["all_modules"]
-        assert (memory["after_cut"] > 1.02 * limit * memory["all_modules"]) == over
+        assert (memory["after_pruning"] > 1.02 * limit * memory["all_modules"]) == over
         warned = [record for record in caplog.records if f"above `max_step_memory={limit:g}`" in record.message]
         assert [record.levelname for record in warned] == ["WARNING"] * over
 

@@ -60,7 +60,7 @@ def test_run(task: str, tmp_path: Path) -> None:
         assert logs[step]["diffora/entropy"] == logs[1]["diffora/entropy"] != logs[14]["diffora/entropy"]
     cut = logs[14]
     assert cut["diffora/gap"] == pytest.approx(
-        cut["diffora/held_out_loss_after_cut"] - cut["diffora/held_out_loss_before_cut"]
+        cut["diffora/held_out_loss_after_pruning"] - cut["diffora/held_out_loss_before_pruning"]
     )
     assert cut["diffora/selected_modules"] == len(trainer.selection.selected)
     assert cut["diffora/lora_parameters"] == trainer.selection.trainable_parameters

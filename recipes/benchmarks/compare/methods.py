@@ -198,9 +198,9 @@ def train_diffora(
         "notes": list(selection.notes),
         **used,
         **result,
-        "before_closing": report.get("diffora/held_out_loss_before_closing"),
-        "before_cut": report.get("diffora/held_out_loss_before_cut"),
-        "after_cut": report.get("diffora/held_out_loss_after_cut"),
+        "before_closing": report.get("diffora/held_out_loss_before_fade_out"),
+        "before_cut": report.get("diffora/held_out_loss_before_pruning"),
+        "after_cut": report.get("diffora/held_out_loss_after_pruning"),
         "scores": {name: float(f"{score:.5g}") for name, score in scores.items()},
         "worst": grid.take(upwards, cap),
     }
