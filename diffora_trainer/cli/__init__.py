@@ -20,6 +20,9 @@ COMMANDS = {
     "env": "print the versions and devices that a bug report should name",
 }
 TRAINING = ("sft", "dpo", "classify")
+"""Commands that train."""
+
+WITH_CONFIG = (*TRAINING, "plan")
 """Commands whose arguments a parser of TRL's reads, and explains."""
 
 
@@ -36,11 +39,11 @@ def make_parser(command: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffora-trainer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, summary in COMMANDS.items():
-        own = commands.add_parser(name, help=summary, add_help=name not in TRAINING)
+        own = commands.add_parser(name, help=summary, add_help=name not in WITH_CONFIG)
         if name == command:
             module = importlib.import_module(f"{__name__}.{name}")
             own.set_defaults(run=module.run)
-            if name not in TRAINING:
+            if name not in WITH_CONFIG:
                 own.description = module.__doc__
                 module.add_arguments(own)
     return parser
@@ -59,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser = make_parser(words[0] if words and words[0] in COMMANDS else None)
     found, rest = parser.parse_known_args(words)
-    if rest and found.command not in (*TRAINING, "plan"):
+    if rest and found.command not in WITH_CONFIG:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     found.options = rest
     try:

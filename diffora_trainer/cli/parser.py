@@ -21,11 +21,16 @@ class ConfigParser(TrlParser):
     """
     A [`~trl.TrlParser`] that reads the file behind `--config` itself: what TRL says of one depends on its version, and
     may be an error of its own code or of PyYAML's, and of what stands in the file TRL checks nothing but texts.
+
+    Attributes:
+        refuses_others (`bool`): whether what the file holds that is no argument is refused, and not passed over.
     """
+
+    refuses_others = True
 
     def parse_args_and_config(self, args: Iterable[str] | None = None, *others: Any, **options: Any) -> Any:
         """
-        The parent's. What the file holds that is no argument is always refused.
+        The parent's. What the file holds that is no argument is refused here, or passed over.
 
         Args:
             args (`Iterable[str]`, *optional*): the words of the command line; by default those of the process.
@@ -56,7 +61,8 @@ class ConfigParser(TrlParser):
         hints = {name: hint for kind in self.dataclass_types for name, hint in get_type_hints(kind).items()}
         for name, value in values.items():
             self._check(path, name, value, hints.get(name, Any))
-        if unknown := self.set_defaults_with_config(**values)[::2]:  # names and values in turn
+        unknown = self.set_defaults_with_config(**values)[::2]  # names and values in turn
+        if unknown and self.refuses_others:
             names = ", ".join(f"`{name.removeprefix('--')}`" for name in unknown)
             raise ValueError(f"`--config {path}` gives {names}: there is no such argument. Please remove the line.")
         os.environ.update({str(name): str(value) for name, value in (variables or {}).items()})

@@ -5,45 +5,89 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from ..compat import readable_help
 from ..config import DiffoRAConfig
 from ..core.grid import Grid
 from ..core.schedule import Schedule
 from ..methods.base import ScoreMethod
 from ..methods.build import make_schedule
-from .train import checked, initial_lora
+from .train import checked, checked_model_name, model_options, parser_of
 
 
 if TYPE_CHECKING:
     from ..search.search import ArchitectureSearch
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `diffora plan`; what follows them are options of [`DiffoRAConfig`]."""
-    parser.add_argument("model", help="folder or Hub id; of the model nothing but its configuration is read")
-    parser.add_argument("--steps", type=int, required=True, help="optimizer steps of the run")
-    parser.add_argument("--rows", type=int, help="rows of the training set")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows of a batch (8)")
-    parser.add_argument("--r", "--lora_r", type=int, help="rank of the LoRA; by default TRL's, as in a run")
-    parser.add_argument(
-        "--target_modules", "--lora_target_modules", nargs="+", help="as in a LoraConfig; by default all linear layers"
+@dataclass
+class PlanArguments:
+    """
+    What a plan has to know of a training, by the names that the commands which train have for it.
+
+    Args:
+        max_steps (`int`, *optional*):
+            Optimizer steps of the run.
+        rows (`int`, *optional*):
+            Rows of the training set.
+        per_device_train_batch_size (`int`, *optional*, defaults to `8`):
+            Rows of a batch.
+    """
+
+    max_steps: int | None = field(default=None, metadata={"aliases": ["--steps"], "help": "Optimizer steps."})
+    rows: int | None = field(default=None, metadata={"help": "Rows of the training set."})
+    per_device_train_batch_size: int = field(
+        default=8, metadata={"aliases": ["--batch_size"], "help": "Rows of a batch."}
     )
-    parser.add_argument("--task", choices=["CAUSAL_LM", "SEQ_CLS"], default="CAUSAL_LM", help="what is trained")
-    parser.epilog = "All options of DiffoRAConfig can follow, such as --selection_ratio 0.3."
+
+
+def make_parser() -> Any:
+    """The parser of `diffora plan`: of a file that is made for a run it takes what the plan reads."""
+    parser = parser_of(PlanArguments, prog="diffora plan")
+    parser.refuses_others = False
+    parser.usage = "diffora plan MODEL --max_steps N [options], or diffora plan --config x.yaml [options]"
+    shorter: dict[str, Any] = {"default": argparse.SUPPRESS, "help": "The same, shorter."}
+    parser.add_argument("--r", dest="lora_r", type=int, **shorter)
+    parser.add_argument("--target_modules", dest="lora_target_modules", nargs="+", **shorter)
+    parser.add_argument("--task", dest="lora_task_type", choices=["CAUSAL_LM", "SEQ_CLS"], **shorter)
+    readable_help(parser)
+    return parser
+
+
+def read_arguments(words: Sequence[str]) -> tuple[PlanArguments, Any, DiffoRAConfig]:
+    """
+    What is planned, out of the words of a command line and the YAML file that they name.
+
+    Args:
+        words (`Sequence[str]`): of the command line. One that belongs to no argument is the model.
+
+    Raises:
+        ValueError: if a value is wrong or of the wrong type, or the file holds no arguments.
+    """
+    parser = make_parser()
+    others: list[str] = []
+
+    def parse() -> list[Any]:
+        *found, left = parser.parse_args_and_config(list(words), return_remaining_strings=True)
+        others.extend(left)
+        return found
+
+    args, model_args, config = checked(parse)
+    if others and (len(others) > 1 or others[0].startswith("-")):
+        raise ValueError(f"There is no such argument: {' '.join(others)}. `diffora plan --help` lists all of them.")
+    if others:
+        model_args.model_name_or_path = others[0]
+    return args, model_args, config
 
 
 def run(words: argparse.Namespace) -> None:
     """Print the plan."""
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(DiffoRAConfig, prog="diffora plan")  # type: ignore[arg-type]
-    (config,) = checked(lambda: parser.parse_args_into_dataclasses(words.options))
-    print("\n".join(f"{head:9s} {text}" for head, text in describe(words, config)))
+    print("\n".join(f"{head:9s} {text}" for head, text in describe(*read_arguments(words.options))))
 
 
-def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str, str]]:
-    """The plan: heads and lines."""
+def describe(args: PlanArguments, model_args: Any, config: DiffoRAConfig) -> list[tuple[str, str]]:
+    """The plan: heads and lines. Of the model nothing but its configuration is read."""
     import torch
     from peft import get_peft_model
     from transformers import AutoConfig
@@ -51,14 +95,22 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
     from ..search.search import ArchitectureSearch
     from ..serving.loading import model_class, on_meta
 
-    if words.batch_size < 1:
-        raise ValueError(f"You passed `--batch_size {words.batch_size}`, but a batch has at least one row.")
-    found = AutoConfig.from_pretrained(words.model)
-    lora = initial_lora(words.task, words.r, words.target_modules)
+    batch_size, rows = args.per_device_train_batch_size, args.rows
+    if batch_size < 1:
+        raise ValueError(f"`per_device_train_batch_size` is {batch_size}, but a batch has at least one row.")
+    if args.max_steps is None or args.max_steps < 1:
+        raise ValueError(
+            "A plan is made for a number of optimizer steps, and not of epochs. Please pass it, such as "
+            "`--max_steps 300`."
+        )
+    name = checked_model_name(model_args.model_name_or_path)
+    model_args.load_in_4bit = model_args.load_in_8bit = False  # the plan is the same, and needs no bitsandbytes
+    options, lora = model_options(model_args)
+    found = AutoConfig.from_pretrained(name, revision=options["revision"])
     with torch.device("meta"):
-        model = get_peft_model(on_meta(model_class(words.task, found), found), lora)
+        model = get_peft_model(on_meta(model_class(lora.task_type, found), found), lora)
     search = ArchitectureSearch(model, config, loss_fn=lambda model, batch: model(**batch).loss)
-    grid, method, schedule = search.grid, search.method, make_schedule(config, words.steps)
+    grid, method, schedule = search.grid, search.method, make_schedule(config, args.max_steps)
     lines = [("Modules", f"{grid.describe()}")]
     if search.told_budget is not None:
         limit = sum(search.told_budget.limits)
@@ -80,15 +132,15 @@ def describe(words: argparse.Namespace, config: DiffoRAConfig) -> list[tuple[str
         lines.append(("Kept", text))
     lines += _phases(schedule, search)
     held_out = None
-    if words.rows is not None:
-        held_out = math.ceil(config.arch_split * words.rows)
-        if held_out >= words.rows:
+    if rows is not None:
+        held_out = math.ceil(config.arch_split * rows)
+        if held_out >= rows:
             raise ValueError(
-                f"You passed `--rows {words.rows}`, of which `arch_split={config.arch_split}` holds out {held_out}, "
+                f"You passed `--rows {rows}`, of which `arch_split={config.arch_split}` holds out {held_out}, "
                 "so that no row is left to train on. Please pass more rows, or a smaller `arch_split`."
             )
-        lines.append(("Held out", f"{held_out:,} of {words.rows:,} rows until step {schedule.prune}"))
-    return lines + _extra(config.arch_batch_size or words.batch_size, held_out, schedule, search)
+        lines.append(("Held out", f"{held_out:,} of {rows:,} rows until step {schedule.prune}"))
+    return lines + _extra(config.arch_batch_size or batch_size, held_out, schedule, search)
 
 
 def _parameters(grid: Grid, ranks: Sequence[int]) -> int:

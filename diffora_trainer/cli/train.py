@@ -29,17 +29,23 @@ def make_parser(config: type, prog: str | None = None, data: type = DataArgument
         data (`type`, *optional*): what says which rows are read.
     """
     from transformers.utils import is_torch_bf16_gpu_available  # type: ignore[attr-defined]
-    from trl import ModelConfig  # type: ignore[attr-defined]
 
-    from ..config import DiffoRAConfig
-    from .parser import ConfigParser
-
-    parser = ConfigParser((data, config, ModelConfig, DiffoRAConfig), prog=prog)  # type: ignore[arg-type]
+    parser = parser_of(data, config, prog=prog)
     # TRL's configurations turn bf16 on and then refuse a machine without it: there, full precision is the default.
     if not is_torch_bf16_gpu_available():
         parser.set_defaults(bf16=False)
     readable_help(parser)
     return parser
+
+
+def parser_of(*kinds: type, prog: str | None = None) -> Any:
+    """A [`~diffora_trainer.cli.parser.ConfigParser`] of some dataclasses, then of the model's and the search's."""
+    from trl import ModelConfig  # type: ignore[attr-defined]
+
+    from ..config import DiffoRAConfig
+    from .parser import ConfigParser
+
+    return ConfigParser((*kinds, ModelConfig, DiffoRAConfig), prog=prog)  # type: ignore[arg-type]
 
 
 def checked(parse: Callable[[], Any]) -> Any:
@@ -183,24 +189,6 @@ def model_options(model_args: Any, task_type: str | None = None) -> tuple[dict[s
     if model_args.model_revision != "main":  # by which the base model is found again
         lora.revision = model_args.model_revision
     return options, lora
-
-
-def initial_lora(task_type: str, r: int | None = None, target_modules: list[str] | None = None) -> Any:
-    """
-    The LoRA that a command begins with where it is told no more of it than this.
-
-    Args:
-        task_type (`str`): what is trained, as PEFT names it.
-        r (`int`, *optional*): its rank.
-        target_modules (`list[str]`, *optional*): its modules.
-    """
-    from trl import ModelConfig  # type: ignore[attr-defined]
-
-    model_args = ModelConfig()
-    model_args.lora_target_modules = target_modules
-    if r is not None:
-        model_args.lora_r = r
-    return model_options(model_args, task_type)[1]
 
 
 def run(trainer_class: type, parser: Any, words: Sequence[str], forms: Sequence[tuple[str, ...]]) -> dict[str, float]:

@@ -118,10 +118,41 @@ def test_plan_is_what_a_run_then_does(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "selection_ratio=3.0" in capsys.readouterr().err
     for size in ("0", "-1"):
         assert main([*words, "--method", "snip", "--batch_size", size]) == 1
-        assert f"`--batch_size {size}`" in capsys.readouterr().err
+        assert f"`per_device_train_batch_size` is {size}" in capsys.readouterr().err
     assert main(["plan", str(tmp_path), "--steps", "300", "--rows", "1"]) == 1
     assert "no row is left to train on" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_plan_of_the_file_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It has the names of a run, and what a plan does not ask for is passed over. The command line goes before it."""
+    base, file = tmp_path / "base", tmp_path / "run.yaml"
+    llama_config(200, num_hidden_layers=2).save_pretrained(base)
+    data = {"dataset_name": "embedded", "output_dir": "out", "learning_rate": 1e-4, "gradient_accumulation_steps": 8}
+    model = {"model_name_or_path": str(base), "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"]}
+    search = {"selection_ratio": 0.5, "method_options": {"arch_every": 2}}
+    file.write_text(yaml.safe_dump({**data, **model, **search, "max_steps": 100, "per_device_train_batch_size": 2}))
+    own = [str(base), "--r", "4", "--target_modules", "q_proj", "v_proj", "--steps", "100", "--batch_size", "2"]
+    others = ["--selection_ratio", "0.5", "--method_options", '{"arch_every": 2}']
+    plans = []
+    for words in (["--config", str(file)], [*own, *others], [*others, "--config", str(file)]):
+        assert main(["plan", *words]) == 0
+        plans.append(capsys.readouterr().out)
+    assert (
+        "4 LoRA modules in 2 layers" in plans[0] and "until step 100" in plans[0] and plans[0].count("of 2 rows") == 1
+    )
+    assert plans[0] == plans[1] == plans[2]
+    assert main(["plan", "--max_steps", "200", "--config", str(file), "--lora_r", "2"]) == 0
+    assert "until step 200" in capsys.readouterr().out
+
+    file.write_text("num_train_epochs: 3")
+    assert main(["plan", str(base), "--config", str(file)]) == 1
+    assert "for a number of optimizer steps, and not of epochs" in capsys.readouterr().err
+    assert main(["plan", "--steps", "100"]) == 1
+    assert "`model_name_or_path` is missing" in capsys.readouterr().err
+    for wrong in (["--selecton_ratio", "0.5"], ["second"]):
+        assert main(["plan", str(base), "--steps", "100", *wrong]) == 1
+        assert "There is no such argument: " in capsys.readouterr().err
 
 
 def test_as_a_module_and_with_words_that_it_does_not_know(

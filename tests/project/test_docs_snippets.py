@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 from trl import DPOConfig, SFTConfig
 
-from diffora_trainer import DiffoRAConfig, Selection
-from diffora_trainer.cli import TRAINING, classify, make_parser, train
+from diffora_trainer import Selection
+from diffora_trainer.cli import TRAINING, classify, make_parser, plan, train
 from diffora_trainer.methods import registry
 from helpers import ROOT
 from helpers.data import chat_dataset, preference_dataset, tiny_tokenizer
@@ -170,7 +170,8 @@ def parse(words: list[str]) -> None:
         data_args, _, model_args, _ = train.make_parser(config, **data).parse_args_and_config(rest)
         assert data_args.dataset_name and model_args.model_name_or_path
     elif found.command == "plan":
-        HfArgumentParser(DiffoRAConfig).parse_args_into_dataclasses(rest)
+        args, model_args, _ = plan.read_arguments(rest)
+        assert args.max_steps and model_args.model_name_or_path
     else:
         assert not rest
 
