@@ -26,7 +26,7 @@ from .micro_batches import wanted_micro_batches
 from .rank_rules import find_rank_plan, refuse
 from .ranks import RankPlan
 from .runtime import Runtime
-from .told_ranks import check_components, told_rank_budget
+from .told_ranks import check_not_cancelling, told_rank_budget
 
 
 class SearchBase(GatedModel):
@@ -57,7 +57,7 @@ class SearchBase(GatedModel):
             self.told_budget, self.why_whole_modules = told_rank_budget(config, adapters)
         else:
             self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
-        self.trained_before = False  # known once the weights are there: see `check_ranks`
+        self.trained_before = False  # known once the weights are there: see `settle_ranks`
         self.kept: Tensor | None = None
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_plan is not None:
@@ -145,14 +145,14 @@ class SearchBase(GatedModel):
         self.method = self.make_method()
         self.gates.set_evaluation(self.method.evaluation_gates())
 
-    def check_ranks(self) -> None:
+    def settle_ranks(self) -> None:
         """
         Before the first step: an adapter whose `lora_B` is not zero, as one that was trained before, cannot begin with
         a smaller rank. Whole modules are chosen of it, which the log and the notes tell, or, if ranks were asked for
         or the method has no other way, a `ValueError` is raised.
         """
         if self.told_budget is not None and self.config.discretize_at == 0:
-            check_components(self.adapters.sites, self.method.name)
+            check_not_cancelling(self.adapters.sites, self.method.name)
         ranks = self.ranks if self.rank_plan is not None else None
         if isinstance(self.method, RankMethod):
             ranks = self.method.start_ranks()

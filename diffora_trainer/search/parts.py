@@ -89,8 +89,8 @@ class DueEvents:
     events: list[Event] = field(default_factory=list)
     stepping: bool = False
 
-    def is_repeated(self) -> bool:
-        """Whether a call after a step is another try of the one that failed, and not one after another step."""
+    def take_repeat(self) -> bool:
+        """Whether a call after a step is another try of the one that failed, and not one after another step; once."""
         repeated = bool(self.events) and not self.stepping
         self.stepping = False
         return repeated

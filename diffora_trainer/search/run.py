@@ -135,7 +135,8 @@ class SelectionRun(RunParts):
         if self._begun:
             return
         check_rate(self.search, self.optimizer, self._trained)
-        if self.step == 0:  # what is wrong with the data should be said now
+        if self.step == 0:  # what is wrong with the adapter or the data should be said now
+            self.search.settle_ranks()
             self.search.check_start(self.held_out.check())
         self._begun = True
         self.search.begin()
@@ -183,7 +184,7 @@ class SelectionRun(RunParts):
             ValueError: on every process, if they would not all keep the same modules; if the pruning was interrupted.
         """
         self.begin()
-        repeated = self._due.is_repeated()
+        repeated = self._due.take_repeat()
         self.step += not repeated
         if not self.gates_active and not self._due.events:
             return False

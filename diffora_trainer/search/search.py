@@ -110,11 +110,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         return limited and not self.config.limits_step and self.everything is not None
 
     def check_start(self, batch: Any) -> None:
-        """
-        Before the first step: raise a `ValueError` if it cannot begin with this adapter, look at this model, or learn
-        from this batch.
-        """
-        self.check_ranks()
+        """Before the first step: raise a `ValueError` if it cannot look at this model, or learn from this batch."""
         try_out(self, batch)
         # If this batch has no label, none of this process has. A loss of the user's own may not need any.
         [unlabelled] = shares([without_labels(batch)], self.runtime.reduce)

@@ -52,7 +52,7 @@ _CANCELLED = 0.02
 """How large `B A` may be beside its factors where its components cancel out: what the rounding of bfloat16 leaves."""
 
 
-def check_components(sites: Sequence[AdapterSite], method: str) -> None:
+def check_not_cancelling(sites: Sequence[AdapterSite], method: str) -> None:
     """
     Raise a `ValueError` if the components of an adapter do something each, and nothing together, as those of a new
     LoRA with `init_lora_weights="orthogonal"`: if some are kept before the first step, training would not begin with

@@ -164,9 +164,15 @@ def install_sites(model: Any, config: DiffoRAConfig) -> Any:
     return model
 
 
-def check_model(model: Any, config: DiffoRAConfig, score_function: ScoreFunction | None) -> None:
-    """Raise if the modules of a model cannot be chosen among."""
+def complete_model(model: Any, config: DiffoRAConfig) -> Any:
+    """The model with what a configuration puts into it: other kinds of site, and the Hub id of its base model."""
+    model = install_sites(model, config)
     name_base_model(model, config)
+    return model
+
+
+def check_search(model: Any, config: DiffoRAConfig, score_function: ScoreFunction | None) -> None:
+    """Raise if the modules of a model cannot be chosen among."""
     loss_fn = lambda model, batch: model(**batch).loss  # noqa: E731
     ArchitectureSearch(peft_model(model), config, loss_fn=loss_fn, score_function=score_function)
 

@@ -21,7 +21,7 @@ from ..methods.build import check_score_function, make_schedule
 from ..methods.context import ScoreFunction
 from ..search.run import SelectionRun
 from . import saving
-from .building import check_model, install_sites, make_run, parent_arguments
+from .building import check_search, complete_model, make_run, parent_arguments
 from .callback import SessionCallback
 from .checkpoint import atomic_checkpoint
 from .checks import check_can_train, check_class, check_options, check_trainer
@@ -158,14 +158,14 @@ class DiffoRAMixin(_Base):
         check_trainer(self)
         check_own_loss(self)
         check_prefix_cache(self)
-        install_sites(self.model, self.diffora_config)
+        complete_model(self.model, self.diffora_config)
         self.arch_dataset = prepare_arch_dataset(self, given, formatting_func)
         self._callback = SessionCallback(self._session)
         self.add_callback(self._callback)
         self.add_callback(SearchProgressCallback(self._session, self.callback_handler))
         self.add_callback(MatrixImageCallback(self._session, self.callback_handler))
         # What is wrong with the model or the schedule should be said now, not when training starts.
-        check_model(self.model, self.diffora_config, self.score_function)
+        check_search(self.model, self.diffora_config, self.score_function)
         if self.args.max_steps > 0:
             make_schedule(self.diffora_config, self.args.max_steps)
 
@@ -175,8 +175,8 @@ class DiffoRAMixin(_Base):
         return self._session.selection
 
     def call_model_init(self, *args: Any, **kwargs: Any) -> nn.Module:
-        """The parent's, with the sites that the options ask for."""
-        return install_sites(super().call_model_init(*args, **kwargs), self.diffora_config)
+        """The parent's, with what the options put into it."""
+        return complete_model(super().call_model_init(*args, **kwargs), self.diffora_config)
 
     def _make_run(self, model: nn.Module, optimizer: Any, scheduler: Any, total_steps: int) -> SelectionRun:
         return make_run(self, (model, optimizer, scheduler), total_steps, self._after_prune)
@@ -339,9 +339,8 @@ class DiffoRAMixin(_Base):
 
     def _load_best_model(self) -> None:
         self._end_search()  # in a run that stopped before, the best checkpoint is one of other modules
-        if self.state.best_model_checkpoint is None:
-            return
-        saving.load_best_adapter(self, super()._load_best_model)
+        if self.state.best_model_checkpoint is not None:
+            saving.load_best_adapter(self, super()._load_best_model)
 
     # Pushing
 

@@ -25,9 +25,27 @@ _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LORA_OPTIONS = ("r", "lora_alpha", "alpha", *_PATTERNS, *_OTHER_OPTIONS)
 
 
+def check_base_model(folder: str, state: RunState, model: Any) -> None:
+    """Raise a `ValueError` if a checkpoint was made for another base model."""
+    if state.base_model != (present := describe_base(model)):
+        raise ValueError(
+            f"The checkpoint {folder!r} was made for another base model (saved: {state.base_model}, now: "
+            f"{present}). Please resume with the model of the run."
+        )
+
+
+def grow_to_saved(folder: str, state: RunState, model: Any) -> None:
+    """
+    Give an adapter that is trained in rounds the rank that it has in a checkpoint. One whose modules end with ranks
+    of their own grows when its weights are loaded.
+    """
+    if state.selection is None or not state.selection.in_ranks:
+        grow_to_checkpoint(Path(folder, _inner_folder(model)), model)
+
+
 def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str], adapted: Sequence[str]) -> None:
     """
-    Raise a `ValueError` if the weights in a checkpoint are not those of this model.
+    Raise a `ValueError` if the weights in a checkpoint of this base model are not those of its adapter.
 
     Args:
         folder (`str`): the checkpoint.
@@ -36,16 +54,8 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
         modules (`Sequence[str]`): the modules from before the pruning, by the state.
         adapted (`Sequence[str]`): the modules that are trained in the checkpoint, by the state.
     """
-    if state.base_model != (present := describe_base(model)):
-        raise ValueError(
-            f"The checkpoint {folder!r} was made for another base model (saved: {state.base_model}, now: "
-            f"{present}). Please resume with the model of the run."
-        )
-    adapter_name = model.active_adapters[0]
-    inner = "" if adapter_name == "default" else adapter_name
+    adapter_name, inner = model.active_adapters[0], _inner_folder(model)
     selection = state.selection
-    if selection is None or not selection.in_ranks:
-        grow_to_checkpoint(Path(folder, inner), model)
     sites = find_sites(model, adapter_name)
     if set(sites) not in (set(modules), set(adapted)):
         raise ValueError(
@@ -85,6 +95,12 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
     check_same(
         folder, {f"`{n}` of the LoRA": (narrowed(n, saved), narrowed(n, now)) for n, (saved, now) in found.items()}
     )
+
+
+def _inner_folder(model: Any) -> str:
+    """Where in a checkpoint PEFT puts the adapter."""
+    adapter_name = str(model.active_adapters[0])
+    return "" if adapter_name == "default" else adapter_name
 
 
 def _scalings(options: dict[str, Any]) -> set[float]:

@@ -28,7 +28,7 @@ from ..search.run import SelectionRun
 from ..search.search import ArchitectureSearch
 from .checkpoint import TENSORS_NAME, load_state, save_state
 from .held_out import HeldOutData
-from .resume import check_model
+from .resume import check_base_model, check_model, grow_to_saved
 
 
 logger = get_logger(__name__)
@@ -292,6 +292,7 @@ class TrainerSession:
         """
         model = peft_model(model)
         state, tensors = load_state(folder)
+        check_base_model(folder, state, model)
         selection = state.selection
         if selection is not None:
             if self.is_pruned(model) and (self.selection is None or self.selection.fate != selection.fate):
@@ -299,6 +300,7 @@ class TrainerSession:
                     f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
                     "pruned. Please build a new trainer to resume from it."
                 )
+            grow_to_saved(folder, state, model)
             check_model(folder, state, model, selection.modules, selection.present)
             if state.given_back is None or state.given_back[0]:
                 # Which rows were held out: the order of all depends on that until the end of the epoch of the pruning.
@@ -315,6 +317,7 @@ class TrainerSession:
                 f"The checkpoint {folder!r} was made before the pruning, but the model of this trainer has already "
                 "lost the unselected modules. Please build a new trainer to resume from it."
             )
+        grow_to_saved(folder, state, model)
         check_model(folder, state, model, state.modules, state.modules)
         self._resumed = (folder, state, tensors)
 
