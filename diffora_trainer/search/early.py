@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..core.schedule import Schedule
 from .parts import RunParts
 
 
@@ -20,18 +21,18 @@ def is_due(updates: int) -> bool:
     return updates in (8, 12, 16)
 
 
-def decide_early(run: RunParts, batches: int) -> str | None:
+def decide_early(run: RunParts, batches: int) -> tuple[Schedule, str] | None:
     """
-    Move the choice forward to now, if there is evidence for it: the halves of the search agree, and the LoRA has
-    lowered the held-out loss, beyond its noise and visibly. Where the budget is spent in ranks, this loss has also
-    fallen since the first look, or no rank would be moved. What it measures leaves no trace.
+    Decide whether to choose now, ahead of the schedule. That takes evidence: the halves of the search agree, and the
+    LoRA has lowered the held-out loss, beyond its noise and visibly. Where the budget is spent in ranks, this loss has
+    also fallen since the first look, or no rank would be moved. What it measures leaves no trace.
 
     Args:
-        run ([`RunParts`]): a run whose method searches; its schedule is changed.
+        run ([`RunParts`]): a run whose method searches.
         batches (`int`): how many held-out batches losses are compared on.
 
     Returns:
-        `str` or `None`: a line for the log, if the choice is made now.
+        `tuple[Schedule, str]` or `None`: the schedule from now on and a line for the log, if so.
     """
     search, latest = run.search, run.schedule.discretize
     if run.step >= latest or not run.held_out.comparable or not is_due(search.halves.steps):
@@ -48,9 +49,9 @@ def decide_early(run: RunParts, batches: int) -> str | None:
         return None
     if effect is None or effect.before - effect.after < EFFECT * abs(effect.before):
         return None
-    run.schedule = run.schedule.decided(run.step)
-    return (
+    line = (
         f"Step {run.step}: the search ranks the modules reliably ({confidence.value:.2f}) and the LoRA has lowered "
         f"the held-out loss from {effect.before:.4g} to {effect.after:.4g}, so the choice is made now and not at step "
         f"{latest}."
     )
+    return run.schedule.decided(run.step), line

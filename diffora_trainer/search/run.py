@@ -96,12 +96,7 @@ class SelectionRun(RunParts):
         runtime: Runtime | None = None,
     ) -> None:
         search = ArchitectureSearch(
-            model,
-            config,
-            loss_fn=loss_fn,
-            adapter_name=adapter_name,
-            score_function=score_function,
-            runtime=runtime,
+            model, config, loss_fn=loss_fn, adapter_name=adapter_name, score_function=score_function, runtime=runtime
         )
         options, schedule = search.method.options, make_schedule(search.config, total_steps)
         keep = max(GAP_BATCHES, options.score_batches)
@@ -270,7 +265,8 @@ class SelectionRun(RunParts):
         compares = self.held_out.comparable and self.search.rank_plan is not None and not self.search.early_losses
         if self.step == updates[len(updates) // 3] and compares:
             self.search.measure_early(self.held_out.sample(GAP_BATCHES))
-        if self.config.decide_early and (line := decide_early(self, GAP_BATCHES)) is not None:
+        if self.config.decide_early and (early := decide_early(self, GAP_BATCHES)) is not None:
+            self.schedule, line = early
             self._say(line)
             self._discretize(measured=True) if self.schedule.fades else self._prune()
 
