@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..compat import is_sentence_transformer, keep_frozen
+from ..compat import is_sentence_transformer, keep_frozen, lora_start
 from ..core.grid import LORA
 from .base import AdapterSite, SiteKind, peft_name, register_site_kind
 from .optimizer import NO_LORA_FA, narrow_weight
@@ -19,7 +19,7 @@ from .optimizer import NO_LORA_FA, narrow_weight
 
 # These initialisations subtract the LoRA from the base weight. Given back to a module that is pruned it has to be what
 # it was, and again the same when the adapter is loaded; `starts.py` has those of which both hold.
-_CHANGES_BASE_WEIGHT = {
+_CHANGES_BASE_WEIGHT: dict[str | None, str] = {
     "pissa_niter": (
         "it takes a random approximation of each weight out of it, another one whenever the adapter is loaded. Please "
         "use `init_lora_weights='pissa'`, which is exact."
@@ -342,7 +342,6 @@ def check_lora_config(config: Any) -> None:
             "to that of the input embeddings. Were one of them pruned, PEFT would put it back when the adapter is "
             "loaded. Please leave `ensure_weight_tying` out, or the embeddings in `target_modules`."
         )
-    init = config.init_lora_weights
-    for name, reason in _CHANGES_BASE_WEIGHT.items():
-        if isinstance(init, str) and init.startswith(name):
-            raise ValueError(f"You passed a `LoraConfig` with `init_lora_weights={init!r}`: {reason}")
+    if (reason := _CHANGES_BASE_WEIGHT.get(lora_start(config))) is not None:
+        init = config.init_lora_weights
+        raise ValueError(f"You passed a `LoraConfig` with `init_lora_weights={init!r}`: {reason}")

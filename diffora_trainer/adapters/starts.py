@@ -20,12 +20,12 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ..compat import SUBTRACTED_STARTS, lora_start
 from .base import AdapterSite, Handle, Scale
 from .distributed import add_to_weight
 from .lora import LoraSite, register_lora_site
 
 
-_STARTS = ("pissa", "olora")
 _TOLERANCE = 1e-4
 _LIKENESS = 0.05
 """How far a start may be from an exact one and be told all the same: in bfloat16, or approximate."""
@@ -54,14 +54,14 @@ class StartedSite(LoraSite):
     def prepare(cls, model: nn.Module, adapter_name: str) -> None:
         """Keep the start of each adapter on its layer, as plain tensors, which PEFT does not save."""
         config = getattr(model, "peft_config", {}).get(adapter_name)
-        if not isinstance(config, LoraConfig) or config.init_lora_weights not in _STARTS:
+        if not isinstance(config, LoraConfig) or (init := lora_start(config)) not in SUBTRACTED_STARTS:
             return
         for layer in model.modules():
             if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
                 continue
             known = vars(layer).setdefault("diffora_starts", {})
             if adapter_name not in known:
-                known[adapter_name] = _start(layer, adapter_name, config.init_lora_weights)
+                known[adapter_name] = _start(layer, adapter_name, init)
 
     @classmethod
     def fits(cls, layer: Any, adapter_name: str) -> bool:
@@ -167,7 +167,9 @@ def _likeness(layer: Any, adapter_name: str) -> str | None:
     a, b = a.float(), b.float()
     ours, theirs, one = b.T @ b, a @ a.T, torch.eye(len(a), dtype=torch.float32, device=a.device)
     # The columns of `lora_B` have the lengths of the rows of `lora_A` and are orthogonal (PiSSA), or are of length 1.
-    if not (found := [init for init, wanted in zip(_STARTS, (theirs, one), strict=True) if _near(ours, wanted)]):
+    if not (
+        found := [init for init, wanted in zip(SUBTRACTED_STARTS, (theirs, one), strict=True) if _near(ours, wanted)]
+    ):
         return None
     # What is left of the weight is orthogonal to them, with OLoRA but for a multiple of `lora_A`.
     left = (b.T.to(weight.dtype) @ weight).float()

@@ -8,12 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from ..compat import noted_structure
+from ..compat import PLAIN_STARTS, lora_start, noted_structure
 from .wrapping import has_adapter
-
-
-# Starts of LoRA that leave the base weights as they are.
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @contextmanager
@@ -28,11 +24,7 @@ def taken_out_on_error(model: Any, config: Any = None) -> Iterator[None]:
             that has an adapter.
         config (`PeftConfig`, *optional*): the adapter that it is to get.
     """
-    if (
-        not isinstance(model, nn.Module)
-        or getattr(config, "init_lora_weights", True) not in _PLAIN_STARTS
-        or has_adapter(model)
-    ):
+    if not isinstance(model, nn.Module) or lora_start(config) not in (None, *PLAIN_STARTS) or has_adapter(model):
         yield
         return
     put_back = noted_structure(model)

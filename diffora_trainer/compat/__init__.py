@@ -11,7 +11,10 @@ name of these libraries. What holds from one version to another is tested with t
 from .accelerate import beside_the_training_loader
 from .kernels import fused_lora
 from .peft import (
+    EXACT_STARTS,
     LOADS_VERA_MATRICES,
+    PLAIN_STARTS,
+    SUBTRACTED_STARTS,
     VERA_LOADER,
     adapters_disabled,
     all_linear_modules,
@@ -26,6 +29,7 @@ from .peft import (
     kept_frozen,
     keys_not_loaded,
     load_peft_config,
+    lora_start,
     merges,
     rewrites_all_linear,
     shortened_targets,
@@ -93,8 +97,11 @@ from .trl import (
 
 
 __all__ = [
+    "EXACT_STARTS",
     "LOADS_VERA_MATRICES",
+    "PLAIN_STARTS",
     "SCHEDULER_LISTS",
+    "SUBTRACTED_STARTS",
     "LiveBytes",
     "TRAINER_METHODS",
     "VERA_LOADER",
@@ -138,6 +145,7 @@ __all__ = [
     "knows_fsdp2",
     "load_default_adapter",
     "load_peft_config",
+    "lora_start",
     "load_sentence_transformer",
     "loading_class",
     "loss_is_of_rows",

@@ -40,6 +40,28 @@ without the name of the adapter, and goes on with those that it has drawn. Goes 
 """
 
 
+PLAIN_STARTS = ("gaussian", "orthogonal", "eva", "mica")
+"""Starts of a LoRA beside the usual one (`init_lora_weights`) that leave the base weights as they are."""
+
+SUBTRACTED_STARTS = ("pissa", "olora")
+"""Those that are taken out of the base weights, and are the same each time they are computed."""
+
+EXACT_STARTS = (*SUBTRACTED_STARTS, "loftq")
+"""
+Those that change the base weights in the same way each time. What is in no table ("pissa_niter", "corda", "lora_ga")
+may change them in another way each time. That is so in `LoraLayer.update_layer` up to PEFT 0.21.
+"""
+
+
+def lora_start(config: Any) -> str | None:
+    """What the LoRA of a configuration starts as, if not as usual. PEFT takes variants of some names."""
+    start = getattr(config, "init_lora_weights", None)
+    if not isinstance(start, str):
+        return None
+    families = [family for family in ("pissa_niter", "corda") if start.startswith(family)]
+    return families[0] if families else start.lower()
+
+
 def load_peft_config(source: str | os.PathLike) -> PeftConfig:
     """
     The configuration of an adapter in a folder or on the Hub. A type that PEFT does not know, as of an adapter with

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import EXACT_STARTS, PLAIN_STARTS, lora_start
 from .mergeable import remedy
 
 
-# What does not change the base weights, and what does so in the same way each time it is computed.
-_PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
-_EXACT_STARTS = ("pissa", "olora", "loftq")
 PREFIX = "base_model.model."
 """What PEFT puts before the names of a base model's modules."""
 _NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
@@ -62,16 +60,17 @@ def check_start(config: Any, again: bool = False) -> None:
     Raises:
         ValueError: if it is such an adapter; with `again`, if PEFT would take out another part each time.
     """
-    start = getattr(config, "init_lora_weights", True)
-    if not isinstance(start, str) or start in _PLAIN_STARTS or (again and start in _EXACT_STARTS):
+    start = lora_start(config)
+    if start in (None, *PLAIN_STARTS) or (again and start in EXACT_STARTS):
         return
-    if start in _EXACT_STARTS:
+    given = config.init_lora_weights
+    if start in EXACT_STARTS:
         raise ValueError(
-            f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`), so its matrices alone "
+            f"The adapter starts as a part of the base weights (`init_lora_weights={given!r}`), so its matrices alone "
             f"are not an update of the base model. {remedy(config)}"
         )
     raise ValueError(
-        f"The adapter starts as a part of the base weights (`init_lora_weights={start!r}`) that is not the same "
+        f"The adapter starts as a part of the base weights (`init_lora_weights={given!r}`) that is not the same "
         "when it is computed again, so the base model cannot be brought to what it was trained on. Please save the "
         "adapter where it was trained with `save_pretrained(..., path_initial_model_for_weight_conversion=...)` of "
         "PEFT, which makes a plain LoRA of it, and export that."

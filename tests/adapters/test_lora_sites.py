@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import AdapterGrid
+from diffora_trainer.adapters.lora import check_lora_config
 from diffora_trainer.adapters.pruning import apply_selection
+from diffora_trainer.compat import PLAIN_STARTS, SUBTRACTED_STARTS, lora_start
 from helpers.adapted import VERA_TARGETS, base_weights, logits, lora_layers, random_selection
 from helpers.models import MOE_PARAMETERS, gpt2, llama, moe
 from helpers.tiny_model import TinyModel
@@ -214,6 +216,20 @@ def test_a_smaller_rank_keeps_the_scaling_of_rslora(tmp_path: Path) -> None:
         assert layer.r["default"] == left[name]
         torch.testing.assert_close(layer.get_delta_weight("default"), expected[name])
     torch.testing.assert_close(logits(loaded, tiny), logits(model, tiny))
+
+
+def test_it_is_known_of_each_start_what_it_does_to_the_base_weights() -> None:
+    """Each is in a table, or refused; what PEFT takes in other letters is the same start."""
+    texts = [name for hint in get_args(get_type_hints(LoraConfig)["init_lora_weights"]) for name in get_args(hint)]
+    assert len(texts) > 5
+    for text in (*texts, "Gaussian", "OLoRA"):
+        config = LoraConfig(init_lora_weights=True)
+        config.init_lora_weights = text
+        if lora_start(config) in (*PLAIN_STARTS, *SUBTRACTED_STARTS):
+            check_lora_config(config)
+        else:
+            with pytest.raises(ValueError, match="init_lora_weights="):
+                check_lora_config(config)
 
 
 @pytest.mark.parametrize(

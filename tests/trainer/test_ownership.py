@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import Trainer
 from trl import SFTTrainer
@@ -96,6 +97,14 @@ def test_model_whose_weights_a_start_has_changed_is_refused_again(tmp_path: Path
         make_trainer(tmp_path, model=model, peft_config=lora(init_lora_weights="pissa"), search=small)
     with pytest.raises(ValueError, match="has an adapter already"):
         make_trainer(tmp_path, model=model)
+
+
+@pytest.mark.skipif(not hasattr(LoraLayer, "mica_init"), reason="this PEFT has no MiCA")
+def test_model_of_a_start_that_is_refused_and_leaves_its_weights_can_be_passed_again(tmp_path: Path) -> None:
+    model = classifier().model
+    with pytest.raises(ValueError, match="MiCA"):
+        make_trainer(tmp_path, model=model, peft_config=lora(init_lora_weights="mica"))
+    make_trainer(tmp_path, model=model)
 
 
 def test_mixin_in_the_wrong_place_is_refused(tmp_path: Path) -> None:
