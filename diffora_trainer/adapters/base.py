@@ -24,11 +24,10 @@ import torch
 from peft import PeftType
 from torch import Tensor, nn
 
+from ..compat import PEFT_PREFIX
 from .matrices import Adapter
 
 
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of a base model's modules."""
 ENTRY_POINTS = "diffora_trainer.sites"
 """The entry-point group in which another package names the modules that register its kinds of site."""
 _OWN = f"{__name__.partition('.')[0]}.experimental"
@@ -36,12 +35,12 @@ _OWN = f"{__name__.partition('.')[0]}.experimental"
 
 def plain_name(name: str) -> str:
     """The name of a module in the base model, from its name in the `PeftModel`."""
-    return name.removeprefix(PREFIX)
+    return name.removeprefix(PEFT_PREFIX)
 
 
 def peft_name(name: str) -> str:
     """The name of a module in the `PeftModel`, from its name in the base model."""
-    return PREFIX + name
+    return PEFT_PREFIX + name
 
 
 Scale = Callable[[nn.Module, Any, Tensor], Tensor | None]

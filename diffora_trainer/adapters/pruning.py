@@ -16,7 +16,7 @@ from ..compat import shortened_targets
 from ..core.selection import Selection
 from ..core.text import some
 from .backward import suspend_input_gradients
-from .base import AdapterSite, find_sites, prune_sites
+from .base import AdapterSite, find_sites, plain_name, prune_sites
 from .distributed import reshard, unregister_fsdp_parameters
 from .freezing import check_freezable
 from .grid import only_active
@@ -256,7 +256,7 @@ def _check_parameters(model: Any, names: list[str]) -> None:
     """Raise a `ValueError` if no configuration can name these parameters that have a LoRA alone."""
     # PEFT finds a parameter whose name ends with one of these, after a dot.
     every = [
-        name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".parametrizations", "")
+        plain_name(name).replace(".base_layer", "").replace(".parametrizations", "")
         for name, _ in model.named_parameters()
     ]
     if others := [name for name in every if name not in names and name.endswith(tuple(f".{own}" for own in names))]:

@@ -7,13 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..core.files import file_at
+from ..core.files import TRAINER_STATE_NAME, file_at
 from ..core.selection import SELECTION_NAME, Selection
 from ..hub.report import REPORT_NAME, is_log_of_choice, write_report
 from .source import load_selection
-
-
-_STATE_NAME = "trainer_state.json"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,12 +38,12 @@ def run(words: argparse.Namespace) -> None:
     path = file_at(words.output or folder or Path(), REPORT_NAME)
     if not state and not words.output and path.exists():
         raise ValueError(
-            f"{str(path)!r} is there already, and without a {_STATE_NAME} of its run beside the adapter or in a "
-            "checkpoint the new one would have no losses. Please name another file with `--output`."
+            f"{str(path)!r} is there already, and without a {TRAINER_STATE_NAME} of its run beside the adapter or in "
+            "a checkpoint the new one would have no losses. Please name another file with `--output`."
         )
     title = words.source if folder is None else folder.resolve().name
     write_report(path, selection, state.get("log_history", ()), state.get("max_steps"), title)
-    print(f"Written: {path}" + ("" if state else f" (without losses: there is no {_STATE_NAME} of the run)"))
+    print(f"Written: {path}" + ("" if state else f" (without losses: there is no {TRAINER_STATE_NAME} of the run)"))
 
 
 def _local_state(folder: Path, selection: Selection) -> dict[str, Any]:
@@ -54,11 +51,11 @@ def _local_state(folder: Path, selection: Selection) -> dict[str, Any]:
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     for place in (folder, *checkpoints):
-        if not (place / _STATE_NAME).is_file():
+        if not (place / TRAINER_STATE_NAME).is_file():
             continue
         if place != folder and not ((place / SELECTION_NAME).is_file() and Selection.load(place) == selection):
             continue  # from before the pruning, or of another run
-        state = _read_state(place / _STATE_NAME)
+        state = _read_state(place / TRAINER_STATE_NAME)
         if is_log_of_choice(state["log_history"]):
             return state
     return {}
@@ -69,7 +66,7 @@ def _hub_state(source: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    for name in (_STATE_NAME, f"last-checkpoint/{_STATE_NAME}"):
+    for name in (TRAINER_STATE_NAME, f"last-checkpoint/{TRAINER_STATE_NAME}"):
         try:
             state = _read_state(Path(hf_hub_download(source, name)))
         except EntryNotFoundError:

@@ -13,6 +13,7 @@ from .kernels import fused_lora
 from .peft import (
     EXACT_STARTS,
     LOADS_VERA_MATRICES,
+    PEFT_PREFIX,
     PLAIN_STARTS,
     SUBTRACTED_STARTS,
     VERA_LOADER,
@@ -99,6 +100,7 @@ from .trl import (
 __all__ = [
     "EXACT_STARTS",
     "LOADS_VERA_MATRICES",
+    "PEFT_PREFIX",
     "PLAIN_STARTS",
     "SCHEDULER_LISTS",
     "SUBTRACTED_STARTS",

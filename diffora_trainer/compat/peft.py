@@ -30,6 +30,9 @@ _BY_ADAPTER = (nn.ModuleDict, nn.ParameterDict, BufferDict)
 # scales are computed from each input, merges something else.
 _NEVER_MERGED = ("LILY", "POLY", "SHADOW", "XLORA")
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before the names of a base model's modules and weights, in all versions."""
+
 VERA_LOADER = "PEFT 0.21"
 """The first version that loads the shared matrices of a saved VeRA. Goes with these before it."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
+TRAINER_STATE_NAME = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 
 def adapters_inside(folder: str | os.PathLike) -> list[str]:

@@ -22,7 +22,7 @@ from ..core.base_model import class_of, is_own_class, label_names, predicts_clas
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside, tensor_shapes, write_file
 from ..core.selection import Selection
 from ..core.text import CONFIDENCE, sanitize
-from ..methods.facts import method_facts
+from ..methods.facts import method_facts, option_texts
 from .plots import PICTURE_NAME
 from .redact import public_model_id
 from .report import REPORT_NAME
@@ -82,9 +82,8 @@ def write_card(
         section = environment.get_template("diffora_card.md").render(
             selection=selection,
             options={
-                sanitize(name, markdown=True): sanitize(_option(value), markdown=True)
-                for name, value in method.options.items()
-                if value not in (None, {}) and (name != "arch_warmup" or method.searches or selection.history)
+                sanitize(name, markdown=True): sanitize(text, markdown=True)
+                for name, text in option_texts(method, selection).items()
             },
             mixed=len(set(selection.grid.kinds)) > 1,
             load_note=None if kind is None else kind.card_note(len(selection.of_kind(kind.name))),
@@ -198,12 +197,6 @@ def _grown_rows(folder: Path, model_config: Any) -> int | None:
         embeddings = [shape for name, shape in shapes.items() if "lora_" not in name and name.endswith(".weight")]
         return size if any(len(shape) == 2 and shape[0] == size for shape in embeddings) else None
     return None
-
-
-def _option(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{name} = {_option(entry)}" for name, entry in value.items() if entry not in (None, {}))
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _without_placeholders(text: str, title: str) -> str:

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from ..core.files import file_at, write_file
 from ..core.selection import Selection
 from ..core.text import CONFIDENCE, row_labels, sanitize, short_names
-from ..methods.facts import MethodFacts, method_facts
+from ..methods.facts import MethodFacts, method_facts, option_texts
 from . import charts
 from .measures import Measure, Rules, chosen_by, decider, measures_of
 from .redact import Private
@@ -95,11 +95,7 @@ def render_report(
         outcomes=_outcomes(selection, method, measures),
         decider=decider(selection, method),
         versions={sanitize(str(name)): sanitize(str(version)) for name, version in selection.versions.items()},
-        options={
-            sanitize(name): sanitize(_option(value))
-            for name, value in method.options.items()
-            if value not in (None, {}) and (name != "arch_warmup" or method.searches or selection.history)
-        },
+        options={sanitize(name): sanitize(text) for name, text in option_texts(method, selection).items()},
     )
     return Private((), ()).without(page, in_html=True)
 
@@ -118,12 +114,6 @@ def _template() -> Template:
 
 def _named(columns: Sequence[str]) -> list[tuple[str, str]]:
     return list(zip(short_names(columns), columns, strict=True))
-
-
-def _option(value: Any) -> str:
-    if isinstance(value, dict):
-        return "; ".join(f"{name} = {_option(entry)}" for name, entry in value.items() if entry not in (None, {}))
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _facts(selection: Selection, log: Sequence[Mapping[str, Any]], steps: int | None) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..config import DiffoRAConfig
+from ..core.selection import Selection
 from .base import SelectionMethod
 from .build import method_of
 from .custom import Custom
@@ -56,3 +57,18 @@ def method_facts(options: dict[str, Any]) -> MethodFacts:
     described = method.described or f"`{method.name}`" + (f" ({paper.link})" if paper is not None else "")
     citation = paper.bibtex if paper is not None and method.informed else ""
     return MethodFacts(method.name, method.searches, method.informed, described, citation, shown, method.tells_ranks)
+
+
+def option_texts(method: MethodFacts, selection: Selection) -> dict[str, str]:
+    """The options of a run as a reader of its results is told them: those that had an effect."""
+    return {
+        name: _text(value)
+        for name, value in method.options.items()
+        if value not in (None, {}) and (name != "arch_warmup" or method.searches or selection.history)
+    }
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{name} = {_text(entry)}" for name, entry in value.items() if entry not in (None, {}))
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..compat import PEFT_PREFIX
 from ..core.isolation import replaced
 
 
@@ -52,7 +53,7 @@ class Prefix:
             lowest = trained.index(True)
             if not lowest:
                 raise PrefixError(f"{name}.0, the lowest layer, is trained")
-            name = name.removeprefix("base_model.model.")  # as modules are called everywhere else
+            name = name.removeprefix(PEFT_PREFIX)  # as modules are called everywhere else
             return cls(list(module[:lowest]), [f"{name}.{index}" for index in range(lowest + 1)])
         raise PrefixError("no list of layers is trained")
 

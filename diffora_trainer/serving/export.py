@@ -17,14 +17,14 @@ from typing import Any
 from torch import nn
 
 from ..adapters.base import extra_kinds
-from ..compat import load_peft_config
+from ..compat import PEFT_PREFIX, load_peft_config
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units
 from .loading import base_source, model_class, on_meta
 from .mergeable import remedy
 from .merged import write_merged
-from .pairs import PREFIX, Pair, check_start, read_pairs
+from .pairs import Pair, check_start, read_pairs
 
 
 SERVERS = {
@@ -119,8 +119,8 @@ def _write_adapter(folder: Path, target: Path, config: Any, server: str, base_mo
     pairs = {module: pair.at(rank) for module, pair in pairs.items()}
     tensors = {}
     for module, pair in pairs.items():
-        tensors[f"{PREFIX}{module}.lora_A.weight"] = pair.a
-        tensors[f"{PREFIX}{module}.lora_B.weight"] = pair.b
+        tensors[f"{PEFT_PREFIX}{module}.lora_A.weight"] = pair.a
+        tensors[f"{PEFT_PREFIX}{module}.lora_B.weight"] = pair.b
     config.r = config.lora_alpha = rank
     config.rank_pattern, config.alpha_pattern = {}, {}
     config.use_rslora = False

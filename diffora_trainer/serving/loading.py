@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat import keys_not_loaded, loading_class, own_input_embeddings
+from ..compat import PEFT_PREFIX, keys_not_loaded, loading_class, own_input_embeddings
 from ..core.base_model import base_class, read_head
 from ..core.files import ADAPTER_NAME, tensor_shapes
-from .pairs import PREFIX, check_start
+from .pairs import check_start
 
 
 # Where in their module PEFT saves the weights of embeddings: as they are, under a LoRA, under trained tokens.
@@ -103,7 +103,7 @@ def load(folder: Path, config: Any, base_model: Any) -> Any:
         ) from error
     if left := keys_not_loaded(model, folder):
         raise ValueError(
-            f"The adapter holds {left[0].removeprefix(PREFIX)!r}"
+            f"The adapter holds {left[0].removeprefix(PEFT_PREFIX)!r}"
             + (f" and {len(left) - 1} more weights" if len(left) > 1 else "")
             + f" for which a {type(base).__name__} has no place, so that they would be lost. {_other_class(config)}"
         )
@@ -144,7 +144,7 @@ def _saved_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of an adapter, by the names of a base model's parameters."""
     if not (folder / ADAPTER_NAME).is_file():  # in a file of the older form
         return {}
-    return {name.removeprefix(PREFIX): shape for name, shape in tensor_shapes(folder / ADAPTER_NAME).items()}
+    return {name.removeprefix(PEFT_PREFIX): shape for name, shape in tensor_shapes(folder / ADAPTER_NAME).items()}
 
 
 def _fit_embeddings(model: Any, saved: Mapping[str, tuple[int, ...]]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..compat import merges
+from ..compat import PEFT_PREFIX, merges
 
 
 _LOAD_IT = "Please load it with PEFT."
@@ -49,7 +49,7 @@ def check_biases(config: Any, model: nn.Module) -> None:
     if without := [name for name, layer in layers if getattr(layer.get_base_layer(), "bias", None) is None]:
         raise ValueError(
             "The adapter has biases (`lora_bias=True`), and layers of the base model such as "
-            f"{without[0].removeprefix('base_model.model.')!r} have none, so no weights hold it. {_LOAD_IT}"
+            f"{without[0].removeprefix(PEFT_PREFIX)!r} have none, so no weights hold it. {_LOAD_IT}"
         )
 
 

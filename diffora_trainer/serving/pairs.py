@@ -11,13 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import EXACT_STARTS, PLAIN_STARTS, lora_start
+from ..compat import EXACT_STARTS, PEFT_PREFIX, PLAIN_STARTS, lora_start
 from .mergeable import remedy
 
 
-PREFIX = "base_model.model."
-"""What PEFT puts before the names of a base model's modules."""
-_NAME = re.compile(rf"^{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
+_NAME = re.compile(rf"^{re.escape(PEFT_PREFIX)}(?P<module>.+)\.lora_(?P<part>[AB])\.weight$")
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..adapters.base import extra_kinds, site_kind
 from ..core.files import (
     ADAPTER_CONFIG_NAME,
     ADAPTER_NAME,
+    TRAINER_STATE_NAME,
     read_json,
     reraise_with_path,
     tensor_shapes,
@@ -31,7 +32,6 @@ from ..core.state import RunState
 
 STATE_NAME = "diffora_state.json"
 TENSORS_NAME = "diffora_state.safetensors"
-TRAINER_STATE_NAME = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 
 _OTHER = "Please resume from another checkpoint."
 # `torch.save` names neither a full disk nor the file.
