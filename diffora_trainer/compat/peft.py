@@ -101,14 +101,6 @@ def adapters_disabled(model: Any) -> bool:
     return getattr(model, "_adapters_disabled", False) is True
 
 
-def disable_layer(layer: Any, disabled: bool) -> None:
-    """
-    Switch the adapters of one layer off or on: `_disable_adapters` in all versions. The public `enable_adapters` also
-    changes what is trainable in other adapters of the layer; goes when it leaves that alone.
-    """
-    layer._disable_adapters = disabled
-
-
 def keep_frozen(layer: Any, adapter_name: str, weights: Collection[str] | None = None) -> None:
     """
     Leave weights of an adapter of one layer frozen where PEFT makes adapters trainable, as it does at the end of each

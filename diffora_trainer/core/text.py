@@ -26,10 +26,10 @@ def sanitize(name: str, markdown: bool = False, limit: int | None = MAX_SHOWN) -
     return re.sub(r"[^\w .…-]", lambda found: f"&#{ord(found[0])};", text) if markdown else text
 
 
-def some(names: Sequence[str], count: int = 3) -> str:
+def some(names: Sequence[str]) -> str:
     """The first few of some names, for a message."""
-    shown = ", ".join(map(sanitize, names[:count]))
-    return f"{shown}, ..." if len(names) > count else shown or "none"
+    shown = ", ".join(map(sanitize, names[:3]))
+    return f"{shown}, ..." if len(names) > 3 else shown or "none"
 
 
 def short_names(names: Sequence[str]) -> list[str]:

@@ -75,11 +75,6 @@ class SearchBase(GatedModel):
         self.last_loss: float | None = None
 
     @property
-    def rank_budget(self) -> RankBudget | None:
-        """The budget in ranks, or `None` where whole modules are kept or pruned."""
-        return None if self.rank_plan is None else self.rank_plan.budget
-
-    @property
     def components(self) -> Components | None:
         """What the method has an entry for, where that are single components and not whole modules."""
         return None if self.rank_plan is None else self.rank_plan.components

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "trainer": {"search", "prefix", "hub", "methods", "adapters", *LEAVES},
     "integrations": {"trainer", "methods", "adapters", *LEAVES},
-    "experimental": {"hub", "methods", "adapters", *LEAVES},
+    "experimental": {"adapters", *LEAVES},
 }
 # The public names, which are loaded when they are asked for.
 LAZY = PACKAGE / "__init__.py"

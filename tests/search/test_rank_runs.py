@@ -277,15 +277,15 @@ def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() 
         (make()[1], {"method": "snip"}, "`method='snip'` keeps or prunes whole modules"),
         (make()[1], {"max_step_time": 0.9}, "does not combine with `max_step_time=0.9`"),
     ):
-        assert search(model, **cap, **options).rank_budget is None
+        assert search(model, **cap, **options).rank_plan is None
         with pytest.raises(ValueError, match=f"'rank'`, but.*{reason}.*'module'"):
             search(model, **cap, **options, selection_granularity="rank")
     model = make()[1]
-    assert search(model, **cap).rank_budget is not None
-    assert search(model, **cap, selection_granularity="module").rank_budget is None
-    assert search(model).rank_budget is None  # a share of the modules
-    assert search(model, max_trainable_parameters=10**9).rank_budget is None  # nothing to choose
-    assert search(model, max_trainable_parameters=500).rank_budget is None  # not even rank 1 in every module
+    assert search(model, **cap).rank_plan is not None
+    assert search(model, **cap, selection_granularity="module").rank_plan is None
+    assert search(model).rank_plan is None  # a share of the modules
+    assert search(model, max_trainable_parameters=10**9).rank_plan is None  # nothing to choose
+    assert search(model, max_trainable_parameters=500).rank_plan is None  # not even rank 1 in every module
     with pytest.raises(ValueError, match="no room for rank 1 in every module"):
         search(model, max_trainable_parameters=500, selection_granularity="rank")
 
@@ -341,5 +341,5 @@ def test_a_method_that_compares_layers_has_one_budget_for_all_of_them(granularit
     options: dict[str, Any] = {"method": "gain", "selection_granularity": granularity, "selection_ratio": 0.5}
     for compares, groups in ((False, {0, 1}), (True, {0})):
         with gain_relaxation(trains_open=True, spends_ranks=True, compares_layers=compares):
-            budget = ArchitectureSearch(model, DiffoRAConfig(**options), loss_fn=loss_of).rank_budget
-            assert budget is not None and set(budget.groups) == groups and len(budget.limits) == len(groups)
+            plan = ArchitectureSearch(model, DiffoRAConfig(**options), loss_fn=loss_of).rank_plan
+            assert plan is not None and set(plan.budget.groups) == groups and len(plan.budget.limits) == len(groups)
