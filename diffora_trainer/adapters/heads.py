@@ -55,7 +55,7 @@ def takes_input_ids(model: nn.Module) -> bool:
     return named or "input_ids" in inspect.signature(model.forward).parameters
 
 
-def new_heads(model: nn.Module, task_type: TaskType | str | None, named_by_user: bool) -> list[str]:
+def new_heads(model: nn.Module, task_type: TaskType | str | None, *, named_by_user: bool) -> list[str]:
     """
     Names of the parts of a model that are new with its task, under whatever name: what has weights and stands beside
     the backbone. In a class of transformers they are new if the name of the class says so; in a class of the user's

@@ -94,7 +94,7 @@ def complete_lora_config(
             "`input_ids`, but PEFT's class of this task passes them. Please leave `task_type` out."
         )
     if model is not None:
-        heads = new_heads(model, config.task_type, config.modules_to_save is not None)
+        heads = new_heads(model, config.task_type, named_by_user=config.modules_to_save is not None)
         saved_by_peft = tuple(HEADS.get(config.task_type, ()))
         if others := [name for name in heads if not name.endswith(saved_by_peft)]:
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *others})

@@ -86,11 +86,13 @@ class SearchBase(GatedModel):
             return None
         return all_kept(self.method.budget, self.config, "modules" if self.components is None else "components")
 
-    def of_modules(self, values: Tensor, mean: bool = True) -> Tensor:
-        """Numbers of the entries of the method as one for each module, `(..., n)`: their mean, or their sum."""
-        if self.components is None:
-            return values
-        return self.components.mean(values) if mean else self.components.sum(values)
+    def mean_of_modules(self, values: Tensor) -> Tensor:
+        """Numbers of the entries of the method as one for each module, `(..., n)`: their mean."""
+        return values if self.components is None else self.components.mean(values)
+
+    def sum_of_modules(self, values: Tensor) -> Tensor:
+        """Numbers of the entries of the method as one for each module, `(..., n)`: their sum."""
+        return values if self.components is None else self.components.sum(values)
 
     @property
     def _separate_kinds(self) -> list[str]:

@@ -31,7 +31,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     kept, confidence = [rank > 0 for rank in ranks], search.confidence
     # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
     # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.
-    relaxed, scores = search.of_modules(method.values()), search.of_modules(method.scores())
+    relaxed, scores = search.mean_of_modules(method.values()), search.mean_of_modules(method.scores())
     trained = method.evaluation_gates()
     selected = torch.ones(len(kept), dtype=torch.float32)
     if trained is not None and method.options.fold_gates:
@@ -39,8 +39,8 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     factors = torch.where(torch.tensor(kept), selected, relaxed)
     ties = method.tie_breaker()
     # The gradient of a gate of the module is the sum of those of its components.
-    gains = None if ties is None else search.of_modules(ties, mean=False)
-    reached = search.of_modules(search.reached.float()) > 0
+    gains = None if ties is None else search.sum_of_modules(ties)
+    reached = search.mean_of_modules(search.reached.float()) > 0
     evenly = search.rank_plan is not None and search.rank_plan.even is not None
     what = "modules" if search.components is None else "components"
     evidence = Evidence(reached, search.skipped_steps, confidence, evenly, what)
@@ -82,7 +82,7 @@ def search_metrics(search: SearchBase) -> dict[str, float]:
     report[f"diffora/{what}_mean"] = float(values.mean())
     report[f"diffora/{what}_max"] = float(values.max())
     if search.config.log_gates_by_kind and len(grid.columns) <= _MAX_LOGGED_KINDS:
-        cells = grid.table(search.of_modules(values.float()).tolist(), empty=float("nan"))
+        cells = grid.table(search.mean_of_modules(values.float()).tolist(), empty=float("nan"))
         table = torch.tensor(cells, dtype=torch.float32)
         for column, value in zip(short_names(grid.columns), table.nanmean(dim=0).tolist(), strict=True):
             report[f"diffora/{what}/{column}"] = value

@@ -268,7 +268,10 @@ class SelectionRun(RunParts):
         if self.config.decide_early and (early := decide_early(self, GAP_BATCHES)) is not None:
             self.schedule, line = early
             self._say(line)
-            self._discretize(measured=True) if self.schedule.fades else self._prune()
+            if self.schedule.fades:
+                self._discretize(measured=True)
+            else:
+                self._prune()
 
     def _reallocate(self, reallocation: Reallocation) -> None:
         batches = list(self.held_out.take(self.search.method.options.score_batches))

@@ -68,7 +68,7 @@ class HeldOutData:
         self._samples = False
 
     def train_dataloader(
-        self, parent: Callable[[], DataLoader], count: int | None = None, again: bool = False
+        self, parent: Callable[[], DataLoader], count: int | None = None, *, again: bool = False
     ) -> DataLoader:
         """
         The data loader of the training rows; until the pruning it leaves the held-out ones out.

@@ -92,7 +92,7 @@ def complete_adapter(trainer: Any, folder: Path) -> None:
     save_findings(trainer, folder)
 
 
-def save_findings(trainer: Any, folder: Path, new_adapter: bool = True) -> None:
+def save_findings(trainer: Any, folder: Path, *, new_adapter: bool = True) -> None:
     """
     Save what the search found beside the adapter: the selection, its picture, the report and the card; and the names
     of the classes of a classifier. What an earlier run has left of these in the folder is removed. For an adapter that

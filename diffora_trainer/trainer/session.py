@@ -205,7 +205,7 @@ class TrainerSession:
         self.in_loop = False
         self.leave_run()
 
-    def leave_run(self, together: bool = True) -> None:
+    def leave_run(self, *, together: bool = True) -> None:
         """
         Take the gates off, and switch all modules on, if a run that was interrupted has left them so.
 
