@@ -15,7 +15,6 @@ import os
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -347,16 +346,3 @@ def prune_sites(model: nn.Module, sites: Iterable[AdapterSite], adapter_name: st
         site_kind(name).prune(model, group, adapter_name)
     for kind in site_kinds():
         kind.reattach(model)
-
-
-@contextmanager
-def disabled(sites: Iterable[AdapterSite]) -> Any:
-    """For a while, some sites take no part in their model. Those that took none before go on to take none."""
-    switched = [site for site in sites if site.enabled]
-    try:
-        for site in switched:
-            site.enabled = False
-        yield
-    finally:
-        for site in switched:
-            site.enabled = True

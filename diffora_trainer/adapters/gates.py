@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compat import checkpoint_function, checkpoints
 from ..core.components import Components
 from .backward import without_input_gradients
-from .base import AdapterSite, Handle, disabled
+from .base import AdapterSite, Handle
 from .compiled import drop_graphs
 
 
@@ -204,6 +204,19 @@ class Gates:
         # In float32 at least: neither the gate nor its gradient, a sum over all tokens, is rounded to half precision.
         wide = torch.promote_types(output.dtype, torch.float32)
         return (output.to(wide) * gate).to(output.dtype)
+
+
+@contextmanager
+def disabled(sites: Iterable[AdapterSite]) -> Any:
+    """For a while, some sites take no part in their model. Those that took none before go on to take none."""
+    switched = [site for site in sites if site.enabled]
+    try:
+        for site in switched:
+            site.enabled = False
+        yield
+    finally:
+        for site in switched:
+            site.enabled = True
 
 
 @contextmanager

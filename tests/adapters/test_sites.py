@@ -21,7 +21,6 @@ from diffora_trainer.adapters import base
 from diffora_trainer.adapters.base import (
     AdapterSite,
     SiteKind,
-    disabled,
     extra_kinds,
     find_sites,
     prune_sites,
@@ -29,6 +28,7 @@ from diffora_trainer.adapters.base import (
     site_kind,
     site_kinds,
 )
+from diffora_trainer.adapters.gates import disabled
 from diffora_trainer.experimental.shortcuts.shortcuts import KINDS, shortcuts
 
 
