@@ -122,6 +122,17 @@ def test_a_kind_without_a_part_of_the_cap_takes_no_part() -> None:
     ]
 
 
+def test_of_the_required_modules_those_under_a_ceiling_are_tried() -> None:
+    """Where the best of them is not under it, the next one is kept."""
+    scores = torch.tensor([3.0, 1.0, 5.0, 4.0])
+    deep, shallow = Ceiling(frozenset([0]), 1), Ceiling(frozenset([1]), 2)
+    for ceilings, expected in (([], [0, 2]), ([shallow], [1, 2]), ([deep, shallow], [1, 2])):
+        budget = Budget([0, 1, 1, 1], [10] * 4, 0.5, "model", required=[True, True, False, False])
+        if ceilings:
+            budget.limit(ceilings)
+        assert budget.discretize(scores).nonzero().flatten().tolist() == expected
+
+
 def test_vertex_is_the_best_affordable_set() -> None:
     rng = random.Random(2)
     for trial in range(60):

@@ -244,6 +244,15 @@ def test_without_evidence_each_module_keeps_the_best_of_its_part_of_the_even_spr
     assert any("stays spread evenly over all of them" in note for note in selection.notes)
 
 
+def test_of_equal_worth_the_cheaper_module_grows_first() -> None:
+    plan = ComponentPlan(RankBudget((0, 0), (30, 10), (8, 8), (100,)), margin=1.0, growth=0.3)
+    assert plan.start == (2, 4)
+    method = FrankWolfe(plan.matrix_budget([0, 0]))
+    method.step(-torch.ones(6))  # 40 for the four of the cheap module and 30 for one of the other are kept
+    kept, ranks = plan.choose(method, True)
+    assert plan.components.count(kept) == (1, 4) and ranks == (1, 7)
+
+
 @st.composite
 def plans(draw: st.DrawFn) -> tuple[ComponentPlan, list[float]]:
     count = draw(st.integers(1, 8))

@@ -18,7 +18,9 @@ from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.optimizer import start_moments
 from diffora_trainer.core.ranks import RankBudget
+from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from diffora_trainer.search import rank_rules
+from diffora_trainer.search.ranks import ModulePlan
 from diffora_trainer.search.search import ArchitectureSearch
 from helpers.adapted import base_weights, logits, randomize
 from helpers.models import llama
@@ -266,6 +268,15 @@ def test_without_evidence_no_module_is_favoured(monkeypatch: pytest.MonkeyPatch)
     # Nothing has changed that a loss before and after could be compared for.
     metrics = run.metrics()
     assert "diffora/confidence" in metrics and "diffora/gap" not in metrics
+
+
+def test_the_best_of_the_favoured_modules_gets_the_rank_that_is_left_over() -> None:
+    plan = ModulePlan(RankBudget((0,) * 5, (10,) * 5, (8,) * 5, (150,)))
+    assert plan.start == (3,) * 5
+    method = FrankWolfe(plan.matrix_budget([0] * 5))
+    method.step(-torch.tensor([1.0, 2.0, 0.0, 3.0, 0.0]))
+    kept, ranks = plan.choose(method, True)
+    assert kept.all() and ranks == (2, 4, 2, 5, 2)  # three units for two
 
 
 def test_where_ranks_cannot_be_given_modules_are_chosen_or_the_reason_is_told() -> None:

@@ -23,12 +23,13 @@ from diffora_trainer.hub.card import write_card
 from diffora_trainer.methods.base import GradientMethod, ScoreMethod, SelectionMethod
 from diffora_trainer.methods.build import method_of
 from diffora_trainer.methods.options import MethodOptions
+from diffora_trainer.methods.ranks import RankMethod, magnitudes
 from diffora_trainer.methods.registry import method_names, unregister_method
 from helpers.adapted import lora_layers
 from helpers.checks import assert_continues
 from helpers.data import classification_dataset
 from helpers.marks import mostly_slow
-from helpers.searches import warm
+from helpers.searches import make_search, warm
 from helpers.trainers import CUT, SAVES, causal_model, lora, make_trainer, saving_trainer
 
 
@@ -281,6 +282,29 @@ def test_method_of_a_script() -> None:
         unregister_method("example")
     with pytest.raises(ValueError, match="method='example'.*must be one of.*'diffora'"):
         SelectionRun(model, optimizer, config, lambda m, b: m(**b).loss, batches, total_steps=4)
+
+
+def test_a_rank_method_may_say_how_ties_are_decided() -> None:
+    """By the second of the two tensors that its `score` may return."""
+
+    @register_method("ties")
+    class Ties(RankMethod):
+        def score(self, context):
+            sizes = torch.cat([magnitudes(site) for site in context.sites])
+            return torch.ones_like(sizes), sizes
+
+    model, batches = warm()
+    try:
+        search = make_search(model, "ties", selection_ratio=0.3, selection_scope="model")
+        search.score(batches)
+        kept = search.method.components()
+    finally:
+        unregister_method("ties")
+    sizes = torch.cat([magnitudes(site) for site in search.adapters.sites])
+    costs = torch.tensor([site.cost for site in search.grid.sites])[search.method.owner]
+    for cost in set(costs.tolist()):
+        stay, go = kept & (costs == cost), ~kept & (costs == cost)
+        assert stay.any() and go.any() and sizes[stay].min() > sizes[go].max()
 
 
 def test_a_card_is_written_where_the_method_is_not_installed(installed: None, tmp_path: Path) -> None:
