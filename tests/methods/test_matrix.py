@@ -139,6 +139,28 @@ def test_sampled_gates_are_at_the_target_and_share_one_noise_scale() -> None:
         assert lopsided.scores()[1:].abs().max() < 1e-3 * lopsided.scores()[0]
 
 
+def test_sets_are_drawn_with_the_probabilities_of_gumbel_top_k() -> None:
+    """Of one module a row these are the softmax of the logits."""
+    logits = torch.tensor([1.5, 0.5, 0.0, -1.0])
+    matrix = Sampled(Budget([row for row in range(1000) for _ in range(4)], [5] * 4000, ratio=0.25))
+    matrix.load_state_dict({**matrix.state_dict(), "logits": logits.repeat(1000)})
+    drawn = torch.stack([matrix.training_gates().view(1000, 4) for _ in range(4)])
+    assert (drawn.sum(-1) == 1).all()
+    torch.testing.assert_close(drawn.mean((0, 1)), logits.softmax(0), atol=0.03, rtol=0.0)
+
+
+def test_logits_are_learned_by_adam_as_in_darts() -> None:
+    matrix = get_method("sigmoid")(Budget([0, 0, 0], [5] * 3, ratio=0.5))
+    logits = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=0.05, betas=(0.5, 0.999))
+    for gradient in ([1.0, -2.0, 0.5], [-3.0, -1.0, 0.0], [0.5, 4.0, -1.0]):
+        matrix.step(torch.tensor(gradient))
+        optimizer.zero_grad()
+        torch.sigmoid(logits).backward(torch.tensor(gradient))
+        optimizer.step()
+    torch.testing.assert_close(matrix.values(), torch.sigmoid(logits.detach()), atol=1e-6, rtol=0.0)
+
+
 @pytest.mark.parametrize("relaxation", RELAXATIONS)
 def test_state_goes_on_bit_for_bit(relaxation: str) -> None:
     budget, gains = BUDGETS["layer"], planted()
