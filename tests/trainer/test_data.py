@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from diffora_trainer import DiffoRATrainer
+from diffora_trainer.search.held_out import HeldOutBatches
 from diffora_trainer.trainer.split import HeldOutSampler, SplitPlan
 from helpers.checks import adapter, assert_same, step_logs
 from helpers.data import lm_dataset, rows_of, tiny_tokenizer
@@ -240,6 +241,26 @@ def test_processes_share_an_order_that_accelerate_does_not_seed(stock: Any) -> N
 
 def test_a_sampler_without_a_generator_has_none_when_it_is_wrapped() -> None:
     assert not hasattr(HeldOutSampler(SequentialSampler(range(4)), SplitPlan([1], seed=0), 4), "generator")
+
+
+def test_each_epoch_before_the_cut_has_other_rows_in_the_place_of_the_held_out_ones() -> None:
+    plan = SplitPlan([1, 5, 20, 21, 22], seed=0)
+    plan.set_prune_step(100, steps_per_epoch=4, rows_per_step=6)
+    sampler = HeldOutSampler(SequentialSampler(range(24)), plan, 24)
+    epochs = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    for order in epochs:
+        assert len(order) == 24 and order[:19] == [row for row in range(24) if row not in plan.held_out]
+        assert not plan.held_out & set(order[19:])
+    assert epochs[0][19:] != epochs[1][19:]
+
+
+def test_each_pass_over_the_held_out_rows_has_another_order() -> None:
+    batches = HeldOutBatches(range(8), collate=list, batch_size=4, seed=0)
+    first, second = ([*next(batches), *next(batches)] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(8)) and first != second
 
 
 def test_held_out_rows_stay_out_where_epochs_end_early(tmp_path: Path) -> None:
