@@ -60,6 +60,21 @@ def test_factors_take_turns_in_a_stock_trainer(tmp_path: Path) -> None:
     assert_same(adapter(resumed.model), adapter(trainer.model))
 
 
+def test_gradients_of_zero_do_not_move_the_frozen_factor() -> None:
+    """As a loop leaves them that calls `zero_grad(set_to_none=False)`: AdamW would decay it, by its moments too."""
+    tiny, schedule = llama(), AlternateFactors(every=2)
+    model = get_peft_model(tiny.model, lora(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01, weight_decay=0.1)
+    for step in range(6):
+        schedule.before_step(model, optimizer, step)
+        before = {name: p.detach().clone() for name, p in model.named_parameters() if "lora_" in name}
+        model(**tiny.batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=False)
+        moved = {name for name, p in model.named_parameters() if name in before and not p.equal(before[name])}
+        assert moved == {name for name in before if f"lora_{'BA'[step // 2 % 2]}." in name}, step
+
+
 class Interrupt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step

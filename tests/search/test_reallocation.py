@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import HfArgumentParser
@@ -102,6 +103,28 @@ def test_reference_passes_do_not_switch_on(dynamic: Any) -> None:
         torch.testing.assert_close(model(**batches[0]).logits, everything)
     for layer in lora_layers(model, "default").values():
         assert not {"forward", "merge"} & set(vars(layer))
+
+
+def test_hooks_of_a_model_spread_over_devices_are_put_back(dynamic: Any) -> None:
+    """Accelerate puts a `forward` of its own on each module, which moves the inputs to its device."""
+    model, batches, reallocation = dynamic
+    on = torch.ones(len(reallocation.on), dtype=torch.bool)
+    layer: Any = next(iter(lora_layers(model, "default").values()))
+    called: list[Any] = []
+
+    class Moves(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            called.append(module)
+            return args, kwargs
+
+    add_hook_to_module(layer, Moves())
+    hooked = vars(layer)["forward"]
+    expected = model(**batches[0]).logits
+    for number, switched in enumerate([torch.arange(len(on)) > 0, on], start=1):
+        reallocation.switch(switched)
+        model(**batches[0])
+        assert (vars(layer)["forward"] is hooked) == bool(switched[0]) and called == [layer] * number
+    assert model(**batches[0]).logits.equal(expected)
 
 
 def test_scoring_leaves_no_trace(dynamic: Any) -> None:

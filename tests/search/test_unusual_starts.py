@@ -154,16 +154,19 @@ def test_a_plateau_is_looked_for_on_the_batches_with_labels_also_in_a_resumed_ru
 def test_gates_that_can_only_close_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     tiny, batches = llama(), batches_of(llama())
 
-    def warned(lr: float, **options: Any) -> bool:
+    def warned(lr: float, warmup: bool = False, **options: Any) -> bool:
         caplog.clear()
         model = adapted(llama())
         optimizer = torch.optim.AdamW(weights_of(model), lr=lr)
+        if warmup:  # the first step has a learning rate of 0
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 3))
         with caplog.at_level(logging.WARNING, logger="diffora_trainer"):
             run_of(model, batches, optimizer, method="sora", method_options=options).begin()
         return "all gates can be 0 before the choice" in caplog.text
 
     assert tiny.batch and not warned(1e-2) and not warned(1e-4)
     assert warned(1e-2, threshold=0.2) and not warned(1e-2, threshold=0.2, gate_learning_rate=0.5)
+    assert warned(1e-2, warmup=True, threshold=0.2) and not warned(0.5, warmup=True, threshold=0.2)
 
 
 @pytest.mark.parametrize("first", ["head", "lora"])

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
-from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
+from diffora_trainer import ArchitectureSearch, DiffoRAConfig, SelectionRun, apply_selection
 from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.search.bilevel import ArchitectureGradient
@@ -23,7 +23,7 @@ from helpers.marks import mostly_slow
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.searches import gradients_of
-from helpers.trainers import CUT, WARMUP, causal_model, classifier, lora, make_trainer, saving_trainer
+from helpers.trainers import CUT, WARMUP, causal_model, classifier, lora, make_trainer, saving_trainer, search_config
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -186,6 +186,24 @@ def test_gates_are_exact_in_half_precision(dtype: torch.dtype, lora_dtype: str, 
     open_ = layer(x)
     with gates.override(torch.full((len(grid),), 0.3)):
         assert layer(x).equal((open_.double() * torch.tensor(0.3).double()).to(open_.dtype))
+
+
+def test_gates_that_are_trained_have_exact_gradients_in_half_precision() -> None:
+    """They are sums over all tokens, in float32, of a model and a LoRA in bf16."""
+    found: list[Tensor] = []
+    for dtype in (BF16, FP32):
+        tiny, model = half_llama(BF16, False)
+        model.to(dtype)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        run = SelectionRun(model, optimizer, search_config(method="sora"), loss_of, [tiny.batch], 12)
+        run.search.method.gate_step = lambda gradient, rate: found.append(gradient)  # type: ignore[method-assign]
+        while len(found) < (1 if dtype == BF16 else 2):
+            run.before_step()
+            loss_of(model, tiny.batch).backward()
+            run.after_step()
+    gradient, reference = found
+    assert gradient.dtype == FP32 and not gradient.equal(gradient.bfloat16().float())
+    assert similarity(gradient, reference) > 0.999
 
 
 def wake(model: nn.Module) -> None:
