@@ -94,4 +94,6 @@ def _far_apart(members: Sequence[int]) -> list[int]:
     stride = max(1, round(len(members) * 0.618))
     while math.gcd(stride, len(members)) > 1:
         stride += 1
+    if stride == len(members) - 1:  # from neighbour to neighbour, and of four or six no other stride reaches all
+        return [*members[::2], *members[1::2]]
     return [members[number * stride % len(members)] for number in range(len(members))]

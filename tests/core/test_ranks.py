@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffora_trainer.core.components import Components
 from diffora_trainer.core.ranks import RankBudget
 
 
@@ -49,3 +51,20 @@ def test_start_is_all_linear_at_the_rank_that_fits_and_the_favoured_get_half_of_
     assert layers.shift([1, 2], [0, 3]) == (4, 4, 1, 1)  # nobody could take 20 parameters of the first
     assert layers.shift([0, 2], [1, 3]) == (8, 2, 1, 1)
     assert not RankBudget((0, 0), (10, 30), (8, 8), (39,)).fits((1, 1))
+
+
+def test_what_is_left_over_goes_to_modules_far_apart() -> None:
+    for count, more in ((4, 2), (6, 3), (7, 2), (12, 4)):
+        start = RankBudget((0,) * count, (10,) * count, (8,) * count, (40 * count + 10 * more,)).start()
+        larger = [index for index, rank in enumerate(start) if rank == 5]
+        assert len(larger) == more and set(start) == {4, 5}
+        assert all(after - before > 1 for before, after in zip(larger, larger[1:], strict=False))
+
+
+def test_the_best_components_are_those_of_the_highest_score() -> None:
+    """What breaks ties decides between equal scores alone."""
+    components = Components((2, 3), (4, 4))
+    scores = torch.tensor([1.0, 2.0, 3.0, 1.0, 2.0])
+    assert components.best([1, 2], scores, -scores).tolist() == [False, True, True, False, True]
+    assert components.best([1, 2], torch.ones(5), -scores).tolist() == [True, False, False, True, True]
+    assert components.best([1, 2], torch.ones(5)).tolist() == [True, False, True, True, False]
