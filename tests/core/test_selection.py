@@ -107,6 +107,15 @@ def test_share_is_what_equal_scores_would_get() -> None:
     assert Budget(rows, sizes, cap=5000).share.tolist() == pytest.approx([1.0] * 8)
 
 
+def test_share_is_within_what_ceilings_allow() -> None:
+    """The mean of two modules in two rows and of one in the first row."""
+    for ratio in (1.0, 0.75):  # of four, or of three
+        budget = Budget([0, 0, 1, 1], [10] * 4, ratio, "model")
+        budget.limit([Ceiling(frozenset([0, 1]), 2), Ceiling(frozenset([0]), 1)])
+        assert budget.share.tolist() == pytest.approx([0.5, 0.5, 0.25, 0.25])
+        assert budget.discretize(torch.arange(4.0)).tolist() == [False, False, True, True]
+
+
 def test_a_kind_without_a_part_of_the_cap_takes_no_part() -> None:
     budget = Budget([0, 0, 0], [50, 50, 1], cap=60, kinds=[0, 0, 1])
     assert budget.targets.tolist() == [59, 0] and budget.allowed.tolist() == [True, True, False]

@@ -104,6 +104,19 @@ def test_first_frank_wolfe_step() -> None:
     assert last.discretize().tolist() == [False, True, True, True]
 
 
+def test_newer_gains_weigh_more() -> None:
+    """They are averaged with weights that rise linearly with the step."""
+    gradients = torch.tensor([[-4.0, 1.0, -3.0, -2.0], [3.0, -2.0, -1.0, -2.0], [-6.0, -2.0, 2.0, 0.0]])
+    matrix = FrankWolfe(Budget([0, 0, 0, 0], [5] * 4, ratio=0.5))
+    for gradient in gradients:
+        matrix.step(gradient)
+    expected = -(gradients[0] + 2 * gradients[1] + 3 * gradients[2]) / 6
+    torch.testing.assert_close(matrix.tie_breaker(), expected)
+    torch.testing.assert_close(matrix.worth(), expected)
+    # From 0.5 to the corners (1, 0, 1, 0), (0, 0, 1, 1) and (1, 1, 0, 0), by 2/3, 1/2 and 2/5 of the way.
+    assert matrix.values().tolist() == pytest.approx([0.65, 0.45, 0.55, 0.35])
+
+
 def test_softmax_is_zero_sum() -> None:
     matrix = get_method("softmax")(Budget([0, 0, 0, 0, 1, 1], [5] * 6, ratio=0.5))
     before = matrix.values()
@@ -124,6 +137,10 @@ def test_sampled_gates_are_at_the_target_and_share_one_noise_scale() -> None:
             if name != "cap":
                 assert float(gates.sum()) == 12
         assert not matrix.search_gates().equal(matrix.search_gates())
+        for _ in learn(matrix, planted(), steps=5):
+            pass
+        gates = matrix.evaluation_gates()  # of the kind that the weights train under
+        assert gates.equal(matrix.discretize().float()) and not gates.equal(matrix.values())
         plain, scaled = Sampled(budget), Sampled(budget)
         generator = torch.Generator().manual_seed(0)
         for _ in range(20):

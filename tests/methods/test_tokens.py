@@ -142,6 +142,18 @@ def test_padding_is_what_the_model_is_told(method: str, form: str, caplog: pytes
     assert "does not fit" not in caplog.text
 
 
+@pytest.mark.parametrize("position", ["first", "last", "mean"])
+@pytest.mark.parametrize("method", ["cka", "gelora"])
+def test_padding_in_front_moves_no_position(method: str, position: str) -> None:
+    model, _ = warm(llama())
+    batch = padded(5)
+    ids = batch["input_ids"][:, :6]
+    plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    parts = {"input_ids": 7, "attention_mask": 0, "labels": -100}
+    front = {key: torch.cat([torch.full((8, 4), parts[key]), value], dim=1) for key, value in plain.items()}
+    assert_alike(model, method, [plain, front], method_options={"position": position})
+
+
 def test_padding_is_left_out_of_flattened_states(caplog: pytest.LogCaptureFixture) -> None:
     """As OPT has them around its feed-forward."""
     model, _ = warm(opt())

@@ -92,6 +92,22 @@ def test_until_the_choice_a_run_is_one_of_plain_lora_of_the_budgets_rank() -> No
     assert run.selection is None and set(run.search.ranks) != {4}  # the choice is made and has begun to act
 
 
+def test_half_of_the_ranks_can_be_favoured() -> None:
+    """In each layer, or of the model: what earns its place when half of the others are missing."""
+    rows, costs = [0, 0, 0, 0, 1, 1, 1, 1], (10, 10, 10, 10, 30, 30, 10, 10)
+    scores = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    for groups, limits in (((0, 0, 0, 0, 1, 1, 1, 1), (160, 320)), ((0,) * 8, (480,))):
+        plan = ModulePlan(RankBudget(groups, costs, (8,) * 8, limits))
+        assert plan.start == (4,) * 8
+        favoured = plan.matrix_budget(rows).discretize(scores)
+        if len(limits) == 2:
+            assert favoured.view(2, 4).sum(dim=1).tolist() == [2, 2]
+            continue
+        used = torch.tensor(costs) * 4
+        left = 240 - int(used[favoured].sum())
+        assert 0 <= left < int(used[~favoured].min())  # none of the others fits
+
+
 @pytest.mark.parametrize("cap", [3000, 600])  # in ranks, and in whole modules, for want of room for rank 1 in each
 def test_a_budget_is_made_once(cap: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []

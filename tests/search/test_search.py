@@ -306,6 +306,8 @@ def test_planted_modules_are_chosen(relaxation: str, scope: str) -> None:
     selection = search.finish(70)
     assert selection.step == 70 and len(selection.selected) == 8
     assert len(useful & set(selection.selected)) >= 7  # four by chance
+    # Their weights have trained with the gate open.
+    assert {factor for factor, keep in zip(selection.factors, selection.kept, strict=True) if keep} == {1.0}
     options = {**config.to_dict(), "method_options": asdict(search.method.options)}
     assert selection.config == options and {"torch", "peft"} <= set(selection.versions)
 
