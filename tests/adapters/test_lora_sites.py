@@ -68,6 +68,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "PiSSA": (llama, {"init_lora_weights": "pissa", "lora_alpha": 8}),
     "PiSSA with rsLoRA": (llama, {"init_lora_weights": "pissa", "use_rslora": True, "lora_dropout": 0.3}),
+    "PiSSA of Conv1D": (  # some of them square, so that a transposed update fits too
+        gpt2,
+        {"init_lora_weights": "pissa", "lora_alpha": 8, "target_modules": r".*h\.0\.mlp\.c_fc|.*attn\.c_proj"},
+    ),
     "OLoRA": (llama, {"init_lora_weights": "olora", "lora_alpha": 8}),
 }
 
@@ -192,6 +196,25 @@ def test_what_is_pruned_is_the_pre_trained_model_and_the_rest_is_stock(case: str
     loaded = PeftModel.from_pretrained(copy.deepcopy(tiny.model), tmp_path).eval()
     assert set(find_sites(loaded, "default")) == set(selection.selected)
     torch.testing.assert_close(logits(loaded, tiny), pruned, atol=1e-5 if started else 0, rtol=0)
+
+
+def test_gates_of_embeddings_leave_another_adapter_alone() -> None:
+    """As DPO's reference, which is made the active one for a while."""
+    tiny, model = make("embeddings")
+    sites = AdapterGrid.from_model(model).sites
+    model.add_adapter("other", LoraConfig(r=2, target_modules=CASES["embeddings"][1]["target_modules"]))
+    for name, parameter in model.named_parameters():
+        if "lora_embedding_A.other" in name:  # PEFT starts it at 0
+            nn.init.normal_(parameter, std=0.3)
+    model.set_adapter("other")
+    expected = logits(model, tiny)
+    assert not torch.allclose(expected, logits(tiny.model.eval(), tiny), atol=1e-2)
+    gates = Gates(sites)
+    gates.attach()
+    with gates.override(torch.zeros(len(sites))):
+        assert logits(model, tiny).equal(expected)
+        model.set_adapter("default")
+        torch.testing.assert_close(logits(model, tiny), logits(tiny.model, tiny), atol=1e-5, rtol=1e-5)
 
 
 def test_a_smaller_rank_keeps_the_scaling_of_rslora(tmp_path: Path) -> None:

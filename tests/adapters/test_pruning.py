@@ -128,6 +128,9 @@ def test_shared_pairs_are_trained_once_and_saved_as_plain_lora(tmp_path: Path) -
     assert lora(model, o)[0].equal(leader[0]) and lora(model, o)[1].equal(leader[1] * gate)
     params = optimizer.param_groups[0]["params"]
     assert len(params) == len(set(params)) == 2 * len(selection.selected) + 2
+    # An optimizer that is built anew has them in this order, and takes saved moments by it.
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(found is expected for found, expected in zip(params, trained, strict=True))
     assert sum(p.numel() for p in params) == selection.trainable_parameters
     model(**tiny.batch).loss.backward()
     optimizer.step()

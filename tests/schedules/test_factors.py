@@ -245,6 +245,30 @@ def train(model: Any, tiny: Any, steps: int, chain: ChainedLoRA | None = None) -
     return starts
 
 
+def test_each_round_draws_another_lora_a() -> None:
+    """Rounds whose `lora_A` is the same frozen one could learn nothing new."""
+
+    def run(seed: int) -> tuple[Any, list[Tensor]]:
+        tiny = llama()
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[0], task_type="CAUSAL_LM")
+        model = get_peft_model(tiny.model, config)
+        chain = ChainedLoRA(every=2, train_a=False, seed=seed)
+        starts = train(model, tiny, 8, chain)
+        (site,) = find_sites(model, "default").values()
+        assert len(starts) == 3
+        return site, [site.parameters[0].detach()[:2], *starts.values()]
+
+    site, starts = run(0)
+    a, b = site.parameters
+    assert a.equal(torch.cat(starts)) and torch.linalg.matrix_rank(b @ a) == a.shape[0] == 8
+    assert_same(run(0)[1], starts)
+    others = run(1)[1]
+    assert others[0].equal(starts[0])  # of PEFT
+    drawn = [*starts, *others[1:]]
+    assert not any(x.equal(y) for index, x in enumerate(drawn) for y in drawn[:index])
+
+
 @pytest.mark.parametrize("rank", [1, 4])
 def test_a_chain_in_a_stock_trainer_is_saved_whole_and_resumed(rank: int, tmp_path: Path) -> None:
     def build(folder: str) -> Any:
