@@ -59,8 +59,7 @@ def saved(folder: Path, base: Any, ranks: dict[str, int], **options: Any) -> tup
         lora_alpha=8,
         target_modules=list(ranks),
         rank_pattern=dict(ranks),
-        alpha_pattern={name: 3 * rank for name, rank in list(ranks.items())[1:2]},
-        **options,
+        **{"alpha_pattern": {name: 3 * rank for name, rank in list(ranks.items())[1:2]}, **options},
     )
     torch.manual_seed(1)
     model = get_peft_model(type(base).from_pretrained(folder / "base"), config)
@@ -90,9 +89,18 @@ def modules(folder: Path) -> set[str]:
     return {name.removeprefix("base_model.model.").split(".lora_")[0] for name in names if "lora_" in name}
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_the_same_model_for_every_server(rslora: bool, tmp_path: Path) -> None:
-    base, adapter = saved(tmp_path, llama(), ODD, use_rslora=rslora)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"alpha_pattern": {"v_proj": 12}},
+        {"alpha_pattern": {r"layers\.1\..*_proj": 3}},
+    ],
+    ids=["LoRA", "rsLoRA", "alpha by a short name", "alpha by a pattern"],
+)
+def test_the_same_model_for_every_server(options: dict[str, Any], tmp_path: Path) -> None:
+    base, adapter = saved(tmp_path, llama(), ODD, **options)
     wanted = loaded(base, adapter)
     assert not torch.allclose(wanted, logits(AutoModelForCausalLM.from_pretrained(base)), atol=1e-2)
     for server in SERVERS:

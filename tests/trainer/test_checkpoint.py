@@ -198,6 +198,16 @@ def test_checkpoint_of_another_model_is_refused(whole: Trainer, tmp_path: Path) 
                 trainer.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
 
 
+def test_ranks_at_another_scaling_are_refused(tmp_path: Path) -> None:
+    """After a choice of ranks `lora_alpha` of the checkpoint is no longer the one that the run was started with."""
+    search = {"method": "adalora", "selection_ratio": 0.4, "score_batches": 1}
+    build(tmp_path, search=search).train()
+    for change in ({"lora_alpha": 16}, {"use_rslora": True}):
+        resumed = build(tmp_path / "resumed", search=search, peft_config=lora(**change))
+        with pytest.raises(ValueError, match="the scaling of the LoRA differ.*Please resume with the model"):
+            resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-10")
+
+
 def test_newest_whole_checkpoint_is_taken(whole: Trainer, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole.args.output_dir, run)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import logging
+import os
 import pickle
 from collections import Counter
 from pathlib import Path
@@ -15,7 +17,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer
 
-from diffora_trainer.prefix import MemoryStore, PrefixCache
+from diffora_trainer.prefix import DiskStore, MemoryStore, PrefixCache
 from diffora_trainer.prefix.rows import KeyedCollator, rows_of, take_rows_along
 from helpers.checks import adapter, step_logs
 from helpers.data import lm_dataset
@@ -121,6 +123,33 @@ def test_the_same_training_with_each_row_once_below_the_lowest_lora(
     # Evaluation and what is saved know nothing of it.
     found = [trainer.evaluate(trainer.train_dataset)["eval_loss"] for trainer in (cached, plain)]
     assert found[0] == pytest.approx(found[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("written", [0.5, None])
+def test_a_full_disk_keeps_what_is_there(
+    written: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether a part of the row was still written, or nothing."""
+    torch.manual_seed(0)
+    store = DiskStore(2**20, tmp_path)
+    rows = {b"first": torch.randn(5, 8), b"second": torch.randn(3, 8).bfloat16()}
+    assert all(store.put(key, row) for key, row in rows.items())
+    used, write = store.used, os.pwrite
+
+    def full(file: int, data: Any, place: int) -> int:
+        if written is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, data[: int(written * len(data))], place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        assert not store.put(b"third", torch.randn(4, 8))
+    assert not store.put(b"fourth", torch.randn(1, 8))  # though there is room again
+    assert b"third" not in store and b"fourth" not in store
+    assert len(store) == 2 and store.used == used
+    for key, row in rows.items():
+        assert store.get(key).dtype == row.dtype and store.get(key).equal(row)
+    store.close()
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
