@@ -54,7 +54,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         kept=None if search.kept is None else tuple(search.kept.tolist()),
         losses=tuple(search.pending_losses),
         reached=tuple(search.reached.tolist()),
-        effect=search.effect,
+        effect=None if search.effect is None else tuple(search.effect),  # not a class, which `torch.load` refuses
         ranks=() if search.rank_plan is None else search.ranks,
         components=() if search.components is None else search.components.counts,
         halves=tuple(map(tuple, search.halves.sums.tolist())),
@@ -63,7 +63,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
         processes=world_size(),
         batch_rows=_batch_rows(run),
         reallocate_every=None if run.reallocation is None else schedule.updates.step,
-        progress=search.progress,
+        progress=None if search.progress is None else tuple(search.progress),
         costs=search.costs,
         history=() if run.reallocation is None else tuple(run.reallocation.history),
     )

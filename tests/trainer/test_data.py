@@ -18,6 +18,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, set_
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from diffora_trainer import DiffoRATrainer
+from diffora_trainer.core.schedule import Schedule
 from diffora_trainer.search.held_out import HeldOutBatches
 from diffora_trainer.trainer.split import HeldOutSampler, SplitPlan
 from helpers.checks import adapter, assert_same, step_logs
@@ -166,11 +167,8 @@ def test_rows_go_back_as_in_the_run_that_is_resumed_after_its_pruning(
 ) -> None:
     """Until the end of the epoch, whatever the trainer is given now: no row comes twice, and none is left out."""
 
-    def decide(run: Any, batches: int) -> str | None:
-        if run.step != 5:
-            return None
-        run.schedule = run.schedule.decided(run.step)
-        return "decided"
+    def decide(run: Any, batches: int) -> tuple[Schedule, str] | None:
+        return (run.schedule.decided(run.step), "decided") if run.step == 5 else None
 
     def make(folder: Path, stream: bool = False, resume: str | None = None, **kwargs: Any) -> Recorder:
         search = {"discretize_at": 6, **kwargs.pop("search", {})}

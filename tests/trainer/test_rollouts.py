@@ -92,7 +92,11 @@ def test_modules_are_chosen(parent: type[Trainer], tmp_path: Path) -> None:
     # The values of such a loss tell nothing, so none is shown, and none makes the choice doubtful.
     assert not any("held_out" in key or "gap" in key for log in step_logs(trainer).values() for key in log)
     # What does is that so few steps rank the modules no better than chance.
-    assert [note for note in trainer.selection.notes if "modules no more alike than chance" not in note] == []
+    assert [
+        note
+        for note in trainer.selection.notes
+        if "rank the modules that compete no more alike than chance" not in note
+    ] == []
     assert trainer._held_out.rollouts is None  # nothing of the completions is kept
 
     trainer.save_model(tmp_path / "saved")
