@@ -141,7 +141,7 @@ def doubts(
             "(`discretize_at`) or another learning rate may help."
         )
     elif doubt := evidence.confidence.doubt():
-        notes.append(f"{doubt}, so it is hardly better than a random one of the same size.")
+        notes.append(f"{doubt}, so the choice is hardly better than a random one of the same size.")
     elif method.searches and method.steps < 2:
         notes.append(f"{_TOO_FEW}, so nothing tells the choice from a random one of the same size.")
     if missed:
