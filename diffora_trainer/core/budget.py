@@ -68,7 +68,8 @@ class Budget:
         index = {place: group for group, place in enumerate(sorted(set(places)))}
         self.group = torch.tensor([index[place] for place in places])
         sizes = torch.bincount(self.group, minlength=len(index))
-        counts = [max(1, math.floor(ratio * size + 0.5)) for size in sizes.tolist()]
+        rounded = [math.floor(ratio * size + 0.5) for size in sizes.tolist()]
+        counts = [max(1, count) for count in rounded]
         if self.cap is None:
             self.targets = torch.tensor(counts, dtype=torch.float64)
             self.weights = torch.ones(len(rows), dtype=torch.float64)
@@ -90,8 +91,7 @@ class Budget:
         smallest = torch.full_like(self.targets, math.inf).scatter_reduce(0, self._groups, self._costs, "amin")
         # A group whose count is less than its smallest unit keeps one all the same, as each keeps one module.
         self._keeps_one = ((smallest > self.targets) & (self.cap is None)).tolist()
-        less_than_one = any(math.floor(ratio * size + 0.5) < 1 for size in sizes.tolist())
-        self.at_least_one = self.cap is None and (less_than_one or any(self._keeps_one))
+        self.at_least_one = self.cap is None and (min(rounded) < 1 or any(self._keeps_one))
 
     def _check_cap(self, cap: int | None) -> None:
         if cap is None:

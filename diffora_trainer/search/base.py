@@ -199,9 +199,8 @@ class SearchBase(GatedModel):
     def confidence(self) -> Confidence:
         """How sure a choice would be now."""
         gains, groups = self.method.budget.compared(self.halves.sums)
-        if self.components is not None:  # compared as modules: the components of one are not independent evidence
-            gains = self.components.sum(gains) / torch.tensor(self.components.counts).clamp(min=1)
-            groups = torch.zeros(len(self.grid), dtype=torch.long).scatter_(0, self.components.module, groups)
+        # Compared as modules: the components of one compete in one group, and are not independent evidence.
+        gains, groups = self.mean_of_modules(gains), self.mean_of_modules(groups.double())
         return Confidence(SplitHalf(gains, self.halves.steps).agreement(groups), self.effect, self.progress)
 
     def measure_effect(self, batches: Iterable[Any]) -> float:

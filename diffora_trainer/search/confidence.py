@@ -96,7 +96,7 @@ class SplitHalf:
     def agreement(self, groups: Tensor | None = None) -> Agreement | None:
         """
         How alike the two halves rank what is chosen among; `None` with fewer than two steps, or with too little to
-        rank: fewer than three modules in one group, or as many less in several, or all gains of a half are equal.
+        rank: fewer than two modules more than there are groups. One in which all gains of a half are equal has no say.
 
         Only modules of one group compete. Ranks are those within a group, of mean 0 and variance 1, so a group counts
         by its size, and gains that differ from group to group (layers with larger gradients) make nothing agree.

@@ -19,6 +19,7 @@ from ..core.isolation import side_effect_free
 from ..core.rows import number_of_rows
 from . import timing
 from .batches import own_copy
+from .confidence import paired
 from .memory import peak_bytes
 from .micro_batches import MicroBatches
 from .runtime import Runtime
@@ -34,10 +35,8 @@ def finite_mean(losses: Tensor) -> float:
 
 def paired_means(before: Tensor, after: Tensor) -> tuple[float, float]:
     """The means of two losses of the same batches, `(k,)` each, over those in which both are finite, if there are."""
-    both = before.isfinite() & after.isfinite()
-    if both.any():
-        before, after = before[both], after[both]
-    return finite_mean(before), finite_mean(after)
+    found = paired(before, after)
+    return (finite_mean(before), finite_mean(after)) if found is None else (found.before, found.after)
 
 
 class GatedModel:

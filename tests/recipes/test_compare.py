@@ -6,7 +6,6 @@ import importlib
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import peft.helpers
@@ -19,6 +18,7 @@ from peft import get_peft_model
 from diffora_trainer import DiffoRAConfig
 from helpers import ROOT, models
 from helpers import data as tiny
+from helpers.recipes import on_path
 
 
 FOLDER = ROOT / "recipes" / "benchmarks" / "compare"
@@ -28,17 +28,8 @@ needs_newer_peft = pytest.mark.skipif(
     not hasattr(peft.helpers, "KappaTuneSelector"), reason="the comparison's baselines need a newer PEFT"
 )
 ALL_METHODS = "random all_linear q_and_v last_layers kappa_tune eva adalora grad_norm diffora full".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable():
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-def recipe(name: str):
-    return importlib.import_module(name)
+importable = on_path(FOLDER)
+recipe = importlib.import_module
 
 
 def run(config: str, **overrides) -> tuple[str, list[dict]]:

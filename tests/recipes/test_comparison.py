@@ -6,30 +6,19 @@ import importlib
 import json
 import math
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from datasets import Dataset
 from matplotlib.axes import Axes
 
 from helpers import ROOT
+from helpers.recipes import on_path
 
 
 FOLDER = ROOT / "recipes" / "benchmarks" / "compare"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-def recipe(name: str) -> ModuleType:
-    return importlib.import_module(name)
+importable = on_path(FOLDER)
+recipe = importlib.import_module
 
 
 def test_a_set_of_modules_is_fitted_to_the_budget_to_within_one_module() -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -16,23 +14,15 @@ from datasets import Dataset
 
 from helpers import ROOT
 from helpers import data as tiny
+from helpers.recipes import on_path
 
 
 FOLDER = ROOT / "recipes" / "benchmarks" / "heterolora"
 YAMLS = sorted(path.name for path in FOLDER.glob("*.yaml"))
 SMALL = {"pretraining_steps": 4, "pretraining_length": 32, "vocab_size": 300, "num_layers": 2, "hidden_size": 32}
 SMALL |= {"num_heads": 2, "max_train_samples": 48}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def importable() -> Iterator[None]:
-    sys.path.insert(0, str(FOLDER))
-    yield
-    sys.path.remove(str(FOLDER))
-
-
-def recipe(name: str) -> ModuleType:
-    return importlib.import_module(name)
+importable = on_path(FOLDER)
+recipe = importlib.import_module
 
 
 def run(config: str, **overrides: Any) -> tuple[str, list[dict[str, Any]]]:
