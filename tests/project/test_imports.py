@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,10 +51,22 @@ def room(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> set[Path]:
-    """The files of the package that one imports, also inside of functions."""
+def statements(path: Path, for_types: bool) -> Iterator[ast.AST]:
+    """What stands in a file; on request without what a type checker alone reads, the bodies of `if TYPE_CHECKING`."""
+    waiting: list[ast.AST] = [ast.parse(path.read_text())]
+    while waiting:
+        node = waiting.pop()
+        yield node
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not for_types:
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def imported(path: Path, for_types: bool = True) -> set[Path]:
+    """The files of the package that one imports, also inside of functions; with those for annotations, or without."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in statements(path, for_types):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             continue
         folder = path.parent
@@ -99,8 +112,23 @@ def test_core_and_methods_need_torch_alone() -> None:
                 assert name.split(".")[0] not in ("transformers", "peft", "trl", "accelerate", "datasets"), path
 
 
+def test_imports_for_annotations_are_told_apart(tmp_path: Path) -> None:
+    names = ("at_once", "for_types", "in_their_place", "in_function")
+    at_once, for_types, in_their_place, in_function = (tmp_path / f"{name}.py" for name in names)
+    for path in (at_once, for_types, in_their_place, in_function):
+        path.touch()
+    importing = tmp_path / "importing.py"
+    importing.write_text(
+        "from .at_once import a\n"
+        "if TYPE_CHECKING:\n    from .for_types import b\nelse:\n    from .in_their_place import c\n"
+        "def f():\n    if True:\n        from .in_function import d\n"
+    )
+    assert imported(importing, for_types=False) == {at_once, in_their_place, in_function}
+    assert imported(importing) == {at_once, for_types, in_their_place, in_function}
+
+
 def test_no_circle() -> None:
-    edges = {path: imported(path) for path in FILES}
+    edges = {path: imported(path, for_types=False) for path in FILES}
     done: set[Path] = set()
 
     def visit(path: Path, above: tuple[Path, ...]) -> None:
