@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
@@ -33,9 +33,17 @@ from .loss import architecture_loss, prepare_batch
 from .micro_batches import can_split
 
 
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
+
+
 @contextmanager
 def parent_arguments(
-    trainer: Any, mixin: type, args: tuple[Any, ...], kwargs: dict[str, Any], peft_config: PeftConfig | None
+    trainer: SearchingTrainer,
+    mixin: type,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    peft_config: PeftConfig | None,
 ) -> Iterator[dict[str, Any]]:
     """
     What the constructor of a trainer's parent is given: what the user passed, by name, and LoRA. If the trainer cannot
@@ -186,7 +194,7 @@ def name_base_model(model: Any, config: DiffoRAConfig) -> None:
 
 
 def make_run(
-    trainer: Any, trained: tuple[nn.Module, Any, Any], total_steps: int, after_prune: Callable[[], None]
+    trainer: SearchingTrainer, trained: tuple[nn.Module, Any, Any], total_steps: int, after_prune: Callable[[], None]
 ) -> SelectionRun:
     """
     The run of a trainer's loop.
@@ -204,9 +212,6 @@ def make_run(
 
     def mean(values: Tensor) -> Tensor:
         return trainer.accelerator.reduce(values.to(trainer.accelerator.device), reduction="mean").cpu()
-
-    def score(model: nn.Module, batches: list[Any]) -> Any:
-        return trainer.score_function(model, [prepare_batch(trainer, batch) for batch in batches])
 
     scaler = getattr(trainer.accelerator, "scaler", None)
     runtime = Runtime(
@@ -228,11 +233,16 @@ def make_run(
         trainer._held_out.batches(comparable=not trainer._generates_for_loss),
         total_steps,
         scheduler=scheduler,
-        score_function=None if trainer.score_function is None else score,
+        score_function=None if trainer.score_function is None else _on_prepared(trainer, trainer.score_function),
         runtime=runtime,
     )
 
 
-def task_type_of_trainer(trainer: Any) -> TaskType:
+def _on_prepared(trainer: SearchingTrainer, score: ScoreFunction) -> ScoreFunction:
+    """The user's score function, given batches as the loss takes them."""
+    return lambda model, batches: score(model, [prepare_batch(trainer, batch) for batch in batches])
+
+
+def task_type_of_trainer(trainer: SearchingTrainer) -> TaskType:
     """Task type of the model that a TRL trainer loads when it is given a name."""
     return TaskType.SEQ_CLS if is_reward_trainer(trainer) else TaskType.CAUSAL_LM

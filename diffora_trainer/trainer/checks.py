@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -25,6 +25,10 @@ from ..config import DiffoRAConfig
 from ..logging import get_logger
 from ..methods.build import method_of
 from .compilation import check_compilation, compiles
+
+
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
 
 
 logger = get_logger(__name__)
@@ -56,7 +60,7 @@ def check_class(trainer: type) -> None:
         )
 
 
-def check_trainer(trainer: Any) -> None:
+def check_trainer(trainer: SearchingTrainer) -> None:
     """Raise a `ValueError` if the training arguments ask for something that a search cannot run with."""
     args = trainer.args
     _check_sentence_transformer(trainer)
@@ -110,7 +114,7 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
-def _check_completions(trainer: Any) -> None:
+def _check_completions(trainer: SearchingTrainer) -> None:
     """What a trainer that makes its own completions cannot search with."""
     config, name = trainer.diffora_config, type(trainer).__name__
     if trainer.arch_dataset is not None:
@@ -141,7 +145,7 @@ def _check_completions(trainer: Any) -> None:
         )
 
 
-def check_generation(trainer: Any, why: str) -> None:
+def check_generation(trainer: SearchingTrainer, why: str) -> None:
     """Options that compare the loss of several passes, or their times: what is generated is not the same in them."""
     config, name = trainer.diffora_config, type(trainer).__name__
     method, options = method_of(config)
@@ -175,13 +179,13 @@ def check_generation(trainer: Any, why: str) -> None:
             )
 
 
-def _extra_sites(trainer: Any) -> str:
+def _extra_sites(trainer: SearchingTrainer) -> str:
     """Names of the kinds of site beside LoRA that a trainer's model has or is to have; nothing without any."""
     named = [*(trainer.diffora_config.extra_sites or ()), *(kind.name for kind in kinds_of(trainer.model))]
     return " and ".join(dict.fromkeys(named))
 
 
-def _check_sentence_transformer(trainer: Any) -> None:
+def _check_sentence_transformer(trainer: SearchingTrainer) -> None:
     """Refuse what cannot be done where the model with the LoRA is a part of the trainer's model."""
     model = trainer.model
     if not is_sentence_transformer(model):
@@ -199,7 +203,7 @@ def _check_sentence_transformer(trainer: Any) -> None:
         )
 
 
-def _check_fsdp(trainer: Any) -> None:
+def _check_fsdp(trainer: SearchingTrainer) -> None:
     plugin = trainer.accelerator.state.fsdp_plugin
     version = getattr(plugin, "fsdp_version", 1)
     if version != 2:
@@ -265,7 +269,7 @@ def check_loaded(model: Any) -> None:
             )
 
 
-def check_can_train(trainer: Any) -> None:
+def check_can_train(trainer: SearchingTrainer) -> None:
     """Raise a `ValueError` if a trainer has lost what a run needs since it was built, or never had it."""
     if trainer._callback not in trainer.callback_handler.callbacks:
         raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from accelerate.utils import DynamoBackend
 
@@ -12,16 +12,20 @@ from ..compat import uncompiled
 from ..logging import get_logger
 
 
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
+
+
 logger = get_logger(__name__)
 
 
-def compiles(trainer: Any) -> bool:
+def compiles(trainer: SearchingTrainer) -> bool:
     """Whether the training steps of a trainer run a compiled model: by its arguments, or by those of the launcher."""
     plugin = trainer.accelerator.state.dynamo_plugin
     return bool(trainer.args.torch_compile or plugin.backend != DynamoBackend.NO)
 
 
-def check_compilation(trainer: Any) -> None:
+def check_compilation(trainer: SearchingTrainer) -> None:
     """
     Raise a `ValueError` if a compiled model could not be searched. accelerate compiles what the training steps run, a
     wrapper around the model; the passes of the search run the model itself.
@@ -53,13 +57,13 @@ def check_compilation(trainer: Any) -> None:
         )
 
 
-def recompile(trainer: Any) -> None:
+def recompile(trainer: SearchingTrainer) -> None:
     """Have the model of a trainer compiled anew at its next step, if it is compiled."""
     if compiles(trainer):
         drop_graphs()
 
 
-def model_changed(trainer: Any) -> None:
+def model_changed(trainer: SearchingTrainer) -> None:
     """Have what wraps the model of a trainer notice that modules left it, went off or came on."""
     rebuild_ddp(uncompiled(trainer.model_wrapped), trainer.accelerator.ddp_handler)
     recompile(trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset, IterableDataset
 from torch.utils.data import Subset
@@ -13,6 +13,10 @@ from transformers.trainer_utils import has_length
 
 from ..compat import columns_of_model, preparation, with_reference_log_probs
 from ..search.batches import NO_LABELS
+
+
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
 
 
 def check_dataset(name: str, dataset: Any) -> None:
@@ -41,7 +45,7 @@ def check_dataset(name: str, dataset: Any) -> None:
         )
 
 
-def prepare_arch_dataset(trainer: Any, given: Any, formatting_func: Any) -> Any:
+def prepare_arch_dataset(trainer: SearchingTrainer, given: Any, formatting_func: Any) -> Any:
     """
     The user's own held-out data of a trainer, prepared as the trainer prepared its training set; `None` if there is
     none.
@@ -72,7 +76,7 @@ def _check_rows_left(name: str, dataset: Any) -> None:
         )
 
 
-def _check_columns(trainer: Any, dataset: Any, given: list[str] | None) -> None:
+def _check_columns(trainer: SearchingTrainer, dataset: Any, given: list[str] | None) -> None:
     """
     Raise a `ValueError` if the user's held-out data lacks what the model is given of the training data, or what the
     trainer has added to the columns of the training set that it was given.
@@ -100,7 +104,7 @@ def _check_columns(trainer: Any, dataset: Any, given: list[str] | None) -> None:
         )
 
 
-def _prepare(trainer: Any, dataset: Any, formatting_func: Any) -> Any:
+def _prepare(trainer: SearchingTrainer, dataset: Any, formatting_func: Any) -> Any:
     """
     A data set, prepared as the trainer prepared its training set. TRL's trainers tokenize
     it, and leave a tokenized data set as it is; what they take for that differs from one trainer to another.

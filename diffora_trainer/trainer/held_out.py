@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate.data_loader import SeedableRandomSampler, get_sampler
 from datasets import Dataset
@@ -36,6 +36,10 @@ from .datasets import subset
 from .split import HeldOutSampler, HeldOutStream, SplitPlan, split_indices
 
 
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
+
+
 logger = get_logger(__name__)
 
 # A stream has no length, so its held-out part is what the search will read, up to this many batches.
@@ -58,7 +62,7 @@ class HeldOutData:
             rows, and so out of the held-out ones.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: SearchingTrainer) -> None:
         self.split: SplitPlan | None = None
         self.rollouts: RolloutBatches | None = None
         self.removes_columns = False
@@ -250,7 +254,7 @@ class HeldOutData:
             self.split.given_back = True
 
 
-def read_head(trainer: Any, stream: Any, count: int | None = None) -> list[Any]:
+def read_head(trainer: SearchingTrainer, stream: Any, count: int | None = None) -> list[Any]:
     """
     The first rows of a stream: as many as the search will read, up to a limit, of the training stream never more than
     `arch_split` of it or of what the run reads of it, but one at least; to know how long a short stream is, it is read
@@ -309,7 +313,7 @@ def _part(share: float, size: int) -> int:
     return math.floor(share * size + 1e-9)
 
 
-def steps_of_epoch(trainer: Any) -> tuple[int, int]:
+def steps_of_epoch(trainer: SearchingTrainer) -> tuple[int, int]:
     """Optimizer steps in an epoch, and the rows that all processes together read for one of them."""
     args = trainer.args
     rows_a_step = train_batch_size(trainer) * args.gradient_accumulation_steps * args.world_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -24,7 +24,11 @@ from .bookkeeping import Snapshot, holds_plain_values
 from .checks import check_generation
 
 
-def architecture_loss(trainer: Any, model: nn.Module, batch: Any) -> Tensor:
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
+
+
+def architecture_loss(trainer: SearchingTrainer, model: nn.Module, batch: Any) -> Tensor:
     """The architecture loss of a batch of the search; leaves metrics, counters and the batch as they were."""
     with preserved_bookkeeping(trainer):
         inputs = prepare_batch(trainer, batch)
@@ -34,12 +38,12 @@ def architecture_loss(trainer: Any, model: nn.Module, batch: Any) -> Tensor:
             return trainer.compute_architecture_loss(whole, inputs)
 
 
-def prepare_batch(trainer: Any, batch: Any) -> Any:
+def prepare_batch(trainer: SearchingTrainer, batch: Any) -> Any:
     """A batch of the search as the loss takes it. One of a training step has been prepared, at some cost."""
     return dict(batch if makes_completions(trainer) else prepare_inputs(trainer, batch))
 
 
-def loss_of_batch(trainer: Any, model: nn.Module, inputs: Any) -> Any:
+def loss_of_batch(trainer: SearchingTrainer, model: nn.Module, inputs: Any) -> Any:
     """What `compute_loss` gives for a batch alone. A `compute_loss_func` is told how many labels that has."""
     if getattr(trainer, "compute_loss_func", None) is None:
         return trainer.compute_loss(model, inputs)
@@ -47,7 +51,7 @@ def loss_of_batch(trainer: Any, model: nn.Module, inputs: Any) -> Any:
         return trainer.compute_loss(model, inputs, num_items_in_batch=items_in_batch(trainer, inputs))
 
 
-def loss_of_trainer(trainer: Any, model: nn.Module, inputs: Any) -> Tensor:
+def loss_of_trainer(trainer: SearchingTrainer, model: nn.Module, inputs: Any) -> Tensor:
     """
     The loss that a trainer trains on: `compute_loss`, or what its `training_step` would take the gradient of.
 
@@ -73,7 +77,7 @@ def loss_of_trainer(trainer: Any, model: nn.Module, inputs: Any) -> Tensor:
     return found
 
 
-def check_own_loss(trainer: Any) -> None:
+def check_own_loss(trainer: SearchingTrainer) -> None:
     """Raise a `ValueError` if the loss of a trainer has to be taken from its `training_step`, and cannot be."""
     step, name = own_training_step(trainer), type(trainer).__name__
     if step is None or not trainer._generates_for_loss:
@@ -100,7 +104,7 @@ _PLAIN = (int, float, bool, str, type(None), Tensor)
 
 
 @contextmanager
-def preserved_bookkeeping(trainer: Any) -> Iterator[None]:
+def preserved_bookkeeping(trainer: SearchingTrainer) -> Iterator[None]:
     """
     Put a trainer's counters and metrics back as they were, and let it log nothing. TRL's `compute_loss` appends to
     `_metrics`, counts tokens in `_total_train_tokens`, and keeps texts to log, its OnlineDPO appends to `stats`, and

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,16 +15,26 @@ from ..search.search import ArchitectureSearch
 from .loss import preserved_bookkeeping
 
 
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
+
+
 Step = Callable[..., Tensor]
 
 
-def can_split(trainer: Any) -> bool:
+def can_split(trainer: SearchingTrainer) -> bool:
     """Whether a trainer takes the loss of a batch by its `compute_loss`, row by row as far as is known of it."""
     return own_training_step(trainer) is None and not makes_completions(trainer) and loss_is_of_rows(trainer)
 
 
 def step_in_micro_batches(
-    trainer: Any, search: ArchitectureSearch, step: Step, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any
+    trainer: SearchingTrainer,
+    search: ArchitectureSearch,
+    step: Step,
+    model: nn.Module,
+    inputs: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> Tensor:
     """
     A training step of a trainer, one micro-batch after the other. The gradients add up to those of the whole batch;
@@ -51,7 +61,8 @@ def step_in_micro_batches(
         with search.side_effect_free(training=False), torch.no_grad(), preserved_bookkeeping(trainer):
             with trainer.compute_loss_context_manager():
                 prepared = dict(prepare_inputs(trainer, part))
-                return float(trainer.compute_loss(trainer.model, prepared, num_items_in_batch=items))
+                loss: Any = trainer.compute_loss(trainer.model, prepared, num_items_in_batch=items)
+                return float(loss)  # a tuple only where outputs are asked for
 
     parts = search.training_micro_batches.split(inputs, loss_of)
     if len(parts) == 1:

@@ -37,14 +37,7 @@ from .session import Hooks, TrainerSession
 
 
 if TYPE_CHECKING:
-
-    class _Base(Trainer):
-        """What the mixin may rely on, without the unions of the parent's own annotations."""
-
-        args: Any
-        model: Any
-        train_dataset: Any
-
+    from .types import SearchingTrainer as _Base
 else:
     _Base = object
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -18,10 +18,14 @@ from ..prefix.rows import KeyedCollator, take_rows_along
 from .loss import loss_of_batch, preserved_bookkeeping
 
 
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
+
+
 logger = get_logger(__name__)
 
 
-def check_prefix_cache(trainer: Any) -> None:
+def check_prefix_cache(trainer: SearchingTrainer) -> None:
     """Raise a `ValueError` if a prefix cache was asked for and this training cannot have one."""
     kind = trainer.diffora_config.prefix_cache
     if kind == "none":
@@ -46,7 +50,7 @@ class TrainingPrefix:
         trainer (`Trainer`): the trainer.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: SearchingTrainer) -> None:
         self._trainer = trainer
         self._cache: PrefixCache | None = None
 

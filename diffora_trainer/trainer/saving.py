@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -26,6 +26,10 @@ from ..logging import get_logger
 from .checkpoint import find_checkpoint
 
 
+if TYPE_CHECKING:
+    from .types import SearchingTrainer
+
+
 logger = get_logger(__name__)
 
 # What a checkpoint holds to resume from, and its card, of which the output has its own.
@@ -41,7 +45,7 @@ class OutputCard:
         trainer (`Trainer`): the trainer.
     """
 
-    def __init__(self, trainer: Any) -> None:
+    def __init__(self, trainer: SearchingTrainer) -> None:
         self._trainer = trainer
         self._at_checkpoint = False
         self._waiting: Callable[[], None] | None = None
@@ -79,7 +83,7 @@ class OutputCard:
             parent()
 
 
-def complete_adapter(trainer: Any, folder: Path) -> None:
+def complete_adapter(trainer: SearchingTrainer, folder: Path) -> None:
     """
     Complete what the parent trainer has just saved: with what its model has beside LoRA, and what was found. A model
     without an adapter, into which its user has merged it, is whole as the parent saves it: as `diffora export --for
@@ -92,7 +96,7 @@ def complete_adapter(trainer: Any, folder: Path) -> None:
     save_findings(trainer, folder)
 
 
-def save_findings(trainer: Any, folder: Path, *, new_adapter: bool = True) -> None:
+def save_findings(trainer: SearchingTrainer, folder: Path, *, new_adapter: bool = True) -> None:
     """
     Save what the search found beside the adapter: the selection, its picture, the report and the card; and the names
     of the classes of a classifier. What an earlier run has left of these in the folder is removed. For an adapter that
@@ -155,7 +159,7 @@ def _remove(path: Path) -> None:
         logger.warning(f"{path} is of another adapter, which was here before, and could not be removed: {error}")
 
 
-def update_output(trainer: Any, checkpoint: str) -> None:
+def update_output(trainer: SearchingTrainer, checkpoint: str) -> None:
     """Copy the adapter of a checkpoint to the output folder, as the parent does it before it pushes, with a card."""
     output = Path(trainer.args.output_dir)
     trainer._output_card.write_waiting(output)
@@ -167,7 +171,7 @@ def update_output(trainer: Any, checkpoint: str) -> None:
     save_findings(trainer, output)
 
 
-def checkpoint_to_resume(trainer: Any, wanted: str | os.PathLike | bool | None) -> str | None:
+def checkpoint_to_resume(trainer: SearchingTrainer, wanted: str | os.PathLike | bool | None) -> str | None:
     """The checkpoint that a run of a trainer is resumed from, or `None`. Logs which newer ones are passed over."""
     if wanted is None or wanted is False:
         return None
@@ -178,7 +182,7 @@ def checkpoint_to_resume(trainer: Any, wanted: str | os.PathLike | bool | None) 
     return found
 
 
-def log_restart(trainer: Any, checkpoint: str | None) -> None:
+def log_restart(trainer: SearchingTrainer, checkpoint: str | None) -> None:
     """Say that a run starts anew because memory ran out, from a checkpoint or from its first step."""
     alone = trainer._session.is_pruned(trainer.model) and checkpoint is None
     logger.warning(
@@ -187,7 +191,7 @@ def log_restart(trainer: Any, checkpoint: str | None) -> None:
     )
 
 
-def load_adapter(trainer: Any, checkpoint: str, parent: Callable[[str], None]) -> None:
+def load_adapter(trainer: SearchingTrainer, checkpoint: str, parent: Callable[[str], None]) -> None:
     """
     Load the weights of a checkpoint into a trainer's model, which has its modules already.
 
@@ -214,7 +218,7 @@ def load_adapter(trainer: Any, checkpoint: str, parent: Callable[[str], None]) -
             parameter.data = parameter.data.to(dtypes[name])
 
 
-def load_optimizer(trainer: Any, checkpoint: str | None, parent: Callable[[str | None], None]) -> None:
+def load_optimizer(trainer: SearchingTrainer, checkpoint: str | None, parent: Callable[[str | None], None]) -> None:
     """
     Load the states of a trainer's optimizer and scheduler.
 
@@ -233,7 +237,7 @@ def load_optimizer(trainer: Any, checkpoint: str | None, parent: Callable[[str |
         parent(checkpoint)
 
 
-def load_best_adapter(trainer: Any, parent: Callable[[], None]) -> None:
+def load_best_adapter(trainer: SearchingTrainer, parent: Callable[[], None]) -> None:
     """
     Load the weights of a trainer's best checkpoint.
 
