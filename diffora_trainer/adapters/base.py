@@ -24,6 +24,8 @@ from peft import PeftType
 from torch import Tensor, nn
 
 from ..compat import PEFT_PREFIX
+from ..config import DiffoRAConfig
+from ..core.values import parse_mapping
 from .matrices import Adapter
 
 
@@ -279,6 +281,11 @@ def extra_kinds() -> tuple[SiteKind, ...]:
     """
     _register_installed()
     return tuple(kind for kind in site_kinds() if not kind.in_adapter)
+
+
+def extra_sites_of(config: DiffoRAConfig) -> dict[str, Any]:
+    """The kinds beside LoRA that a configuration asks for, by name, with the options of each."""
+    return parse_mapping("extra_sites", config.extra_sites)  # it has parsed them itself, which its type does not say
 
 
 def kinds_of(model: nn.Module) -> tuple[SiteKind, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapters.base import site_kind
+from ..adapters.base import extra_sites_of, site_kind
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.budget import Budget
@@ -96,9 +96,8 @@ class SearchBase(GatedModel):
 
     @property
     def _separate_kinds(self) -> list[str]:
-        extra = self.config.extra_sites
-        assert not isinstance(extra, str)
-        return [name for name, options in (extra or {}).items() if site_kind(name).separately(options)]
+        asked = extra_sites_of(self.config).items()
+        return [name for name, options in asked if site_kind(name).separately(options)]
 
     @property
     def ranks_kinds_apart(self) -> bool:

@@ -13,7 +13,7 @@ from peft import PeftConfig, PeftModel, TaskType
 from torch import Tensor, nn
 from transformers import TrainingArguments, set_seed
 
-from ..adapters.base import extra_kinds, site_kind
+from ..adapters.base import extra_kinds, extra_sites_of, site_kind
 from ..adapters.compiled import check_not_compiled
 from ..adapters.lora import peft_model
 from ..adapters.pruning import own_config
@@ -166,8 +166,7 @@ def with_lora(
 
 def install_sites(model: Any, config: DiffoRAConfig) -> Any:
     """The model with the other kinds of site that a configuration asks for."""
-    assert not isinstance(config.extra_sites, str)
-    for name, options in (config.extra_sites or {}).items():
+    for name, options in extra_sites_of(config).items():
         site_kind(name).install(model, options)
     return model
 

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from ..adapters.base import kinds_of
+from ..adapters.base import extra_sites_of, kinds_of
 from ..adapters.optimizer import check_optimizer
 from ..compat import (
     activation_checkpointing,
@@ -181,7 +181,7 @@ def check_generation(trainer: SearchingTrainer, why: str) -> None:
 
 def _extra_sites(trainer: SearchingTrainer) -> str:
     """Names of the kinds of site beside LoRA that a trainer's model has or is to have; nothing without any."""
-    named = [*(trainer.diffora_config.extra_sites or ()), *(kind.name for kind in kinds_of(trainer.model))]
+    named = [*extra_sites_of(trainer.diffora_config), *(kind.name for kind in kinds_of(trainer.model))]
     return " and ".join(dict.fromkeys(named))
 
 
