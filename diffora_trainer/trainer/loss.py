@@ -64,9 +64,7 @@ def loss_of_trainer(trainer: SearchingTrainer, model: nn.Module, inputs: Any) ->
         ValueError: if the `training_step` takes no gradient.
     """
     if own_training_step(trainer) is None:
-        loss = loss_of_batch(trainer, model, inputs)
-        assert isinstance(loss, Tensor)  # a tuple only where outputs are asked for
-        return loss
+        return loss_of_batch(trainer, model, inputs)
     with replaced(trainer, "_in_architecture_step", True):
         found = loss_of_training_step(trainer, model, inputs)
     if found is None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from diffora_trainer import DiffoRATrainer
@@ -88,6 +89,19 @@ def test_a_list_that_a_hook_fills_is_the_one_that_the_loss_reads(tmp_path: Path)
     plain = make_trainer(tmp_path / "ratio", "llama", cls=Matching, search={"fade_out": 2})
     plain.train()
     assert len(plain.late) == plain.state.max_steps
+
+
+class WithOutputs(DiffoRATrainer):
+    """Returns outputs that nobody has asked for."""
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(model, inputs, return_outputs=True)
+
+
+def test_what_is_no_loss_is_named(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "llama", cls=WithOutputs, search={"method": "snip", "discretize_at": 0})
+    with pytest.raises(TypeError, match="loss function returned tuple, but one number is needed"):
+        trainer.train()
 
 
 def test_values_are_put_back_in_place() -> None:
