@@ -17,7 +17,7 @@ from ..core.files import ADAPTER_NAME
 
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, Trainer
 
 
 TRAINER_METHODS = (
@@ -210,7 +210,7 @@ def checkpoints_call(layer: nn.Module) -> bool:
     return isinstance(layer, GradientCheckpointingLayer) and "__call__" in vars(GradientCheckpointingLayer)
 
 
-def train_batch_size(trainer: Any) -> int:
+def train_batch_size(trainer: Trainer) -> int:
     """
     Rows that one process reads at a time. `Trainer._train_batch_size` in all versions: `auto_find_batch_size` makes it
     smaller than the argument. Goes with a public name of the size in use.
@@ -218,12 +218,12 @@ def train_batch_size(trainer: Any) -> int:
     return trainer._train_batch_size
 
 
-def prepare_inputs(trainer: Any, batch: Any) -> Any:
+def prepare_inputs(trainer: Trainer, batch: Any) -> Any:
     """A batch as the trainer gives it to its model: `Trainer._prepare_inputs` in all versions. It has no other."""
     return trainer._prepare_inputs(batch)
 
 
-def items_in_batch(trainer: Any, inputs: Any) -> Any:
+def items_in_batch(trainer: Trainer, inputs: Any) -> Any:
     """
     What a `compute_loss_func` divides the loss of a batch by: `Trainer._get_num_items_in_batch` in all versions. It
     has no other.
@@ -231,19 +231,19 @@ def items_in_batch(trainer: Any, inputs: Any) -> Any:
     return trainer._get_num_items_in_batch([inputs], trainer.args.device)
 
 
-def output_dir(trainer: Any, trial: Any) -> str:
+def output_dir(trainer: Trainer, trial: Any) -> str:
     """Where a run writes its checkpoints: `Trainer._get_output_dir` in all versions. It has no other."""
     return trainer._get_output_dir(trial)
 
 
-def without_unused_columns(trainer: Any, dataset: Any, description: str) -> Any:
+def without_unused_columns(trainer: Trainer, dataset: Any, description: str) -> Any:
     """
     A data set without what the model does not take: `Trainer._remove_unused_columns` in all versions. It has no other.
     """
     return trainer._remove_unused_columns(dataset, description=description)
 
 
-def collator_without_unused_columns(trainer: Any, collator: Any, description: str) -> Any:
+def collator_without_unused_columns(trainer: Trainer, collator: Any, description: str) -> Any:
     """
     [`without_unused_columns`] for what has no columns: `Trainer._get_collator_with_removed_columns` in all versions.
     """

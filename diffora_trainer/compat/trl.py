@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -16,7 +16,11 @@ from ..core.isolation import replaced
 from .sentence_transformers import is_sentence_transformer
 
 
-def is_reward_trainer(trainer: Any) -> bool:
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def is_reward_trainer(trainer: Trainer) -> bool:
     """
     Whether a trainer trains a reward model: the name in `_name`, with which all TRL trainers sign their card, in all
     versions. Goes if the class may be imported, which takes all of TRL.
@@ -24,7 +28,7 @@ def is_reward_trainer(trainer: Any) -> bool:
     return getattr(trainer, "_name", "") == "Reward"
 
 
-def loss_is_of_rows(trainer: Any) -> bool:
+def loss_is_of_rows(trainer: Trainer) -> bool:
     """
     Whether nothing is known that would make the loss of a batch more than one of its single rows: a trainer of
     transformers, or TRL's for supervised fine-tuning. Others compare rows, as preference trainers do; their batches
@@ -35,7 +39,7 @@ def loss_is_of_rows(trainer: Any) -> bool:
     return getattr(trainer, "_name", "SFT") in ("SFT", None) and not is_sentence_transformer(trainer.model)
 
 
-def preparation(trainer: Any) -> Callable[..., Any] | None:
+def preparation(trainer: Trainer) -> Callable[..., Any] | None:
     """
     What a TRL trainer prepares its data sets with, or `None` if it takes them as they are.
 
@@ -74,7 +78,7 @@ def _tokenized_preferences(tokenize: Callable[[Any], Any], dataset: Any, process
     return dataset.map(prepared, new_fingerprint=uuid.uuid4().hex, keep_in_memory=True)
 
 
-def with_reference_log_probs(trainer: Any, dataset: Any) -> Any:
+def with_reference_log_probs(trainer: Trainer, dataset: Any) -> Any:
     """
     A data set with the reference's log-probabilities of its rows, where the trainer computes those of its training set
     ahead (`precompute_ref_log_probs=True`, DPO and KTO).
@@ -86,14 +90,14 @@ def with_reference_log_probs(trainer: Any, dataset: Any) -> Any:
     precompute = getattr(trainer, "_precompute_ref_logps", None)
     if precompute is None or not getattr(trainer.args, "precompute_ref_log_probs", False):
         return dataset
-    args = trainer.args
+    args: Any = trainer.args
     return precompute(dataset, "arch", args.precompute_ref_batch_size or args.per_device_train_batch_size)
 
 
 # TRL: trainers whose training step is not "prepare the batch, take `compute_loss` of it"
 
 
-def makes_completions(trainer: Any) -> bool:
+def makes_completions(trainer: Trainer) -> bool:
     """
     Whether a trainer makes the completions that it trains on while it prepares a batch, so that a row of its training
     set is only a prompt.
@@ -112,7 +116,7 @@ def makes_completions(trainer: Any) -> bool:
     )
 
 
-def noted_preparation(trainer: Any, note: Callable[[Any], None]) -> AbstractContextManager[None]:
+def noted_preparation(trainer: Trainer, note: Callable[[Any], None]) -> AbstractContextManager[None]:
     """
     For a while, hand what a trainer's `_prepare_inputs` returns to a function as well, with all that subclasses do to
     it. `Trainer.training_step` calls it in transformers 5.2 to 5.23. See [`makes_completions`] for what would let it
@@ -128,12 +132,12 @@ def noted_preparation(trainer: Any, note: Callable[[Any], None]) -> AbstractCont
     return replaced(trainer, "_prepare_inputs", prepare_and_note)
 
 
-def uses_vllm(trainer: Any) -> bool:
+def uses_vllm(trainer: Trainer) -> bool:
     """Whether a trainer generates with vLLM (`use_vllm`, in TRL 0.28 to 1.16)."""
     return bool(getattr(trainer.args, "use_vllm", False))
 
 
-def own_training_step(trainer: Any) -> Callable[..., Any] | None:
+def own_training_step(trainer: Trainer) -> Callable[..., Any] | None:
     """
     The `training_step` of a trainer that takes its loss there and not in `compute_loss`, or `None`.
 
@@ -179,7 +183,7 @@ def calls_backward_itself(step: Callable[..., Any]) -> bool:
     return "backward" in names and "accelerator" not in names
 
 
-def loss_of_training_step(trainer: Any, model: nn.Module, inputs: Any) -> Tensor | None:
+def loss_of_training_step(trainer: Trainer, model: nn.Module, inputs: Any) -> Tensor | None:
     """
     The loss that a trainer's `training_step` hands to `accelerator.backward`, whose place this takes for the call; of
     several the sum, of none `None`. The model stays in the mode that it is in, whatever the step sets.

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import get_token
 from transformers.trainer_utils import HubStrategy
@@ -20,7 +20,11 @@ from ..core.isolation import replaced
 from .redact import Masked, Private
 
 
-def private_of(trainer: Any) -> Private:
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+def private_of(trainer: Trainer) -> Private:
     """What must not leave this machine of a trainer's run: the user's tokens, and the folders that it was told of."""
     configs = getattr(peft_model(trainer.model), "peft_config", {}).values()
     named = [value for value in _strings(vars(trainer.args)) if os.path.isabs(value)]

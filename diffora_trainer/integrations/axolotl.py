@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field, field_validator
@@ -14,6 +14,10 @@ from ..config import DiffoRAConfig
 from ..logging import get_logger
 from ..trainer.saving import save_findings
 from .callback import DiffoRACallback
+
+
+if TYPE_CHECKING:
+    from ..trainer.types import SearchingTrainer
 
 
 logger = get_logger(__name__)
@@ -66,7 +70,7 @@ class DiffoRAPlugin(BasePlugin):
 
     def __init__(self) -> None:
         super().__init__()
-        self._trainer: Any = None
+        self._trainer: SearchingTrainer | None = None
 
     def register(self, cfg: Any) -> None:
         """
