@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from .formats import as_list, as_whole
+from .formats import as_flag, as_object, as_whole, tuple_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class Allocation:
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> Allocation:
         """The inverse of `dataclasses.asdict`, also after a way through JSON."""
-        scores, on = tuple(map(float, as_list(record["scores"]))), tuple(as_list(record["on"]))
-        if not all(map(math.isfinite, scores)) or not all(isinstance(bit, bool) for bit in on) or not any(on):
+        record = as_object(record)
+        scores, on = tuple_of(float)(record["scores"]), tuple_of(as_flag)(record["on"])
+        if not all(map(math.isfinite, scores)) or not any(on):
             raise ValueError("an allocation needs finite scores, and at least one module that is on")
         return cls(as_whole(record["step"]), scores, on)

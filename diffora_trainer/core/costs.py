@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
+
+from .formats import as_number, as_object, maybe, tuple_of
 
 
 @dataclass(frozen=True)
@@ -42,14 +44,14 @@ class StepCost:
             return tuple(_MANY if rest >= 0 else 0 for rest in left)
         return tuple(0 if rest < 0 else 1 + min(_MANY, math.floor(rest / self.per_module)) for rest in left)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StepCost:
-        """The inverse of [`to_dict`]."""
-        return cls(float(data["all_modules"]), tuple(map(float, data["depth"])), float(data["per_module"]))
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        data = as_object(data)
+        depth = tuple_of(as_number)(data["depth"])
+        if not depth:
+            raise ValueError("its `depth` has no entry")
+        return cls(as_number(data["all_modules"]), depth, as_number(data["per_module"]))
 
 
 _MANY = 10**9
@@ -68,15 +70,12 @@ class StepCosts:
     time: StepCost | None = None
     memory: StepCost | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> StepCosts:
-        """The inverse of [`to_dict`]."""
-        read = {name: None if data[name] is None else StepCost.from_dict(data[name]) for name in ("time", "memory")}
-        return cls(**read)
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        if set(as_object(data)) != {"time", "memory"}:
+            raise ValueError("it should have the entries `time` and `memory`, and no other")
+        return cls(**{name: maybe(StepCost.from_dict)(cost) for name, cost in data.items()})
 
 
 @dataclass(frozen=True)

@@ -2,38 +2,63 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from .grid import LORA, SiteInfo
 from .text import sanitize
 
 
-def as_list(value: Any) -> list[Any]:
-    """A list, or a `TypeError`."""
-    if not isinstance(value, list):
-        raise TypeError(f"{sanitize(repr(value))} should be a list")
+T = TypeVar("T")
+
+
+def _reader(kind: type[T], words: str) -> Callable[[Any], T]:
+    def read(value: Any) -> T:
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise TypeError(f"{sanitize(repr(value))} should be {words}")
+        return value
+
+    return read
+
+
+# Readers: each returns a value of its type as it is, and raises a `TypeError` for any other. A bool is not a number.
+as_list: Callable[[Any], list[Any]] = _reader(list, "a list")
+as_object: Callable[[Any], dict[str, Any]] = _reader(dict, "an object")
+as_text = _reader(str, "a string")
+as_flag = _reader(bool, "true or false")
+as_whole = _reader(int, "a whole number")
+
+
+def as_count(value: Any) -> int:
+    """A whole number that can be one of steps, rows or processes, or a `TypeError` or `ValueError`."""
+    if not 0 <= as_whole(value) < 2**40:
+        raise ValueError(f"{sanitize(repr(value))} should be 0 or more, and less than 2**40")
     return value
 
 
-def as_object(value: Any) -> dict[str, Any]:
-    """An object with string keys, or a `TypeError`."""
-    if not isinstance(value, dict):
-        raise TypeError(f"{sanitize(repr(value))} should be an object")
-    return value
+def as_number(value: Any) -> float:
+    """A finite number that is not a bool, or a `TypeError`; an `OverflowError` for one that is no float."""
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise TypeError(f"{sanitize(repr(value))} should be a finite number")
+    return float(value)
 
 
-def as_text(value: Any) -> str:
-    """A string, or a `TypeError`."""
-    if not isinstance(value, str):
-        raise TypeError(f"{sanitize(repr(value))} should be a string")
-    return value
+def tuple_of(read: Callable[[Any], T], *lengths: int) -> Callable[[Any], tuple[T, ...]]:
+    """A reader of lists, or the tuples that they were before JSON, by that of an entry; with the lengths allowed."""
+
+    def read_all(value: Any) -> tuple[T, ...]:
+        entries = tuple(map(read, value if isinstance(value, tuple) else as_list(value)))
+        if lengths and len(entries) not in lengths:
+            raise ValueError(f"it has {len(entries)} entries instead of {' or '.join(map(str, lengths))}")
+        return entries
+
+    return read_all
 
 
-def as_whole(value: Any) -> int:
-    """An int that is not a bool, or a `TypeError`."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{sanitize(repr(value))} should be a whole number")
-    return value
+def maybe(read: Callable[[Any], T]) -> Callable[[Any], T | None]:
+    """A reader that leaves `None` as it is, and reads anything else by `read`."""
+    return lambda value: None if value is None else read(value)
 
 
 def with_lists(value: Any) -> Any:
@@ -102,9 +127,7 @@ def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
     if unknown := shortcuts - {record["name"] for record in records}:
         raise ValueError(f"it names a shortcut {sanitize(min(unknown))!r} that is not one of its modules")
     for record in records:
-        if not isinstance(record["kept"], bool):
-            raise TypeError(f"{sanitize(repr(record['kept']))} should be true or false")
-        record.update(rank=1, kept_rank=int(record["kept"]), gain=record.get("gain", record["score"]))
+        record.update(rank=1, kept_rank=int(as_flag(record["kept"])), gain=record.get("gain", record["score"]))
         record["kind"] = "shortcuts" if record["name"] in shortcuts else LORA
     return {"history": [], "times": {}, "notes": [], **data, "format": 2, "modules": records}
 

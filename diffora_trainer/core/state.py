@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .allocation import Allocation
 from .costs import StepCosts
-from .formats import upgrade_state
+from .formats import as_count, as_flag, as_number, as_object, as_text, maybe, tuple_of, upgrade_state
 from .schedule import Schedule
 from .selection import Selection
 
@@ -98,7 +97,7 @@ class RunState:
     early_losses: tuple[float | None, ...] = ()
     progress: tuple[float, ...] | None = None
     costs: StepCosts | None = None
-    history: tuple[Allocation, ...] = field(default=())
+    history: tuple[Allocation, ...] = ()
     components: tuple[int, ...] = ()
     processes: int | None = None
     batch_rows: int | None = None
@@ -144,10 +143,8 @@ class RunState:
         """As JSON values."""
         values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         values["selection"] = None if self.selection is None else self.selection.to_json()
-        values["costs"] = None if self.costs is None else self.costs.to_dict()
-        values["history"] = [
-            {"step": entry.step, "scores": list(entry.scores), "on": list(entry.on)} for entry in self.history
-        ]
+        values["costs"] = None if self.costs is None else asdict(self.costs)
+        values["history"] = [asdict(entry) for entry in self.history]
         if self.selection is not None:
             values = {name: values[name] for name in _ALWAYS}
         return {"format": _FORMAT, "phase": self.phase, **values}
@@ -164,21 +161,15 @@ class RunState:
             data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
-        names = list(_ALWAYS) if data.get("selection") is not None else [entry.name for entry in fields(cls)]
-        for name in names:
+        values: dict[str, Any] = {}
+        for name in [entry.name for entry in fields(cls)] if data.get("selection") is None else _ALWAYS:
             if name not in data:
                 raise ValueError(f"it has no `{name}`")
-            if not _CHECKS[name](data[name]):
-                raise ValueError(f"its `{name}` cannot be {repr(data[name])[:100]}")
-        values: dict[str, Any] = {
-            name: tuple(data[name]) if isinstance(data[name], list) else data[name] for name in names
-        }
-        if values["selection"] is not None:
-            values["selection"] = Selection.from_json(values["selection"])
-        else:
-            values["costs"] = None if values["costs"] is None else StepCosts.from_dict(values["costs"])
-            values["history"] = tuple(map(Allocation.from_dict, values["history"]))
-            values["halves"] = tuple(map(tuple, values["halves"]))
+            try:
+                values[name] = _READERS[name](data[name])
+            except (KeyError, OverflowError, TypeError, ValueError) as error:
+                reason = f"there is no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+                raise ValueError(f"its `{name}` is wrong: {reason}") from error
         state = cls(**values)
         if data.get("phase") not in (state.phase, SEARCH if state.phase == FADE_OUT else state.phase):
             raise ValueError(f"at step {state.step} its `phase` cannot be {repr(data.get('phase'))[:100]}")
@@ -274,73 +265,51 @@ def short(value: Any) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-def _whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**40
+def _read_allocation(record: Any) -> Allocation:
+    """An entry of the history. Here its scores must be numbers; in a selection text is read as a number, too."""
+    tuple_of(as_number)(as_object(record)["scores"])
+    return Allocation.from_dict(record)
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, (list, tuple)) and all(map(check, value))
-
-
-def _is(*kinds: type) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, kinds)
-
-
-def _maybe(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or check(value)
-
-
-def _allocation(value: Any) -> bool:
-    if not isinstance(value, dict) or not _whole(value.get("step")) or not _all(_number)(value.get("scores")):
-        return False
-    return _all(_is(bool))(value.get("on")) and any(value["on"]) and len(value["on"]) == len(value["scores"])
-
-
-def _cost(value: Any) -> bool:
-    single = isinstance(value, dict) and all(_number(value.get(name)) for name in ("all_modules", "per_module"))
-    return single and _all(_number)(value.get("depth")) and bool(value["depth"])
-
-
-def _costs(value: Any) -> bool:
-    names = ("time", "memory")
-    return isinstance(value, dict) and set(value) == set(names) and all(_maybe(_cost)(value[name]) for name in names)
+def _read_early_losses(value: Any) -> tuple[float | None, ...]:
+    losses = tuple_of(maybe(as_number))(value)
+    if losses and not any(loss is not None for loss in losses):
+        raise ValueError("it has no number")
+    return losses
 
 
 _ALWAYS: Sequence[str] = ("step", "config", "base_model", "extra_kinds", "began_pruned", "selection", "given_back")
-_CHECKS: dict[str, Callable[[Any], bool]] = {
-    "step": _whole,
-    "config": _is(dict),
-    "base_model": _is(dict),
-    "extra_kinds": _all(_is(str)),
-    "began_pruned": _is(bool),
-    "selection": _maybe(_is(str)),
-    "given_back": _maybe(lambda value: _all(_whole)(value) and len(value) == 2),
-    "modules": _all(_is(str)),
-    "warmup": _whole,
-    "discretize": _whole,
-    "prune": _whole,
-    "held_out_position": _whole,
-    "held_out_rows": _whole,
-    "skipped_steps": _whole,
-    "kept": _maybe(_all(_is(bool))),
-    "losses": _all(_number),
-    "reached": _maybe(_all(_is(bool))),
-    "effect": _maybe(lambda value: _all(_number)(value) and len(value) in (3, 4)),
-    "progress": _maybe(lambda value: _all(_number)(value) and len(value) in (3, 4)),
-    "early_losses": lambda value: _all(_maybe(_number))(value) and (not value or any(x is not None for x in value)),
-    "ranks": _all(_whole),
-    "halves": lambda value: (
-        isinstance(value, (list, tuple)) and len(value) in (0, 2) and all(map(_all(_number), value))
-    ),
-    "half_steps": _whole,
-    "costs": _maybe(_costs),
-    "history": _all(_allocation),
-    "components": _all(_whole),
-    "processes": _maybe(_whole),
-    "batch_rows": _maybe(_whole),
-    "reallocate_every": _maybe(_whole),
+_COUNTS = (
+    "step",
+    "warmup",
+    "discretize",
+    "prune",
+    "held_out_position",
+    "held_out_rows",
+    "skipped_steps",
+    "half_steps",
+)
+_READERS: dict[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(_COUNTS, as_count),
+    "config": as_object,
+    "base_model": as_object,
+    "extra_kinds": tuple_of(as_text),
+    "began_pruned": as_flag,
+    "selection": maybe(lambda text: Selection.from_json(as_text(text))),
+    "given_back": maybe(tuple_of(as_count, 2)),
+    "modules": tuple_of(as_text),
+    "kept": maybe(tuple_of(as_flag)),
+    "losses": tuple_of(as_number),
+    "reached": maybe(tuple_of(as_flag)),
+    "effect": maybe(tuple_of(as_number, 3, 4)),
+    "progress": maybe(tuple_of(as_number, 3, 4)),
+    "early_losses": _read_early_losses,
+    "ranks": tuple_of(as_count),
+    "halves": tuple_of(tuple_of(as_number), 0, 2),
+    "costs": maybe(StepCosts.from_dict),
+    "history": tuple_of(_read_allocation),
+    "components": tuple_of(as_count),
+    "processes": maybe(as_count),
+    "batch_rows": maybe(as_count),
+    "reallocate_every": maybe(as_count),
 }

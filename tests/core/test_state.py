@@ -64,6 +64,26 @@ def test_each_missing_or_foreign_value_is_named(phase: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"step": -1}, "its `step` is wrong: -1 should be 0 or more"),
+        ({"warmup": True}, "its `warmup` is wrong: True should be a whole number"),
+        ({"losses": [float("inf")]}, "its `losses` is wrong: inf should be a finite number"),
+        ({"effect": [1.0]}, "its `effect` is wrong: it has 1 entries instead of 3 or 4"),
+        ({"early_losses": [None]}, "its `early_losses` is wrong: it has no number"),
+        ({"history": [{"step": 2, "scores": ["1"], "on": [True]}]}, "its `history` is wrong: '1' should be a finite"),
+        ({"history": [{"step": 2, "scores": [1.0]}]}, "its `history` is wrong: there is no 'on'"),
+        ({"costs": {"time": None}}, "its `costs` is wrong: it should have the entries `time` and `memory`"),
+        ({"costs": {"time": {"depth": []}, "memory": None}}, "its `costs` is wrong: its `depth` has no entry"),
+        ({"selection": "[]"}, "its `selection` is wrong: This is not a selection"),
+    ],
+)
+def test_what_is_wrong_with_a_value_is_said(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RunState.from_dict({**SEARCHING.to_dict(), **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"step": 8}, "steps 2, 6, 8 disagree"),
         ({"warmup": 7}, "disagree"),
         ({"modules": (), "reached": (), "history": ()}, "among no `modules`"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_measured_times_predict_steps_that_were_not_measured() -> None:
     times = measure_step_cost(seconds_of, row_of, ["layers."] * 12 + [None])
     for kept in ([0], [35], [36], [4, 20, 36], [18, 19, 20, 30], list(range(37))):
         assert times.predict([row_of[module] for module in kept]) == pytest.approx(seconds_of(kept), abs=2e-3)
-    assert StepCost.from_dict(times.to_dict()) == times
+    assert StepCost.from_dict(asdict(times)) == times
 
 
 def test_disturbed_measurements_still_say_that_deeper_is_not_faster() -> None:
