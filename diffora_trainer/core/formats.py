@@ -132,48 +132,57 @@ def upgrade_selection(data: dict[str, Any]) -> dict[str, Any]:
     return {"history": [], "times": {}, "notes": [], **data, "format": 2, "modules": records}
 
 
+def _state_from_2(data: dict[str, Any]) -> dict[str, Any]:
+    """Format 2 knew one other kind of site, and not always which gates a gradient had reached."""
+    renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
+    upgraded = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
+    upgraded["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []
+    return {"history": [], "reached": None, "effect": None, **upgraded}
+
+
+def _state_from_3(data: dict[str, Any]) -> dict[str, Any]:
+    """Format 3 knew no ranks, no halves of a search and no error of its effect."""
+    upgraded = {**data, "ranks": [], "halves": [], "half_steps": 0, "early_losses": [], "progress": None}
+    if isinstance(data.get("effect"), (list, tuple)):
+        upgraded["effect"] = [*data["effect"], 0.0]
+    return upgraded
+
+
+def _state_from_4(data: dict[str, Any]) -> dict[str, Any]:
+    """In format 4 `max_step_time` was a part of another time, and `selection_ratio` not read beside a cap."""
+    if data.get("selection") is not None:
+        return data
+    config = dict(as_object(data.get("config")))
+    if config.get("max_step_time") is not None:
+        raise ValueError(
+            "it was made when `max_step_time` was a part of the time of a step with equally many modules spread "
+            "over all layers; today it is one of a step with all modules, so the run cannot be continued as it "
+            "began. Please start it anew"
+        )
+    if config.get("max_trainable_parameters") is not None:
+        config["selection_ratio"] = None
+    kept = {name: value for name, value in data.items() if name != "times"}
+    return {**kept, "config": config, "costs": None}
+
+
+_STATE_UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    2: _state_from_2,
+    3: _state_from_3,
+    4: _state_from_4,
+    5: lambda data: {**data, "components": []},  # the matrix had an entry for each module alone
+    6: lambda data: {**data, "processes": None},
+    7: lambda data: {**data, "batch_rows": None, "given_back": None, "reallocate_every": None},
+}
+"""By its format, what brings the state of a run to the next one."""
+
+
 def upgrade_state(data: dict[str, Any]) -> dict[str, Any]:
     """
-    The state of a run as formats 2 to 7 had it, in the form of format 8. Format 2 knew one other kind of site, and not
-    always which gates a gradient had reached; format 3 no ranks, no halves of a search and no error of its effect. In
-    format 4 `max_step_time` was a part of another time, and `selection_ratio` not read beside a cap. Format 5 had an
-    entry of the matrix for each module alone, format 6 did not say how many processes the run had, and format 7 not
-    how many rows a held-out batch has, what a pruned run has held out, and what `reallocate_every` is in steps.
+    The state of a run of any earlier format in the present one. Of an unknown format it is returned as it is.
 
     Raises:
         ValueError: for a run that is not pruned yet, whose choice was limited by what `max_step_time` meant then.
     """
-    if data["format"] == 7:
-        return {**data, "batch_rows": None, "given_back": None, "reallocate_every": None, "format": 8}
-    if data["format"] == 6:
-        return upgrade_state({**data, "processes": None, "format": 7})
-    if data["format"] == 5:
-        return upgrade_state({**data, "components": [], "format": 6})
-    if data["format"] == 4:
-        if data.get("selection") is not None:
-            return upgrade_state({**data, "format": 5})
-        config = dict(as_object(data.get("config")))
-        if config.get("max_step_time") is not None:
-            raise ValueError(
-                "it was made when `max_step_time` was a part of the time of a step with equally many modules spread "
-                "over all layers; today it is one of a step with all modules, so the run cannot be continued as it "
-                "began. Please start it anew"
-            )
-        if config.get("max_trainable_parameters") is not None:
-            config["selection_ratio"] = None
-        found = {name: value for name, value in data.items() if name != "times"}
-        return upgrade_state({**found, "config": config, "costs": None, "format": 5})
-    if data["format"] == 3:
-        if data.get("selection") is not None:
-            return upgrade_state({**data, "format": 4})
-        added = {"ranks": [], "halves": [], "half_steps": 0, "early_losses": [], "progress": None}
-        data = {**data, **added, "format": 4}
-        if isinstance(data.get("effect"), (list, tuple)):
-            data["effect"] = [*data["effect"], 0.0]
-        return upgrade_state(data)
-    renamed = {"decision": "discretize", "cut": "prune", "decided": "kept", "began_cut": "began_pruned"}
-    found = {renamed.get(name, name): value for name, value in data.items() if name != "shortcuts"}
-    found["extra_kinds"] = ["shortcuts"] if data.get("shortcuts", False) is True else []
-    if found.get("selection") is None:
-        found = {"history": [], "reached": None, "effect": None, **found}
-    return upgrade_state({**found, "format": 3})
+    while data.get("format") in tuple(_STATE_UPGRADES):
+        data = {**_STATE_UPGRADES[data["format"]](data), "format": data["format"] + 1}
+    return data

@@ -157,8 +157,7 @@ class RunState:
         Raises:
             ValueError: if this is not the state of a run.
         """
-        if data.get("format") in (2, 3, 4, 5, 6, 7):
-            data = upgrade_state(data)
+        data = upgrade_state(data)
         if data.get("format") != _FORMAT:
             raise ValueError(f"its `format` is not {_FORMAT}")
         values: dict[str, Any] = {}
