@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -81,7 +81,7 @@ class SplitHalf:
     """
 
     sums: Tensor
-    steps: int = field(default=0)
+    steps: int = 0
 
     @classmethod
     def empty(cls, count: int) -> SplitHalf:

@@ -43,8 +43,8 @@ class RunParts:
     schedule: Schedule
     held_out: Batches
     reallocation: Reallocation | None
-    step: int = field(default=0)
-    selection: Selection | None = field(default=None)
+    step: int = 0
+    selection: Selection | None = None
 
     def __post_init__(self) -> None:
         check_reduces(self.search.runtime)
