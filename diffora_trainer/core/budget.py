@@ -96,10 +96,11 @@ class Budget:
     def _check_cap(self, cap: int | None) -> None:
         if cap is None:
             return
-        what = "LoRA module has" if len(self._costs) == len(self) else "unit of LoRA modules has"
-        if float(self._costs.min()) > cap:
+        unit = "LoRA module" if len(self._costs) == len(self) else "unit of LoRA modules"
+        smallest = float(self._costs.min())
+        if smallest > cap:
             raise ValueError(
-                f"You passed `max_trainable_parameters={cap:,}`, but the smallest {what} {int(self._costs.min()):,} "
+                f"You passed `max_trainable_parameters={cap:,}`, but the smallest {unit} has {int(smallest):,} "
                 "parameters, so none fits. Please raise the cap or lower the LoRA rank `r`."
             )
         if not self._fits.any():
@@ -128,16 +129,16 @@ class Budget:
             ValueError: if no module that fits is under any of them.
         """
         usable, most = self._ceilings[0]
-        found = []
+        narrowed = []
         for ceiling in ceilings:
             under = torch.tensor([row in ceiling.rows for row in self.rows.tolist()])
-            found.append((under & usable, min(most, ceiling.count)))
+            narrowed.append((under & usable, min(most, ceiling.count)))
         fits = self._fits | torch.tensor(self._keeps_one)[self._groups]
-        fitting = (fits & (self._sizes <= count) & self._of_units(under, "amin").bool() for under, count in found)
+        fitting = (fits & (self._sizes <= count) & self._of_units(under, "amin").bool() for under, count in narrowed)
         if not any(bool(units.any()) for units in fitting):
             raise ValueError("No module or unit of modules that fits the budget is within the limits of a step.")
-        self._ceilings = found
-        self.allowed = torch.stack([under for under, _ in found]).any(dim=0)
+        self._ceilings = narrowed
+        self.allowed = torch.stack([under for under, _ in narrowed]).any(dim=0)
 
     @property
     def share(self) -> Tensor:
@@ -221,8 +222,8 @@ class Budget:
 
     def _of_units(self, values: Tensor, how: str = "sum") -> Tensor:
         """Numbers of modules, `(n,)`, as those of units."""
-        found = torch.zeros(int(self.unit.max()) + 1, dtype=torch.float64)
-        return found.scatter_reduce(0, self.unit, values.double(), how, include_self=how == "sum")
+        per_unit = torch.zeros(int(self.unit.max()) + 1, dtype=torch.float64)
+        return per_unit.scatter_reduce(0, self.unit, values.double(), how, include_self=how == "sum")
 
     def num_boundary_ties(self, scores: Tensor, tie_breaker: Tensor | None, kept: Tensor) -> int:
         """How many modules tie with one that has the other fate: among them only the order of the grid has chosen."""

@@ -38,12 +38,12 @@ class Components:
     @cached_property
     def _places(self) -> Tensor:
         """Place of each entry among all components of all adapters, `(m,)`."""
-        found: list[int] = []
+        places: list[int] = []
         first = 0
         for count, rank in zip(self.counts, self.ranks, strict=True):
-            found += range(first, first + count)
+            places += range(first, first + count)
             first += rank
-        return torch.tensor(found)
+        return torch.tensor(places)
 
     def expand(self, values: Tensor) -> tuple[Tensor, ...]:
         """
@@ -106,11 +106,11 @@ class Components:
             kept (`Tensor` of shape `(m,)` and dtype `torch.bool`): the entries that stay.
             ranks (`Sequence[int]` of length `n`): the rank of each module.
         """
-        found = []
-        for own, rank in zip(kept.split(list(self.counts)), ranks, strict=True):
-            stay = own.nonzero().flatten().tolist()
-            found.append((*stay, *range(len(own), len(own) + rank - len(stay))))
-        return tuple(found)
+        indices = []
+        for entries, rank in zip(kept.split(list(self.counts)), ranks, strict=True):
+            stay = entries.nonzero().flatten().tolist()
+            indices.append((*stay, *range(len(entries), len(entries) + rank - len(stay))))
+        return tuple(indices)
 
     def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
         """
@@ -124,13 +124,13 @@ class Components:
         """
         stay = torch.ones(len(self), dtype=torch.bool) if kept is None else kept
         ends = self.indices(stay, self.counts if kept is None else ranks)
-        found: list[Tensor | None] = []
-        for own, size, count in zip(ends, self.ranks, self.counts, strict=True):
+        masks: list[Tensor | None] = []
+        for indices, size, count in zip(ends, self.ranks, self.counts, strict=True):
             mask = torch.zeros(size, dtype=torch.float32)
             mask[:count] = 1.0 - faded
-            mask[list(own)] = 1.0
-            found.append(None if bool((mask == 1).all()) else mask)
-        return found
+            mask[list(indices)] = 1.0
+            masks.append(None if bool((mask == 1).all()) else mask)
+        return masks
 
 
 def check_components(components: Sequence[Sequence[int]], grid: Grid, ranks: Sequence[int]) -> None:
@@ -139,9 +139,10 @@ def check_components(components: Sequence[Sequence[int]], grid: Grid, ranks: Seq
         return
     if len(components) != len(grid):
         raise ValueError(f"A selection of {len(grid)} modules has {len(components)} entries in `components`.")
-    for site, own, rank in zip(grid.sites, components, ranks, strict=True):
-        possible = all(type(index) is int and 0 <= index < site.rank for index in own)
-        if not possible or len(own) != rank or list(own) != sorted(set(own)):
+    for site, indices, rank in zip(grid.sites, components, ranks, strict=True):
+        possible = all(type(index) is int and 0 <= index < site.rank for index in indices)
+        if not possible or len(indices) != rank or list(indices) != sorted(set(indices)):
             raise ValueError(
-                f"A selection leaves {site.name!r} the components {list(own)!r}, which are not {rank} of {site.rank}."
+                f"A selection leaves {site.name!r} the components {list(indices)!r}, which are not {rank} of "
+                f"{site.rank}."
             )

@@ -109,11 +109,11 @@ def ceilings(limits: Sequence[tuple[StepCost, float]], row_of: Sequence[int]) ->
         return frozenset(row for row in used if all(cost.depth[row] <= cost.depth[lowest] for cost, _ in limits))
 
     rooms = [cost.room(limit) for cost, limit in limits]
-    found: list[Ceiling] = []
+    ways: list[Ceiling] = []
     for lowest in used:
         rows = above(lowest)
         count = min(min(room[lowest] for room in rooms), sum(row in rows for row in row_of))
-        if count and not any(rows <= other.rows and count <= other.count for other in found):
-            found = [other for other in found if not (other.rows <= rows and other.count <= count)]
-            found.append(Ceiling(rows, count))
-    return tuple(sorted(found, key=lambda ceiling: (-len(ceiling.rows), ceiling.count)))
+        if count and not any(rows <= other.rows and count <= other.count for other in ways):
+            ways = [other for other in ways if not (other.rows <= rows and other.count <= count)]
+            ways.append(Ceiling(rows, count))
+    return tuple(sorted(ways, key=lambda ceiling: (-len(ceiling.rows), ceiling.count)))

@@ -24,16 +24,16 @@ def summarize(
     before = sum(grid.parameters)
     pairs = f", {sum(map(len, shared))} share {len(shared)} pair(s)" if shared else ""
     kinds = [LORA, *(kind for kind in dict.fromkeys(grid.kinds) if kind != LORA)]
-    what = []
+    counts = []
     for kind in kinds:
         kept = sum(rank > 0 for rank, site in zip(ranks, grid.sites, strict=True) if site.kind == kind)
-        what.append(f"{kept} of {len(grid.of_kind(kind))} {'LoRA modules' if kind == LORA else kind}")
-    all_lora = "LoRA " if len(what) == 1 else ""
+        counts.append(f"{kept} of {len(grid.of_kind(kind))} {'LoRA modules' if kind == LORA else kind}")
+    all_lora = "LoRA " if len(counts) == 1 else ""
     left = sorted({rank for rank in ranks if rank})
     of_rank = f", of rank {' to '.join(map(str, dict.fromkeys((left[0], left[-1]))))}" if in_ranks(grid, ranks) else ""
     size = f"{parameters:,} of {before:,} {all_lora}parameters"
     stay = f" in training, {len(frozen)} others are frozen" if frozen else ""
-    return f"kept {' and '.join(what)}{of_rank}{pairs}{stay}: {size} ({parameters / before:.1%})"
+    return f"kept {' and '.join(counts)}{of_rank}{pairs}{stay}: {size} ({parameters / before:.1%})"
 
 
 def draw_ranks(

@@ -66,8 +66,8 @@ def reraise_with_path(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        what = f"there is no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
-        raise ValueError(f"{str(path)!r} cannot be read: {what}. Please resume from another checkpoint.") from error
+        reason = f"there is no {error}" if isinstance(error, KeyError) else str(error).rstrip(".")
+        raise ValueError(f"{str(path)!r} cannot be read: {reason}. Please resume from another checkpoint.") from error
 
 
 def read_json(path: Path, strict: bool = True) -> dict[str, Any]:

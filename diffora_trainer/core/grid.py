@@ -101,14 +101,14 @@ class Grid:
         columns = list(dict.fromkeys([*inside, *(column for _, column in places)]))
         row_index = {name: index for index, name in enumerate(rows)}
         column_index = {name: index for index, name in enumerate(columns)}
-        found = sorted(
+        ordered = sorted(
             (
                 SiteInfo(name, row_index[row], column_index[column], rank, cost, kind)
                 for (name, rank, cost, kind), (row, column) in zip(sites, places, strict=True)
             ),
             key=lambda site: (site.row, site.column, site.name),
         )
-        return cls(tuple(rows), tuple(columns), tuple(found))
+        return cls(tuple(rows), tuple(columns), tuple(ordered))
 
     @cached_property
     def names(self) -> tuple[str, ...]:

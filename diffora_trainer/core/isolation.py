@@ -90,9 +90,9 @@ class OwnRandomState:
 @contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
     """Give an object another attribute for a while."""
-    own = vars(owner)
+    attributes = vars(owner)
     missing = object()
-    before = own.get(name, missing)
+    before = attributes.get(name, missing)
     setattr(owner, name, value)
     try:
         yield

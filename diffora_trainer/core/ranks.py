@@ -73,17 +73,17 @@ class RankBudget:
             ranks (`Sequence[int]` of length `n`): the ranks to start from.
             order (`Iterable[int]`): indices of the modules that may grow, the best first.
         """
-        found, order, left = list(ranks), list(order), self.left(ranks)
+        grown, order, left = list(ranks), list(order), self.left(ranks)
         growing = True
         while growing:
             growing = False
             for index in order:
                 group, cost = self.groups[index], self.costs[index]
-                if found[index] < self.ranks[index] and cost <= left[group]:
-                    found[index] += 1
+                if grown[index] < self.ranks[index] and cost <= left[group]:
+                    grown[index] += 1
                     left[group] -= cost
                     growing = True
-        return tuple(found)
+        return tuple(grown)
 
     def _members(self, group: int) -> list[int]:
         return [index for index, own in enumerate(self.groups) if own == group]

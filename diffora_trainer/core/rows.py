@@ -23,11 +23,11 @@ def why_without_rows(batch: Any) -> str:
             "the rows of a batch are packed into one, without padding (it holds `cu_seq_lens_q`), as by "
             "`padding_free=True` and TRL's `packing=True`, unless that has `packing_strategy='wrapped'`"
         )
-    found = f"a {type(batch).__name__}"
+    given = f"a {type(batch).__name__}"
     if isinstance(batch, Mapping):
         shapes = {name: tuple(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
-        found = f"one of the shapes {shapes}"
-    return f"a batch is not a dictionary of tensors with equally many rows, but {found}"
+        given = f"one of the shapes {shapes}"
+    return f"a batch is not a dictionary of tensors with equally many rows, but {given}"
 
 
 def take_rows(batch: Mapping[str, Any], wanted: range | Sequence[int]) -> dict[str, Any]:

@@ -206,9 +206,9 @@ class Selection:
     def trainable_parameters(self) -> int:
         """LoRA parameters that are trained after the pruning; a shared pair counts once."""
         sites = self.grid.sites
-        own = sum(site.cost * rank for site, rank in zip(sites, self.ranks, strict=True))
+        of_selected = sum(site.cost * rank for site, rank in zip(sites, self.ranks, strict=True))
         leaders = {group[0] for group in self.shared}
-        return own + sum(site.parameters for site in sites if site.name in leaders)
+        return of_selected + sum(site.parameters for site in sites if site.name in leaders)
 
     def ranking(self) -> tuple[str, ...]:
         """

@@ -119,10 +119,10 @@ class RunState:
         vectors += [("halves", half) for half in self.halves]
         entries = (sum(self.components), "components") if self.components else (count, "modules")
         of_modules = [("ranks", self.ranks or None), ("components", self.components or None)]
-        for found, (needed, what) in ((vectors, entries), (of_modules, (count, "modules"))):
-            for name, value in found:
+        for named, (needed, units) in ((vectors, entries), (of_modules, (count, "modules"))):
+            for name, value in named:
                 if value is not None and len(value) != needed:
-                    raise ValueError(f"its `{name}` has {len(value)} entries for {needed} {what}")
+                    raise ValueError(f"its `{name}` has {len(value)} entries for {needed} {units}")
         if any(len(entry.on) != count or len(entry.scores) != count for entry in self.history):
             raise ValueError(f"its `history` is not one of {count} modules")
         if any(not self.warmup <= entry.step <= self.step for entry in self.history):
@@ -179,14 +179,14 @@ class RunState:
         What has to be equal in a run that is resumed: saved and present, by what it is. Architecture steps may come
         at another interval: the matrix goes on from what was learned.
         """
-        found = {
+        pairs = {
             "the end of the warm-up": (self.warmup, schedule.warmup),
             "the step of the pruning": (self.prune, schedule.prune),
             "the step of the choice": (self.discretize, schedule.discretize),
         }
         if self.reallocate_every is not None:
-            found["the steps between two choices (`reallocate_every`)"] = self.reallocate_every, schedule.updates.step
-        return found
+            pairs["the steps between two choices (`reallocate_every`)"] = self.reallocate_every, schedule.updates.step
+        return pairs
 
 
 def check_same(source: str, values: dict[str, tuple[Any, Any]], hint: str = "") -> None:
@@ -199,10 +199,10 @@ def check_same(source: str, values: dict[str, tuple[Any, Any]], hint: str = "") 
             names the entries that differ.
         hint (`str`, *optional*): what else the message says, at its end.
     """
-    for what, (saved, present) in values.items():
+    for name, (saved, present) in values.items():
         if saved != present:
             raise ValueError(
-                f"The checkpoint {source!r} does not fit this run: {what} differ(s) ({_differences(saved, present)}). "
+                f"The checkpoint {source!r} does not fit this run: {name} differ(s) ({_differences(saved, present)}). "
                 f"Please resume with the model, data and options that the run was started with{hint}."
             )
 
@@ -232,13 +232,13 @@ def check_same_options(source: str, saved: dict[str, Any], present: dict[str, An
 def _differences(saved: Any, present: Any, name: str = "") -> str:
     """In what two values differ, for a message: entry by entry where both are dictionaries."""
     if isinstance(saved, dict) and isinstance(present, dict):
-        found = []
+        differing = []
         for key in sorted({*saved, *present}, key=str):
             pair = saved.get(key, _ABSENT), present.get(key, _ABSENT)
             if pair[0] != pair[1]:
-                found.append(_differences(*pair, f"{name}[{key!r}]" if name else str(key)))
-        more = len(found) - _MOST_SHOWN
-        return "; ".join(found[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+                differing.append(_differences(*pair, f"{name}[{key!r}]" if name else str(key)))
+        more = len(differing) - _MOST_SHOWN
+        return "; ".join(differing[:_MOST_SHOWN]) + (f"; and {more} more" if more > 0 else "")
     first, second = _window(repr(saved), repr(present))
     return f"`{name}` saved: {first}, now: {second}" if name else f"saved: {first}, now: {second}"
 

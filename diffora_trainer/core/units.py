@@ -56,14 +56,14 @@ def _key(grid: Grid, index: int, unit: str, groups: Mapping[str, Sequence[str]])
     if unit == "layer" and grid.rows[site.row] != OTHER_ROW:
         return site.kind, site.row
     if unit == "group":
-        found = [(group, end) for group, ends in groups.items() for end in ends if _ends(site.name, end)]
-        if len({group for group, _ in found}) > 1:
+        matches = [(group, end) for group, ends in groups.items() for end in ends if _ends(site.name, end)]
+        if len({group for group, _ in matches}) > 1:
             raise ValueError(
-                f"You passed `selection_groups` in which {site.name!r} belongs to {found[0][0]!r} and to "
-                f"{found[-1][0]!r}. Please name each module in one group."
+                f"You passed `selection_groups` in which {site.name!r} belongs to {matches[0][0]!r} and to "
+                f"{matches[-1][0]!r}. Please name each module in one group."
             )
-        if found:
-            group, end = max(found, key=lambda pair: len(pair[1]))
+        if matches:
+            group, end = max(matches, key=lambda pair: len(pair[1]))
             return site.kind, site.row, group, site.name[: len(site.name) - len(end)]
     return site.kind, site.row, site.name
 
