@@ -139,7 +139,7 @@ def old_schedule(config: Any, total_steps: int, name: str) -> Schedule:
         FutureWarning,
         stacklevel=3,
     )
-    # A configuration knows no methods; who asks it for a schedule does not pass it to them.
+    # `methods.build` imports `config`, so this import has to be late.
     build = importlib.import_module(f"{__name__.partition('.')[0]}.methods.build")
     return build.make_schedule(config, total_steps)
 

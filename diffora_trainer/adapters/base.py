@@ -49,10 +49,10 @@ Scale = Callable[[nn.Module, Any, Tensor], Tensor | None]
 
 
 class Handle(Protocol):
-    """What takes a gate off again."""
+    """A removable gate hook."""
 
     def remove(self) -> None:
-        """Take it off."""
+        """Remove the hook."""
 
 
 class AdapterSite(Adapter):

@@ -160,8 +160,7 @@ def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], what: s
         optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
         parameters (`Iterable[nn.Parameter]`): the parameters.
         what (`str`): what to do without one: the end of the message.
-        initial (`bool`, *optional*, defaults to `False`): whether the one is wanted that a scheduler has noted before
-            it changed it.
+        initial (`bool`, *optional*, defaults to `False`): return `initial_lr`, where a scheduler has stored it.
 
     Raises:
         ValueError: if there is none, as in an Adafactor with `relative_step`.

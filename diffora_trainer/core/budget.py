@@ -36,7 +36,7 @@ class Budget:
     Attributes:
         allowed (`Tensor` of shape `(n,)`): which modules may be kept at all; all of them, unless [`limit`] said
             otherwise.
-        at_least_one (`bool`): whether a group keeps a module, or a unit, only since each keeps one.
+        at_least_one (`bool`): whether some group keeps a module, or a unit, only because every group keeps one.
 
     Raises:
         ValueError: if there is no module, or not even the smallest one fits under the cap.
@@ -79,9 +79,9 @@ class Budget:
             share = share if limits is None else list(limits)
             self.targets = torch.tensor(share, dtype=torch.float64)
             self.weights = self.parameters
-        # Without a cap the targets are counts themselves.
+        # Without a cap the targets already limit the number of modules.
         most = len(rows) if self.cap is None else sum(counts)
-        # A kind whose part of the cap is not one parameter takes no part.
+        # A kind whose share of the cap rounds down to 0 parameters is excluded.
         self.allowed = (self.targets > 0)[self.group]
         self._ceilings = [(self.allowed, most)]
         self._sizes = self._of_units(torch.ones(len(rows), dtype=torch.float32))
@@ -89,7 +89,7 @@ class Budget:
         self._groups = self._of_units(self.group, "amin").long()
         self._check_cap(cap)
         smallest = torch.full_like(self.targets, math.inf).scatter_reduce(0, self._groups, self._costs, "amin")
-        # A group whose count is less than its smallest unit keeps one all the same, as each keeps one module.
+        # Every group keeps at least one unit, even if its smallest unit has more modules than the group's target.
         self._keeps_one = ((smallest > self.targets) & (self.cap is None)).tolist()
         self.at_least_one = self.cap is None and (min(rounded) < 1 or any(self._keeps_one))
 

@@ -52,8 +52,7 @@ class SelectionMethod(ABC):
     searches: ClassVar[bool]
     """Whether it learns from architecture steps, and does not score."""
     trains_open: ClassVar[bool] = True
-    """Whether the weights train with all gates open, so that at the pruning nothing has got used to doing without the
-    pruned modules. Then the gates of these fade out before they are removed."""
+    """All gates are open during training, so pruned modules are still in use and have to fade out."""
     spends_ranks: ClassVar[bool] = False
     """Whether its matrix can say where ranks are worth most, and not only which modules are kept."""
     tells_ranks: ClassVar[bool] = False
@@ -61,7 +60,7 @@ class SelectionMethod(ABC):
     trains_gates: ClassVar[bool] = False
     """Whether it has a gate for each component that the training loss moves, at each step (see [`gate_step`])."""
     compares_layers: ClassVar[bool] = False
-    """Whether it says of layers which is worth more, so that all of the model compete, whatever `selection_scope`."""
+    """Scores whole layers; modules compete over the model regardless of `selection_scope`."""
     unit: ClassVar[str] = "module"
     """What it keeps or prunes together, where `selection_unit` asks for nothing else."""
     shardable: ClassVar[bool] = True

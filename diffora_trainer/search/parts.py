@@ -1,4 +1,4 @@
-"""What a run consists of."""
+"""The parts of a selection run, and its queue of due events."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .search import ArchitectureSearch
 @dataclass(eq=False)
 class RunParts:
     """
-    The parts of a run and where it stands.
+    The parts of a selection run, and the step that it is at.
 
     Args:
         model (`PeftModel`): the model.
         optimizer (`torch.optim.Optimizer`): the optimizer of its weights.
         scheduler (*optional*): the learning rate scheduler.
-        search ([`ArchitectureSearch`]): how things happen.
-        schedule ([`~diffora_trainer.core.schedule.Schedule`]): when they do.
+        search ([`ArchitectureSearch`]): computes and applies the selection.
+        schedule ([`~diffora_trainer.core.schedule.Schedule`]): the steps of its phases and updates.
         held_out ([`~diffora_trainer.search.batches.Batches`]): batches that are not trained on.
-        reallocation ([`Reallocation`], *optional*): what switches modules off and on.
+        reallocation ([`Reallocation`], *optional*): switches modules off and on during the search.
         step (`int`, *optional*, defaults to `0`): optimizer steps that were made.
         selection ([`Selection`], *optional*): what was chosen, once the others are pruned.
     """
@@ -78,12 +78,12 @@ class RunParts:
 @dataclass(eq=False)
 class DueEvents:
     """
-    What is to happen after a step. A loop may catch an error, such as one of memory in a held-out batch: what it has
-    kept from happening is still due then, and must not be silently left out.
+    The queue of events to handle after a step. If handling one raises, as when memory runs out on a held-out batch,
+    and the training loop catches that, the events that were not completed stay in the queue for the next call.
 
     Args:
-        events (`list[Event]`, *optional*): what is due and not done.
-        stepping (`bool`, *optional*, defaults to `False`): whether a step of the training has begun.
+        events (`list[Event]`, *optional*): events that are due and not completed.
+        stepping (`bool`, *optional*, defaults to `False`): whether a training step has begun since the last call.
     """
 
     events: list[Event] = field(default_factory=list)
@@ -96,14 +96,14 @@ class DueEvents:
         return repeated
 
     def each(self, events: list[Event]) -> Iterator[Event]:
-        """What is due, and these; each is done when the next one is asked for."""
+        """Pending events, then these. An event counts as completed when the next one is requested."""
         self.events += events
         while self.events:
             yield self.events[0]
             del self.events[0]
 
     def check_done(self, step: int) -> None:
-        """Raise a `ValueError` if something is due: no state says what."""
+        """Raise a `ValueError` if events are pending: a saved state does not include them."""
         if self.events:
             raise ValueError(
                 f"An error interrupted what is due after step {step} ({self.events[0].value}), so the state of the "

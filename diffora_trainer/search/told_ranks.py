@@ -1,4 +1,4 @@
-"""The budget of a method that says itself which components of each adapter are kept."""
+"""The parameter budget of methods that select LoRA components themselves (`tells_ranks`)."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .rank_rules import make_rank_budget, refuse, uncombinable
 
 def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankBudget | None, str | None]:
     """
-    The budget that the method of a run spends in ranks, or `None` where it keeps and prunes whole modules; and why it
-    does so with a cap on the parameters, though they were not asked for.
+    The budget that the method spends on components, or `None` where it keeps or prunes whole modules; and, if that is
+    so although `max_trainable_parameters` is set, the reason.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
@@ -49,14 +49,14 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
 
 
 _CANCELLED = 0.02
-"""How large `B A` may be beside its factors where its components cancel out: what the rounding of bfloat16 leaves."""
+"""Norm of `B A` relative to those of its factors up to which it counts as zero: bfloat16 rounding stays below this."""
 
 
 def check_not_cancelling(sites: Sequence[AdapterSite], method: str) -> None:
     """
-    Raise a `ValueError` if the components of an adapter do something each, and nothing together, as those of a new
-    LoRA with `init_lora_weights="orthogonal"`: if some are kept before the first step, training would not begin with
-    the model as it was.
+    Raise a `ValueError` if the components of an adapter cancel each other out, as in a new LoRA with
+    `init_lora_weights="orthogonal"`: `B A` is zero, but a subset of the components is not, so pruning before the first
+    step would change the model.
 
     Args:
         sites (`Sequence[AdapterSite]`): the sites of the run.

@@ -67,7 +67,7 @@ class TrainedGates:
 
         Args:
             optimizer (`torch.optim.Optimizer`): that of the weights.
-            initial (`bool`, *optional*, defaults to `False`): whether that from which a schedule sets out is wanted.
+            initial (`bool`, *optional*, defaults to `False`): return the rate before any scheduler changed it.
 
         Raises:
             ValueError: if there is none.

@@ -1,4 +1,4 @@
-"""The run of a trainer over its calls of `train`: made, resumed, saved, and left behind."""
+"""The selection run of a trainer across calls of `train`: creation, resumption, saving and cleanup."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _BEGUN_ANEW = (
 @dataclass(frozen=True)
 class Hooks:
     """
-    What a session asks of its trainer.
+    Callbacks of a session into its trainer.
 
     Args:
         make_run (`Callable`): makes the run of a model, its optimizer and its scheduler, of so many steps.
@@ -60,11 +60,12 @@ class Hooks:
 
 class TrainerSession:
     """
-    What a trainer knows of the choice of its modules from one call of `train` to the next.
+    Runs the selection in the training loops of a trainer: makes a run when a loop begins, drives it, keeps its result
+    across calls of `train`, and saves it to and restores it from checkpoints.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
-        hooks ([`Hooks`]): what it asks of the trainer.
+        hooks ([`Hooks`]): callbacks into the trainer.
 
     Attributes:
         run ([`~diffora_trainer.search.run.SelectionRun`] or `None`): the run, until its modules are pruned.
