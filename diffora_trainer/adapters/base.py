@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -31,7 +30,8 @@ from .matrices import Adapter
 
 ENTRY_POINTS = "diffora_trainer.sites"
 """The entry-point group in which another package names the modules that register its kinds of site."""
-_OWN = f"{__name__.partition('.')[0]}.experimental"
+_OWN = {"shortcuts": "diffora_trainer.experimental.shortcuts"}
+"""Kinds of site of this package that nothing imports until one is asked for, with the modules that register them."""
 
 
 def plain_name(name: str) -> str:
@@ -171,8 +171,6 @@ class SiteKind(ABC):
     name: ClassVar[str]
     in_adapter: ClassVar[bool] = False
     """Whether a plain PEFT adapter holds such sites. At least one that it holds is always kept."""
-    parameter_mark: ClassVar[str]
-    """What the names of all its parameters in a model contain, and no other's."""
     adapter_folder: ClassVar[str] = ""
     """Where in a folder PEFT's adapter is saved beside such sites."""
     library: ClassVar[str] = "peft"
@@ -182,8 +180,11 @@ class SiteKind(ABC):
 
     @property
     def parameter_marks(self) -> tuple[str, ...]:
-        """[`parameter_mark`], or several where there is none that all of them contain."""
-        return (self.parameter_mark,)
+        """Texts of which the name of each of its parameters in a model contains one, and no other name any."""
+        mark: str | None = getattr(self, "parameter_mark", None)  # of a kind that was written for version 0.1.0
+        if mark is None:
+            raise NotImplementedError(f"{type(self).__name__} does not say what its parameters are called.")
+        return (mark,)
 
     def prepare(self, model: nn.Module, adapter_name: str) -> None:
         """Note what a site has to know of the start of its adapter. Called whenever the sites of a model are read."""
@@ -279,7 +280,9 @@ def extra_kinds() -> tuple[SiteKind, ...]:
     The kinds that a plain PEFT adapter does not hold: all that are installed, for a folder may have the files of one
     that nothing in this process has asked for.
     """
-    _register_installed()
+    load_installed()
+    for name in _OWN:
+        site_kind(name)
     return tuple(kind for kind in site_kinds() if not kind.in_adapter)
 
 
@@ -300,17 +303,10 @@ def load_installed() -> None:
         entry.load()
 
 
-@cache
-def _register_installed() -> None:
-    load_installed()
-    for module in pkgutil.iter_modules(importlib.import_module(_OWN).__path__, f"{_OWN}."):
-        importlib.import_module(module.name)
-
-
 def site_kind(name: str) -> SiteKind:
     """
-    A kind of site by its name: a registered one, one of the entry-point group `diffora_trainer.sites`, or one of
-    `diffora_trainer.experimental`.
+    A kind of site by its name: a registered one, one of the entry-point group `diffora_trainer.sites`, or one of this
+    package.
 
     Raises:
         ValueError: if there is none.
@@ -318,15 +314,10 @@ def site_kind(name: str) -> SiteKind:
     if name not in _KINDS:
         for entry in entry_points(group=ENTRY_POINTS, name=name):
             entry.load()
-    if name not in _KINDS and name.isidentifier():
-        home = f"{_OWN}.{name}"
-        try:
-            importlib.import_module(home)
-        except ModuleNotFoundError as error:
-            if error.name != home:
-                raise
+    if name not in _KINDS and name in _OWN:
+        importlib.import_module(_OWN[name])
     if name not in _KINDS:
-        raise ValueError(f"There is no kind of site {name!r}; known are {sorted(_KINDS)}.")
+        raise ValueError(f"There is no kind of site {name!r}; known are {sorted({*_KINDS, *_OWN})}.")
     return _KINDS[name]
 
 

@@ -258,7 +258,6 @@ class LoraKind(SiteKind):
 
     name = LORA
     in_adapter = True
-    parameter_mark = ".lora_"
 
     @property
     def parameter_marks(self) -> tuple[str, ...]:

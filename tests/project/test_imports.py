@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import diffora_trainer
+from diffora_trainer.adapters import base as sites
 from helpers import ROOT
 
 
@@ -98,6 +101,21 @@ def test_imports_run_one_way() -> None:
 def test_nobody_imports_what_is_experimental() -> None:
     """It registers itself; whoever asks for it by a public name or in a file of its own gets it."""
     assert not [path for path in FILES if room(path) != "experimental" and "experimental" in map(room, imported(path))]
+
+
+def test_one_table_names_what_is_experimental() -> None:
+    """By a text that no import shows: of the kinds of site, which are imported when one is asked for."""
+    name = re.compile(r"(diffora_trainer)?\.*experimental[\w.]*")
+    naming = {
+        path
+        for path in FILES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and name.fullmatch(node.value)
+    }
+    assert naming == {PACKAGE / "adapters" / "base.py"}
+    for kind, home in sites._OWN.items():
+        importlib.import_module(home)
+        assert kind in sites._KINDS
 
 
 def test_core_and_methods_need_torch_alone() -> None:

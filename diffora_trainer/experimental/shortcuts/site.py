@@ -88,7 +88,7 @@ class ShortcutKind(SiteKind):
     """
 
     name = _NAME
-    parameter_mark = _MARK
+    parameter_marks = (_MARK,)
     adapter_folder = ADAPTER_FOLDER
     library = "diffora-trainer"
     loader = ("diffora_trainer", "ShortcutModel")
