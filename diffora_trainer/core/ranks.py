@@ -85,6 +85,26 @@ class RankBudget:
                     growing = True
         return tuple(grown)
 
+    def take(self, ranks: Sequence[int], owner: Sequence[int], order: Iterable[int]) -> list[int]:
+        """
+        Use up what ranks leave of the budget with single components: each of an order is taken if it still fits.
+
+        Args:
+            ranks (`Sequence[int]` of length `n`): the ranks to start from.
+            owner (`Sequence[int]` of length `m`): index of the module of each component.
+            order (`Iterable[int]`): indices of the components that may be taken, the best first.
+
+        Returns:
+            `list[int]`: those that are taken, in this order.
+        """
+        taken, left = [], self.left(ranks)
+        for index in order:
+            group, cost = self.groups[owner[index]], self.costs[owner[index]]
+            if cost <= left[group]:
+                taken.append(index)
+                left[group] -= cost
+        return taken
+
     def _members(self, group: int) -> list[int]:
         return [index for index, own in enumerate(self.groups) if own == group]
 

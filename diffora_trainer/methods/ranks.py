@@ -155,13 +155,10 @@ class RankMethod(ScoreMethod):
         if not self.steps or self._ranks is None:
             raise ValueError("The components have no scores yet. Please call `score` before the choice is made.")
         worth, ties, owner = self._scores.tolist(), self._tie_breaker.tolist(), self.owner.tolist()
-        left = list(self._ranks.limits)
+        able = [index for index in range(len(owner)) if self.keeps_worthless or worth[index] > 0]
+        able.sort(key=lambda index: (-worth[index], -ties[index], index))
         kept = torch.zeros(len(owner), dtype=torch.bool)
-        for index in sorted(range(len(owner)), key=lambda index: (-worth[index], -ties[index], index)):
-            group, cost = self._ranks.groups[owner[index]], self._ranks.costs[owner[index]]
-            if cost <= left[group] and (self.keeps_worthless or worth[index] > 0):
-                kept[index] = True
-                left[group] -= cost
+        kept[self._ranks.take([0] * len(self._counts), owner, able)] = True
         if not kept.any():
             raise ValueError(
                 f"`method={self.name!r}` found no component worth keeping: the largest score of "

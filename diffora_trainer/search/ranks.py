@@ -177,19 +177,11 @@ class ComponentPlan(RankPlan):
         worth = self.components.mean(scores if gains is None else gains) / costs
         order = torch.sort(worth, descending=True, stable=True).indices.tolist()
         ranks = replace(self.budget, ranks=tuple(room)).grow(ranks, order)
-        return self._spend(kept, ranks, self.components.order(scores, gains))
-
-    def _spend(self, kept: Tensor, ranks: Sequence[int], order: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
-        """Keep more entries, the best first, with what is left of the budget where nothing new has room for it."""
-        kept, found, left = kept.clone(), list(ranks), self.budget.left(ranks)
-        for entry in order:
-            module = int(self.components.module[entry])
-            group, cost = self.budget.groups[module], self.budget.costs[module]
-            if not kept[entry] and cost <= left[group]:
-                kept[entry] = True
-                found[module] += 1
-                left[group] -= cost
-        return kept, tuple(found)
+        # What is left where nothing new has room for it goes to entries that would not stay, the best first.
+        others = [entry for entry in self.components.order(scores, gains) if not kept[entry]]
+        more = torch.zeros_like(kept)
+        more[self.budget.take(ranks, self.components.module.tolist(), others)] = True
+        return kept | more, tuple(map(sum, zip(ranks, self.components.count(more), strict=True)))
 
     def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
         return self.components.masks(kept, ranks, faded)

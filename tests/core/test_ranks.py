@@ -42,6 +42,26 @@ def test_growth_uses_the_budget_up_and_never_more(budget: RankBudget, random: ob
     assert all(2 * found[index] >= start[index] for index in others)
 
 
+@given(budgets(), st.integers(0, 1000))
+def test_components_are_taken_in_their_order_as_long_as_they_fit(budget: RankBudget, seed: int) -> None:
+    owner = [module for module, rank in enumerate(budget.ranks) for _ in range(rank)]
+    order = torch.randperm(len(owner), generator=torch.Generator().manual_seed(seed)).tolist()
+    begun, wanted = [0] * len(budget.ranks), order[: len(order) // 2]
+    first = budget.take(begun, owner, wanted)
+    ranks = [sum(owner[index] == module for index in first) for module in range(len(begun))]
+    assert budget.fits(ranks) and first == [index for index in wanted if index in set(first)]
+    for index in set(wanted) - set(first):
+        assert not budget.fits([rank + (module == owner[index]) for module, rank in enumerate(ranks)])
+    # Where it is left off, it goes on.
+    assert first + budget.take(ranks, owner, order[len(wanted) :]) == budget.take(begun, owner, order)
+
+
+def test_a_component_that_fits_is_taken_after_one_that_did_not() -> None:
+    budget = RankBudget((0, 0, 1), (10, 30, 10), (2, 2, 2), (45, 10))
+    assert budget.take([0, 0, 0], [0, 0, 1, 1, 2, 2], [3, 2, 0, 5, 4, 1]) == [3, 0, 5]
+    assert budget.take([1, 0, 1], [0, 0, 1, 1, 2, 2], [3, 2, 0, 5, 4, 1]) == [3]
+
+
 def test_start_is_all_linear_at_the_rank_that_fits_and_the_favoured_get_half_of_the_others() -> None:
     budget = RankBudget((0,) * 6, (10,) * 6, (8,) * 6, (250,))  # room for rank 4.17
     assert budget.start() == (5, 4, 4, 4, 4, 4)
