@@ -22,6 +22,7 @@ from ..core.ranks import RankBudget
 from .context import ScoreContext, Site
 from .options import GradientOptions, MethodOptions, ScoreOptions
 from .papers import DIFFORA, Paper
+from .saved import check_saved
 
 
 class SelectionMethod(ABC):
@@ -54,9 +55,9 @@ class SelectionMethod(ABC):
     trains_open: ClassVar[bool] = True
     """All gates are open during training, so pruned modules are still in use and have to fade out."""
     spends_ranks: ClassVar[bool] = False
-    """Whether its matrix can say where ranks are worth most, and not only which modules are kept."""
+    """Whether its matrix can steer ranks: modules that it favours get more, and the others less."""
     tells_ranks: ClassVar[bool] = False
-    """Whether it says itself how many components each module keeps, and which (see `RankMethod`)."""
+    """Whether it chooses components itself, and with them the rank of each module (see `RankMethod`)."""
     trains_gates: ClassVar[bool] = False
     """Whether it has a gate for each component that the training loss moves, at each step (see [`gate_step`])."""
     compares_layers: ClassVar[bool] = False
@@ -130,6 +131,10 @@ class SelectionMethod(ABC):
         """
         return None
 
+    def start_ranks(self) -> tuple[int, ...] | None:
+        """With how many of its components, the first ones, each module begins; `None` if with all."""
+        return None
+
     def kept_components(self) -> tuple[tuple[int, ...], ...]:
         """Which components each module keeps, rising indices, if the method [`tells_ranks`]. Changes nothing."""
         raise NotImplementedError(f"{type(self).__name__} says that it tells ranks, but not which.")
@@ -137,6 +142,16 @@ class SelectionMethod(ABC):
     def component_gates(self) -> list[Tensor]:
         """The gates of the next training step, if the method [`trains_gates`]: `(r,)` for each module, in float32."""
         raise NotImplementedError(f"{type(self).__name__} says that it trains gates, but not which.")
+
+    def doubt_gates(self, steps: int, learning_rate: float) -> str | None:
+        """
+        What the log warns of before the gates of a method that [`trains_gates`] are trained, if anything.
+
+        Args:
+            steps (`int`): how often they are moved before the choice.
+            learning_rate (`float`): the largest step of each time.
+        """
+        return None
 
     def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
         """
@@ -195,22 +210,8 @@ class SelectionMethod(ABC):
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restore what [`state_dict`] gave. Raises a `ValueError` if it belongs to another method or model."""
         own = self._tensors()
-        expected = {"steps", "generator", *own}
-        if set(state) != expected:
-            raise ValueError(
-                f"The saved matrix has the entries {sorted(state)}, but method {self.name!r} needs "
-                f"{sorted(expected)}. It was made with another method."
-            )
         needed = {"steps": torch.tensor(self.steps), "generator": self.generator.get_state(), **own}
-        for name, tensor in needed.items():
-            if state[name].shape != tensor.shape or state[name].dtype != tensor.dtype:
-                raise ValueError(
-                    f"The saved matrix has {tuple(state[name].shape)} numbers of {state[name].dtype} in {name!r}, "
-                    f"this model needs {tuple(tensor.shape)} of {tensor.dtype}. It was made for another model or "
-                    "other target modules, or is damaged."
-                )
-            if not torch.isfinite(state[name]).all() or name == "steps" and state[name] < 0:
-                raise ValueError(f"The saved matrix has an impossible number in {name!r}. It is damaged.")
+        check_saved(state, needed, self.name)
         try:
             self.generator.set_state(state["generator"])
         except RuntimeError as error:

@@ -25,7 +25,7 @@ class MethodFacts:
         described (`str`): what it is, in Markdown.
         citation (`str`): BibTeX of its paper, or nothing.
         options (`dict`): the options of the run and of the method, by their names.
-        gives_ranks (`bool`): whether it says itself how many components each module keeps.
+        gives_ranks (`bool`): whether it chooses components itself, and with them the rank of each module.
     """
 
     name: str

@@ -97,20 +97,6 @@ class RankMethod(ScoreMethod):
     def tie_breaker(self) -> Tensor:
         return self._sum(self._tie_breaker)
 
-    def start_ranks(self) -> tuple[int, ...] | None:
-        """With how many of its components, the first ones, each module begins; `None` if with all."""
-        return None
-
-    def doubt_gates(self, steps: int, learning_rate: float) -> str | None:
-        """
-        What the log warns of before the gates of a method that `trains_gates` are trained, if anything.
-
-        Args:
-            steps (`int`): how often they are moved before the choice.
-            learning_rate (`float`): the largest step of each time.
-        """
-        return None
-
     def split(self, values: Tensor) -> list[Tensor]:
         """Numbers of all components, `(m,)`, as those of each module."""
         return list(values.split(self._counts))

@@ -17,7 +17,6 @@ from ..core.costs import Ceiling, StepCosts, ceilings
 from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
-from ..methods.ranks import RankMethod
 from ..methods.registry import get_method
 from .confidence import Comparison, Confidence, SplitHalf, paired
 from .diagnosis import all_kept, out_of_limits
@@ -149,9 +148,7 @@ class SearchBase(GatedModel):
         """
         if self.told_budget is not None and self.config.discretize_at == 0:
             check_not_cancelling(self.adapters.sites, self.method.name)
-        ranks = self.ranks if self.rank_plan is not None else None
-        if isinstance(self.method, RankMethod):
-            ranks = self.method.start_ranks()
+        ranks = self.method.start_ranks() if self.rank_plan is None else self.ranks
         if ranks is None:
             return
         sites = zip(self.adapters.sites, ranks, strict=True)

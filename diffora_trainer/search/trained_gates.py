@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from ..adapters.optimizer import learning_rate_of
-from ..methods.ranks import RankMethod
 from .search import ArchitectureSearch
 
 
@@ -78,10 +77,7 @@ class TrainedGates:
 
     def doubt(self, optimizer: Any) -> str | None:
         """What the log warns of before the first step, if anything."""
-        method = self.search.method
-        if not isinstance(method, RankMethod):
-            return None
-        return method.doubt_gates(self._until, self.learning_rate(optimizer, initial=True))
+        return self.search.method.doubt_gates(self._until, self.learning_rate(optimizer, initial=True))
 
     def before_step(self) -> None:
         """Note by what the loss of the coming forward pass is multiplied."""
