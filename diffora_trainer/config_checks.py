@@ -38,8 +38,6 @@ class Derived:
     max_step_memory: float | None
     max_trainable_parameters: int | None
     selection_ratio: float | None
-    selection_scope: str
-    selection_unit: str
 
     @property
     def limits_step(self) -> bool:
@@ -52,12 +50,6 @@ class Derived:
         if self.selection_ratio is not None:
             return self.selection_ratio
         return 1.0 if self.limits_step or self.max_trainable_parameters is not None else 0.5
-
-    @property
-    def scope(self) -> str:
-        """`selection_scope`, or `"model"` where a limit is one of the whole model."""
-        whole = self.limits_step or self.max_trainable_parameters is not None or self.selection_unit == "layer"
-        return "model" if whole else self.selection_scope
 
 
 def check_config(config: Any) -> None:

@@ -10,6 +10,7 @@ from ..core.budget import Budget
 from ..core.grid import Grid
 from ..core.schedule import Moments, Schedule
 from ..core.units import find_units
+from ..core.values import parse_mapping
 from .base import SelectionMethod
 from .context import ScoreFunction
 from .options import ARCH_EVERY, MOST_ARCH_STEPS
@@ -25,7 +26,6 @@ def method_of(config: DiffoRAConfig) -> tuple[type[SelectionMethod], Any]:
         TypeError: if an option is of the wrong type.
     """
     method = get_method(config.method)
-    assert not isinstance(config.method_options, str)
     options = parse_options(method, config.method_options)
     if options.normalize_scores and not method.normalizable:
         raise ValueError(
@@ -40,7 +40,7 @@ def method_of(config: DiffoRAConfig) -> tuple[type[SelectionMethod], Any]:
         )
     if config.unselected == "freeze":
         _check_freezing(config, method, every)
-    moments_of(config)
+    moments_of(config, method, options)
     return method, options
 
 
@@ -57,11 +57,8 @@ def _check_freezing(config: DiffoRAConfig, method: type[SelectionMethod], every:
         raise ValueError(f"You passed `unselected='freeze'`, but {reason}. Please leave one of them out.")
 
 
-def moments_of(config: DiffoRAConfig) -> Moments:
-    """When a run should do what, by its method."""
-    method = get_method(config.method)
-    assert not isinstance(config.method_options, str)
-    options = parse_options(method, config.method_options)
+def moments_of(config: DiffoRAConfig, method: type[SelectionMethod], options: Any) -> Moments:
+    """When a run should do what, by its method and the options of that, which [`method_of`] gives."""
     if method.trains_gates:  # from the first step on, at each
         return Moments(config.discretize_at, 0.0, every=1.0)
     if not method.searches:
@@ -89,8 +86,7 @@ def make_schedule(config: DiffoRAConfig, total_steps: int) -> Schedule:
         ValueError: if the run is too short, the pruning comes after its last step or not after the warm-up, or a
             `fade_out` in steps leaves none for the search.
     """
-    method_of(config)
-    return moments_of(config).resolve(total_steps)
+    return moments_of(config, *method_of(config)).resolve(total_steps)
 
 
 def make_method(config: DiffoRAConfig, budget: Budget) -> SelectionMethod:
@@ -105,9 +101,13 @@ def unit_of(config: DiffoRAConfig) -> str:
 
 
 def scope_of(config: DiffoRAConfig) -> str:
-    """In what modules compete: `"layer"` or `"model"`."""
-    compares = get_method(config.method).compares_layers or unit_of(config) == "layer"
-    return "model" if compares else config.scope
+    """
+    In what modules compete, `"layer"` or `"model"`: `selection_scope`, but the model where a limit is one of it, and
+    where whole layers are kept or compared.
+    """
+    limited = config.limits_step or config.max_trainable_parameters is not None
+    whole = limited or unit_of(config) == "layer" or get_method(config.method).compares_layers
+    return "model" if whole else config.selection_scope
 
 
 def module_budget(
@@ -126,8 +126,7 @@ def module_budget(
             kept, since a PEFT adapter without a module could not be loaded.
         separate (`Sequence[str]`, *optional*): kinds of site that are ranked apart from the others.
     """
-    groups = config.selection_groups
-    assert not isinstance(groups, str)
+    groups = parse_mapping("selection_groups", config.selection_groups)
     return Budget(
         grid.row_of,
         grid.parameters,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import entry_points
 from typing import Any, TypeVar
 
+from ..core.values import parse_mapping
 from .base import GradientMethod, SelectionMethod
 from .options import GradientOptions, MethodOptions
 
@@ -84,23 +85,24 @@ def get_method(name: str) -> type[SelectionMethod]:
     return _METHODS[name]
 
 
-def parse_options(method: type[SelectionMethod], options: Mapping[str, Any] | None) -> Any:
+def parse_options(method: type[SelectionMethod], options: dict[str, Any] | str | None) -> Any:
     """
     The options of a method from what a user wrote.
 
     Args:
         method (`type[SelectionMethod]`): the method.
-        options (`dict`, *optional*): the user's options; the others keep their defaults.
+        options (`dict` or `str`, *optional*): the user's options, or their JSON; the others keep their defaults.
 
     Raises:
         ValueError: if the method has no such option, or a value is out of its range.
         TypeError: if a value is of the wrong type.
     """
+    given = parse_mapping("method_options", options)
     known = [field.name for field in fields(method.Options)]
-    unknown = [name for name in options or () if name not in known]
+    unknown = [name for name in given if name not in known]
     if unknown:
         raise ValueError(
             f"You passed `{unknown[0]}` with `method={method.name!r}`, which does not read it. Its options are "
             f"{known}. Please leave it out, or use another method."
         )
-    return method.Options(**dict(options or {}))
+    return method.Options(**given)

@@ -46,26 +46,27 @@ class ChainedLoRA(FactorSchedule):
         self._chain: Chain | None = None
         self._last_step: int | None = None
 
-    def attach(self, model: Any) -> None:
+    def attach(self, model: Any) -> Chain:
         """
-        Let the adapter of a model be the first round. A loop of your own calls this before it loads the weights of a
-        checkpoint, which may hold more rounds; a trainer that is built with the callback does so by itself.
+        Let the adapter of a model be the first round, and return its chain. A loop of your own calls this before it
+        loads the weights of a checkpoint, which may hold more rounds; a trainer that is built with the callback does
+        so by itself.
         """
         model = lora_of(model)
         if self._chain is None or self._chain.model is not model:
             self._chain, self._last_step = Chain(model, self.train_a), None
+        return self._chain
 
     def before_step(self, model: Any, optimizer: Any, step: int) -> None:
-        self.attach(model)
-        assert self._chain is not None
-        if gates_active(self._chain.model) or step == self._last_step:
+        chain = self.attach(model)
+        if gates_active(chain.model) or step == self._last_step:
             return
         self._last_step = step
         if step and step % self.every == 0:
-            self._check_rank(self._chain.rank + self._chain.rank_of_round)
-            self._chain.add_round(optimizer, (self.seed * 1_000_003 + step) % 2**63)
+            self._check_rank(chain.rank + chain.rank_of_round)
+            chain.add_round(optimizer, (self.seed * 1_000_003 + step) % 2**63)
         else:
-            self._chain.train_last(optimizer)
+            chain.train_last(optimizer)
 
     def check(self, args: TrainingArguments) -> None:
         if args.world_size > 1:
@@ -90,11 +91,10 @@ class ChainedLoRA(FactorSchedule):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        self.attach(kwargs["model"])
-        assert self._chain is not None
+        chain = self.attach(kwargs["model"])
         self._last_step = None
         rounds = 1 + (state.max_steps - 1) // self.every
-        self._check_rank(rounds * self._chain.rank_of_round)
+        self._check_rank(rounds * chain.rank_of_round)
 
     def _check_rank(self, rank: int) -> None:
         if rank > self.max_rank:

@@ -8,9 +8,9 @@ from ..adapters.base import AdapterSite
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.ranks import RankBudget
+from ..methods.build import method_of
 from ..methods.context import wide
 from ..methods.ranks import rows_and_columns
-from ..methods.registry import get_method, parse_options
 from .rank_rules import make_rank_budget, refuse, uncombinable
 
 
@@ -27,11 +27,9 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
         ValueError: if `selection_granularity="rank"` or `"component"` is asked for where it cannot be had,
             or not one module fits.
     """
-    method = get_method(config.method)
     if config.selection_granularity == "module":
         return None, None
-    assert not isinstance(config.method_options, str)
-    options = parse_options(method, config.method_options)
+    _, options = method_of(config)
     reason = uncombinable(config, adapters, reallocate_every=options.reallocate_every)
     if reason is not None:
         if config.selection_granularity != "auto":

@@ -13,6 +13,7 @@ from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.costs import Ceiling
 from diffora_trainer.core.grid import LORA, Grid
 from diffora_trainer.core.units import find_units
+from diffora_trainer.methods.build import scope_of
 from helpers.trainers import causal_model, make_trainer
 
 
@@ -109,4 +110,4 @@ def test_a_run_keeps_whole_units(tmp_path, options: dict[str, Any]) -> None:
 def test_units_are_checked_when_a_run_is_built(tmp_path) -> None:
     with pytest.raises(ValueError, match="selection_groups.*qq_proj"):
         make_trainer(tmp_path, "sft", search={"selection_unit": "group", "selection_groups": {"a": ["qq_proj"]}})
-    assert DiffoRAConfig(selection_unit="layer").scope == "model"
+    assert scope_of(DiffoRAConfig(selection_unit="layer")) == "model"

@@ -13,6 +13,7 @@ from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
 from diffora_trainer.adapters.gates import pruned_view
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.costs import Ceiling, StepCost, ceilings
+from diffora_trainer.methods.build import scope_of
 from diffora_trainer.search.timing import measure_step_cost
 from helpers.checks import assert_same, snapshot
 from helpers.trainers import deep_model, lora
@@ -162,9 +163,9 @@ def test_as_if_cut_computes_what_a_cut_would_and_leaves_no_trace() -> None:
 def test_a_limit_is_one_of_the_whole_model() -> None:
     for options in ({"max_step_time": 0.7}, {"max_step_memory": 0.7}, {"max_trainable_parameters": 100}):
         config = DiffoRAConfig(**options)
-        assert config.scope == "model" and config.ratio == 1.0
+        assert scope_of(config) == "model" and config.ratio == 1.0
         assert DiffoRAConfig(**options, selection_ratio=0.25).ratio == 0.25
-    assert DiffoRAConfig().scope == "layer" and DiffoRAConfig().ratio == 0.5
+    assert scope_of(DiffoRAConfig()) == "layer" and DiffoRAConfig().ratio == 0.5
     for name in ("max_step_time", "max_step_memory"):
         with pytest.raises(ValueError, match=f"{name}=0"):
             DiffoRAConfig(**{name: 0})
