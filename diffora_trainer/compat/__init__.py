@@ -31,6 +31,7 @@ from .peft import (
     load_peft_config,
     lora_start,
     merges,
+    modules_of_adapters,
     rewrites_all_linear,
     shortened_targets,
 )
@@ -152,6 +153,7 @@ __all__ = [
     "loss_of_training_step",
     "makes_completions",
     "merges",
+    "modules_of_adapters",
     "noted_auxiliary_losses",
     "noted_structure",
     "noted_preparation",

@@ -11,7 +11,12 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTuner, _find_minimal_target_modules, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _find_minimal_target_modules,
+    _maybe_include_all_linear_layers,
+)
 from peft.tuners.vera import VeraModel
 from torch import Tensor, nn
 
@@ -54,6 +59,15 @@ EXACT_STARTS = (*SUBTRACTED_STARTS, "loftq")
 Those that change the base weights in the same way each time. What is in no table ("pissa_niter", "corda", "lora_ga")
 may change them in another way each time. That is so in `LoraLayer.update_layer` up to PEFT 0.21.
 """
+
+
+def modules_of_adapters(model: nn.Module) -> set[nn.Module]:
+    """The modules that the adapters of a model consist of, without those that they adapt."""
+    found: set[nn.Module] = set()
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            found |= {*layer.modules()} - {*layer.get_base_layer().modules()}
+    return found
 
 
 def lora_start(config: Any) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import own_input_embeddings, saved_buffers
+from ..compat import modules_of_adapters, own_input_embeddings, saved_buffers
 from .base import ScoreMethod
 from .context import ScoreContext, Site, holds_floats, saliency, wide
 from .papers import HETEROLORA, ZERO_COST
@@ -88,8 +88,9 @@ def _embeddings(model: Any) -> nn.Module | None:
 @contextmanager
 def positive_weights(model: nn.Module) -> Iterator[None]:
     """
-    For a while, replace every weight and saved buffer of a model by its absolute value. Afterwards the signs are put
-    back bit for bit, those of zeros included.
+    For a while, replace every weight and saved buffer of a model by its absolute value, and every buffer of its
+    adapters: frozen matrices that can be computed anew are weights too, though they are not saved. Afterwards the
+    signs are put back bit for bit, those of zeros included.
 
     Args:
         model (`nn.Module`): the model.
@@ -98,10 +99,10 @@ def positive_weights(model: nn.Module) -> Iterator[None]:
         ValueError: if a weight has no sign that could be taken off and put back.
     """
     tensors: list[tuple[str, Tensor]] = list(model.named_parameters())
+    of_adapters = modules_of_adapters(model)
     for path, module in model.named_modules():
-        for name, buffer in saved_buffers(module):
-            if buffer.is_floating_point():
-                tensors.append((f"{path}.{name}", buffer))
+        buffers = module.named_buffers(recurse=False) if module in of_adapters else saved_buffers(module)
+        tensors += [(f"{path}.{name}", buffer) for name, buffer in buffers if buffer.is_floating_point()]
     for name, tensor in tensors:
         if tensor.dtype not in _SIGNED or tensor.is_meta or not holds_floats(tensor):
             what = tensor.dtype if tensor.dtype not in _SIGNED else type(tensor).__name__

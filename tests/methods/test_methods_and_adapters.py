@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -195,6 +196,38 @@ def test_a_convolution_reads_patches(dora: bool) -> None:
         vectors = torch.cat(patches).flatten(0, 1).double()
         parts = torch.linalg.svdvals(vectors - vectors.mean(dim=0)).square()
         torch.testing.assert_close(own.sort(descending=True).values, (parts / parts.sum())[:2], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["LoRA-XS", "VeRA"])
+def test_synflow_sees_frozen_matrices_that_are_not_saved(kind: str) -> None:
+    """Against a model all of whose matrices are made positive by hand."""
+    form = LoraXS() if kind == "LoRA-XS" else None
+    config = VeraConfig if kind == "VeRA" else None
+    model, batches = language(config, form=form, r=4, target_modules=["q_proj", "o_proj"],
+                              **({"save_projection": False} if config else {}))  # fmt: skip
+    for parameter in (p for p in model.parameters() if p.requires_grad):
+        nn.init.normal_(parameter, std=0.3)
+    twin = copy.deepcopy(model).eval()
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    search = make_search(model, "synflow", selection_scope="model")
+    found = search.score(batches)
+    for name, buffer in model.named_buffers():
+        assert buffer.equal(buffers[name])
+
+    hidden = [buffer for name, buffer in twin.named_buffers() if "inv_freq" not in name]
+    assert hidden and any(bool((buffer < 0).any()) for buffer in hidden)
+    with torch.no_grad():
+        for tensor in [*twin.parameters(), *hidden]:
+            tensor.abs_()
+    size = twin.get_input_embeddings().embedding_dim
+    inputs = {"inputs_embeds": torch.ones(1, 32, size), "attention_mask": torch.ones(1, 32).long()}
+    twin.get_base_model()(**inputs).logits.sum().backward()
+    expected = dict.fromkeys(search.grid.names, 0.0)
+    for path, parameter in twin.named_parameters():
+        if parameter.grad is not None and parameter.requires_grad:
+            name = next(name for name in expected if f".{name}." in path)
+            expected[name] += float((parameter.detach() * parameter.grad).abs().sum())
+    torch.testing.assert_close(found, torch.tensor(list(expected.values()), dtype=torch.float64), rtol=1e-4, atol=1e-6)
 
 
 def test_synflow_goes_on_beside_trained_tokens() -> None:
