@@ -117,11 +117,18 @@ class _Sketch:
         # Orthonormal columns.
         drawn = torch.randn(size, count, generator=generator, dtype=torch.float64, device="cpu")
         self.test = torch.linalg.qr(drawn).Q
+        self._shift: Tensor | None = None
         self._sums: list[Tensor] = []
 
     def add(self, vectors: Tensor) -> None:
         """Add vectors, `(k, size)`."""
+        if not len(vectors):
+            return
         vectors = vectors.float()
+        if self._shift is None:
+            self._shift = vectors.mean(dim=0)
+        # Near their mean: of large squares the variance would be lost in rounding.
+        vectors = vectors - self._shift
         own = [vectors.T @ (vectors @ self.test.to(vectors)), vectors.sum(dim=0), vectors.square().sum(dim=0)]
         own.append(torch.full((1,), float(len(vectors)), dtype=torch.float32, device=vectors.device))
         self._sums = own if not self._sums else [a + b for a, b in zip(self._sums, own, strict=True)]
@@ -139,15 +146,17 @@ class _Sketch:
         shapes = ((size, count), (size,), (size,), (1,))
         # A module that was never called has no sums.
         sums = self._sums or [torch.zeros(shape, dtype=torch.float32) for shape in shapes]
-        flat = context.reduce(torch.cat([part.cpu().float().flatten() for part in sums])).double()
-        image, total, squares, number = (
-            part.reshape(shape) for part, shape in zip(flat.split([size * count, size, size, 1]), shapes, strict=True)
-        )
-        if number <= 0:
-            return image, 0.0
-        mean = total / number
-        image = image / number - torch.outer(mean, mean @ self.test)
-        return image, float((squares / number - mean.square()).clamp(min=0.0).sum())
+        image, total, squares, number = (part.cpu().double() for part in sums)
+        shift = torch.zeros_like(total) if self._shift is None else self._shift.cpu().double()
+        # Each process has a shift of its own, and what it has seen is moved to the mean over all of them.
+        means = context.reduce(torch.cat([total + number * shift, number]).float()).double()
+        if (everywhere := means[-1]) <= 0:
+            return torch.zeros_like(image), 0.0
+        off = shift - means[:-1] / everywhere
+        image = image + torch.outer(off, total @ self.test) + torch.outer(total + number * off, off @ self.test)
+        squares = squares + 2 * off * total + number * off.square()
+        flat = context.reduce(torch.cat([image.flatten(), squares]).float()).double() / everywhere
+        return flat[: size * count].view(size, count), float(flat[size * count :].clamp(min=0.0).sum())
 
     def principal(self, context: ScoreContext) -> tuple[Tensor, Tensor]:
         """The parts of the variance that principal directions explain, falling, and these directions as rows."""
