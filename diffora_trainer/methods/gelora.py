@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ..core.grid import Grid
 from ..core.ranks import RankBudget
+from ..logging import get_logger
 from .context import ScoreContext, Site
 from .hidden import (
     check_layers,
     check_position,
-    is_constant,
     layer_states,
     mean_of_layers,
     of_modules,
@@ -27,8 +27,17 @@ from .ranks import RankMethod, magnitudes
 from .registry import register_method
 
 
+logger = get_logger(__name__)
+
 _FITTED = 0.9
 """Part of the ratios that the line is fitted to; the largest ones are those of points on the edge."""
+_ROUNDING = 1e-5
+"""
+Part of the size of states by which equal ones may differ. It is of their size, not of their distances, since rounding
+is: in float32 it makes some 1e-7 of it, while states of different texts are 1e-2 or more apart.
+"""
+_FEW = 30
+"""With fewer points an estimate is a guess."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +69,13 @@ class GeLora(RankMethod):
 
     Chosen here: of the paper we could confirm the bound and the estimator, but not the details of its experiments. The
     `+ 1` keeps a layer whose dimension falls from having none. There is one point for each row, the mean of its
-    tokens; the line is fitted through the origin to the 90 % smallest ratios; equal points count once. Where the bound
-    is more or less than what the budget has room for, it is kept in proportion. Modules outside the numbered layers
-    have the mean of the layers, and of the components of a module the largest stay. It needs a few hundred rows:
-    `score_batches` times the batch size.
+    tokens; the line is fitted through the origin to the 90 % smallest ratios. Equal points count once, also where they
+    differ by the rounding of float32, as the same text does in batches of different length: with a neighbour at
+    distance 0 the dimension would come out near 0. Where a layer reads few values, as the first one does at the last
+    token of texts that end with one of two, its dimension is 0. Where the bound is more or less than what the budget
+    has room for, it is kept in proportion. Modules outside the numbered layers have the mean of the layers, and of the
+    components of a module the largest stay. It needs a few hundred different rows: `score_batches` times the batch
+    size. With fewer than 30 it warns.
     """
 
     paper = GELORA
@@ -82,8 +94,18 @@ class GeLora(RankMethod):
         return count, count
 
     def score(self, context: ScoreContext) -> Tensor:
-        states = layer_states(context, self.options.position)
-        found = reduced(context, [intrinsic_dimension(part) for pair in states for part in pair])
+        states = [part for pair in layer_states(context, self.options.position) for part in pair]
+        nearest = [_neighbours(part) for part in states]
+        most = max(map(len, nearest))
+        estimated = [len(own) for own in nearest if not _are_few(len(own), most)]
+        if (least := min(estimated, default=most)) < _FEW:
+            logger.warning(
+                f"The ranks of `method={self.name!r}` rest on dimensions that were estimated from {least} different "
+                f"states of {len(states[0])} rows; it takes some hundreds for a good estimate. Please score on more "
+                "batches (`score_batches`), of different texts."
+            )
+        dimensions = [_dimension(own, len(part), most) for own, part in zip(nearest, states, strict=True)]
+        found = reduced(context, dimensions)
         layers = (found[1::2] - found[0::2]).clamp(min=0.0) + 1.0
         weights = of_modules(context.grid, layers, mean_of_layers(layers))
         return self.in_proportion(weights, [magnitudes(site) for site in context.sites])
@@ -94,22 +116,49 @@ def intrinsic_dimension(points: Tensor) -> float:
     The dimension of the manifold that points lie on, by TwoNN; 0 if all are the same one.
 
     Args:
-        points (`Tensor` of shape `(n, size)`): float64.
+        points (`Tensor` of shape `(n, size)`): float64. Those that differ by rounding count once.
 
     Raises:
         ValueError: if there are fewer than three different points.
     """
-    if len(points) >= 3 and is_constant(points):
-        return 0.0  # as the states that go into the first layer are, where all texts begin or end with one token
-    points = torch.unique(points, dim=0)
-    if len(points) < 3:
+    nearest = _neighbours(points)
+    return _dimension(nearest, len(points), len(nearest))
+
+
+def _neighbours(points: Tensor) -> Tensor:
+    """For each of the `m` different points the distances to the two nearest of them, `(m, 2)`, if there are two."""
+    apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    rounding = _ROUNDING * points.square().sum(dim=1).mean().sqrt()
+    own = torch.arange(len(points))
+    same = (apart <= rounding) | (own == own[:, None])  # also of what is not finite
+    different = same.int().argmax(dim=1) == own  # the first one of those that are the same
+    return apart[different][:, different].sort(dim=1).values[:, 1:3]
+
+
+def _are_few(count: int, most: int) -> bool:
+    """Whether states are some values that come again and again, while there are more of other layers."""
+    return count < _FEW and 2 * count <= most
+
+
+def _dimension(nearest: Tensor, rows: int, most: int) -> float:
+    """
+    The dimension by TwoNN; 0 where all points are the same one, or some few values.
+
+    Args:
+        nearest (`Tensor` of shape `(m, 2)`): what [`_neighbours`] gave.
+        rows (`int`): how many points there were, equal ones too.
+        most (`int`): how many different ones there are where there are most.
+    """
+    count = len(nearest)
+    if (count == 1 and rows >= 3) or _are_few(count, most):
+        return 0.0
+    if count < 3:
         raise ValueError(
-            f"The intrinsic dimension of {len(points)} different states cannot be estimated; it takes three at least, "
+            f"The intrinsic dimension of {count} different states cannot be estimated; it takes three at least, "
             "and some hundreds for a good estimate. Please score on more batches (`score_batches`)."
         )
-    nearest = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist").sort(dim=1).values[:, 1:3]
     ratios = (nearest[:, 1] / nearest[:, 0]).log().sort().values
-    count = max(1, int(_FITTED * len(ratios)))
-    below = torch.arange(1, len(ratios) + 1, dtype=torch.float64) / len(ratios)
-    x, y = ratios[:count], -torch.log1p(-below[:count])
+    fitted = max(1, int(_FITTED * count))
+    below = torch.arange(1, count + 1, dtype=torch.float64) / count
+    x, y = ratios[:fitted], -torch.log1p(-below[:fitted])
     return float((x * y).sum() / (x * x).sum().clamp(min=torch.finfo(torch.float64).tiny))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from threading import Barrier
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +18,7 @@ from torch import Tensor, nn
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid
 from diffora_trainer.core.ranks import RankBudget
+from diffora_trainer.methods.eva import _Sketch
 from diffora_trainer.methods.gelora import intrinsic_dimension
 from diffora_trainer.methods.ranks import RankMethod
 from diffora_trainer.methods.registry import get_method
@@ -201,6 +205,60 @@ def test_gelora_gives_ranks_by_the_rise_of_the_dimension() -> None:
     close(components(search), expected, rtol=1e-4)
 
 
+def padded(rows: list[Tensor], length: int) -> dict[str, Tensor]:
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)], mask[index, : len(row)] = row, 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+def texts(count: int, last: tuple[int, ...] = ()) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 64, (5 + index % 7,), generator=generator) for index in range(count)]
+    for index, row in enumerate(rows if last else []):
+        row[-1] = last[index % len(last)]
+    return rows
+
+
+def test_gelora_counts_a_text_once_in_batches_of_any_length() -> None:
+    """What a text's states are differs by rounding there."""
+    rows = texts(120)
+    batches = [padded(rows[start : start + 20], 11) for start in range(0, 120, 20)]
+    again = [padded(rows[start : start + 7], 16) for start in range(0, 49, 7)]
+    found = []
+    for own in (batches, [*batches, *again]):
+        search = make_search(warm()[0], "gelora")
+        search.score(own)
+        found.append(components(search))
+    close(found[1], found[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("position", ["last", "auto"])
+@pytest.mark.parametrize("last", [(7, 9), (7, 9, 11, 12, 13)])
+def test_a_layer_that_reads_few_values_has_no_dimension_to_read(
+    position: str, last: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the first one, where texts end with one of a few tokens."""
+    model, _ = warm()
+    batch = padded(texts(80, last), 11)
+    search = make_search(model, "gelora", method_options={"position": position})
+    search.score([batch])
+    assert "different states" not in caplog.text
+    first, second = (torch.tensor(part) for part in hidden(model, [batch], "last")[:2])
+    assert len(torch.unique(first, dim=0)) == len(last)
+    # Of the falling shares of a weight the second one, which is its half, says what it is.
+    shares = components(search)[search.grid.row_of.index(0)].sort(descending=True).values
+    assert float(2 * shares[1]) == pytest.approx(intrinsic_dimension(second) + 1, rel=1e-4)
+
+
+def test_gelora_says_where_it_rests_on_few_texts(caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = warm()
+    rows = texts(12)
+    make_search(model, "gelora").score([padded(rows, 11), padded(rows, 11)])
+    assert "from 12 different states of 24 rows" in caplog.text and "score_batches" in caplog.text
+
+
 @pytest.mark.parametrize("kind", [llama, bert])
 def test_eva_is_the_variance_that_directions_explain(kind: Any) -> None:
     model, batches = warm(kind())
@@ -247,6 +305,35 @@ def test_eva_is_near_where_inputs_are_many_and_alike() -> None:
         values = torch.linalg.eigvalsh(torch.cov(vectors.T.double())).flip(0)
         found = own[name].sort(descending=True).values
         torch.testing.assert_close(found, (values / values.sum())[:8], rtol=error, atol=0.0)
+
+
+@pytest.mark.parametrize("mean", [0.0, 100.0, 1000.0])
+def test_eva_centers_what_is_far_from_zero(mean: float) -> None:
+    """In two processes, which have seen vectors with other means, one of them more than the other."""
+    torch.manual_seed(0)
+    x = torch.randn(2000, 64) * torch.arange(1, 65).rsqrt() + mean
+    x[:600, 0] += 1.0
+    values = torch.linalg.eigvalsh(torch.cov(x.T.double(), correction=0)).flip(0)
+    barrier, given = Barrier(2), [torch.zeros(0)] * 2
+
+    def process(rank: int) -> Tensor:
+        def reduce(value: Tensor) -> Tensor:
+            given[rank] = value
+            barrier.wait()
+            found = (given[0] + given[1]) / 2
+            barrier.wait()
+            return found
+
+        context: Any = SimpleNamespace(reduce=reduce)
+        sketch = _Sketch(64, 8)
+        for part in (x[:600], x[600:])[rank].split(200):
+            sketch.add(part)
+        return sketch.principal(context)[0]
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(process, range(2)))
+    assert found[0].equal(found[1])
+    torch.testing.assert_close(found[0][:8], (values / values.sum())[:8], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", [llama, bert])
