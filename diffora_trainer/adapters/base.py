@@ -18,7 +18,6 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Protocol, TypeVar
 
-import torch
 from peft import PeftType
 from torch import Tensor, nn
 
@@ -127,13 +126,12 @@ class AdapterSite(Adapter):
         return self.rank if apart else 1
 
     def fold_components(self, factors: Tensor) -> None:
-        """Multiply gates of its components, [`num_components`] of them, into the weights for good."""
+        """Multiply gates of its components, [`num_components`] of them, into the weights for good. See [`fold`]."""
         if self.matrices is None or len(factors) == 1:
             self.fold(float(factors))
             return
-        with torch.no_grad():
-            up = self.matrices[1]
-            up.mul_(factors.to(up).reshape(1, -1, *[1] * (up.ndim - 2)))
+        up = self.matrices[1]
+        self.multiply(up, factors.reshape(1, -1, *[1] * (up.ndim - 2)))
 
     @property
     def resizable(self) -> bool:

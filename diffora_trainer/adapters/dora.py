@@ -72,7 +72,8 @@ class DoraSite(LoraSite):
         """
         What a layer computes under a gate `g` is `(1 - g) W + g c (W + s * B A)` with `c = m / ||W + s * B A||`. With
         `k = 1 - g + g c`, which is positive, that is the DoRA whose rows of `B` are multiplied by `g c / k`, and whose
-        magnitudes are `k` times the new norms.
+        magnitudes are `k` times the new norms. The gradient of these is `1 / g` times what it was, as far as the norms
+        stay what they are.
         """
         if factor == 1.0:
             return
@@ -81,8 +82,9 @@ class DoraSite(LoraSite):
         with torch.no_grad():
             c = (magnitudes / self._norms()).flatten().float()
             k = 1.0 - factor + factor * c
-            b.mul_((factor * c / k).to(b.dtype).view(-1, *[1] * (b.dim() - 1)))
+            self.multiply(b, (factor * c / k).view(-1, *[1] * (b.dim() - 1)))
             magnitudes.copy_((k.view_as(magnitudes) * self._norms()).to(magnitudes.dtype))
+        self.note_folded(magnitudes, factor)
 
     def _norms(self) -> Tensor:
         """`||W + s * B A||` of each row, as PEFT computes it, in the shape of the magnitudes."""

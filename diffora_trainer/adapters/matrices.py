@@ -12,6 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from ..compat import convolved
+from .optimizer import rescale_moments
 
 
 class Adapter(ABC):
@@ -22,6 +23,8 @@ class Adapter(ABC):
         name (`str`): name of the module in the base model.
         rank (`int`): rank of the adapter; 1 if its parameters do not belong to units of rank alone (see [`cost`]).
     """
+
+    _folded: tuple[tuple[nn.Parameter, Tensor], ...] = ()
 
     def __init__(self, name: str, rank: int) -> None:
         self.name = name
@@ -79,9 +82,38 @@ class Adapter(ABC):
         return self.gated.register_forward_pre_hook(before)
 
     def fold(self, factor: float) -> None:
-        """Multiply a gate into the weights for good."""
+        """
+        Multiply a gate into the weights for good. A kind that has another way of it does so by [`multiply`], or says
+        with [`note_folded`] what it has done.
+        """
+        if factor != 1.0:
+            self.multiply(self.parameters[-1], factor)
+
+    def multiply(self, weight: nn.Parameter, factors: Tensor | float) -> None:
+        """
+        Multiply gates, of a shape that broadcasts, into a weight that was trained under them, and note it for
+        [`rescale_moments`].
+        """
         with torch.no_grad():
-            self.parameters[-1].mul_(factor)
+            weight.mul_(factors.to(weight.device) if isinstance(factors, Tensor) else factors)
+        self.note_folded(weight, factors)
+
+    def note_folded(self, weight: nn.Parameter, factors: Tensor | float) -> None:
+        """Note that a gradient of a weight is `1 / factors` times what it was, since gates are folded."""
+        # Of their own, since a method may set its gates to 1 now.
+        self._folded = (*self._folded, (weight, torch.as_tensor(factors).detach().clone()))
+
+    def rescale_moments(self, optimizer: Any) -> None:
+        """
+        Let what an optimizer holds of the weights fit the gradients that they have since gates were folded (see
+        [`~diffora_trainer.adapters.optimizer.rescale_moments`]). Each gate counts once.
+
+        Args:
+            optimizer (`torch.optim.Optimizer`): the live optimizer of the weights, or one that wraps it.
+        """
+        for weight, factors in self._folded:
+            rescale_moments(weight, factors, optimizer)
+        self._folded = ()
 
 
 def _vectors(module: nn.Module, inputs: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ NO_LORA_FA = (
 )
 
 _SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+_CLOSED = 1e-6
+"""A gate below this counts as 0: divided by its square, moments would be infinite or rounding."""
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -149,6 +151,46 @@ def start_moments(weight: nn.Parameter, dim: int, new: Sequence[int], trained: S
         for index in new:
             if not entries[index].any():
                 entries[index] = mean
+
+
+def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> None:
+    """
+    Let the moments that Adam and its relatives hold of a weight fit its gradients once gates are multiplied into it.
+
+    A gradient of `g B` is `1 / g` times that of `B` under the gate `g`. With the old second moment the first steps
+    would be `1 / g` times as long as they should be, and where the gate was negative they would lead back.
+
+    Where a gate is 0 nothing was learned of the gradient behind it. Entries there begin without a first moment, and
+    with the mean second moment of the others (see [`start_moments`]); if there are no others, the whole state is
+    forgotten. A state of another form (see [`narrow_weight`]) stays as it is, and so does that of an optimizer that
+    has not both moments, as the step of such a one may grow with what it holds.
+
+    Args:
+        weight (`nn.Parameter`): the weight, which was trained under the gates.
+        factors (`Tensor`): the gates, of a shape that broadcasts with it, along one dimension at most.
+        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
+    """
+    states = innermost(optimizer).state
+    state = states.get(weight) or {}
+    moments = {name: state[name] for name in ("exp_avg", *_SECOND_MOMENTS) if name in state}
+    whole = all(
+        isinstance(value, Tensor) and _is_entry_by_entry(value, weight) and value.is_floating_point()
+        for value in moments.values()
+    )
+    if not whole or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
+        return
+    factors = factors.detach().to(weight.device, torch.float32)
+    closed = factors.abs() < _CLOSED
+    if closed.all():
+        states.pop(weight)
+        return
+    inverse = (1.0 / factors).masked_fill(closed, 0.0)
+    for name, value in moments.items():
+        value.mul_(inverse if name == "exp_avg" else inverse.square())
+    if closed.any():
+        dim = max(range(factors.ndim), key=lambda dim: factors.shape[dim])
+        new, trained = (found.flatten().nonzero().flatten().tolist() for found in (closed, ~closed))
+        start_moments(weight, dim, new, trained, optimizer)
 
 
 def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], what: str, initial: bool = False) -> float:

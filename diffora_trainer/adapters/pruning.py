@@ -37,12 +37,12 @@ def apply_selection(
     """
     Carry out a selection on a live PEFT model, which from then on is an ordinary LoRA model of the chosen modules.
 
-    The selected modules keep their parameters, and these their moments in the optimizer; of those that keep a part of
-    their rank this holds for the components that stay, and their scaling stays as it was. The others leave the model,
-    the optimizer and the LoRA configuration. Modules that share a pair keep the parameters of the best-scored of them.
-    What is not selected of other kinds of site leaves them in the same way. Modules that are frozen leave nothing but
-    the optimizer. A backward pass ends at the lowest module that is trained, also with (non-reentrant) activation
-    checkpointing.
+    The selected modules keep their parameters, and these their moments in the optimizer, rescaled where a gate is
+    multiplied into the weights; of those that keep a part of their rank this holds for the components that stay, and
+    their scaling stays as it was. The others leave the model, the optimizer and the LoRA configuration. Modules that
+    share a pair keep the parameters of the best-scored of them. What is not selected of other kinds of site leaves
+    them in the same way. Modules that are frozen leave nothing but the optimizer. A backward pass ends at the lowest
+    module that is trained, also with (non-reentrant) activation checkpointing.
 
     Args:
         model (`PeftModel`): the model that was searched. Its gates must be off (see [`ArchitectureSearch.finish`]).
@@ -73,6 +73,9 @@ def apply_selection(
     factors = dict(zip(selection.modules, selection.factors, strict=True))
     for name in [*selection.selected, *leaders]:
         sites[name].fold(factors[name])
+    if optimizer is not None:
+        for name in selection.selected:  # a shared pair will have the gradients of several modules
+            sites[name].rescale_moments(optimizer)
     for info, kept in zip(selection.grid.sites, selection.kept_components, strict=True):
         if 0 < len(kept) < info.rank:
             sites[info.name].resize(kept, optimizer)

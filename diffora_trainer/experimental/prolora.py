@@ -108,8 +108,9 @@ class PRoLoRASite(LoraSite):
         return super().saved_shapes(self.layer.r[self.adapter_name], adapted)
 
     def fold(self, factor: float) -> None:
-        for parameter in self.layer.lora_B[self.adapter_name].parameters():
-            parameter.data.mul_(factor)
+        if factor != 1.0:
+            for parameter in self.layer.lora_B[self.adapter_name].parameters():
+                self.multiply(parameter, factor)
 
 
 class PRoLoRA(RebuiltLora):

@@ -52,7 +52,10 @@ class Site(Protocol):
         """How many gates can act on its components, each on one; 1, if a gate multiplies the adapter as a whole."""
 
     def fold_components(self, factors: Tensor) -> None:
-        """Multiply gates of its components into the weights for good."""
+        """
+        Multiply gates of its components into the weights for good. At the pruning a run then rescales the moments that
+        the optimizer holds of these.
+        """
 
 
 @dataclass(frozen=True)

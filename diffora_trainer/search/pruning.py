@@ -62,6 +62,8 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         selection = search.finish(run.step)
     else:
         selection = run.reallocation.finish(run.step)
+    for site in search.adapters.sites:  # a method may have put gates into their weights
+        site.rescale_moments(run.optimizer)
     if search.kept is None:
         open_components(run)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)

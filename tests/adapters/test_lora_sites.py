@@ -150,6 +150,39 @@ def test_what_is_folded_is_what_was_gated(case: str) -> None:
     torch.testing.assert_close(logits(model, tiny), gated, atol=1e-5, rtol=1e-5)
 
 
+# PEFT's gradient of a LoHa of convolutions is not that of what it computes, so it is in no proportion to a gate.
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if not case.startswith(("PiSSA", "OLoRA", "LoHa of convolutions"))]
+)
+def test_moments_follow_what_is_folded(case: str) -> None:
+    """The moments of one step under gates are then those of one step without: of all parameters of a site."""
+    tiny, model = make(case)
+    sites = AdapterGrid.from_model(model).sites
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    gates = Gates(sites)
+    gates.attach()
+    with gates.override(torch.linspace(0.2, 0.8, len(sites))):
+        model(**tiny.batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    gates.detach()
+    for site, factor in zip(sites, torch.linspace(0.2, 0.8, len(sites)).tolist(), strict=True):
+        site.fold(factor)
+        site.rescale_moments(optimizer)
+        site.rescale_moments(optimizer)  # there is nothing left to do
+    model(**tiny.batch).loss.backward()
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found, expected = optimizer.state[parameter], parameter.grad
+        assert expected is not None
+        if "magnitude" in name:  # of DoRA, where it holds while the norms stay what they are
+            assert (10 * found["exp_avg"] - expected).norm() < 0.5 * expected.norm()
+            continue
+        for moment, value in (("exp_avg", expected / 10), ("exp_avg_sq", expected.square() / 1000)):
+            assert (found[moment] - value).norm() <= 1e-3 * value.norm() + 1e-12, name
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_pruned_is_the_pre_trained_model_and_the_rest_is_stock(case: str, tmp_path: Path) -> None:
     tiny, model = make(case)

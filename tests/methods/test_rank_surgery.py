@@ -189,6 +189,81 @@ def test_sora_is_adam_with_a_soft_threshold_on_the_gradient_of_gates(scale: floa
     torch.testing.assert_close(model(**tiny.batch).logits, expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("sora", {"gate_learning_rate": 0.2, "threshold": 0.05}),
+        ("beamlora", {"gate_learning_rate": 0.02, "beam_every": 100}),
+    ],
+)
+def test_moments_follow_gates_into_the_weights(method: str, options: dict[str, Any]) -> None:
+    """The steps after the choice are those of moments that are rescaled by hand."""
+    model, batches = half_warm()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2, amsgrad=True)
+    config = make_config(method=method, discretize_at=8, selection_ratio=0.5, method_options=options)
+    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=9)
+    make_steps(run, model, batches, optimizer, 7)
+    before_pruning = run.search.method.before_pruning
+    expected: dict[str, dict[str, Tensor]] = {}
+
+    def note(sites: Any) -> None:
+        gates = run.search.method.component_gates()
+        assert min(float((own - 1).abs().max()) for own in gates) > 0.1
+        for name, (_, b), own, kept in zip(
+            run.search.grid.names, pairs(model), gates, run.search.method.kept_components(), strict=True
+        ):
+            state, left = optimizer.state[b], list(kept)
+            assert own[left].abs().min() > 0 if left else True
+            powers = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 2}
+            expected[name] = {key: (state[key] / own**power)[:, left] for key, power in powers.items()}
+            expected[name] |= {"step": state["step"].clone(), "weight": (b.detach() * own)[:, left]}
+        before_pruning(sites)
+
+    run.search.method.before_pruning = note  # type: ignore[method-assign]
+    make_steps(run, model, batches, optimizer, 1)
+    assert run.selection is not None
+    left = AdapterGrid.from_model(model).grid.names
+    for name, (_, b) in zip(left, pairs(model), strict=True):
+        for key, value in expected[name].items():
+            torch.testing.assert_close(
+                b.detach() if key == "weight" else optimizer.state[b][key], value, atol=0.0, rtol=1e-5
+            )
+
+    twins = {name: nn.Parameter(expected[name].pop("weight")) for name in left}
+    by_hand = torch.optim.AdamW(twins.values(), lr=1e-2, amsgrad=True)
+    for name, twin in twins.items():
+        by_hand.state[twin] = expected[name]
+    model_loss(model, batches[2]).backward()
+    for name, (_, b) in zip(left, pairs(model), strict=True):
+        assert b.grad is not None
+        twins[name].grad = b.grad.clone()
+    optimizer.step()
+    by_hand.step()
+    for name, (_, b) in zip(left, pairs(model), strict=True):
+        torch.testing.assert_close(b.detach(), twins[name].detach(), atol=1e-6, rtol=1e-4)
+
+
+def test_moments_follow_the_gates_of_a_search_into_the_weights() -> None:
+    """In a loop of one's own, by `apply_selection`."""
+    for method, fold in (("sigmoid", True), ("sigmoid", False), ("diffora", True)):
+        model, batches = warm()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        search = make_search(model, method, selection_granularity="module", method_options={"fold_gates": fold})
+        search.step(batches[0])
+        search.draw_gates()
+        model_loss(model, batches[1]).backward()
+        optimizer.step()
+        before = {b: {key: value.clone() for key, value in optimizer.state[b].items()} for _, b in pairs(model)}
+        selection = search.finish()
+        gates = dict(zip(search.grid.names, selection.gates, strict=True))
+        apply_selection(model, selection, optimizer)
+        for name, (_, b) in zip(AdapterGrid.from_model(model).grid.names, pairs(model), strict=True):
+            factor = gates[name] if method == "sigmoid" and fold else 1.0
+            assert (factor == 1.0) == (method == "diffora" or not fold)
+            for key, power in (("exp_avg", 1), ("exp_avg_sq", 2), ("step", 0)):
+                torch.testing.assert_close(optimizer.state[b][key], before[b][key] / factor**power)
+
+
 def test_sora_prunes_what_its_threshold_has_closed() -> None:
     model, batches = warm()
     options = {"gate_learning_rate": 0.1, "threshold": 0.15, "selection_ratio": 0.9}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffora_trainer import DiffoRAConfig, SelectionRun
 from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.grid import AdapterGrid
-from diffora_trainer.adapters.optimizer import start_moments
+from diffora_trainer.adapters.optimizer import rescale_moments, start_moments
 from diffora_trainer.core.ranks import RankBudget
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from diffora_trainer.search import rank_rules
@@ -263,6 +263,32 @@ def test_moments_in_a_form_of_their_own_are_left_alone() -> None:
     assert begun(exp_avg_sq=squares[0].clone())["exp_avg_sq"].equal(squares[0])
     assert begun(exp_avg_sq=nn.Parameter(squares.clone()))["exp_avg_sq"].equal(squares)
     assert begun() == {}
+
+
+def test_moments_behind_gates_that_are_folded() -> None:
+    weight = nn.Parameter(torch.zeros(2, 3))
+
+    def rescaled(factors: Any, **state: Any) -> dict[str, Any]:
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        optimizer.state[weight] = state
+        rescale_moments(weight, torch.as_tensor(factors), optimizer)
+        return optimizer.state[weight]
+
+    means, squares = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 1.0]]), torch.full((2, 3), 4.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        state = rescaled(
+            [[0.5, -2.0, 0.0]], exp_avg=means.to(dtype, copy=True), exp_avg_sq=squares.to(dtype, copy=True), step=9
+        )
+        assert state["exp_avg"].equal(torch.tensor([[2.0, -1.0, 0.0], [0.0, -0.5, 0.0]], dtype=dtype))
+        # Behind a gate of 0 nothing was learned: what is there begins with steps of the usual size.
+        assert state["exp_avg_sq"].equal(torch.tensor([[16.0, 1.0, 8.5]] * 2, dtype=dtype)) and state["step"] == 9
+    assert rescaled(0.5, exp_avg=means.clone(), exp_avg_sq=squares.clone())["exp_avg"].equal(2 * means)
+    assert rescaled(1e-30, exp_avg=means.clone(), exp_avg_sq=squares.clone()) == {}
+    assert rescaled(0.5, exp_avg=means.clone())["exp_avg"].equal(means)
+    assert rescaled(0.5, momentum_buffer=means.clone())["momentum_buffer"].equal(means)
+    assert rescaled(0.5, exp_avg=means.clone(), exp_avg_sq=squares[0])["exp_avg"].equal(means)
+    assert rescaled(0.5, exp_avg=means.char(), exp_avg_sq=squares.char())["exp_avg"].equal(means.char())
+    assert rescaled(0.5) == {}
 
 
 def test_without_evidence_no_module_is_favoured(monkeypatch: pytest.MonkeyPatch) -> None:
