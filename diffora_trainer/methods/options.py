@@ -128,7 +128,8 @@ class ScoreOptions(MethodOptions):
             once: if these are fewer, so are the batches.
         normalize_scores (`bool`, *optional*, defaults to `False`):
             Divide each score by the module's number of parameters. By default scores are raw, as published, which
-            favours large modules.
+            favours large modules. `"random"`, and methods that give ranks or choose layers, have no score that grows
+            with the size of a module and refuse it.
         reallocate_every (`float`, *optional*):
             Choose anew every so many optimizer steps (a whole number of 1 or more), or after each such fraction of all
             steps of the run (a number in (0, 1)); each fifth of an epoch, as HeteroLoRA has it, is

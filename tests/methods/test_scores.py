@@ -21,7 +21,7 @@ from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.methods.base import ScoreMethod
 from diffora_trainer.methods.build import make_schedule, method_of
-from diffora_trainer.methods.registry import get_method
+from diffora_trainer.methods.registry import get_method, method_names
 from helpers.checks import assert_same
 from helpers.models import bert, gpt2, llama, opt
 from helpers.options import make_config
@@ -242,6 +242,19 @@ def test_scores_that_tie_choose_nothing(method: str) -> None:
         search.score([tiny.batch])
     with pytest.raises(ValueError, match="no scores yet"):
         search.finish()
+
+
+def test_the_documentation_says_which_methods_normalize() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "choosing_options.md").read_text()
+    (row,) = [line for line in text.splitlines() if line.startswith("| `normalize_scores`")]
+    for name in method_names():
+        if not get_method(name).searches:
+            try:
+                method_of(make_config(method=name, normalize_scores=True))
+            except ValueError:
+                assert f"`{name}`" not in row, name
+            else:
+                assert f"`{name}`" in row, name
 
 
 def test_ties_at_the_edge_of_the_choice_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
