@@ -113,6 +113,11 @@ class Budget:
         return len(self.group)
 
     @property
+    def is_one_unit(self) -> bool:
+        """Whether all modules are kept or pruned together, and there are several."""
+        return len(self) > len(self._costs) == 1
+
+    @property
     def _fits(self) -> Tensor:
         """Which units the budget has room for, `(u,)` bools."""
         return self._costs <= self.targets[self._groups]

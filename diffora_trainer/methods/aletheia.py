@@ -18,6 +18,7 @@ from .hidden import numbered_rows, of_modules
 from .options import ScoreOptions
 from .papers import ALETHEIA
 from .registry import register_method
+from .ties import TOO_FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Aletheia(ScoreMethod):
     compares_layers = True
     shardable = False
     unit = "layer"
+    advice_on_ties = TOO_FEW_ROWS
 
     def inspect(self, model: Any, sites: Sequence[Site]) -> None:
         for name, module in model.named_modules():

@@ -23,6 +23,7 @@ from .context import ScoreContext, Site
 from .options import GradientOptions, MethodOptions, ScoreOptions
 from .papers import DIFFORA, Paper
 from .saved import check_saved
+from .ties import NOT_TRAINED, check_ties
 
 
 class SelectionMethod(ABC):
@@ -286,6 +287,8 @@ class ScoreMethod(SelectionMethod):
     """Whether scores of different kinds of site are on one scale. Others are divided by the mean of their kind."""
     reads_data: ClassVar[bool] = True
     """Whether it runs the model on the scoring batches."""
+    advice_on_ties: ClassVar[str | None] = NOT_TRAINED
+    """What to do if all scores are equal; `None` if they may be, so that the order of the modules decides."""
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
@@ -330,21 +333,18 @@ class ScoreMethod(SelectionMethod):
     def tie_breaker(self) -> Tensor:
         return self._tie_breaker.clone()
 
+    def keeps_all(self, scores: Tensor) -> bool:
+        """Whether nothing goes with scores, `(m,)`, since the budget has room for everything."""
+        return bool(self.budget.discretize(torch.zeros(len(self.budget), dtype=torch.float32)).all())
+
     def set_scores(self, scores: Tensor, tie_breaker: Tensor) -> None:
         """
         Take over finite scores, `(n,)`, and what decides between equal ones.
 
         Raises:
-            ValueError: if all scores tie, and nothing else decides between them.
+            ValueError: if all scores tie, nothing else decides between them, and not everything is kept.
         """
-        tie = bool((scores == scores[0]).all() and (tie_breaker == tie_breaker[0]).all())
-        if len(scores) > 1 and tie:
-            raise ValueError(
-                f"All {len(scores)} modules have the score {float(scores[0]):g}, so there is nothing to choose by. "
-                "While `lora_B` is still 0, as before the first step or as long as the learning rate is 0, most "
-                "scores are 0. Please score later (`discretize_at`, or `arch_warmup` with `reallocate_every`), load "
-                "an adapter that was trained before, or use another `method`; 'random' is a random choice."
-            )
+        check_ties(self, scores, tie_breaker)
         self._scores.copy_(scores)
         self._tie_breaker.copy_(tie_breaker)
         self.steps += 1

@@ -16,6 +16,7 @@ from .hidden import check_layers, check_position, is_constant, layer_states, of_
 from .options import ScoreOptions
 from .papers import CKA
 from .registry import register_method
+from .ties import TOO_FEW_ROWS
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class CkaLayers(ScoreMethod):
     comparable = True
     compares_layers = True
     unit = "layer"
+    advice_on_ties = TOO_FEW_ROWS
 
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
         check_layers(grid)

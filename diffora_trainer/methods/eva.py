@@ -14,6 +14,7 @@ from .hidden import inputs_of_adapters
 from .papers import EVA
 from .ranks import RankMethod, magnitudes
 from .registry import register_method
+from .ties import TOO_FEW_ROWS
 
 
 _OVERSAMPLED = 32
@@ -46,6 +47,7 @@ class Eva(RankMethod):
     paper = EVA
     described = f"`eva`, the ranks of {EVA.link} in an independent implementation"
     reads_inputs = True
+    advice_on_ties = TOO_FEW_ROWS
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)

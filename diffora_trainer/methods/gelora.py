@@ -81,6 +81,7 @@ class GeLora(RankMethod):
     paper = GELORA
     described = f"`gelora`, the ranks of {GELORA.link} in an independent implementation"
     Options = GeLoraOptions
+    advice_on_ties = None  # layers may be alike, and rank 1 tells no components apart
 
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
         super().prepare(grid, ranks)

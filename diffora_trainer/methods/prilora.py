@@ -54,6 +54,7 @@ class PriLora(RankMethod):
     described = f"`prilora`, the ranks of {PRILORA.link} in an independent implementation"
     Options = PriLoraOptions
     reads_inputs = True
+    advice_on_ties = None  # layers may be alike, and rank 1 tells no components apart
 
     def score(self, context: ScoreContext) -> Tensor:
         count = len(numbered_rows(context.grid))

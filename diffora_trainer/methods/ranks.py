@@ -160,8 +160,20 @@ class RankMethod(ScoreMethod):
             return super().discretize()
         return torch.tensor([bool(own) for own in self.kept_components()])
 
+    def keeps_all(self, scores: Tensor) -> bool:
+        if self._ranks is None:
+            return super().keeps_all(scores)
+        return self._ranks.fits(self._counts) and (self.keeps_worthless or bool((scores > 0).all()))
+
     def num_boundary_ties(self) -> int:
-        return super().num_boundary_ties() if self._ranks is None else 0  # of components, which are many and small
+        if self._ranks is None:
+            return super().num_boundary_ties()
+        if max(self._counts) > 1:
+            return 0  # of components, which are many and small
+        keys = list(zip(self._scores.tolist(), self._tie_breaker.tolist(), strict=True))
+        fates = list(zip(keys, self.discretize().tolist(), strict=True))
+        tied = {key for key, keep in fates if keep} & {key for key, keep in fates if not keep}
+        return sum(key in tied for key in keys)
 
     def _sum(self, numbers: Tensor) -> Tensor:
         return torch.zeros(len(self.budget), dtype=torch.float64).index_add_(0, self.owner, numbers)

@@ -63,7 +63,9 @@ def all_kept(budget: Budget, config: DiffoRAConfig, what: str) -> str | None:
         return None
     why, by_layer = "", scope_of(config) == "layer"
     less = budget.cap is None and config.ratio < 1
-    if less and budget.at_least_one:
+    if budget.is_one_unit:
+        why = ", which are kept or pruned together"
+    elif less and budget.at_least_one:
         why = ", since at least one of each layer is kept" if by_layer else ", since at least one is kept"
     elif less and by_layer and int(torch.bincount(budget.group).max()) == 1:
         why = f", since each layer has one {what.removesuffix('s')}"
@@ -155,6 +157,6 @@ def doubts(
     if ties := method.num_boundary_ties():
         notes.append(
             f"{ties} {evidence.what} at the edge of the choice have equal scores. Those that stand first in the "
-            "model are kept of them."
+            "model are kept of them, as far as they fit."
         )
     return tuple(notes)

@@ -108,7 +108,8 @@ def _doubt(schedule: Schedule, search: ArchitectureSearch) -> str | None:
     """
     if search.has_no_choice:
         scope = "`selection_scope='model'`, or " if scope_of(search.config) == "layer" else ""
-        return f"There is nothing to choose: {search.everything}. Please set {scope}a smaller budget."
+        advice = "" if search.method.budget.is_one_unit else f" Please set {scope}a smaller budget."
+        return f"There is nothing to choose: {search.everything}.{advice}"
     if search.method.searches and len(schedule.updates) < 2:
         fading = f" and gates fade out until step {schedule.prune}" if schedule.fades else ""
         return (

@@ -15,6 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from diffora_trainer import Selection, SelectionRun
 from diffora_trainer.core.budget import Budget
 from diffora_trainer.core.grid import Grid
 from diffora_trainer.core.ranks import RankBudget
@@ -23,7 +24,9 @@ from diffora_trainer.methods.gelora import intrinsic_dimension
 from diffora_trainer.methods.ranks import RankMethod
 from diffora_trainer.methods.registry import get_method
 from helpers.models import bert, gpt2, llama
-from helpers.searches import components, make_search, model_loss, pairs, warm
+from helpers.options import make_config
+from helpers.searches import components, make_search, make_steps, model_loss, pairs, warm
+from helpers.trainers import lora
 
 
 def close(found: list[Tensor], expected: list[Any], rtol: float = 1e-4) -> None:
@@ -406,6 +409,48 @@ def test_alora_is_the_loss_without_a_component_and_with_it_alone() -> None:
 def test_options_out_of_range_are_refused(method: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_search(warm()[0], method, method_options=options)
+
+
+def many_rows(equal: bool = False) -> list[dict[str, Tensor]]:
+    torch.manual_seed(5)
+    ids = torch.randint(3, 60, (4, 8, 6))
+    ids = ids[:1, :1].expand_as(ids).contiguous() if equal else ids
+    return [{"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows} for rows in ids]
+
+
+def of_one_layer(method: str, r: int) -> Selection:
+    """What a run keeps of two modules of one layer by a ratio of a half."""
+    tiny, batches = llama(), many_rows()
+    names = ["k_proj", "v_proj"]  # of one size
+    model = get_peft_model(tiny.model, lora(r=r, target_modules=names, layers_to_transform=[1], task_type="CAUSAL_LM"))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    config = make_config(method=method, selection_ratio=0.5, discretize_at=1)
+    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=2)
+    make_steps(run, model, batches, optimizer, 2)
+    assert run.selection is not None
+    return run.selection
+
+
+@pytest.mark.parametrize("method", ["cka", "aletheia"])
+def test_the_only_layer_is_kept(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    selection = of_one_layer(method, 4)
+    told = "nothing to choose: the budget keeps all 2 modules, which are kept or pruned together."
+    assert selection.ranks == (4, 4) and selection.notes == (f"There was {told}",)
+    assert f"There is {told}" in caplog.text and "a smaller budget" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["gelora", "prilora"])
+def test_modules_of_rank_1_in_one_layer_are_kept_by_their_order(method: str) -> None:
+    selection = of_one_layer(method, 1)
+    assert selection.ranks == (1, 0)
+    (note,) = selection.notes
+    assert note.startswith("2 modules at the edge of the choice have equal scores. Those that stand first")
+
+
+def test_what_does_not_read_the_adapter_does_not_blame_it_for_ties() -> None:
+    with pytest.raises(ValueError, match="All 14 modules have the score 0, so there is nothing") as caught:
+        make_search(warm()[0], "cka", selection_ratio=0.5).score(many_rows(equal=True))
+    assert "lora_B" not in str(caught.value) and "`score_batches`" in str(caught.value)
 
 
 def test_two_rows_do_not_tell_layers_apart() -> None:

@@ -244,6 +244,14 @@ def test_scores_that_tie_choose_nothing(method: str) -> None:
         search.finish()
 
 
+def test_scores_may_tie_where_everything_is_kept() -> None:
+    tiny = llama()
+    model = get_peft_model(tiny.model, lora(target_modules=tiny.target_modules))
+    search = make_search(model, "snip", selection_ratio=1.0)
+    search.score([tiny.batch])
+    assert search.finish().notes == ("There was nothing to choose: the budget keeps all 14 modules.",)
+
+
 def test_the_documentation_says_which_methods_normalize() -> None:
     text = (Path(__file__).parents[2] / "docs" / "choosing_options.md").read_text()
     (row,) = [line for line in text.splitlines() if line.startswith("| `normalize_scores`")]
