@@ -62,7 +62,8 @@ class Sora(RankMethod):
     Chosen here: gates start at 1, so that a run begins as one of plain LoRA (in the authors' code they are drawn at
     random). In the paper the threshold is `learning rate x lambda`, in the code a number of its own, 3e-4 in its
     script, which is the default here; it alone decides there how many components are left, while here the budget has
-    the last word. To let the threshold decide, give it enough steps to get from 1 to 0.
+    the last word. To let the threshold decide, pass `selection_ratio=1.0`, and give it enough steps to get from 1
+    to 0.
     """
 
     paper = SORA
@@ -107,7 +108,8 @@ class Sora(RankMethod):
         return self._gates.abs().double()
 
     def components(self) -> Tensor:
-        if self.steps and bool((self._scores == self._scores[0]).all()):
+        tie = bool((self._scores == self._scores[0]).all())
+        if self.steps and tie and not self.keeps_all(self._scores):
             raise ValueError(
                 f"All {len(self._scores)} gates of `method='sora'` are {float(self._scores[0]):g}, so there is "
                 "nothing to choose by. While `lora_B` is still 0 they have no gradient. Please choose later "

@@ -81,7 +81,7 @@ class SearchBase(GatedModel):
     @property
     def everything(self) -> str | None:
         """That the budget keeps everything, as a clause; `None` if something goes."""
-        if self.told_budget is not None:  # there is one only where it has no room for all components
+        if self.told_budget is not None:  # something can go, if only what is worth nothing
             return None
         return all_kept(self.method.budget, self.config, "modules" if self.components is None else "components")
 

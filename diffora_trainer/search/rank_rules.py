@@ -55,13 +55,14 @@ def refuse(granularity: str, reason: str) -> NoReturn:
     )
 
 
-def make_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget | None:
+def make_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid, always: bool = False) -> RankBudget | None:
     """
     The limits of a configuration in ranks, or `None` if they have room for all modules.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
         adapters ([`~diffora_trainer.adapters.grid.AdapterGrid`]): the sites.
+        always (`bool`, *optional*, defaults to `False`): give them also if they have.
     """
     grid, by_layer = adapters.grid, scope_of(config) == "layer"
     rows = sorted(set(grid.row_of)) if by_layer else [0]
@@ -71,7 +72,7 @@ def make_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> RankBudget
     limits = [math.floor(config.ratio * total) for total in totals]
     if cap is not None:
         limits = [min(cap, limits[0])]
-    if all(limit >= total for limit, total in zip(limits, totals, strict=True)):
+    if not always and all(limit >= total for limit, total in zip(limits, totals, strict=True)):
         return None  # there is nothing to choose
     return RankBudget(groups, tuple(site.cost for site in grid.sites), grid.ranks, tuple(limits))
 

@@ -10,14 +10,14 @@ from ..config import DiffoRAConfig
 from ..core.ranks import RankBudget
 from ..methods.build import method_of
 from ..methods.context import wide
-from ..methods.ranks import rows_and_columns
+from ..methods.ranks import RankMethod, rows_and_columns
 from .rank_rules import make_rank_budget, refuse, uncombinable
 
 
 def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankBudget | None, str | None]:
     """
-    The budget that the method spends on components, or `None` where it keeps or prunes whole modules; and, if that is
-    so although `max_trainable_parameters` is set, the reason.
+    The budget that the method spends on components, or `None` where it keeps or prunes whole modules, or has nothing
+    to choose; and why it keeps whole modules, though they were not asked for.
 
     Args:
         config ([`DiffoRAConfig`]): the options.
@@ -29,13 +29,15 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
     """
     if config.selection_granularity == "module":
         return None, None
-    _, options = method_of(config)
+    method, options = method_of(config)
     reason = uncombinable(config, adapters, reallocate_every=options.reallocate_every)
     if reason is not None:
         if config.selection_granularity != "auto":
             refuse(config.selection_granularity, reason)
         return None, reason if config.max_trainable_parameters is not None else None
-    budget = make_rank_budget(config, adapters)
+    # Where the budget has room for all components, those that are worth nothing may go all the same.
+    sheds = issubclass(method, RankMethod) and not method.keeps_worthless
+    budget = make_rank_budget(config, adapters, always=sheds)
     if budget is None:
         return None, None
     if all(cost > budget.limits[group] for cost, group in zip(budget.costs, budget.groups, strict=True)):

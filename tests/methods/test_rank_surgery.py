@@ -276,6 +276,40 @@ def test_sora_prunes_what_its_threshold_has_closed() -> None:
         assert site.parameters[1].detach().norm(dim=0).min() > 0
 
 
+def train_until(model: Any, batches: list[Any], steps: int, rate: float = 0.1, **options: Any) -> SelectionRun:
+    """A run up to its choice, by SGD."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    config = make_config(discretize_at=steps, **options)
+    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=steps + 1)
+    make_steps(run, model, batches, optimizer, steps)
+    return run
+
+
+@pytest.mark.parametrize("room", [{"selection_ratio": 1.0}, {"max_trainable_parameters": 10**9}])
+@pytest.mark.parametrize(
+    ("method", "steps", "options"),
+    [("sora", 9, {"gate_learning_rate": 0.1, "threshold": 0.15}), ("alora", 1, {})],
+)
+def test_worthless_components_go_where_there_is_room_for_all(
+    method: str, steps: int, options: dict[str, Any], room: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batches = warm()
+    run = train_until(model, batches, steps, method=method, method_options=options, **room)
+    worth = run.search.method._scores
+    assert run.selection is not None
+    assert 0 < sum(run.selection.ranks) == int((worth > 0).sum()) < len(worth) == sum(run.search.grid.ranks)
+    assert "nothing to choose" not in caplog.text and not run.selection.notes
+
+
+def test_sora_keeps_all_of_equal_gates_where_there_is_room() -> None:
+    tiny = llama()
+    model = get_peft_model(tiny.model, lora(target_modules=tiny.target_modules, task_type=tiny.task_type))
+    options = {"gate_learning_rate": 0.1}  # they get no gradient while `lora_B` is 0
+    run = train_until(model, [tiny.batch], 2, 0.0, method="sora", method_options=options, selection_ratio=1.0)
+    assert len(run.search.method._scores.unique()) == 1
+    assert run.selection is not None and run.selection.ranks == run.search.grid.ranks
+
+
 def test_beamlora_trains_a_softmax_and_puts_strong_components_in_the_place_of_weak_ones() -> None:
     """Against scores that are parameters of the layers, with `torch.optim.Adam`, and a replacement by hand."""
     rate, temperature, every, until = 0.02, 0.05, 4, 20
