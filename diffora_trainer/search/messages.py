@@ -38,7 +38,7 @@ SEARCH_ENDS = (
 
 def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
     """
-    What will happen when, and in what a cap is spent where that may not be what is expected.
+    What will happen when, and in what a budget is spent where that may not be what is expected.
 
     Args:
         schedule ([`~diffora_trainer.core.schedule.Schedule`]): the schedule of the run.
@@ -47,7 +47,8 @@ def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:
         anew (`bool`): whether modules are chosen anew and again.
     """
     reason = search.why_whole_modules
-    spent = "" if reason is None else f" The cap keeps or prunes whole modules, not ranks: {reason}."
+    limit = "budget" if search.config.max_trainable_parameters is None else "cap"
+    spent = "" if reason is None else f" The {limit} keeps or prunes whole modules, not ranks: {reason}."
     return _events(schedule, search, data, anew) + spent
 
 
@@ -64,7 +65,7 @@ def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> st
     if method.trains_gates:
         return (
             f"All modules train until step {prune} of {total}, with a gate for each component ({method.name}); then "
-            "the best components go on alone."
+            f"{_after_gates(search)}."
         )
     if not method.searches:
         begin = f"All modules train until step {prune} of {total}, are then scored"
@@ -85,6 +86,13 @@ def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> st
         + (f", the gates of the unselected modules fade out until step {prune}" if schedule.fades else "")
         + f" of {total}, then the selected modules{stay or ' alone'}."
     )
+
+
+def _after_gates(search: SearchBase) -> str:
+    method, all_stay = search.method, search.everything is not None and not search.config.limits_step
+    if all_stay or method.start_ranks() is not None:
+        return "all modules go on without gates"
+    return f"the {'selected modules' if search.told_budget is None else 'best components'} go on alone"
 
 
 def start_warnings(schedule: Schedule, search: ArchitectureSearch) -> list[str]:

@@ -34,7 +34,7 @@ def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[Rank
     if reason is not None:
         if config.selection_granularity != "auto":
             refuse(config.selection_granularity, reason)
-        return None, reason if config.max_trainable_parameters is not None else None
+        return None, reason
     # Where the budget has room for all components, those that are worth nothing may go all the same.
     sheds = issubclass(method, RankMethod) and not method.keeps_worthless
     budget = make_rank_budget(config, adapters, always=sheds)

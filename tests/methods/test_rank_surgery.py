@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import numpy as np
@@ -308,6 +309,39 @@ def test_sora_keeps_all_of_equal_gates_where_there_is_room() -> None:
     run = train_until(model, [tiny.batch], 2, 0.0, method="sora", method_options=options, selection_ratio=1.0)
     assert len(run.search.method._scores.unique()) == 1
     assert run.selection is not None and run.selection.ranks == run.search.grid.ranks
+
+
+ALL = "then all modules go on without gates."
+SOME = "then the selected modules go on alone."
+BEST = "then the best components go on alone."
+
+
+@pytest.mark.parametrize(
+    ("options", "said", "reason"),
+    [
+        ({"method": "sora"}, BEST, None),
+        ({"method": "sora", "selection_ratio": 1.0}, BEST, None),
+        ({"method": "sora", "selection_granularity": "module"}, SOME, None),  # as was asked for
+        ({"method": "sora", "selection_unit": "layer"}, SOME, "does not combine with `selection_unit='layer'`"),
+        ({"method": "sora", "selection_unit": "layer", "selection_ratio": 1.0}, ALL, "`selection_unit='layer'`"),
+        ({"method": "sora", "max_step_time": 0.9, "selection_ratio": None}, SOME, "`max_step_time=0.9`"),
+        ({"method": "beamlora"}, ALL, None),
+        ({"method": "beamlora", "selection_ratio": 1.0}, ALL, None),
+        ({"method": "adalora", "selection_unit": "layer"}, "then scored (adalora)", "`selection_unit='layer'`"),
+    ],
+)
+def test_the_log_says_what_a_share_is_spent_in(
+    options: dict[str, Any], said: str, reason: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, batches = half_warm()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    config = make_config(**{"selection_ratio": 0.5, "discretize_at": 30, **options})
+    run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=40)
+    with caplog.at_level(logging.INFO, logger="diffora_trainer"):
+        run.begin()
+    assert said in caplog.text
+    assert ("The budget keeps or prunes whole modules, not ranks: " in caplog.text) == (reason is not None)
+    assert reason is None or reason in caplog.text
 
 
 def test_beamlora_trains_a_softmax_and_puts_strong_components_in_the_place_of_weak_ones() -> None:
