@@ -106,6 +106,16 @@ class BeamLora(RankMethod):
             return None
         return tuple(int(own.sum()) for own in self.split(self._on))
 
+    def doubt_gates(self, steps: int, learning_rate: float) -> str | None:
+        every = self.options.beam_every
+        if every < steps:
+            return None
+        return (
+            f"`method='beamlora'` replaces weak components every {every} steps (`beam_every`), so no component is "
+            f"replaced before the choice at step {steps}. Please pass a smaller `beam_every` in `method_options`, or "
+            "a later `discretize_at`."
+        )
+
     def inspect(self, model: Any, sites: Sequence[Site]) -> None:
         super().inspect(model, sites)
         # A single component has no other one to take its place.

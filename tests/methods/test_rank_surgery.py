@@ -344,6 +344,17 @@ def test_the_log_says_what_a_share_is_spent_in(
     assert reason is None or reason in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("options", "until", "warned"), [({}, 20, True), ({}, 21, False), ({"beam_every": 4}, 5, False)]
+)
+def test_beamlora_warns_where_the_choice_comes_before_any_replacement(
+    options: dict[str, Any], until: int, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = train_gated(*half_warm(), 1, until, method="beamlora", **options)
+    assert ("no component is replaced before the choice at step 20" in caplog.text) == warned
+    assert warned == (run.search.method.options.beam_every >= until)
+
+
 def test_beamlora_trains_a_softmax_and_puts_strong_components_in_the_place_of_weak_ones() -> None:
     """Against scores that are parameters of the layers, with `torch.optim.Adam`, and a replacement by hand."""
     rate, temperature, every, until = 0.02, 0.05, 4, 20
