@@ -35,11 +35,27 @@ class DifferentialAdaptationMatrix(GradientMethod):
     def create(  # type: ignore[override]
         cls, relaxation: str | Budget, budget: object, learning_rate: float | None = None, seed: int = 0
     ) -> SelectionMethod:
-        """Deprecated: `get_method(name)(budget, learning_rate, seed)`."""
+        """
+        Deprecated: `get_method(name)(budget, learning_rate, seed)`.
+
+        Raises:
+            ValueError: if the method learns no matrix.
+            TypeError: if `budget` is none.
+        """
         if isinstance(relaxation, Budget):  # as any method is made
             return super().create(relaxation, budget, seed)
         found = get_method("diffora" if relaxation == "budget" else relaxation)
-        assert issubclass(found, GradientMethod) and isinstance(budget, Budget)
+        if not issubclass(found, GradientMethod):
+            raise ValueError(
+                f"You passed {relaxation!r} to `DifferentialAdaptationMatrix.create`, which makes methods that learn "
+                f"gates, but {relaxation!r} scores the modules. Please make it with "
+                f"`get_method({relaxation!r})(budget)`, from `diffora_trainer.methods.registry`."
+            )
+        if not isinstance(budget, Budget):
+            raise TypeError(
+                f"`budget` must be a `Budget`, got {type(budget).__name__}. Please pass one, from "
+                "`diffora_trainer.core.budget`."
+            )
         return found(budget, learning_rate, seed)
 
     def choose(self) -> Tensor:
