@@ -139,7 +139,7 @@ class Gates:
             ValueError: if there are values and the gates are not on the model, where these would change nothing.
         """
         if values is not None:
-            self._check_attached()
+            self.check_attached()
         before = self._training, self._evaluation
         self._training = self._evaluation = self._split(values)
         try:
@@ -155,7 +155,7 @@ class Gates:
         Raises:
             ValueError: if the gates are not on the model, where this would change nothing.
         """
-        self._check_attached()
+        self.check_attached()
         before = self._masks
         self.set_masks(masks)
         try:
@@ -163,11 +163,13 @@ class Gates:
         finally:
             self.set_masks(before)
 
-    def _check_attached(self) -> None:
+    def check_attached(self) -> None:
+        """Raise a `ValueError` if the gates are not on the model, where no value of theirs has an effect."""
         if not self.attached:
             raise ValueError(
-                "The gates of this search are not on the model, so nothing can be measured under them. Please call "
-                "its `begin()` first (a run does so in its first `before_step()`); after the pruning they are gone."
+                "The gates of this search are not on the model, so nothing can be measured under them, and setting "
+                "them changes nothing. Please call its `begin()` first (a run does so in its first `before_step()`); "
+                "after `finish()` and after the pruning they are gone."
             )
 
     def _changed(self) -> None:

@@ -92,6 +92,7 @@ def describe(args: PlanArguments, model_args: Any, config: DiffoRAConfig) -> lis
     from peft import get_peft_model
     from transformers import AutoConfig
 
+    from ..search.base import choice_of
     from ..search.search import ArchitectureSearch
     from ..serving.loading import model_class, on_meta
 
@@ -118,7 +119,7 @@ def describe(args: PlanArguments, model_args: Any, config: DiffoRAConfig) -> lis
         lines += [("Ranks", text), ("Kept", f"at most {limit:,} LoRA parameters")]
     elif search.rank_plan is not None:
         ranks = search.ranks
-        before, after = _parameters(grid, ranks), _parameters(grid, search.choice()[1])
+        before, after = _parameters(grid, ranks), _parameters(grid, choice_of(search)[1])
         sizes = f"{after:,} LoRA parameters to the end" if before == after else f"{before:,} LoRA parameters"
         lines.append(("Ranks", f"{min(ranks)} to {max(ranks)} from the start, {sizes}"))
         if before != after:

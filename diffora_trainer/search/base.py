@@ -58,6 +58,7 @@ class SearchBase(GatedModel):
             self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
         self.trained_before = False  # known once the weights are there: see `settle_ranks`
         self.kept: Tensor | None = None
+        self._told: tuple[tuple[int, ...], ...] = ()
         self.ranks: tuple[int, ...] = self.grid.ranks
         if self.rank_plan is not None:
             self.set_ranks(self.rank_plan.start)
@@ -231,23 +232,34 @@ class SearchBase(GatedModel):
         losses = self.held_out_losses(batches)
         self.early_losses = tuple(losses.tolist()) if bool(losses.isfinite().any()) else ()
 
-    def choice(self) -> tuple[Tensor, tuple[int, ...]]:
+    def commit(self, kept: Tensor, ranks: tuple[int, ...]) -> None:
         """
-        What a pruning would leave now: which entries of the method, bools, and the ranks of the modules, 0 for one
-        that goes.
+        Make a choice the final one.
+
+        Args:
+            kept (`Tensor` of dtype `torch.bool`): which entries of the method stay.
+            ranks (`tuple[int, ...]`): the ranks of the modules.
+
+        Raises:
+            ValueError: if the method says itself which components stay, and these are of other modules.
         """
+        if self.told_budget is not None:
+            told = self.method.kept_components()
+            if kept.tolist() != [bool(own) for own in told]:
+                raise ValueError(
+                    f"You passed a choice of modules with `method={self.method.name!r}`, which says itself which "
+                    "components of each it keeps, and by its scores these are of other modules. Please restore them "
+                    "first (`method.load_state_dict`), or let the method choose: `discretize()`."
+                )
+            self._told = told
+        self.kept = kept
         if self.rank_plan is not None:
-            if self.kept is not None:
-                return self.kept, self.ranks
-            return self.rank_plan.choose(self.method, evident=self.confidence.beyond_chance)
-        if self.kept is not None:
-            kept, ranks = self.kept, self.ranks
-        elif self.told_budget is not None:
-            ranks = tuple(map(len, self.method.kept_components()))
-            kept = torch.tensor(ranks) > 0
-        else:
-            kept, ranks = self.method.discretize(), self.grid.ranks
-        return kept, tuple(rank if keep else 0 for rank, keep in zip(ranks, kept.tolist(), strict=True))
+            self.set_ranks(ranks)
+
+    @property
+    def told_components(self) -> tuple[tuple[int, ...], ...]:
+        """Which components stay, of a method that says so itself: from the choice on those that it said then."""
+        return self.method.kept_components() if self.kept is None else self._told
 
     @property
     def keeps_function(self) -> bool:
@@ -255,7 +267,7 @@ class SearchBase(GatedModel):
         if self.freezes or self.rank_plan is None:
             return self.freezes
         before = self.rank_plan.masks(None, self.rank_plan.start, faded=0.0)
-        after = self.rank_plan.masks(*self.choice(), faded=1.0)
+        after = self.rank_plan.masks(*choice_of(self), faded=1.0)
         return all(
             own is other if own is None or other is None else torch.equal(own, other)
             for own, other in zip(before, after, strict=True)
@@ -264,7 +276,25 @@ class SearchBase(GatedModel):
     def kept_components(self, kept: Tensor, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Which components a choice leaves of each module; nothing if they are the first ones of all."""
         if self.told_budget is not None:
-            found = self.method.kept_components()
+            found = self.told_components
         else:
             found = () if self.components is None else self.components.indices(kept, ranks)
         return () if all(own == tuple(range(len(own))) for own in found) else found
+
+
+def choice_of(search: SearchBase) -> tuple[Tensor, tuple[int, ...]]:
+    """
+    What a pruning would leave now: which entries of the method, bools, and the ranks of the modules, 0 for one that
+    goes.
+    """
+    kept, ranks = search.kept, search.grid.ranks
+    if search.rank_plan is not None:
+        if kept is not None:
+            return kept, search.ranks
+        return search.rank_plan.choose(search.method, evident=search.confidence.beyond_chance)
+    if search.told_budget is not None:
+        ranks = tuple(map(len, search.told_components))
+        return torch.tensor(ranks) > 0, ranks
+    if kept is None:
+        kept = search.method.discretize()
+    return kept, tuple(rank if keep else 0 for rank, keep in zip(ranks, kept.tolist(), strict=True))

@@ -17,7 +17,7 @@ from ..core.costs import StepCost, StepCosts
 from ..core.selection import Selection
 from ..core.text import short_names
 from ..methods.base import SelectionMethod
-from .base import SearchBase
+from .base import SearchBase, choice_of
 from .diagnosis import TRAINED_BEFORE, Evidence, doubts
 
 
@@ -27,7 +27,7 @@ _MAX_LOGGED_KINDS = 16
 def make_selection(search: SearchBase, step: int | None) -> Selection:
     """See [`ArchitectureSearch.select`]."""
     method, grid, config = search.method, search.grid, search.config
-    chosen, ranks = search.choice()
+    chosen, ranks = choice_of(search)
     kept, confidence = [rank > 0 for rank in ranks], search.confidence
     # A selected module goes on under the gate that its weights were trained for; an unselected one may become the
     # start of a shared pair, and then acts on modules that it was not trained for: its small relaxed gate fits.

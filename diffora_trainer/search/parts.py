@@ -70,7 +70,7 @@ class RunParts:
         return self.search.gates.attached
 
     @property
-    def finished(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether the loop should end: the modules are chosen, and nothing else was asked for (`search_only`)."""
         return self.config.search_only and self.selection is not None
 

@@ -9,6 +9,7 @@ from ..adapters.pruning import apply_selection
 from ..core.costs import StepCosts
 from ..core.selection import Selection
 from . import messages
+from .base import choice_of
 from .held_out import batch_to_measure
 from .measured import paired_means
 from .parts import RunParts
@@ -47,10 +48,11 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
             "cannot be repeated. Please fix the cause of the first error, and resume from a checkpoint."
         )
     search, held_out = run.search, run.held_out
+    decided = search.kept is not None
     before = None
     # Where gates have faded out, all modules were measured right before that.
-    before_fading = None if search.kept is None or search.effect is None else search.effect.after
-    if held_out.comparable and search.kept is None and search.method.searches:  # a score need not rest on it
+    before_fading = search.effect.after if decided and search.effect is not None else None
+    if held_out.comparable and not decided and search.method.searches:  # a score need not rest on it
         search.measure_effect(held_out.sample(gap_batches))  # first: the choice rests on it
     if held_out.comparable and not search.keeps_function:
         before = search.held_out_losses(held_out.sample(gap_batches), relaxed=True)
@@ -64,7 +66,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         selection = run.reallocation.finish(run.step)
     for site in search.adapters.sites:  # a method may have put gates into their weights
         site.rescale_moments(run.optimizer)
-    if search.kept is None:
+    if not decided:
         open_components(run)
     apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
     search.runtime.after_prune()
@@ -96,7 +98,7 @@ def open_components(run: RunParts) -> None:
     search = run.search
     if search.rank_plan is None:
         return
-    opened = search.rank_plan.opened(*search.choice())
+    opened = search.rank_plan.opened(*choice_of(search))
     for site, new, start in zip(search.adapters.sites, opened, search.rank_plan.start, strict=True):
         if new:
             for dim, weight in enumerate(site.parameters):  # rows of `lora_A` and columns of `lora_B`

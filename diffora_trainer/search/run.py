@@ -17,7 +17,9 @@ from ..logging import get_logger
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
 from . import messages
+from .base import choice_of
 from .batches import Batches, as_batches, own_copy, without_labels
+from .deprecated import OldRunNames
 from .early import decide_early
 from .held_out import GAP_BATCHES, batch_to_measure
 from .measured import LossFunction
@@ -33,7 +35,7 @@ from .trained_gates import TrainedGates, check_rate, rate_of_weights
 logger = get_logger(__name__)
 
 
-class SelectionRun(RunParts):
+class SelectionRun(OldRunNames, RunParts):
     """
     Chooses the modules of a model that deserve a LoRA while a training loop trains it, prunes the others at a set
     step, and lets the loop go on with the chosen ones.
@@ -46,7 +48,7 @@ class SelectionRun(RunParts):
         optimizer.step()
         optimizer.zero_grad()
         run.after_step()
-        if run.finished:  # with `search_only=True`, once the modules are chosen
+        if run.should_stop:  # with `search_only=True`, once the modules are chosen
             break
     print(run.selection.table())
     ```
@@ -289,7 +291,7 @@ class SelectionRun(RunParts):
             self._report = {"diffora/held_out_loss_before_fade_out": self.search.effect.after}
         self.search.discretize()
         in_ranks = self.search.rank_plan is not None
-        self._say(messages.discretized(self.step, self.search.choice()[1], self.schedule, in_ranks))
+        self._say(messages.discretized(self.step, choice_of(self.search)[1], self.schedule, in_ranks))
         open_components(self)
 
     def _prune(self) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,14 +20,15 @@ from ..logging import get_logger
 from ..methods.base import GradientMethod
 from ..methods.build import check_score_function
 from ..methods.context import ScoreFunction, bounded
-from .base import SearchBase
+from .base import SearchBase, choice_of
 from .batches import NO_LABELS, without_labels
 from .bilevel import ArchitectureGradient
-from .deprecated import OldNames
+from .deprecated import OldNames, old_runtime
 from .measured import LossFunction
 from .outcome import check_adapters, make_selection, search_metrics
 from .runtime import Runtime
 from .scoring import score_sites, try_out
+from .told_ranks import faded_masks
 
 
 logger = get_logger(__name__)
@@ -43,6 +43,13 @@ class ArchitectureSearch(OldNames, SearchBase):
     the matrix on held-out batches. An architecture step touches neither the weights, nor their gradients, nor any
     random stream of PyTorch, NumPy or Python.
 
+    Three calls concern the choice:
+
+    - [`select`] looks: it returns the selection that a pruning would carry out now, and changes nothing.
+    - [`discretize`] commits: the choice is final. The gates stay on the model, and may fade out ([`fade_out`]).
+    - [`finish`] commits, if that is still to be done, takes the gates off and returns the selection. It is called
+      once; [`apply_selection`] then carries it out.
+
     Args:
         model (`PeftModel`): a model with an active LoRA adapter.
         config ([`DiffoRAConfig`], *optional*): the options; what concerns a schedule and data is not read.
@@ -52,8 +59,8 @@ class ArchitectureSearch(OldNames, SearchBase):
         score_function (`Callable`, *optional*): for `method="custom"`: `score_function(model, batches)` gives a
             dictionary from the name of each LoRA module to its score; higher is kept.
         runtime ([`~diffora_trainer.search.runtime.Runtime`], *optional*): several processes and a loss scaler.
-        reduce (`Callable`, *optional*): `Runtime.reduce`, if that is all that is needed of one.
-        loss_scale (`Callable`, *optional*): `Runtime.loss_scale`, likewise.
+        reduce (`Callable`, *optional*): deprecated, pass `runtime=Runtime(reduce=...)`.
+        loss_scale (`Callable`, *optional*): deprecated, pass `runtime=Runtime(loss_scale=...)`.
 
     Attributes:
         grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
@@ -87,8 +94,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         _check_arguments(config, loss_fn)
         config = config or DiffoRAConfig()
         check_score_function(config, score_function)
-        changed: dict[str, Any] = {"reduce": reduce, "loss_scale": loss_scale}
-        runtime = replace(runtime or Runtime(), **{k: v for k, v in changed.items() if v is not None})
+        runtime = old_runtime(runtime or Runtime(), reduce=reduce, loss_scale=loss_scale)
         adapters = AdapterGrid.from_model(model, adapter_name)
         if config.limits_step:
             check_backward_ends_early(model, [p for site in adapters.sites for p in site.parameters])
@@ -97,6 +103,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         self._score_function = score_function
         self._gradient = ArchitectureGradient(model, self.gates, self.loss, self.runtime.loss_scale, self.split)
         self._fading: Tensor | None = None
+        self._finished = False
 
     @property
     def adapter_name(self) -> str:
@@ -143,7 +150,9 @@ class ArchitectureSearch(OldNames, SearchBase):
 
         Raises:
             TypeError: if the method leaves the gates open and its class does not say so.
+            ValueError: if the gates are not on the model: before [`begin`] and after [`finish`].
         """
+        self.gates.check_attached()
         self.gates.set_training(self.training_gates())
 
     def training_gates(self) -> Tensor | None:
@@ -161,18 +170,24 @@ class ArchitectureSearch(OldNames, SearchBase):
 
     def fade_out(self, progress: float) -> None:
         """
-        Set the gates of the modules that will go, for training and evaluation. Those that stay are left open.
+        Set the gates of what will go, modules or components, for training and evaluation. Those of what stays are left
+        open.
 
         Args:
             progress (`float`): 0 leaves all gates open, at 1 the model computes what it will after the pruning.
 
         Raises:
-            ValueError: if the choice is not made yet.
+            ValueError: if the choice is not made yet, or the gates are not on the model: before [`begin`] and after
+                [`finish`].
         """
         if self.kept is None:
             raise ValueError("Nothing can fade out before the choice is made: call `discretize` first.")
+        self.gates.check_attached()
         if self.rank_plan is not None:
             self.set_ranks(self.ranks, progress)
+            return
+        if self.told_budget is not None:
+            self.gates.set_masks(faded_masks(self.method, self.grid.ranks, self.told_components, progress))
             return
         self._fading = torch.ones(len(self.kept), dtype=torch.float32).masked_fill(~self.kept, 1.0 - progress)
         self.gates.set_evaluation(self._fading)
@@ -269,8 +284,8 @@ class ArchitectureSearch(OldNames, SearchBase):
 
     def discretize(self, kept: Tensor | None = None) -> Tensor:
         """
-        Make the choice, ahead of the pruning: what the method learns from here on does not change it any more.
-        [`fade_out`] then closes the gates of the unselected modules.
+        Commit to the choice, ahead of the pruning: what the method learns from here on does not change it any more.
+        The gates stay on the model; [`fade_out`] then closes those of the unselected modules.
 
         Args:
             kept (`Tensor` of dtype `torch.bool`, *optional*): a choice that was made before, when a run is resumed.
@@ -279,17 +294,16 @@ class ArchitectureSearch(OldNames, SearchBase):
             `Tensor` of dtype `torch.bool`: which modules stay, or which components (see `selection_granularity`).
 
         Raises:
-            ValueError: on every process, if they would not all keep the same modules.
+            ValueError: on every process, if they would not all keep the same modules; if `kept` is not what a method
+                keeps that gives ranks.
         """
         ranks = self.ranks
         if kept is None:
-            kept, ranks = self.choice()
+            kept, ranks = choice_of(self)
             self.check_choice(kept, ranks)
         else:
             self.check_choice(kept)
-        self.kept = kept
-        if self.rank_plan is not None:
-            self.set_ranks(ranks)
+        self.commit(kept, ranks)
         return kept
 
     def select(self, step: int | None = None) -> Selection:
@@ -298,21 +312,28 @@ class ArchitectureSearch(OldNames, SearchBase):
 
     def finish(self, step: int | None = None) -> Selection:
         """
-        Discretize the matrix and take the gates off the model. What is kept is decided here; to carry it out, pass the
-        result to [`apply_selection`]. What makes the choice doubtful is logged as a warning, and stands in the
+        Commit to the choice, if [`discretize`] has not, and take the gates off the model. To carry the choice out,
+        pass the result to [`apply_selection`]. What makes it doubtful is logged as a warning, and stands in the
         selection's `notes`.
 
         Args:
             step (`int`, *optional*): present optimizer step, for the record.
 
         Raises:
-            ValueError: on every process, if they would not all keep the same modules.
+            ValueError: on every process, if they would not all keep the same modules; if it was called before.
         """
+        if self._finished and not self.gates.attached:
+            raise ValueError(
+                "You called `finish` a second time, but this search has ended: the gates are off the model, and what "
+                "belongs into the weights was put there. Please use the selection that the first call returned."
+            )
         selection = self.select(step)
         self.check_choice(torch.tensor(selection.kept), (*selection.ranks, *selection.components))
-        self.gates.detach()
         if self.kept is None:
-            self.method.before_pruning(self.adapters.sites)
+            self.commit(*choice_of(self))
+        self._finished = True
+        self.gates.detach()
+        self.method.before_pruning(self.adapters.sites)  # once the gates are off, or they would act twice
         if is_main_process():
             for note in selection.notes:
                 logger.warning(note)

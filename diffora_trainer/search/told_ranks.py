@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from ..adapters.base import AdapterSite
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
 from ..core.ranks import RankBudget
+from ..methods.base import SelectionMethod
 from ..methods.build import method_of
 from ..methods.context import wide
 from ..methods.ranks import RankMethod, rows_and_columns
@@ -76,3 +80,25 @@ def check_not_cancelling(sites: Sequence[AdapterSite], method: str) -> None:
                 "of them would change what the model computes. Please leave `init_lora_weights` out, or pass "
                 "`selection_granularity='module'`."
             )
+
+
+def faded_masks(
+    method: SelectionMethod, ranks: Sequence[int], kept: Sequence[Sequence[int]], faded: float
+) -> list[Tensor]:
+    """
+    What each component of an adapter is multiplied with while those that the method does not keep fade out: `(r,)` for
+    each module.
+
+    Args:
+        method ([`~diffora_trainer.methods.base.SelectionMethod`]): the method, whose own gates go on to act.
+        ranks (`Sequence[int]`): the ranks of the adapters.
+        kept (`Sequence[Sequence[int]]`): the components of each that stay.
+        faded (`float`): how far the others have faded out, in [0, 1].
+    """
+    gates = method.component_gates() if method.trains_gates else [torch.ones(rank) for rank in ranks]
+    masks = []
+    for own, stays in zip(gates, kept, strict=True):
+        mask = torch.full((len(own),), 1.0 - faded, dtype=torch.float32)
+        mask[list(stays)] = 1.0
+        masks.append(own.float() * mask)
+    return masks

@@ -29,7 +29,7 @@ class SessionCallback(TrainerCallback):
             loader.set_epoch(int(state.epoch or 0))
         if self.session.begin(kwargs["model"], kwargs.get("optimizer"), kwargs.get("lr_scheduler"), state):
             _after_pruning(state, control)
-        if self.session.finished:  # the loop looks at this once it has asked for batches, and is given none
+        if self.session.should_stop:  # the loop looks at this once it has asked for batches, and is given none
             control.should_training_stop = True
 
     def on_epoch_begin(
@@ -42,7 +42,7 @@ class SessionCallback(TrainerCallback):
     ) -> None:
         if self.session.after_step(state.global_step):
             _after_pruning(state, control)
-        if self.session.finished:
+        if self.session.should_stop:
             control.should_training_stop = True
 
     def on_train_end(

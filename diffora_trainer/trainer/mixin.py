@@ -218,7 +218,7 @@ class DiffoRAMixin(_Base):
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
         """The parent's batches of an optimizer step; none if the run is to end before its first step."""
-        if self._session.in_loop and self._session.finished:
+        if self._session.in_loop and self._session.should_stop:
             return [], None
         return super().get_batch_samples(*args, **kwargs)
 

@@ -120,7 +120,7 @@ class TrainerSession:
         return selection if isinstance(model, PeftModel) and is_described(model, selection) else None
 
     @property
-    def finished(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether training should end: the modules are chosen, and nothing else was asked for (`search_only`)."""
         return self.config.search_only and self.selection is not None
 
@@ -182,7 +182,7 @@ class TrainerSession:
         if not self.in_loop:
             return False
         self.in_loop = False
-        if state.global_step == self._first_step < state.max_steps and not self.finished:
+        if state.global_step == self._first_step < state.max_steps and not self.should_stop:
             self._refuse_no_step(state)
         if self.run is not None:
             self.run.finish()

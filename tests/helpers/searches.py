@@ -17,6 +17,7 @@ from diffora_trainer.core.budget import Budget
 from diffora_trainer.methods.base import GradientMethod
 from diffora_trainer.methods.ranks import RankMethod
 from diffora_trainer.methods.registry import register_method, unregister_method
+from diffora_trainer.search.runtime import Runtime
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.trainers import lora
@@ -81,8 +82,10 @@ def make_steps(run: SelectionRun, model: Any, batches: list[Any], optimizer: Any
 
 
 def make_search(model: nn.Module, method: str, loss_fn: Any = model_loss, **options: Any) -> ArchitectureSearch:
-    keywords = {name: options.pop(name) for name in ("score_function", "loss_scale", "reduce") if name in options}
-    search = ArchitectureSearch(model, make_config(method=method, **options), loss_fn=loss_fn, **keywords)
+    function = options.pop("score_function", None)
+    runtime = Runtime(**{name: options.pop(name) for name in ("loss_scale", "reduce") if name in options})
+    config = make_config(method=method, **options)
+    search = ArchitectureSearch(model, config, loss_fn=loss_fn, score_function=function, runtime=runtime)
     search.begin()
     return search
 

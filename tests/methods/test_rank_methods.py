@@ -101,7 +101,7 @@ def test_prilora_rises_linearly_and_keeps_what_reads_most(kind: Any) -> None:
         place = np.argsort(np.argsort(-importance))
         expected.append(weight[grid.rows[site.row]] / (place + 1) + (place == 0))
     close(components(search), expected, rtol=1e-12)
-    ranks = search.choice()[1]
+    ranks = search.select().ranks
     means = [np.mean([r for r, s in zip(ranks, grid.sites, strict=True) if grid.rows[s.row] == row]) for row in rows]
     assert all(before < after for before, after in pairwise(means))
 

@@ -17,6 +17,7 @@ from diffora_trainer import ArchitectureSearch, DiffoRAConfig
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.methods.base import GradientMethod
 from diffora_trainer.methods.build import make_method, module_budget
+from diffora_trainer.search.runtime import Runtime
 from helpers.models import llama
 from helpers.options import make_config
 from helpers.searches import by_hand as scores_by_hand
@@ -207,7 +208,8 @@ def test_scaled_and_reduced_gradients() -> None:
             seen.append(values)
             return values / 2
 
-        search = ArchitectureSearch(toy(), loss_fn=squared_error, reduce=halve, loss_scale=lambda s=scale: s)
+        runtime = Runtime(reduce=halve, loss_scale=lambda s=scale: s)
+        search = ArchitectureSearch(toy(), loss_fn=squared_error, runtime=runtime)
         search.begin()
         seen = gradients_of(search)
         loss = search.step(batch(1))

@@ -17,6 +17,7 @@ from diffora_trainer import ArchitectureSearch, DiffoRAConfig, SelectionRun, app
 from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.search.bilevel import ArchitectureGradient
+from diffora_trainer.search.runtime import Runtime
 from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.marks import mostly_slow
@@ -244,7 +245,9 @@ def fp16_run(searching: bool) -> tuple[Any, Any, torch.amp.GradScaler, Architect
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=3)
-    search = ArchitectureSearch(model, DiffoRAConfig(), loss_fn=fp16_loss, loss_scale=scaler.get_scale)
+    search = ArchitectureSearch(
+        model, DiffoRAConfig(), loss_fn=fp16_loss, runtime=Runtime(loss_scale=scaler.get_scale)
+    )
     search.begin()
     training, held_out = rows(1), rows(2)
     scales = []
@@ -292,7 +295,8 @@ def test_scaled_gradient_is_the_unscaled_one(order: int) -> None:
     scaler.scale(fp16_loss(model, train))  # it makes its state with the first loss
     found, config = [], make_config(arch_order=order)
     for loss, scale in ((loss_of, None), (fp16_loss, scaler.get_scale)):
-        search = ArchitectureSearch(model, config, loss_fn=loss, loss_scale=scale)
+        runtime = Runtime() if scale is None else Runtime(loss_scale=scale)
+        search = ArchitectureSearch(model, config, loss_fn=loss, runtime=runtime)
         search.begin()
         seen = gradients_of(search)
         assert search.step(batch, train, 0.1) is not None

@@ -117,7 +117,7 @@ def test_a_loop_of_one_s_own_is_told() -> None:
     with pytest.raises(ValueError, match=r"SelectionRun has chosen no modules \(yet\).*train first"):
         selected_lora_config(run)
     steps = 0
-    while not run.finished:
+    while not run.should_stop:
         run.before_step()
         model(**tiny.batch).loss.backward()
         optimizer.step()
