@@ -85,6 +85,17 @@ def test_every_option_and_every_public_name_is_documented() -> None:
     assert len(documented) == len(set(documented)) and set(documented) == set(diffora_trainer.__all__)
 
 
+def test_what_a_loop_calls_is_among_the_members_of_its_classes() -> None:
+    found = re.findall(r"^\.\. autoclass:: (\w+)\n   :members: (.+)$", read("docs/api.md"), re.MULTILINE)
+    members = {name: set(listed.split(", ")) for name, listed in found}
+    for name, listed in members.items():
+        assert not {member for member in listed if not hasattr(getattr(diffora_trainer, name), member)}, name
+    page, attributes = read("docs/custom_loop.md"), {"selection", "step", "schedule", "search"}
+    assert set(re.findall(r"\brun\.(\w+)", page)) <= members["SelectionRun"] | attributes
+    shown = {call for row in rows("docs/custom_loop.md") for cell in row for call in re.findall(r"`(\w+)\(", cell)}
+    assert {"select", "discretize", "finish"} <= shown <= members["ArchitectureSearch"]
+
+
 def test_every_option_of_a_single_method_is_documented() -> None:
     """What a method adds to the options of all that search or score, or has another default of."""
     shared = {field.name: field.default for kind in (GradientOptions, ScoreOptions) for field in fields(kind)}
