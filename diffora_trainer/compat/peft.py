@@ -115,6 +115,14 @@ def adapters_disabled(model: Any) -> bool:
     return getattr(model, "_adapters_disabled", False) is True
 
 
+def adapters_in_use(model: Any) -> frozenset[str]:
+    """
+    Names of the adapters of a `PeftModel` that take part in a pass made now, none inside `disable_adapter()`: in all
+    versions `active_adapters` alone names those that are switched off too. Goes with [`adapters_disabled`].
+    """
+    return frozenset(() if adapters_disabled(model) else model.active_adapters)
+
+
 def keep_frozen(layer: Any, adapter_name: str, weights: Collection[str] | None = None) -> None:
     """
     Leave weights of an adapter of one layer frozen where PEFT makes adapters trainable, as it does at the end of each

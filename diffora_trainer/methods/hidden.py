@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import adapters_in_use
 from ..core.grid import OTHER_ROW, Grid
 from .context import ScoreContext, matrices_of, wide
 from .masks import TokenMasks
@@ -73,7 +74,8 @@ def passes_for_states(batches: int, grid: Grid, position: str) -> int:
 def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Tensor]]:
     """
     The states that go into each numbered layer and those that come out, `(rows, size)` in float64 on the CPU: one for
-    each row of the scoring batches.
+    each row of the scoring batches. Passes without the active adapter, as DPO makes for its reference, are left out:
+    they would give each row a second state beside its own.
 
     Args:
         context ([`~diffora_trainer.methods.context.ScoreContext`]): the model and the batches.
@@ -87,8 +89,11 @@ def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Ten
     names = [context.grid.rows[row] for row in numbered_rows(context.grid)]
     masks, auto = TokenMasks(context), [""] * len(names)
     found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
+    in_use = adapters_in_use(context.model)
 
     def note(module: nn.Module, index: int, place: int, value: Any) -> None:
+        if not in_use <= adapters_in_use(context.model):
+            return
         if not isinstance(value, Tensor) or value.ndim != 3:
             what = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(

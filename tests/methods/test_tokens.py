@@ -175,6 +175,36 @@ def test_a_mask_of_samples_is_one_of_states(method: str, caplog: pytest.LogCaptu
     assert "does not fit" not in caplog.text
 
 
+READ_STATES = ["eva", "prilora", "cka", "gelora"]
+
+
+@pytest.mark.parametrize("reference", ["base model", "ref"])
+@pytest.mark.parametrize("method", READ_STATES)
+def test_a_reference_in_the_loss_adds_no_states(method: str, reference: str) -> None:
+    """As of DPO: a pass without the adapter, or with a frozen one, beside that of the model."""
+    model, _ = warm(bert())
+    model.add_adapter("ref", lora(target_modules=["query", "value"], task_type="SEQ_CLS"))
+    batch = {**padded(5), "labels": torch.arange(8) % 2}
+    before, scores = FORMS["dictionary"][1], []
+
+    def beside(model: Any, batch: Any) -> Tensor:
+        with torch.no_grad():
+            if reference == "ref":
+                model.set_adapter("ref")
+                expected = before(model, batch)
+                model.set_adapter("default")
+            else:
+                with model.disable_adapter():
+                    expected = before(model, batch)
+        return before(model, batch) - expected
+
+    for loss_fn in (before, beside):
+        search = make_search(model, method, loss_fn)
+        search.score([batch])
+        scores.append(search.method._scores.clone())  # type: ignore[attr-defined]
+    assert torch.equal(*scores)
+
+
 class Tagger(nn.Module):
     """A model of one's own: tokens that one of transformers has read, two of which it may take together."""
 

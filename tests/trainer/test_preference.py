@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from diffora_trainer import DiffoRAMixin
+from diffora_trainer import DiffoRAConfig, DiffoRAMixin
 from helpers.adapted import lora_layers, wake
 from helpers.checks import adapter, assert_same, assert_was_searched
 from helpers.data import preference_dataset, tiny_tokenizer, vocabulary
@@ -31,14 +31,16 @@ class DiffoRARewardTrainer(DiffoRAMixin, RewardTrainer):
     pass
 
 
-def dpo_trainer(folder: Path, model: nn.Module, config: LoraConfig | None, **overrides: Any) -> Trainer:
+def dpo_trainer(
+    folder: Path, model: nn.Module, config: LoraConfig | None, search: DiffoRAConfig | None = None, **overrides: Any
+) -> Trainer:
     return DiffoRADPOTrainer(
         model=model,
         args=arguments(folder, DPOConfig, **overrides),
         train_dataset=preference_dataset(24),
         processing_class=tiny_tokenizer(),
         peft_config=config,
-        diffora_config=search_config(),
+        diffora_config=search or search_config(),
     )
 
 
@@ -107,6 +109,23 @@ def test_dpo(tmp_path: Path) -> None:
     trainer.train()
     assert_was_searched(trainer)
     assert_saved_adapter_is_the_model(trainer, causal_model(), tmp_path / "saved")
+
+
+def test_scores_by_states_are_those_of_the_policy_alone(tmp_path: Path) -> None:
+    """A reference that the loss takes from the same model adds no points to those of its own."""
+    scores = []
+    for precompute in (False, True):
+        trainer = dpo_trainer(
+            tmp_path,
+            causal_model(attention_dropout=0.0, num_hidden_layers=4),
+            lora(),
+            search_config(method="gelora", arch_split=0.4, discretize_at=3, score_batches=4),
+            precompute_ref_log_probs=precompute,
+            max_steps=4,
+        )
+        trainer.train()
+        scores.append(trainer.selection.scores)
+    assert len(set(scores[1])) > 1 and scores[0] == pytest.approx(scores[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("precompute", [False, True])
