@@ -74,8 +74,8 @@ def passes_for_states(batches: int, grid: Grid, position: str) -> int:
 def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Tensor]]:
     """
     The states that go into each numbered layer and those that come out, `(rows, size)` in float64 on the CPU: one for
-    each row of the scoring batches. Passes without the active adapter, as DPO makes for its reference, are left out:
-    they would give each row a second state beside its own.
+    each row of the scoring batches, or each document of a row that holds several. Passes without the active adapter,
+    as DPO makes for its reference, are left out: they would give each row a second state beside its own.
 
     Args:
         context ([`~diffora_trainer.methods.context.ScoreContext`]): the model and the batches.
@@ -101,7 +101,7 @@ def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Ten
                 "(batch, tokens, size). Please use a method that looks at modules, such as 'snip'."
             )
         where = auto[index] if position == "auto" else position
-        found[index][place].append(_pooled(value.detach(), masks.of(module, value), where))
+        found[index][place].append(_pooled(*masks.documents(module, value.detach()), where))
 
     handles: list[Any] = [masks]
     try:

@@ -1,4 +1,4 @@
-"""Which tokens are padding, by the masks that a model and its parts are called with."""
+"""Which tokens are padding, and which belong together, by what a model and its parts are called with."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from ..compat import calls_around_hooks, feature_mask, is_pretrained
 from ..logging import get_logger
@@ -18,9 +19,9 @@ from .context import ScoreContext
 
 logger = get_logger(__name__)
 
-_NOTED = ("attention_mask", "decoder_attention_mask", "labels")
+_NOTED = ("attention_mask", "decoder_attention_mask", "labels", "position_ids", "cu_seq_lens_q")
 _told: WeakSet[nn.Module] = WeakSet()
-"""Models of which it was said that a mask does not fit."""
+"""Models of which it was said that a mask, or the documents, do not fit."""
 
 
 class TokenMasks:
@@ -108,13 +109,57 @@ class TokenMasks:
         if mask is not None:
             found = _fitted(owner, mask, states)
             if found is None and _are_tokens(states, mask) and not mask.bool().all():
-                self._tell(module, states, mask)
+                what = f"The `attention_mask` that the model was called with, {tuple(mask.shape)}, does"
+                so = "padding tokens would be scored like any others. Please score on batches without padding"
+                self._tell(module, states, what, so)
             return found
         for mask in self._others(module):
             found = _fitted(self._base, mask, states)
             if found is not None:
                 return found
         return None
+
+    def documents(self, module: nn.Module, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """
+        States in which each document has a row of its own, and which of their tokens are not padding (see [`of`]).
+        Rows that hold several, as by `padding_free=True` and `packing=True`, are taken apart where the position ids
+        begin anew, or by `cu_seq_lens_q`; if these do not fit the states, the log says so once. From such rows,
+        documents of one token are left out: no loss depends on them, and padding to a multiple looks like them.
+
+        Args:
+            module (`nn.Module`): the module that reads or returns them.
+            states (`Tensor` of shape `(batch, tokens, size)`): the states.
+        """
+        mask = self.of(module, states)
+        seen = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
+        lengths = self._lengths(module, states, seen)
+        parts = [part for part in states[seen].split(lengths) if len(part) > 1] if lengths else []
+        if not parts:
+            return states, mask
+        apart = pad_sequence(parts, batch_first=True)
+        ends = torch.tensor([len(part) for part in parts], device=states.device)
+        return apart, torch.arange(apart.shape[1], device=states.device) < ends[:, None]
+
+    def _lengths(self, module: nn.Module, states: Tensor, seen: Tensor) -> list[int]:
+        """How many tokens the documents have, if a row holds several, of those that are not padding."""
+        calls: list[Mapping[str, Any]] = [
+            self._calls[owner] for owner in self._owners.get(module, []) if owner in self._calls
+        ]
+        calls += [self.batch] if isinstance(self.batch, Mapping) else []
+        for positions in (call.get("position_ids") for call in calls):
+            if not isinstance(positions, Tensor) or positions.shape != seen.shape:
+                continue
+            if lengths := _lengths_by_positions(positions.to(seen.device), seen):
+                return lengths
+        for borders in (call.get("cu_seq_lens_q") for call in calls):
+            if not isinstance(borders, Tensor):
+                continue
+            if int(borders[-1]) == int(seen.sum()):
+                return borders.diff().tolist() if len(borders) > len(seen) + 1 else []
+            what = f"The documents of a batch (`cu_seq_lens_q`, of {int(borders[-1])} tokens) do"
+            so = "all documents of a row would be scored as one. Please score on batches with one document a row"
+            self._tell(module, states, what, so)
+        return []
 
     def _mask_at(self, module: nn.Module, states: Tensor) -> tuple[nn.Module, Tensor | None]:
         """The mask of the part of the model in which a module stands, and that part."""
@@ -159,16 +204,27 @@ class TokenMasks:
             found.append(self.batch.get(name))
         return next((value for value in found if isinstance(value, Tensor) and value.ndim == 2), None)
 
-    def _tell(self, module: nn.Module, states: Tensor, mask: Tensor) -> None:
+    def _tell(self, module: nn.Module, states: Tensor, what: str, so: str) -> None:
         if self._base in _told:
             return
         _told.add(self._base)
         name = next((name for name, other in self._base.named_modules() if other is module), "")
         logger.warning(
-            f"The `attention_mask` that the model was called with, {tuple(mask.shape)}, does not fit the states "
-            f"{tuple(states.shape)} at {name!r}, so padding tokens would be scored like any others. Please "
-            "score on batches without padding, or use a method that reads no states, such as 'snip'."
+            f"{what} not fit the states {tuple(states.shape)} at {name!r}, so {so}, or use a method that reads no "
+            "states, such as 'snip'."
         )
+
+
+def _lengths_by_positions(positions: Tensor, seen: Tensor) -> list[int]:
+    """Of position ids, `(batch, tokens)`, of which a row holds several runs: how long all of these are."""
+    rows, own = seen.nonzero()[:, 0], positions[seen]
+    if not len(own):
+        return []
+    first = positions.gather(1, seen.int().argmax(dim=1, keepdim=True))[rows, 0]
+    begins = own == first
+    begins[1:] |= (own[1:] < own[:-1]) | (rows[1:] != rows[:-1])
+    borders = [*begins.nonzero()[:, 0].tolist(), len(own)]
+    return torch.tensor(borders).diff().tolist() if len(borders) > len(rows.unique()) + 1 else []
 
 
 def _fitted(owner: nn.Module, mask: Tensor, states: Tensor) -> Tensor | None:

@@ -205,6 +205,47 @@ def test_a_reference_in_the_loss_adds_no_states(method: str, reference: str) -> 
     assert torch.equal(*scores)
 
 
+def packed(batch: dict[str, Tensor], told: str) -> dict[str, Tensor]:
+    """All rows in one, as without padding, and how the batch tells where one ends."""
+    mask = batch["attention_mask"].bool()
+    ids, rows = batch["input_ids"][mask], mask.nonzero()[:, 0]
+    found = {"input_ids": ids[None], "labels": batch["labels"][mask][None]}
+    if told == "position_ids":
+        positions = (mask.cumsum(dim=1) - 1)[mask]
+        ends = torch.zeros(1, 4, dtype=torch.long)  # padded to a multiple, as TRL does it
+        found = {name: torch.cat([value, ends + 9], dim=1) for name, value in found.items()}
+        return {**found, "position_ids": torch.cat([positions[None], ends], dim=1)}
+    # The model is told by a mask; its positions are relative.
+    own = torch.where(rows[:, None] == rows, 0.0, -1e9) + torch.full((len(ids), len(ids)), -1e9).triu(1)
+    borders = torch.cat([torch.zeros(1), mask.sum(dim=1).cumsum(0)]).int()
+    return {**found, "attention_mask": own[None, None], "cu_seq_lens_q": borders}
+
+
+@pytest.mark.parametrize("position", ["auto", "first", "last", "mean"])
+@pytest.mark.parametrize("told", ["position_ids", "cu_seq_lens_q"])
+@pytest.mark.parametrize("method", ["cka", "gelora"])
+def test_documents_of_a_packed_row_are_taken_apart(
+    method: str, told: str, position: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = warm(llama())
+    batch = padded(5)
+
+    def loss_fn(model: Any, batch: Any) -> Tensor:
+        # With a cache, transformers does not keep documents apart.
+        return model(**{key: value for key, value in batch.items() if key != "cu_seq_lens_q"}, use_cache=False).loss
+
+    assert_alike(model, method, [batch, packed(batch, told)], loss_fn, method_options={"position": position})
+    assert "not fit" not in caplog.text
+
+
+def test_documents_that_do_not_fit_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    model, batches = warm(llama())
+    batches = [{**batch, "cu_seq_lens_q": torch.tensor([0, 2, 5])} for batch in batches]
+    make_search(model, "cka").score(batches)
+    assert caplog.text.count("(`cu_seq_lens_q`, of 5 tokens) do not fit the states (2, ") == 1
+
+
 class Tagger(nn.Module):
     """A model of one's own: tokens that one of transformers has read, two of which it may take together."""
 

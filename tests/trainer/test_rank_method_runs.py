@@ -17,7 +17,7 @@ from helpers.checks import assert_continues
 from helpers.data import classification_dataset
 from helpers.marks import mostly_slow
 from helpers.models import llama_classifier
-from helpers.trainers import CUT, VOCABULARY, causal_model, classifier, lora, saving_trainer
+from helpers.trainers import CUT, VOCABULARY, causal_model, classifier, lora, make_trainer, saving_trainer
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -118,3 +118,14 @@ def test_choice_before_the_first_step(method: str, tmp_path: Path) -> None:
     reloaded = PeftModel.from_pretrained(llama_classifier(VOCABULARY).model, str(tmp_path)).eval()
     tiny = classifier("llama")
     torch.testing.assert_close(logits(reloaded, tiny), logits(trainer.model.eval(), tiny), atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["gelora", "cka"])
+def test_rows_in_one_have_the_scores_of_padded_ones(method: str, tmp_path: Path) -> None:
+    scores = []
+    for args in ({}, {"padding_free": True, "max_length": None}):
+        search = {"method": method, "discretize_at": 0, "score_batches": 3, "arch_split": 0.5}
+        trainer = make_trainer(tmp_path, "sft", args={"max_steps": 2, **args}, search=search)
+        trainer.train()
+        scores.append(trainer.selection.scores)
+    assert len(set(scores[0])) > 1 and scores[1] == pytest.approx(scores[0], rel=1e-3)
