@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..compat import SCHEDULER_LISTS, inner_schedulers
+from ..logging import get_logger
 
+
+logger = get_logger(__name__)
 
 NO_LORA_FA = (
     "LoRA-FA (`peft.optimizers.create_lorafa_optimizer`) freezes `lora_A`, and keeps its state by the names of the "
@@ -33,6 +36,37 @@ def check_optimizer(optimizer: Any) -> None:
         )
     if any(cls.__name__ == "LoraFAOptimizer" for cls in found.__mro__):  # by its name: older versions of PEFT lack it
         raise ValueError(f"You passed a `{found.__name__}`. {NO_LORA_FA}")
+
+
+def check_holds(optimizer: Any, model: nn.Module, sites: Iterable[Any]) -> None:
+    """
+    Warn if an optimizer lacks some of the adapter's weights. Nothing is said of one that holds no parameter of the
+    model: it has others in their place (one for each layer, or flattened ones), and what it trains cannot be told.
+
+    Args:
+        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
+        model (`nn.Module`): the model.
+        sites (`Iterable[AdapterSite]`): the sites of its adapter.
+
+    Raises:
+        ValueError: if it has none of them.
+    """
+    if not hasattr(innermost(optimizer), "param_groups"):
+        return
+    held, found = parameters_of(optimizer), type(innermost(optimizer)).__name__
+    trained = {parameter for site in sites for parameter in site.parameters if parameter.requires_grad}
+    if not (missing := trained - held) or held.isdisjoint(model.parameters()):
+        return
+    if missing == trained:
+        raise ValueError(
+            f"The {found} holds none of the {len(trained)} weights of the adapter that are to be trained: it was "
+            "built before the adapter was put in. Please build the model with `get_peft_model` before the optimizer, "
+            "or pass a trainer `optimizer_cls_and_kwargs=` in place of `optimizers=`."
+        )
+    logger.warning(
+        f"The {found} does not hold {len(missing)} of the {len(trained)} weights of the adapter, so it will not train "
+        "them. If that is not meant, please build it of all parameters that require a gradient."
+    )
 
 
 def remove_from_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter], scheduler: Any = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..adapters.optimizer import check_optimizer
+from ..adapters.optimizer import check_holds, check_optimizer
 from ..config import DiffoRAConfig
 from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
@@ -49,6 +49,7 @@ class RunParts:
     def __post_init__(self) -> None:
         check_reduces(self.search.runtime)
         check_optimizer(self.optimizer)
+        check_holds(self.optimizer, self.model, self.search.adapters.sites)
 
     @property
     def config(self) -> DiffoRAConfig:

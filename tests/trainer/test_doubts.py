@@ -15,11 +15,11 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from diffora_trainer import DiffoRAConfig, DiffoRATrainer, Selection
+from diffora_trainer import DiffoRAConfig, DiffoRATrainer, Selection, SelectionRun
 from helpers.adapted import format_1, lora_layers
 from helpers.checks import step_logs
 from helpers.searches import gain_relaxation
-from helpers.trainers import CUT, Probe, causal_model, classifier, lora, make_trainer
+from helpers.trainers import CUT, Probe, causal_model, classifier, lora, make_trainer, search_config
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -45,12 +45,28 @@ def test_learning_rate_of_zero(method: str, tmp_path: Path, caplog: pytest.LogCa
     assert_told(trainer, tmp_path / "saved", caplog, "choice is arbitrary.*gradient of exactly 0 in all 13 gates")
 
 
-def test_optimizer_that_does_not_hold_the_lora(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_optimizer_that_does_not_hold_the_lora_is_refused(tmp_path: Path) -> None:
     model = classifier().model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)  # of the weights that are there before the LoRA
     trainer = make_trainer(tmp_path, model=model, optimizers=(optimizer, None))
-    trainer.train()
-    assert_told(trainer, tmp_path / "saved", caplog, "choice is arbitrary.*optimizer that does not hold the LoRA")
+    with pytest.raises(
+        ValueError, match="holds none of the 26 weights.*`get_peft_model`.*`optimizer_cls_and_kwargs=`"
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    with pytest.raises(ValueError, match="holds none of the 26 weights"):  # in a loop of one's own
+        SelectionRun(trainer.model, optimizer, search_config(), print, [{}], 12)
+
+
+def test_optimizer_that_holds_a_part_of_the_lora(caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(classifier().model, lora(task_type="SEQ_CLS"))
+    part = [weight for name, weight in model.named_parameters() if "lora_B" in name]
+    SelectionRun(model, torch.optim.AdamW(part), search_config(), print, [{}], 12)
+    assert "does not hold 13 of the 26 weights of the adapter" in "".join(warnings_of(caplog))
+    caplog.clear()
+    flat = [torch.nn.Parameter(torch.zeros(8))]  # as tools hold weights that lay them together: nothing can be told
+    SelectionRun(model, torch.optim.AdamW(flat), search_config(), print, [{}], 12)
+    assert not warnings_of(caplog)
 
 
 def test_kernel_that_does_not_call_lora_a(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
