@@ -266,15 +266,17 @@ def read_head(trainer: SearchingTrainer, stream: Any, count: int | None = None) 
         count (`int`, *optional*): how many rows, where the run that is resumed has said so.
 
     Raises:
-        ValueError: if the stream is read by several workers, has no rows, or only one that should be held out.
+        ValueError: if the training stream is read by a worker, or there are no rows, or only one to hold out.
     """
     args, config = trainer.args, trainer.diffora_config
     training = stream is trainer.train_dataset
-    if args.dataloader_num_workers > 1 and training:
+    # Also with a single one: `datasets` seeds the buffers of `shuffle` and what it interleaves anew in each, and those
+    # that are persistent would not hear when the rows are given back.
+    if args.dataloader_num_workers > 0 and training:
         raise ValueError(
-            f"`dataloader_num_workers={args.dataloader_num_workers}` reads the training stream in an order that "
-            "depends on the workers, so its first rows cannot be held out. Please use at most one worker, or pass "
-            "`arch_dataset=` to the trainer."
+            f"`dataloader_num_workers={args.dataloader_num_workers}` reads the training stream in another process, "
+            "whose order may be another one, so its first rows cannot be held out. Please set "
+            "`dataloader_num_workers=0`, or pass `arch_dataset=` to the trainer."
         )
     if training and hasattr(stream, "set_epoch"):
         stream.set_epoch(0)  # as the loop will: a shuffled stream that was read before may be at a later one

@@ -153,11 +153,14 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
         r"arch_dataset.*\['label'\].*same|form of the training set",
     ),
     "endless stream": (lambda: {"train_dataset": stream(), "args": {"max_steps": -1}}, ValueError, "max_steps"),
-    "stream of two workers": (
-        lambda: {"train_dataset": stream(), "args": {"dataloader_num_workers": 2}},
-        ValueError,
-        "dataloader_num_workers=2.*arch_dataset",
-    ),
+    **{
+        f"stream of {count} worker(s)": (
+            partial(lambda count: {"train_dataset": stream(), "args": {"dataloader_num_workers": count}}, count),
+            ValueError,
+            f"dataloader_num_workers={count}.*dataloader_num_workers=0.*arch_dataset",
+        )
+        for count in (1, 2)
+    },
     "empty stream": (
         lambda: {"train_dataset": IterableDataset.from_generator(lambda: iter(()))},
         ValueError,
