@@ -195,10 +195,15 @@ def split_indices(size: int, part: float, seed: int) -> list[int]:
     Raises:
         ValueError: if nothing would be left to train on.
     """
+    if size == 1:
+        raise ValueError(
+            "The training set has one row, which cannot be both held out and trained on. Please pass more rows, or "
+            "`arch_dataset=` to the trainer."
+        )
     held_out = math.ceil(part * size)
     if held_out >= size:
         raise ValueError(
-            f"The training set has {size} row(s), and `arch_split={part}` holds out {held_out} of them, so no data is "
+            f"The training set has {size} rows, and `arch_split={part}` holds out {held_out} of them, so no data is "
             "left to train on. Please use a smaller `arch_split`, more data, or pass `arch_dataset=` to the trainer."
         )
     generator = torch.Generator(device="cpu").manual_seed(seed)

@@ -130,7 +130,11 @@ TRAINER: dict[str, tuple[Callable[[], dict[str, Any]], type[Exception], str]] = 
     # Data
     "no data": (lambda: {"train_dataset": None}, ValueError, "train_dataset=None.*pass a `train_dataset`"),
     "empty data": (lambda: {"train_dataset": rows(2).select([])}, ValueError, "`train_dataset`.*no rows"),
-    "one row": (lambda: {"train_dataset": rows(1)}, ValueError, "1 row.*arch_split=0.1.*more data"),
+    "one row": (
+        lambda: {"train_dataset": rows(1)},
+        ValueError,
+        "has one row.*held out and trained on.*more rows.*arch_dataset",
+    ),
     "data by name": (lambda: {"train_dataset": "a.jsonl"}, TypeError, "train_dataset='a.jsonl'.*load_dataset"),
     "splits": (
         lambda: {"train_dataset": {"train": rows(8)}},
