@@ -49,9 +49,25 @@ def lora_config_of(config: LoraConfig, selection: Selection, where: str) -> Lora
 
 
 def lora_config_of_run(run: object) -> LoraConfig:
-    """The same of a trainer or a run, from its `model` and its `selection`."""
-    selection, model = getattr(run, "selection", None), peft_model(getattr(run, "model", None))
+    """
+    The same of a trainer or a run, from its `model` and its `selection`.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if no modules were chosen yet, or as in [`lora_config_of`].
+    """
     name = type(run).__name__
+    if isinstance(run, Selection):
+        raise TypeError(
+            "You passed a `Selection`, which does not hold the ranks and scales of the LoRA. Please pass the trainer, "
+            "the run, or the folder that it is from."
+        )
+    if not hasattr(run, "selection") or not hasattr(run, "model"):
+        raise TypeError(
+            f"You passed an object of type {name}. `selected_lora_config` takes the folder or the Hub id of a saved "
+            "adapter, a trainer that searches, or a `SelectionRun`. Please pass one of these."
+        )
+    selection, model = run.selection, peft_model(run.model)
     if not isinstance(selection, Selection):
         raise ValueError(
             f"This {name} has chosen no modules (yet): its `selection` is None. Please train first, until the others "

@@ -55,6 +55,7 @@ def selected_lora_config(source: Any) -> LoraConfig:
         `LoraConfig`: of which nothing else holds a reference.
 
     Raises:
+        TypeError: if `source` is none of these, such as a [`Selection`], which lacks ranks and scales.
         ValueError: if no modules were chosen yet, or what was chosen is more than a configuration can say
             (`weight_sharing`, `extra_sites`).
         FileNotFoundError: if a folder lacks what a run saves.

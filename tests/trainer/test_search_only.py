@@ -156,3 +156,8 @@ def test_what_cannot_be_handed_over(tmp_path: Path) -> None:
     plain.selection.save(tmp_path / "other")
     with pytest.raises(ValueError, match="which was not chosen: it is that of another adapter"):
         selected_lora_config(tmp_path / "other")
+    with pytest.raises(TypeError, match="a `Selection`, which does not hold the ranks and scales.*the trainer, the "):
+        selected_lora_config(plain.selection)
+    for other in (None, {"r": 4}, plain.model):
+        with pytest.raises(TypeError, match=f"{type(other).__name__}.*takes .*folder.*trainer.*`SelectionRun`"):
+            selected_lora_config(other)
