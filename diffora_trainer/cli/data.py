@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import glob
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from gzip import BadGzipFile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..logging import get_logger
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+logger = get_logger(__name__)
 
 # How the `datasets` library names the reader of a file, by the end of the file's name; `.gz` may follow.
 FILE_READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 NO_ROWS = "`dataset_name={!r}` has no rows, so nothing can be learned. Please check the file, and how it was made."
+
+_PART = re.compile(r"train(\[.*\])?")
+"""How `datasets` names the one split of a file, or a part of it."""
 
 
 @dataclass
@@ -30,10 +39,10 @@ class DataArguments:
         dataset_config (`str`, *optional*):
             Configuration of the data set. Not used for a file.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
-            Split to train on.
+            Split to train on; of a file `"train"` or a part of it, such as `"train[:50%]"`.
         dataset_test_split (`str`, *optional*, defaults to `"test"`):
-            Split to evaluate on. If the data set has none of this name, `eval_fraction` of the training split is
-            split off for evaluation instead.
+            Split to evaluate on; of a file it may be a part of `"train"` too. If it is that to train on, or the data
+            set has no other one, `eval_fraction` of the training split is split off for evaluation instead.
         eval_fraction (`float`, *optional*, defaults to `0.1`):
             Part of the training split to split off for evaluation when there is no split to evaluate on.
         max_train_samples (`int`, *optional*):
@@ -102,6 +111,8 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
         raise ValueError(NO_ROWS.format(args.dataset_name))
     if args.dataset_test_split in data and args.dataset_test_split != args.dataset_train_split:
         return limit_splits(args, train, data[args.dataset_test_split], seed)
+    if args.dataset_test_split not in data:
+        _check_test_split(args, list(data))
     if not 0 < args.eval_fraction < 1:
         raise ValueError(f"`eval_fraction` must be between 0 and 1, got {args.eval_fraction}.")
     if len(train) < 2:
@@ -113,6 +124,34 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
     return limit_splits(args, parts["train"], parts["test"], seed)
 
 
+def _check_test_split(args: DataArguments, found: list[str]) -> None:
+    """
+    Say what is evaluated on where a data set does not have the split for it. One that somebody named is refused where
+    there are others; a recipe may name one that a user's own file does not have.
+    """
+    name, there = args.dataset_test_split, ", ".join(map(repr, found))
+    if len(found) > 1 and name != type(args).dataset_test_split:
+        raise ValueError(
+            f"The data set has no split {name!r} to evaluate on; it has {there}. Please choose one with "
+            f"`--dataset_test_split`, or {args.dataset_train_split!r} to split off `eval_fraction` of it."
+        )
+    logger.info(
+        f"No split {name!r} (there are {there}): {args.eval_fraction:.0%} of {args.dataset_train_split!r} is split "
+        "off for evaluation."
+    )
+
+
+def _splits_of_file(args: DataArguments) -> list[str]:
+    """The parts of the one split of a file that are trained and evaluated on."""
+    first, second = args.dataset_train_split, args.dataset_test_split
+    if not _PART.fullmatch(first):
+        raise ValueError(
+            f"`dataset_name={args.dataset_name!r}` has no split {first!r}. Please pass `--dataset_train_split` as "
+            "'train', or a part of it, such as `train[:50%]`."
+        )
+    return [first, second] if _PART.fullmatch(second) and second != first else [first]
+
+
 def _load(args: DataArguments, path: Path, reader: str | None) -> Any:
     """A data set as `datasets` reads it; what it says of a file that it cannot read names neither file nor remedy."""
     from datasets import DatasetDict, load_dataset
@@ -120,10 +159,11 @@ def _load(args: DataArguments, path: Path, reader: str | None) -> Any:
 
     name = args.dataset_name
     pattern = glob.escape(str(path.absolute()))  # as which it reads paths: brackets and stars may stand in names
+    parts = [] if reader is None else _splits_of_file(args)
     try:
         if reader is None:
             return load_dataset(name, name=args.dataset_config)
-        return DatasetDict({args.dataset_train_split: load_dataset(reader, data_files=pattern, split="train")})
+        return DatasetDict({part: load_dataset(reader, data_files=pattern, split=part) for part in parts})
     except StopIteration as error:  # from a look at the first rows
         raise ValueError(NO_ROWS.format(name)) from error
     except (DatasetGenerationError, BadGzipFile, EOFError, ValueError) as error:
