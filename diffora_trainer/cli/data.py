@@ -35,7 +35,8 @@ class DataArguments:
 
     Args:
         dataset_name (`str`, *optional*):
-            Hub id or local folder of the data set, or a local .jsonl, .json, .csv or .parquet file.
+            Hub id or local folder of the data set (also one of `Dataset.save_to_disk`), or a local .jsonl, .json, .csv
+            or .parquet file.
         dataset_config (`str`, *optional*):
             Configuration of the data set. Not used for a file.
         dataset_train_split (`str`, *optional*, defaults to `"train"`):
@@ -99,7 +100,10 @@ def load_splits(args: DataArguments, seed: int) -> tuple[Dataset, Dataset]:
         )
     if path.is_file() and not path.stat().st_size:  # each reader says something else of it, and so does each version
         raise ValueError(NO_ROWS.format(args.dataset_name))
-    data = _load(args, path, reader if path.is_file() else None)
+    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
+        data: Any = _load_saved(args)
+    else:
+        data = _load(args, path, reader if path.is_file() else None)
     assert isinstance(data, DatasetDict)
     if args.dataset_train_split not in data:
         raise ValueError(
@@ -150,6 +154,19 @@ def _splits_of_file(args: DataArguments) -> list[str]:
             "'train', or a part of it, such as `train[:50%]`."
         )
     return [first, second] if _PART.fullmatch(second) and second != first else [first]
+
+
+def _load_saved(args: DataArguments) -> Any:
+    """A folder that `Dataset.save_to_disk` has written, which has one split, as a file has."""
+    from datasets import DatasetDict, ReadInstruction, load_from_disk
+
+    data: Any = load_from_disk(str(args.dataset_name))
+    found = {}
+    for name in _splits_of_file(args):
+        parts = ReadInstruction.from_spec(name).to_absolute({"train": len(data)})
+        ranges = [range(part.from_ or 0, len(data) if part.to is None else part.to) for part in parts]
+        found[name] = data.select([index for rows in ranges for index in rows])
+    return DatasetDict(found)
 
 
 def _load(args: DataArguments, path: Path, reader: str | None) -> Any:

@@ -34,11 +34,22 @@ def test_part_of_a_file(file: str) -> None:
     assert splits_of(file, **parts) == [list(range(15)), list(range(15, 20))]
 
 
-def test_split_that_a_file_does_not_have(file: str) -> None:
+@pytest.mark.parametrize("saved", [False, True])
+def test_split_that_a_file_does_not_have(saved: bool, file: str, tmp_path: Path) -> None:
+    if saved:
+        numbered(20).save_to_disk(file := str(tmp_path / "saved"))
     with pytest.raises(
         ValueError, match=r"has no split 'validation'.*'train', or a part of it, such as `train\[:50%\]`"
     ):
         splits_of(file, dataset_train_split="validation")
+
+
+def test_folder_that_was_saved_to_disk(tmp_path: Path) -> None:
+    numbered(20).save_to_disk(folder := str(tmp_path / "saved"))
+    train, test = splits_of(folder)
+    assert len(train) == 18 and sorted(train + test) == list(range(20))
+    parts = {"dataset_train_split": "train[:50%]", "dataset_test_split": "train[-2:]"}
+    assert splits_of(folder, **parts) == [list(range(10)), [18, 19]]
 
 
 def test_split_to_evaluate_on_that_there_is_not(file: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
