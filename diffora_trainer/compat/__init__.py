@@ -85,6 +85,7 @@ from .transformers import (
 )
 from .trl import (
     calls_backward_itself,
+    generates_in_step,
     is_reward_trainer,
     loss_is_of_rows,
     loss_of_training_step,
@@ -140,6 +141,7 @@ __all__ = [
     "is_sentence_transformer",
     "items_in_batch",
     "frozen_adapters",
+    "generates_in_step",
     "is_kept_frozen",
     "keep_frozen",
     "keep_frozen_no_longer",

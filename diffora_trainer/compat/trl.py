@@ -161,6 +161,26 @@ def own_training_step(trainer: Trainer) -> Callable[..., Any] | None:
     return None
 
 
+def generates_in_step(trainer: Trainer) -> bool:
+    """
+    Whether a trainer whose loss is in `compute_loss` generates completions in its `training_step`, and takes the loss
+    of them in the place of those of the batch.
+
+    Read from the names that the function uses, of which one says "generate": in TRL 0.28 to 1.16 that is GKD, in 0.28
+    also GOLD. These two do so in a part of their steps (`lmbda`), and GKD in all of them with `seq_kd`, which both may
+    be off; of others nothing of the kind is known. A mark for it in TRL would let it go.
+    """
+    from transformers import Trainer
+
+    classes = type(trainer).__mro__
+    steps = [vars(cls).get("training_step") for cls in classes[: classes.index(Trainer)] if not _is_ours(cls)]
+    names = {name for step in steps if step is not None for name in _names(inspect.unwrap(step))}
+    if own_training_step(trainer) is not None or not any("generate" in name for name in names):
+        return False
+    switches = [getattr(trainer, name) for name in ("lmbda", "seq_kd") if hasattr(trainer, name)]
+    return not switches or any(switches)
+
+
 def own_training_loop(trainer: type) -> str | None:
     """
     The method by which a class of trainers trains in a loop of its own and not in that of

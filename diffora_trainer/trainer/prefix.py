@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from ..compat import makes_completions, own_training_step, prepare_inputs
+from ..compat import generates_in_step, makes_completions, own_training_step, prepare_inputs
 from ..core.agreement import is_main_process
 from ..core.isolation import replaced
 from ..logging import get_logger
@@ -34,6 +34,12 @@ def check_prefix_cache(trainer: SearchingTrainer) -> None:
         raise ValueError(
             f"You passed `prefix_cache={kind!r}` to {type(trainer).__name__}, which makes the completions that it "
             "trains on, so no row comes again. Please leave it out."
+        )
+    if generates_in_step(trainer):
+        raise ValueError(
+            f"You passed `prefix_cache={kind!r}` to {type(trainer).__name__}, whose `training_step` generates "
+            "completions that it trains on in the place of those in the data, so rows do not come again. Please leave "
+            "it out, or let it generate none (with GKD `lmbda=0.0` and `seq_kd=False`)."
         )
     if trainer.args.world_size > 1:
         raise ValueError(

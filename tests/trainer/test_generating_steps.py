@@ -14,9 +14,10 @@ from trl import GRPOTrainer
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
 from helpers.checks import adapter, assert_same, step_logs
-from helpers.data import tiny_tokenizer
+from helpers.data import chat_dataset, tiny_tokenizer
 from helpers.marks import mostly_slow
 from helpers.models import llama_classifier
+from helpers.parents import of_trl, searching
 from helpers.rollouts import (
     ARCHITECTURE_STEPS,
     KEEP_ALL,
@@ -107,6 +108,32 @@ def test_online_dpo_holds_out_chooses_and_resumes(checkpointing: bool, tmp_path:
 def test_what_a_generating_step_cannot_do_is_refused(options: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         rollout_trainer(tmp_path, OnlineDPOTrainer, **options)
+
+
+def gkd_trainer(folder: Path, search: dict[str, Any], **args: Any) -> Any:
+    parent, config = of_trl("GKD")
+    return searching(parent)(
+        model=causal_model(),
+        teacher_model=causal_model(num_hidden_layers=1).eval(),
+        args=arguments(folder, config, max_new_tokens=4, max_length=64, **args),
+        train_dataset=chat_dataset(8),
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(),
+        diffora_config=search_config(**search),
+    )
+
+
+@pytest.mark.parametrize("args", [{"lmbda": 0.5}, {"lmbda": 0.0, "seq_kd": True}], ids=str)
+def test_what_a_step_that_generates_in_the_place_of_the_data_cannot_do_is_refused(
+    args: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"prefix_cache='memory'.*`training_step` generates.*`lmbda=0.0`"):
+        gkd_trainer(tmp_path, {"prefix_cache": "memory"}, **args)
+
+
+def test_a_step_that_is_told_to_generate_nothing_can_do_all(tmp_path: Path) -> None:
+    trainer = gkd_trainer(tmp_path, {"prefix_cache": "memory"}, lmbda=0.0, seq_kd=False)
+    assert trainer.diffora_config.prefix_cache == "memory"
 
 
 class OwnStepTrainer(Trainer):
