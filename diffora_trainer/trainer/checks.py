@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from ..compat import (
     activation_checkpointing,
     activation_checkpointing_kwargs,
     check_trainer_methods,
+    generates_in_step,
     is_sentence_transformer,
     knows_fsdp2,
     loss_is_of_rows,
@@ -100,6 +102,9 @@ def check_trainer(trainer: SearchingTrainer) -> None:
         )
     if makes_completions(trainer):
         _check_completions(trainer)
+    if generates_in_step(trainer):
+        # Held-out rows have completions, which its losses are of: what is compared of these is not touched by it.
+        check_generation(trainer, "generates in its `training_step`", only=("max_step_time", "max_step_memory"))
     parts = trainer.diffora_config.search_micro_batches
     if parts is None and trainer.diffora_config.max_step_memory is not None and not loss_is_of_rows(trainer):
         logger.warning(
@@ -145,8 +150,18 @@ def _check_completions(trainer: SearchingTrainer) -> None:
         )
 
 
-def check_generation(trainer: SearchingTrainer, why: str) -> None:
-    """Options that compare the loss of several passes, or their times: what is generated is not the same in them."""
+def check_generation(trainer: SearchingTrainer, why: str, only: Container[str] | None = None) -> None:
+    """
+    Options that compare the loss of several passes, or their times: what is generated is not the same in them.
+
+    Args:
+        trainer (`Trainer`): the trainer.
+        why (`str`): what it does, as the end of a sentence.
+        only (`Container[str]`, *optional*): names of the options that this concerns; all of them by default.
+
+    Raises:
+        ValueError: if one of them was set.
+    """
     config, name = trainer.diffora_config, type(trainer).__name__
     method, options = method_of(config)
     refused = {
@@ -172,7 +187,7 @@ def check_generation(trainer: SearchingTrainer, why: str) -> None:
         ),
     }
     for option, (value, instead, reason) in refused.items():
-        if value != instead:
+        if value != instead and (only is None or option in only):
             raise ValueError(
                 f"You passed `{option}={value!r}` to {name}, which {why}: that option {reason}. Please set "
                 f"`{option}={instead!r}`."

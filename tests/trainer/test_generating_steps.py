@@ -124,16 +124,21 @@ def gkd_trainer(folder: Path, search: dict[str, Any], **args: Any) -> Any:
 
 
 @pytest.mark.parametrize("args", [{"lmbda": 0.5}, {"lmbda": 0.0, "seq_kd": True}], ids=str)
+@pytest.mark.parametrize(
+    ("search", "message"),
+    [
+        ({"prefix_cache": "memory"}, r"whose `training_step` generates.*`lmbda=0.0`"),
+        ({"max_step_time": 0.7, "selection_scope": "model"}, r"generates in its `training_step`.*max_step_time=None"),
+        ({"max_step_memory": 0.7, "selection_scope": "model"}, r"generates in.*`max_step_memory=None`"),
+    ],
+)
 def test_what_a_step_that_generates_in_the_place_of_the_data_cannot_do_is_refused(
-    args: dict[str, Any], tmp_path: Path
+    search: dict[str, Any], message: str, args: dict[str, Any], tmp_path: Path
 ) -> None:
-    with pytest.raises(ValueError, match=r"prefix_cache='memory'.*`training_step` generates.*`lmbda=0.0`"):
-        gkd_trainer(tmp_path, {"prefix_cache": "memory"}, **args)
-
-
-def test_a_step_that_is_told_to_generate_nothing_can_do_all(tmp_path: Path) -> None:
-    trainer = gkd_trainer(tmp_path, {"prefix_cache": "memory"}, lmbda=0.0, seq_kd=False)
-    assert trainer.diffora_config.prefix_cache == "memory"
+    with pytest.raises(ValueError, match=message):
+        gkd_trainer(tmp_path, search, **args)
+    trainer = gkd_trainer(tmp_path, search, lmbda=0.0, seq_kd=False)  # which generates nothing
+    assert trainer.diffora_config.to_dict().items() >= search.items()
 
 
 class OwnStepTrainer(Trainer):
