@@ -263,6 +263,11 @@ def _is_reentrant(function: Callable[..., Any]) -> bool:
     Whether a checkpointing function takes the reentrant way, found by trying it: ms-swift puts a function in the place
     of `torch.utils.checkpoint.checkpoint` that does so whatever it is told.
     """
+
+    # PyTorch hands arguments that it does not know to the function, such as TRL's `selective`.
+    def tanh(states: Tensor, **kwargs: Any) -> Tensor:
+        return torch.tanh(states)
+
     with torch.enable_grad():
-        tried = function(nn.Tanh().forward, torch.zeros(1, requires_grad=True))
+        tried = function(tanh, torch.zeros(1, requires_grad=True))
     return "Tanh" not in type(tried.grad_fn).__name__  # but the name of a function around it

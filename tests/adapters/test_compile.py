@@ -168,6 +168,15 @@ def test_trainers_refuse_reentrant_checkpointing(task: str, tmp_path: Path) -> N
     assert trainer.selection is not None and len(steps.found) == 12
 
 
+def test_an_argument_that_pytorch_hands_to_the_layers_is_no_obstacle() -> None:
+    """TRL's trainer takes `selective`, and one of transformers that it does not know may get it as well."""
+    kwargs = {"selective": True, "use_reentrant": False}
+    model, batch = make(lambda base: base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs))
+    search = ArchitectureSearch(model.train(), loss_fn=loss_of)
+    search.begin()
+    assert search.step(batch) is not None
+
+
 def checkpoint_every_second_layer(model: nn.Module, kwargs: dict[str, bool] | None) -> None:
     """Or none. What `activation_checkpointing_enable(kwargs, every_n_layers=2)` does; transformers 5.2 has no such."""
     model.gradient_checkpointing_disable()
