@@ -17,7 +17,8 @@ from trl import SFTTrainer
 from diffora_trainer import DiffoRAMixin, DiffoRATrainer
 from helpers.adapted import lora_layers, wake
 from helpers.checks import adapter, assert_same, step_logs
-from helpers.data import tiny_tokenizer
+from helpers.data import preference_dataset, tiny_tokenizer
+from helpers.parents import of_trl, searching
 from helpers.trainers import arguments, causal_model, classifier, lora, make_trainer, search_config
 
 
@@ -89,6 +90,36 @@ def test_model_of_a_trainer_that_could_not_be_built(task: str, checkpointing: bo
     again.train()
     assert step_logs(again) == step_logs(whole)
     assert_same(adapter(again.model), adapter(whole.model))
+
+
+@pytest.mark.parametrize("wrong", [{"max_trainable_parameters": 1}, {"search_micro_batches": 2}], ids=str)
+def test_adapters_of_a_model_whose_trainer_could_not_be_built(wrong: dict[str, Any], tmp_path: Path) -> None:
+    """TRL adds one for the reference, which may not be there the next time."""
+    trainer, config = of_trl("DPO")
+    model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
+    model.add_adapter("other", lora())
+    model.set_adapter("default")
+    as_given = [(name, parameter, parameter.requires_grad) for name, parameter in model.named_parameters()]
+
+    def build(**search: Any) -> Any:
+        return searching(trainer)(
+            model=model,
+            args=arguments(tmp_path, config),
+            train_dataset=preference_dataset(24),
+            processing_class=tiny_tokenizer(),
+            diffora_config=search_config(**search),
+        )
+
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        build(**wrong)
+    assert set(model.peft_config) == {"default", "other"} and model.active_adapters == ["default"]
+    assert all(
+        (name, p.requires_grad) == (known, grad) and p is parameter
+        for (name, p), (known, parameter, grad) in zip(model.named_parameters(), as_given, strict=True)
+    )
+    trainer = build()
+    trainer.train()
+    assert trainer.selection.selected
 
 
 def test_model_whose_weights_a_start_has_changed_is_refused_again(tmp_path: Path) -> None:
