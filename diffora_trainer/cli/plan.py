@@ -171,7 +171,7 @@ def _phases(schedule: Schedule, search: ArchitectureSearch) -> list[tuple[str, s
         phases.append(f"the run ends there, at the choice, and not at step {total} (search_only)")
     elif search.freezes:
         phases.append(f"the chosen modules train on until step {total}, and the others stay as they are")
-    elif search.rank_plan is not None or search.told_budget is not None:
+    elif search.chooses_ranks:
         phases.append(f"the chosen ranks alone until step {total}")
     else:
         phases.append(f"the chosen modules alone until step {total}")

@@ -84,6 +84,7 @@ from .transformers import (
     without_unused_columns,
 )
 from .trl import (
+    averages_adapter,
     calls_backward_itself,
     generates_in_step,
     is_reward_trainer,
@@ -113,6 +114,7 @@ __all__ = [
     "activation_checkpointing_kwargs",
     "adapters_disabled",
     "adapters_in_use",
+    "averages_adapter",
     "all_linear_modules",
     "beside_the_training_loader",
     "backbone_of_sentence_transformer",

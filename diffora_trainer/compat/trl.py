@@ -181,6 +181,15 @@ def generates_in_step(trainer: Trainer) -> bool:
     return not switches or any(switches)
 
 
+def averages_adapter(trainer: Trainer) -> bool:
+    """
+    Whether a callback of a trainer keeps a mean of the adapter's weights over the steps, each by its name: SDFT and
+    SDPO of TRL 1.16 with `teacher_model_kind="ema"`. Known by what it keeps them in, `shadow_weights`. Goes if the
+    class, `PEFTAdapterEMACallback`, leaves `trl.experimental`.
+    """
+    return any(hasattr(callback, "shadow_weights") for callback in trainer.callback_handler.callbacks)
+
+
 def own_training_loop(trainer: type) -> str | None:
     """
     The method by which a class of trainers trains in a loop of its own and not in that of

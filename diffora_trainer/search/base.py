@@ -75,6 +75,11 @@ class SearchBase(GatedModel):
         self.last_loss: float | None = None
 
     @property
+    def chooses_ranks(self) -> bool:
+        """Whether modules may be left with a part of their components."""
+        return self.rank_plan is not None or self.told_budget is not None
+
+    @property
     def components(self) -> Components | None:
         """What the method has an entry for, where that are single components and not whole modules."""
         return None if self.rank_plan is None else self.rank_plan.components

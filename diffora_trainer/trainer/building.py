@@ -19,7 +19,7 @@ from ..adapters.lora import peft_model
 from ..adapters.pruning import own_config
 from ..adapters.unwrapping import taken_out_on_error
 from ..adapters.wrapping import check_no_adapter, complete_lora_config, wrap_model, wrap_model_init
-from ..compat import activation_checkpointing, is_reward_trainer
+from ..compat import activation_checkpointing, averages_adapter, is_reward_trainer
 from ..config import DiffoRAConfig
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
@@ -178,10 +178,17 @@ def complete_model(model: Any, config: DiffoRAConfig) -> Any:
     return model
 
 
-def check_search(model: Any, config: DiffoRAConfig, score_function: ScoreFunction | None) -> None:
-    """Raise if the modules of a model cannot be chosen among."""
+def check_search(trainer: SearchingTrainer) -> None:
+    """Raise if the modules of a trainer's model cannot be chosen among."""
+    config, model = trainer.diffora_config, peft_model(trainer.model)
     loss_fn = lambda model, batch: model(**batch).loss  # noqa: E731
-    ArchitectureSearch(peft_model(model), config, loss_fn=loss_fn, score_function=score_function)
+    search = ArchitectureSearch(model, config, loss_fn=loss_fn, score_function=trainer.score_function)
+    if search.chooses_ranks and averages_adapter(trainer):
+        raise ValueError(
+            f"The teacher of {type(trainer).__name__} is a mean of the adapter over the steps, which cannot be taken "
+            "of modules whose rank is another one after the choice. Please set `selection_granularity='module'`, so "
+            "that whole modules are chosen, or another `teacher_model_kind` than 'ema'."
+        )
 
 
 def name_base_model(model: Any, config: DiffoRAConfig) -> None:

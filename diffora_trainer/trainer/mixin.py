@@ -158,7 +158,7 @@ class DiffoRAMixin(_Base):
         self.add_callback(SearchProgressCallback(self._session, self.callback_handler))
         self.add_callback(MatrixImageCallback(self._session, self.callback_handler))
         # What is wrong with the model or the schedule should be said now, not when training starts.
-        check_search(self.model, self.diffora_config, self.score_function)
+        check_search(self)
         if self.args.max_steps > 0:
             make_schedule(self.diffora_config, self.args.max_steps)
 

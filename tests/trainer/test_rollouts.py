@@ -15,9 +15,12 @@ from transformers import Trainer
 from trl import GRPOTrainer, RLOOTrainer
 
 from diffora_trainer import DiffoRAConfig, DiffoRAMixin
+from helpers.adapted import lora_layers
 from helpers.checks import adapter, assert_same, step_logs
+from helpers.data import prompt_completion_dataset, tiny_tokenizer
 from helpers.marks import mostly_slow
 from helpers.options import make_config
+from helpers.parents import of_trl, searching
 from helpers.rollouts import (
     ARCHITECTURE_STEPS,
     GENERATIONS,
@@ -29,7 +32,7 @@ from helpers.rollouts import (
     prompts,
     rollout_trainer,
 )
-from helpers.trainers import CUT, WARMUP, causal_model, make_trainer
+from helpers.trainers import CUT, WARMUP, arguments, causal_model, lora, make_trainer, search_config
 
 
 # GRPO and RLOO
@@ -270,3 +273,33 @@ def test_vllm_knows_no_gates(method: str, warned: bool, tmp_path: Path, caplog: 
 
 
 # OnlineDPO
+
+
+def self_distilling(folder: Path, **search: Any) -> Any:
+    """With a teacher that is a mean of the adapter over the steps."""
+    parent, config = of_trl("SDFT")
+    rows = prompt_completion_dataset(24).rename_column("completion", "privileged_context")
+    args = {"max_completion_length": 6, "num_generations": 1, "teacher_model_kind": "ema", "teacher_sync_steps": 1}
+    return searching(parent)(
+        model=causal_model(attention_dropout=0.0),
+        args=arguments(folder, config, **args),
+        train_dataset=rows,
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(task_type="CAUSAL_LM"),
+        diffora_config=search_config(**search),
+    )
+
+
+def test_a_teacher_that_averages_the_adapter(tmp_path: Path) -> None:
+    """It keeps the modules that are pruned, and cannot follow a choice in ranks."""
+    for search in ({"max_trainable_parameters": 3000}, {"method": "beamlora"}):
+        with pytest.raises(ValueError, match="a mean of the adapter.*`selection_granularity='module'`"):
+            self_distilling(tmp_path, **search)
+    trainer = self_distilling(tmp_path)
+    trainer.train()
+    selection = trainer.selection
+    assert 0 < len(selection.selected) < len(selection.modules)
+    assert set(lora_layers(trainer.model, "default")) == set(selection.selected)
+    teacher = lora_layers(trainer.model, "teacher")
+    assert set(teacher) == set(selection.modules)
+    assert all(layer.lora_B["teacher"].weight.any() for layer in teacher.values())
