@@ -275,6 +275,34 @@ def test_vllm_knows_no_gates(method: str, warned: bool, tmp_path: Path, caplog: 
 # OnlineDPO
 
 
+def distilling(folder: Path, search: dict[str, Any] | None = None) -> Any:
+    """A trainer that searches, or the stock one."""
+    parent, config = of_trl("Distillation")
+    torch.manual_seed(1)
+    cls: Any = parent if search is None else searching(parent)
+    return cls(
+        model=causal_model(),
+        teacher_model=causal_model(num_hidden_layers=1).eval(),
+        args=arguments(folder, config, max_completion_length=6),
+        train_dataset=prompts(24),
+        processing_class=tiny_tokenizer(),
+        peft_config=lora(task_type="CAUSAL_LM"),
+        **({} if search is None else {"diffora_config": search_config(**search)}),
+    )
+
+
+def test_distillation_is_the_stock_run(tmp_path: Path) -> None:
+    """As long as all modules are kept; and what GRPO cannot do, it cannot either."""
+    stock = distilling(tmp_path / "stock")
+    stock.train()
+    trainer = distilling(tmp_path, KEEP_ALL)
+    trainer.train()
+    assert_stock_run(trainer, stock)
+    assert any("diffora/arch_loss" in log for log in step_logs(trainer).values())
+    with pytest.raises(ValueError, match="which makes the completions that it trains on.*`max_step_time=None`"):
+        distilling(tmp_path, {"max_step_time": 0.7, "selection_scope": "model"})
+
+
 def self_distilling(folder: Path, **search: Any) -> Any:
     """With a teacher that is a mean of the adapter over the steps."""
     parent, config = of_trl("SDFT")
