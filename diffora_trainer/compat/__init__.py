@@ -95,6 +95,7 @@ from .trl import (
     own_training_loop,
     own_training_step,
     preparation,
+    repeats_first_order,
     uses_vllm,
     with_reference_log_probs,
 )
@@ -171,6 +172,7 @@ __all__ = [
     "prepare_inputs",
     "readable_help",
     "remove_fsdp_parameters",
+    "repeats_first_order",
     "rewrites_all_linear",
     "saved_buffers",
     "set_checkpoint_function",

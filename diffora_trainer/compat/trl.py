@@ -132,6 +132,15 @@ def noted_preparation(trainer: Trainer, note: Callable[[Any], None]) -> Abstract
     return replaced(trainer, "_prepare_inputs", prepare_and_note)
 
 
+def repeats_first_order(sampler: Any) -> bool:
+    """
+    Whether a run that is resumed in a later epoch gets the order of the first one from a sampler: `RepeatSampler` of
+    TRL 0.28 to 1.16 shuffles by a generator of its own, whose state no checkpoint has and no epoch sets. Known by its
+    name, since the class is private. Goes if TRL gives it a `set_epoch`.
+    """
+    return type(sampler).__name__ == "RepeatSampler" and sampler.shuffle and not hasattr(sampler, "set_epoch")
+
+
 def uses_vllm(trainer: Trainer) -> bool:
     """Whether a trainer generates with vLLM (`use_vllm`, in TRL 0.28 to 1.16)."""
     return bool(getattr(trainer.args, "use_vllm", False))

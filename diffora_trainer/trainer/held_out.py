@@ -25,6 +25,7 @@ from ..compat import (
     collator_without_unused_columns,
     makes_completions,
     noted_preparation,
+    repeats_first_order,
     train_batch_size,
     without_unused_columns,
 )
@@ -65,7 +66,7 @@ class HeldOutData:
     def __init__(self, trainer: SearchingTrainer) -> None:
         self.split: SplitPlan | None = None
         self.rollouts: RolloutBatches | None = None
-        self.removes_columns = False
+        self.removes_columns = self.repeats_order = False
         self._trainer = trainer
         self._count = self._prune_step = 0
         self._rows: Any = None
@@ -85,7 +86,7 @@ class HeldOutData:
                 plan holds for this one too.
         """
         trainer, config = self._trainer, self._trainer.diffora_config
-        self._samples = self.removes_columns = False
+        self._samples = self.removes_columns = self.repeats_order = False
         if count is None and (trainer.arch_dataset is not None or makes_completions(trainer)):
             count = 0
         if count == 0:
@@ -149,6 +150,7 @@ class HeldOutData:
     def train_sampler(self, sampler: Any) -> Any:
         """The order of the training rows, of which the parent trainer gives the one of a stock run."""
         args = self._trainer.args
+        self.repeats_order = repeats_first_order(sampler)
         # One that draws whole batches, as a trainer that packs rows has, leaves the held-out ones to the data set.
         self._samples = not isinstance(sampler, BatchSampler) or args.train_sampling_strategy == "batch_rebalance"
         if self.split is None or not self._samples:

@@ -39,6 +39,12 @@ _BEGUN_ANEW = (
     "of the data. The Trainer cannot tell how far a stream was read in a later epoch: unless the checkpoint is from "
     "the end of one, rows of that epoch come again. Only a data set with a length can be resumed exactly there."
 )
+_FIRST_ORDER = (
+    "The checkpoint is from epoch {epoch}, and TRL's sampler, which gives this trainer its prompts, knows no epochs: "
+    "from here on they come in the order of the first one, as with TRL's own trainers. So this is not the "
+    "uninterrupted run, and some prompts of this epoch may come twice and others not at all. Within the first epoch "
+    "it is exact."
+)
 
 
 @dataclass(frozen=True)
@@ -135,6 +141,8 @@ class TrainerSession:
         """Make the run of a training loop and begin it; tells whether modules were pruned before the first step."""
         self._first_step, self._epochs, self._report = state.global_step, 0, {}
         self.in_loop = True
+        if state.global_step and (state.epoch or 0) >= 1 and self._hooks.held_out.repeats_order and is_main_process():
+            logger.warning(_FIRST_ORDER.format(epoch=int(state.epoch or 0) + 1))
         self._suspend(model)
         if self.is_pruned(model):  # resumed after the pruning, or trained again
             if self.resumed_after_prune and self.selection is not None:

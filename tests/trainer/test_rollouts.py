@@ -210,6 +210,21 @@ def test_run_with_completions_left_over_resumes(args: dict[str, Any], tmp_path: 
             assert_same(adapter(resumed.model), adapter(whole.model), f"from step {step}")
 
 
+def test_prompts_of_a_later_epoch_come_in_the_order_of_the_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TRL's sampler forgets how often it has shuffled; nothing is said where that makes no difference."""
+    args = {"save_strategy": "steps", "save_steps": 1}
+    whole = rollout_trainer(tmp_path, train_dataset=prompts(5), args=args)
+    whole.train()
+    for step, exact in ((4, True), (7, False)):
+        caplog.clear()
+        resumed = rollout_trainer(tmp_path / str(step), train_dataset=prompts(5))
+        resumed.train(resume_from_checkpoint=f"{tmp_path}/checkpoint-{step}")
+        assert ([call[0] for call in calls(resumed)] == [call[0] for call in calls(whole)][step:]) is exact
+        assert ("from epoch 2, and TRL's sampler" in caplog.text) is not exact
+
+
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "held-out data": ({"arch_dataset": prompts(8)}, "Please leave `arch_dataset` out"),
     "batch size": ({"search": {"arch_batch_size": 2}}, "Please leave `arch_batch_size` out"),
