@@ -57,6 +57,7 @@ def _noted_adapters(model: PeftModel) -> Callable[[], None]:
         for name in set(model.peft_config) - known:  # TRL has added one for its reference, named "ref"
             model.delete_adapter(name)
         if list(model.active_adapters) != active:
-            model.set_adapter(active[0]) if len(active) == 1 else model.base_model.set_adapter(active)
+            tuner: Any = model if len(active) == 1 else model.base_model  # a PeftModel activates one alone
+            tuner.set_adapter(active[0] if len(active) == 1 else active)
 
     return put_back
