@@ -155,7 +155,7 @@ class GatedModel:
             batch: a batch of the size of a training batch. Where batches are split, its first part is measured.
         """
         part, share = self._first_part(batch)
-        return self._measure(lambda kept: self._seconds(part, kept) / share, timing.REPEATS)
+        return self._measure(lambda kept: self._seconds(part, kept) / share, timing.REPEATS, part)
 
     def step_memory(self, batch: Any) -> StepCost:
         """
@@ -171,7 +171,7 @@ class GatedModel:
             with self._view(kept):
                 return self._bytes(part) / share + self._lora_states(kept)
 
-        return self._measure(bytes_of, 1)
+        return self._measure(bytes_of, 1, part)
 
     def step_seconds(self, batch: Any) -> float:
         """Seconds of a training step (forward and backward pass) of the model as it is: the least of a few."""
@@ -187,11 +187,24 @@ class GatedModel:
         part, rows = self.split(batch)[0][0], number_of_rows(batch)
         return part, 1.0 if rows is None else (number_of_rows(part) or rows) / rows
 
-    def _measure(self, cost_of: Callable[[Sequence[int]], float], repeats: int) -> StepCost:
-        cost = timing.measure_step_cost(cost_of, self.grid.row_of, self.grid.stacks, repeats)
+    def _measure(self, cost_of: Callable[[Sequence[int]], float], repeats: int, batch: Any) -> StepCost:
+        used = self._used(batch)
+        cost = timing.measure_step_cost(cost_of, self.grid.row_of, self.grid.stacks, repeats, used)
         found = torch.tensor([cost.all_modules, cost.per_module, *cost.depth], dtype=torch.float32)
         flat = self.runtime.reduce(found).tolist()
         return StepCost(flat[0], tuple(flat[2:]), flat[1])
+
+    def _used(self, batch: Any) -> list[bool]:
+        """
+        Which modules take part in the loss of a batch, on any process, since all of them must measure the same. The
+        pass comes before those that are timed: the first of a shape is slower.
+        """
+        everything = range(len(self.grid))
+        with self._view(everything), self.side_effect_free(training=True), self.gates.override(None):
+            found = zip(self._weights(), self._pass(batch), strict=True)
+            reached = {id(weight) for weight, gradient in found if gradient is not None}
+        used = [float(any(id(weight) in reached for weight in site.parameters)) for site in self.adapters.sites]
+        return (self.runtime.reduce(torch.tensor(used, dtype=torch.float32)) > 0).tolist()
 
     def _lora_states(self, kept: Sequence[int]) -> int:
         """Bytes of the LoRA weights of some modules, with two moments each."""
@@ -215,7 +228,13 @@ class GatedModel:
         with self.side_effect_free(training=True), self.gates.override(None):
             return peak_bytes(lambda: self._pass(batch))
 
-    def _pass(self, batch: Any) -> Any:
+    def _weights(self) -> list[nn.Parameter]:
         # With what is trained beside the LoRA, such as a head: the backward pass goes down to the lowest of all.
-        weights = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return torch.autograd.grad(self.loss(batch), weights, allow_unused=True)
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _pass(self, batch: Any) -> Sequence[Tensor | None]:
+        """The gradients of all that is trained; `None` of what takes no part in the loss."""
+        weights, loss = self._weights(), self.loss(batch)
+        if not loss.requires_grad:  # no part of it is trained: the step is a forward pass
+            return [None] * len(weights)
+        return torch.autograd.grad(loss, weights, allow_unused=True)

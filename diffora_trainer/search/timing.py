@@ -21,6 +21,7 @@ def measure_step_cost(
     row_of: Sequence[int],
     stack_of: Sequence[str | None],
     repeats: int = REPEATS,
+    used: Sequence[bool] = (),
 ) -> StepCost:
     """
     Measure how the time or memory of a step depends on what is kept.
@@ -29,7 +30,8 @@ def measure_step_cost(
     and a decoder), and those between them interpolated, since layers follow each other. Modules outside the layers are
     measured one by one, up to [`MEASURED_OTHERS`] of them, and their row costs what the deepest does. Times are
     measured twice in turn, and the smaller one taken: a disturbance can only make a step slower. That is about ten
-    passes in all.
+    passes in all. Rows and modules that take no part in the loss are passed over where others do: with one of them
+    alone a step is a forward pass, and says nothing of the depth.
 
     Args:
         cost_of (`Callable[[Sequence[int]], float]`): makes a step with these modules kept and gives its seconds or
@@ -37,23 +39,24 @@ def measure_step_cost(
         row_of (`Sequence[int]`): row of each module.
         stack_of (`Sequence[str]`): for each row the stack of layers that it belongs to; `None` for one of modules
             outside the numbered layers.
-        repeats (`int`, *optional*, defaults to `2`): how often each is measured. If more than once, one pass is made
-            before all: the first of a shape is slower.
+        repeats (`int`, *optional*, defaults to `2`): how often each is measured.
+        used (`Sequence[bool]`, *optional*): which modules take part in the loss; all of them by default.
     """
     modules_of: dict[int, list[int]] = {}
     for module, row in enumerate(row_of):
         modules_of.setdefault(row, []).append(module)
+    live = {row: [m for m in own if not used or used[m]] or own for row, own in modules_of.items()}
     stacks: dict[str, list[int]] = {}
     for row in sorted(modules_of):
         if (stack := stack_of[row]) is not None:
             stacks.setdefault(stack, []).append(row)
+    if used:
+        stacks = {stack: [row for row in rows if used[live[row][0]]] or rows for stack, rows in stacks.items()}
     known = {stack: _spread(rows, MEASURED_ROWS if len(stacks) == 1 else 2) for stack, rows in stacks.items()}
-    alone = {row: [modules_of[row][0]] for rows in known.values() for row in rows}
-    alone |= {row: _spread(own, MEASURED_OTHERS) for row, own in modules_of.items() if stack_of[row] is None}
+    alone = {row: [live[row][0]] for rows in known.values() for row in rows}
+    alone |= {row: _spread(own, MEASURED_OTHERS) for row, own in live.items() if stack_of[row] is None}
     everything = list(range(len(row_of)))
     kept_sets = [*([module] for row in sorted(alone) for module in alone[row]), everything]
-    if repeats > 1:
-        cost_of(everything)
     found: list[list[float]] = [[] for _ in kept_sets]
     for _ in range(repeats):
         for costs, kept in zip(found, kept_sets, strict=True):

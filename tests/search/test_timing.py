@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict
+from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, apply_selection
 from diffora_trainer.adapters.gates import pruned_view
@@ -61,6 +63,45 @@ def test_stacks_are_interpolated_apart_and_others_measured_one_by_one() -> None:
     cost = measure_step_cost(cost_of, row_of, stacks, repeats=1)
     assert [cost.predict([row]) for row in range(14)] == pytest.approx([cost_of([row]) for row in range(14)])
     assert cost.predict([14]) == cost_of([15])
+
+
+def test_what_takes_no_part_in_the_loss_does_not_make_its_row_look_cheap() -> None:
+    """The first module of each layer is never called, and neither is the last layer."""
+    row_of, used = [row for row in range(8) for _ in range(2)], [False, True] * 7 + [False] * 2
+
+    def cost_of(kept: list[int]) -> float:
+        return 1.0 + max((8 - row_of[module] for module in kept if used[module]), default=0)
+
+    cost = measure_step_cost(cost_of, row_of, ["layers."] * 8, 1, used)
+    assert [cost.depth[row] for row in range(7)] == [1.0 + 8 - row for row in range(7)]
+
+
+class Unused(nn.Module):
+    """Two layers, of which one module each is called, and modules of which one never is, around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.unused, self.after = (nn.Linear(16, 16) for _ in range(3))
+        self.layers = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)}) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.before(x)
+        for layer in self.layers:
+            x = torch.tanh(layer["b"](x))
+        return self.after(x)
+
+
+@pytest.mark.parametrize("limit", ["max_step_time", "max_step_memory"])
+def test_a_module_that_is_never_called_is_measured_as_a_forward_pass(limit: str) -> None:
+    model: Any = get_peft_model(Unused(), LoraConfig(r=2, target_modules="all-linear"))  # type: ignore[arg-type]
+    search = ArchitectureSearch(model, DiffoRAConfig(**{limit: 1.0}), loss_fn=lambda m, batch: m(batch).sum())
+    search.begin()
+    costs = search.measure_costs(torch.ones(512, 16))
+    if limit == "max_step_memory":
+        # What the backward pass needs grows with the depth, and the module at the input is below all layers.
+        first, second, other = (costs.memory.depth[search.grid.rows.index(row)] for row in search.grid.rows)
+        assert first > second and other >= second
+    assert search.ceilings[-1].count == len(search.grid)
 
 
 # 4 layers of 2 modules, the deepest one first: a step takes 1 with a module in the last layer, 1 more for each layer
