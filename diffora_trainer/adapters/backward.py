@@ -7,8 +7,10 @@ through all layers, also where nothing is trained. Non-reentrant checkpointing, 
 runs with, gives the parameters inside of a checkpointed layer their gradient either way, and so do embeddings that
 are trained themselves (`modules_to_save`, `trainable_token_indices`) or prompts put before them: they are parameters.
 
-So these hooks are suspended where nothing needs them. A suspended hook keeps its place and its handle, and does
-nothing.
+The feature extractors of speech models do the same with their input, in training mode.
+
+So these hooks are suspended where nothing needs them, and so is what an extractor does that is not trained. A
+suspended hook keeps its place and its handle, and does nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +24,18 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..compat import (
+    ask_for_input_gradients,
+    asks_for_input_gradients,
     checkpoints,
     checkpoints_without_reentry,
     forward_hooks,
     is_input_gradient_hook,
     own_input_embeddings,
 )
+
+
+_SUSPENDED = "diffora_suspended"
+"""An attribute of an extractor that was suspended."""
 
 
 class _Suspended:
@@ -42,16 +50,16 @@ class _Suspended:
 
 def suspend_input_gradients(model: nn.Module) -> list[nn.Module]:
     """
-    Suspend the hooks that make the output of a model's embeddings require a gradient. If something needs them they are
-    left as they are, and those that were suspended before act again.
+    Suspend what makes the output of a model's embeddings, or the input of its feature extractor, require a gradient.
+    If something needs that it is left as it is, and what was suspended before acts again.
 
     Returns:
-        `list[nn.Module]`: the modules on which a hook was suspended by this call.
+        `list[nn.Module]`: the modules on which something was suspended by this call.
     """
     if _needs_input_gradients(model):
         restore_input_gradients(model)
         return []
-    found = [module for module in model.modules() if _active(module)]
+    found = [module for module in model.modules() if _active(module) or _extracts_untrained(module)]
     for module in found:
         _suspend(module)
     return found
@@ -128,6 +136,10 @@ def _needs_input_gradients(model: nn.Module) -> bool:
     return not any(isinstance(module, PreTrainedModel) for module in model.modules())
 
 
+def _extracts_untrained(module: nn.Module) -> bool:
+    return asks_for_input_gradients(module) and not any(weight.requires_grad for weight in module.parameters())
+
+
 def _active(module: nn.Module) -> list[int]:
     return [key for key, hook in forward_hooks(module).items() if is_input_gradient_hook(hook)]
 
@@ -140,6 +152,9 @@ def _suspend(module: nn.Module) -> None:
         del hooks[key]
     for key in active:
         hooks[key] = _Suspended(hooks[key])
+    if _extracts_untrained(module):
+        ask_for_input_gradients(module, False)
+        setattr(module, _SUSPENDED, True)
 
 
 def _restore(module: nn.Module) -> None:
@@ -147,3 +162,5 @@ def _restore(module: nn.Module) -> None:
     for key, hook in hooks.items():
         if isinstance(hook, _Suspended):
             hooks[key] = hook.hook
+    if vars(module).pop(_SUSPENDED, False):
+        ask_for_input_gradients(module, True)

@@ -198,6 +198,20 @@ def is_input_gradient_hook(hook: Callable[..., Any]) -> bool:
     return getattr(hook, "__name__", None) in ("make_inputs_require_grads", "make_inputs_require_grad")
 
 
+def asks_for_input_gradients(module: nn.Module) -> bool:
+    """
+    Whether a module makes its own input require a gradient in training: the feature extractors of Wav2Vec2 and its kin
+    do, where their `_requires_grad` is set (5.2 to 5.23), unless `freeze_feature_encoder()` was called. It goes as
+    [`is_input_gradient_hook`].
+    """
+    return vars(module).get("_requires_grad") is True
+
+
+def ask_for_input_gradients(module: Any, on: bool) -> None:
+    """Set what [`asks_for_input_gradients`] reads."""
+    module._requires_grad = on
+
+
 def checkpoints_call(layer: nn.Module) -> bool:
     """
     Whether a checkpoint goes around the hooks of a layer, which then run again when the layer is recomputed.

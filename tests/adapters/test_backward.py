@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, apply_selection
+from diffora_trainer.adapters.backward import restore_input_gradients
 from helpers.depth import LATE, LAYERS, Reach, deep, embeddings_require_gradient, late_first, layers_of
 from helpers.options import make_config
+from helpers.speech_models import wav2vec2
 from helpers.trainers import lora
 
 
@@ -44,6 +46,25 @@ def test_measured_steps_are_as_deep_as_those_after_the_cut(checkpointing: bool) 
     assert reach.passes == [turn[-1], *turn, *turn]
     assert not any(embedded)
     assert embeddings_require_gradient(model) == checkpointing  # measuring is over
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_feature_extractor_that_is_not_trained_carries_no_backward_pass(trained: bool) -> None:
+    """In training mode those of Wav2Vec2 and its kin make their input require a gradient."""
+    tiny = wav2vec2()
+    saved = ["feature_extractor"] if trained else None
+    config = LoraConfig(r=2, target_modules=["q_proj"], layers_to_transform=[1], modules_to_save=saved)
+    model: Any = get_peft_model(tiny.model, config).train()
+    needed = []
+    layers = model.get_base_model().wav2vec2.encoder.layers
+    layers[0].register_forward_hook(lambda layer, args, output: needed.append(output[0].requires_grad))
+    search = ArchitectureSearch(model, DiffoRAConfig(), loss_fn=lambda m, b: m(**b).loss)
+    model(**tiny.batch)
+    search.begin()
+    model(**tiny.batch)
+    restore_input_gradients(model)
+    model(**tiny.batch)
+    assert needed == [True, trained, True]
 
 
 def warm(config: LoraConfig | None = None) -> PeftModel:
