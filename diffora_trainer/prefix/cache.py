@@ -5,9 +5,10 @@ freezes).
 
 What may be kept depends on the model and its data, and cannot be read off them. So it is tried out on the first batch:
 that the layers draw nothing at random, that nothing below them is trained, that a row does not depend on the others of
-its batch, that all passes of a step give the same, and that the loss is the same. Otherwise the cache is off, and says
-so. It is off with the auxiliary loss of a mixture of experts too, to which the frozen layers add a part so small that
-without it the loss passes for a rounded one.
+its batch, that all passes of a step give the same, that nothing but the next layer reads what a layer before the last
+one gives, and that the loss is the same. Otherwise the cache is off, and says so. It is off with the auxiliary loss of
+a mixture of experts too, to which the frozen layers add a part so small that without it the loss passes for a rounded
+one.
 """
 
 from __future__ import annotations
@@ -167,8 +168,15 @@ class PrefixCache:
             try:
                 with self.prefix.given(states):
                     replayed = self._loss(batch)
+                with self.prefix.given(states, torch.full_like(states, torch.nan)):
+                    unread = self._loss(batch)
             except Exception as error:
                 raise PrefixError(f"the model does not run without them ({type(error).__name__}: {error})") from error
+        if replayed.isfinite() and _differ(unread, replayed, _SAME):
+            raise PrefixError(
+                "the model reads what the frozen layers give before the last of them (a weighted sum of all layers, "
+                "features taken from some), and only what the last one gives is kept"
+            )
         if whole.isfinite() and _differ(replayed, whole, _SAME if first.dtype == torch.float32 else _ROUNDED):
             raise PrefixError(
                 f"the loss is {float(whole):.6g} with the frozen layers, and {float(replayed):.6g} with what was kept "

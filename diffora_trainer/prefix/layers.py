@@ -107,11 +107,19 @@ class Prefix:
             hook.remove()
 
     @contextmanager
-    def given(self, states: Tensor) -> Iterator[None]:
-        """Run the model with these states instead of the layers' output, `(rows, length, width)`."""
+    def given(self, states: Tensor, between: Tensor | None = None) -> Iterator[None]:
+        """
+        Run the model with these states instead of the layers' output, `(rows, length, width)`.
+
+        Args:
+            states (`Tensor`): what the last of the layers gives.
+            between (`Tensor`, *optional*, defaults to `states`): what the others do, which none but the next one
+                should read.
+        """
         with ExitStack() as stack:
             for layer in self.layers:
                 extras = self._extras[layer]
-                output = states if extras is None else (states, *(None,) * extras)
+                own = states if between is None or layer is self.layers[-1] else between
+                output = own if extras is None else (own, *(None,) * extras)
                 stack.enter_context(replaced(layer, "forward", lambda *args, _output=output, **kwargs: _output))
             yield

@@ -276,6 +276,24 @@ def test_a_step_that_runs_the_layers_on_other_rows_too_is_found_out(other_rows: 
     assert not other_rows or "runs the frozen layers 2 times, not always on the same rows" in str(cache.off)
 
 
+@pytest.mark.parametrize("reads", [1, 2])
+def test_a_loss_that_reads_a_layer_below_the_last_frozen_one_is_found_out(reads: int) -> None:
+    """However little that adds to the loss; two layers are frozen."""
+    adapter = lora(target_modules=["q_proj", "v_proj"], layers_to_transform=[2, 3])
+    model = get_peft_model(without_dropout(deep("llama", "sft")), adapter).train()
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        output = model(**batch, output_hidden_states=True)
+        return output.loss + 1e-6 * output.hidden_states[reads].mean()
+
+    tokens = torch.randint(3, 30, (4, 12), generator=torch.Generator().manual_seed(3))
+    cache = PrefixCache(model, loss_fn, MemoryStore(2**20))
+    with cache.replay({"input_ids": tokens, "labels": tokens}):
+        pass
+    assert (cache.off is None) == (reads == 2)
+    assert reads == 2 or "reads what the frozen layers give before the last of them" in str(cache.off)
+
+
 def test_packed_rows_are_said_to_be_packed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     args = {"packing": True, "max_length": 64, "max_steps": CUT + 2}
     trainer = make(tmp_path, "llama", "sft", args, prefix_cache="memory")
