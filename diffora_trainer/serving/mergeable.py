@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from ..adapters.tied import tied_layers
 from ..compat import PEFT_PREFIX, merges
 
 
@@ -50,6 +52,24 @@ def check_biases(config: Any, model: nn.Module) -> None:
         raise ValueError(
             "The adapter has biases (`lora_bias=True`), and layers of the base model such as "
             f"{without[0].removeprefix(PEFT_PREFIX)!r} have none, so no weights hold it. {_LOAD_IT}"
+        )
+
+
+def check_tied(model: nn.Module, untied: Collection[nn.Module]) -> None:
+    """
+    Refuse an adapter of layers whose weight is another module's too: merged into it, it would change both.
+
+    Args:
+        model ([`~peft.PeftModel`]): the base model with the adapter.
+        untied (`Collection[nn.Module]`): what has been given weights of its own, or is merged into as one.
+
+    Raises:
+        ValueError: if it is such an adapter.
+    """
+    for name, other in tied_layers(model, untied).values():
+        raise ValueError(
+            f"The adapter acts on {name!r}, which shares its weight with {other!r}, so a merged model cannot hold "
+            f"it. {_LOAD_IT}"
         )
 
 

@@ -13,7 +13,7 @@ from ..compat import own_input_embeddings
 from ..core.base_model import output_folder
 from ..logging import get_logger
 from .loading import base_source, load
-from .mergeable import check_biases, check_merges, unmergeable
+from .mergeable import check_biases, check_merges, check_tied, unmergeable
 
 
 logger = get_logger(__name__)
@@ -36,6 +36,7 @@ def write_merged(folder: Path, target: Path, config: Any, base_model: Any) -> No
     model = load(folder, config, base_model)
     check_biases(config, model)
     untied = _untie(model)
+    check_tied(model, _parts_of_embeddings(model))
     try:
         merged = model.merge_and_unload()
     except NotImplementedError as error:  # PEFT's, of layers that have the method and cannot
@@ -92,9 +93,8 @@ def _untie(model: Any) -> bool:
         ValueError: if the model ties more than these two.
     """
     base = model.get_base_model()
-    if (inputs := own_input_embeddings(base)) is None:  # as in a model of audio
+    if not (embeddings := _embeddings(base)):
         return False
-    embeddings = [inputs, base.get_output_embeddings()]
     adapted = [part for part in embeddings if isinstance(part, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if not adapted or not getattr(base.config.get_text_config(), "tie_word_embeddings", False):
         return False
@@ -108,3 +108,14 @@ def _untie(model: Any) -> bool:
             layer: Any = part.get_base_layer()
             layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     return True
+
+
+def _embeddings(base: Any) -> list[Any]:
+    """The input and the output embeddings of a model; nothing of one that has none, as of audio."""
+    inputs = own_input_embeddings(base)
+    return [] if inputs is None else [inputs, base.get_output_embeddings()]
+
+
+def _parts_of_embeddings(model: Any) -> set[nn.Module]:
+    """What [`_untie`] has dealt with."""
+    return {part for found in _embeddings(model.get_base_model()) if found is not None for part in found.modules()}

@@ -26,6 +26,7 @@ from transformers import (
 from diffora_trainer import DiffoRATrainer
 from diffora_trainer.cli import main
 from diffora_trainer.serving import export
+from diffora_trainer.serving.loading import load
 from helpers.data import classification_dataset, tiny_tokenizer
 from helpers.models import bert, llama_config, vit
 from helpers.speech_models import whisper
@@ -269,6 +270,24 @@ def test_what_no_weights_hold_is_refused(options: dict[str, Any], message: str, 
     adapted(tmp_path, llama(), target_modules=["q_proj"], **options)
     with pytest.raises(ValueError, match=f"{message}.*load it with PEFT"):
         export(tmp_path / "adapter", "merged", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_weight_of_two_layers_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which one has an adapter, or both; as in the shared blocks of Zamba2."""
+
+    def tied(*args: Any) -> Any:
+        model = load(*args)
+        first, second = (layer.mlp.down_proj for layer in model.get_base_model().model.layers[:2])
+        first.base_layer.weight = getattr(second, "base_layer", second).weight
+        return model
+
+    monkeypatch.setattr("diffora_trainer.serving.merged.load", tied)
+    for number, targets in enumerate((["down_proj"], ["layers.0.mlp.down_proj"])):
+        adapted(tmp_path / str(number), llama(), target_modules=targets)
+        message = "'model.layers.0.mlp.down_proj', which shares its weight with 'model.layers.1.mlp.down_proj'"
+        with pytest.raises(ValueError, match=f"{message}.*load it with PEFT"):
+            export(tmp_path / str(number) / "adapter", "merged", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
