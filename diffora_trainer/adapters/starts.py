@@ -24,6 +24,7 @@ from ..compat import SUBTRACTED_STARTS, lora_start
 from .base import AdapterSite, Handle, Scale
 from .distributed import add_to_weight
 from .lora import LoraSite, register_lora_site
+from .tied import tied_layers
 
 
 _TOLERANCE = 1e-4
@@ -56,12 +57,14 @@ class StartedSite(LoraSite):
         config = getattr(model, "peft_config", {}).get(adapter_name)
         if not isinstance(config, LoraConfig) or (init := lora_start(config)) not in SUBTRACTED_STARTS:
             return
+        tied = tied_layers(model)
         for layer in model.modules():
             if not isinstance(layer, LoraLayer) or adapter_name not in layer.lora_A:
                 continue
             known = vars(layer).setdefault("diffora_starts", {})
             if adapter_name not in known:
                 known[adapter_name] = _start(layer, adapter_name, init)
+            vars(layer)["diffora_tied_with"] = tied[layer][1] if layer in tied else None
 
     @classmethod
     def fits(cls, layer: Any, adapter_name: str) -> bool:
@@ -113,6 +116,12 @@ class StartedSite(LoraSite):
         return functional.linear(functional.linear(value.to(a.dtype), a), b)
 
     def obstacle(self) -> str | None:
+        if (other := vars(self.layer).get("diffora_tied_with")) is not None:
+            return (
+                "it starts as a part of the base weight (`init_lora_weights`), which is also that of "
+                f"{other!r}, so that part is missing there too. Please load the model again and use "
+                "`init_lora_weights=True`."
+            )
         if self.adapter_name in self.layer.lora_variant:
             return (
                 "it starts as a part of the base weight (`init_lora_weights`) and is of a variant such as DoRA, whose "

@@ -352,6 +352,18 @@ def test_a_start_that_cannot_be_given_back_is_refused(init: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize("targets", [["down_proj"], ["layers.0.mlp.down_proj"]])
+def test_a_start_taken_out_of_a_weight_of_two_layers_is_refused(init: str, targets: list[str]) -> None:
+    base = llama().model
+    first, second = (layer.mlp.down_proj for layer in base.model.layers[:2])
+    first.weight = second.weight
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=init))
+    message = "layers.0.mlp.down_proj' cannot be gated.*also that of 'model.layers.1.mlp.down_proj'.*weights=True"
+    with pytest.raises(ValueError, match=message):
+        AdapterGrid.from_model(model)
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_start_that_says_it_is_plain_lora_is_refused(init: str, dtype: torch.dtype, tmp_path: Path) -> None:
     """PEFT's conversion of such adapters has the flag set to True while the start is saved."""
