@@ -23,6 +23,9 @@ FUSED = {
 }
 """Names of modules of one parent that read the same input, which fused kernels and servers compute as one."""
 
+CROSS_ATTENTION = frozenset({"encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "attn2"})
+"""What models call an attention whose query reads other states than key and value: of it only those two are one."""
+
 
 def find_units(grid: Grid, unit: str, groups: Mapping[str, Sequence[str]] | None = None) -> list[int]:
     """
@@ -31,7 +34,7 @@ def find_units(grid: Grid, unit: str, groups: Mapping[str, Sequence[str]] | None
     Args:
         grid ([`~diffora_trainer.core.grid.Grid`]): the modules.
         unit (`str`): `"module"`: each is one. `"group"`: those of one parent module that are computed as one, see
-            `FUSED`, or that `groups` names. `"layer"`: those of a numbered layer.
+            `FUSED` and `CROSS_ATTENTION`, or that `groups` names. `"layer"`: those of a numbered layer.
         groups (`Mapping[str, Sequence[str]]`, *optional*): instead of `FUSED`, the modules of each group by their last
             names (`["q_proj", "k_proj"]`, of one parent), or by longer ends (`["self_attn.q_proj", "mlp.up_proj"]`, of
             one layer).
@@ -62,6 +65,8 @@ def _key(grid: Grid, index: int, unit: str, groups: Mapping[str, Sequence[str]])
                 f"You passed `selection_groups` in which {site.name!r} belongs to {matches[0][0]!r} and to "
                 f"{matches[-1][0]!r}. Please name each module in one group."
             )
+        if groups is FUSED and not CROSS_ATTENTION.isdisjoint(site.name.split(".")):
+            matches = [(group, end) for group, end in matches if end != groups[group][0]]
         if matches:
             group, end = max(matches, key=lambda pair: len(pair[1]))
             return site.kind, site.row, group, site.name[: len(site.name) - len(end)]

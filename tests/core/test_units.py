@@ -41,14 +41,28 @@ def test_what_is_computed_as_one_is_a_group() -> None:
     assert units(grid(LLAMA), "group")[0] == [f"model.layers.0.{name}" for name in LLAMA[:3]]
     assert [len(unit) for unit in units(grid(BERT, "pooler.dense"), "group")] == [3, 1, 1, 1] * 2 + [1]
     # Two attentions of one layer are two groups, and so are the experts of a mixture.
-    t5 = [
-        f"layer.{n}.{attention}.{name}"
-        for n, attention in ((0, "Self"), (1, "Cross"))
-        for name in ("q", "k", "v", "o")
-    ]
-    assert [len(unit) for unit in units(grid(t5, layers=1), "group")] == [3, 1, 3, 1]
+    two = [f"layer.{attention}.{name}" for attention in ("First", "Second") for name in ("q", "k", "v", "o")]
+    assert [len(unit) for unit in units(grid(two, layers=1), "group")] == [3, 1, 3, 1]
     experts = [f"mlp.experts.{n}.{name}" for n in range(2) for name in ("gate_proj", "up_proj", "down_proj")]
     assert sorted(len(unit) for unit in units(grid(experts, layers=1), "group")) == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("parent", "query", "others"),
+    [
+        ("encoder_attn.", "q_proj", ["k_proj", "v_proj"]),
+        ("layer.1.EncDecAttention.", "q", ["k", "v"]),
+        ("crossattention.self.", "query", ["key", "value"]),
+    ],
+)
+def test_the_query_of_a_cross_attention_reads_other_states(parent: str, query: str, others: list[str]) -> None:
+    found = units(grid([f"{parent}{name}" for name in (query, *others)], layers=1), "group")
+    assert found == [[f"model.layers.0.{parent}{query}"], [f"model.layers.0.{parent}{name}" for name in others]]
+    own = {"attention": [query, *others]}
+    assert [len(unit) for unit in units(grid([f"{parent}{name}" for name in (query, *others)]), "group", own)] == [
+        3,
+        3,
+    ]
 
 
 def test_groups_of_one_s_own_and_layers() -> None:
