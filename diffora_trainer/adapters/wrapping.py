@@ -21,6 +21,7 @@ from ..compat import (
     all_linear_modules,
     backbone_of_sentence_transformer,
     converted_to_parameters,
+    refused_modules,
     rewrites_all_linear,
 )
 from ..logging import get_logger
@@ -100,7 +101,7 @@ def complete_lora_config(
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *others})
         if all_linear:
             _spell_out(config, model, [*heads, *(config.modules_to_save or ())])
-    elif name is not None and all_linear and (empty := _empty_experts_model(name, model_options or {})) is not None:
+    elif name is not None and all_linear and (empty := _empty_model(name, model_options or {})) is not None:
         _spell_out(config, empty, [])
     return config
 
@@ -184,7 +185,7 @@ def wrap_model_init(
 def _spell_out(config: LoraConfig, model: nn.Module, saved: list[str]) -> None:
     """Put names in the place of "all-linear" where it stands for more than can be adapted."""
     linear = all_linear_modules(config, model)
-    heads, experts = _inside(linear, model, saved), _experts(linear, model)
+    heads, experts = _inside(linear, model, saved) | _refused(config, linear, model), _experts(linear, model)
     targets = linear - heads - (experts or set())
     # PEFT adapts all that ends with a name: what has no linear layer for an end would stop it.
     ends = tuple(f".{name}" for name in targets)
@@ -208,6 +209,18 @@ def _inside(linear: set[str], model: nn.Module, saved: list[str]) -> set[str]:
     return {name for name in linear if any(name == root or name.startswith(f"{root}.") for root in roots)}
 
 
+def _refused(config: PeftConfig, linear: set[str], model: nn.Module) -> set[str]:
+    """What PEFT refuses to adapt, which would end the run though nobody has asked for it by name."""
+    refused = refused_modules(config, model, linear)
+    if refused:
+        kinds = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in refused})
+        logger.info(
+            f"{', '.join(kinds)} of {type(model).__name__} have no LoRA: PEFT refuses it there, since a fused kernel "
+            "reads their weights past an adapter. All other linear layers have one."
+        )
+    return refused
+
+
 def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
     """
     The modules of a mixture of experts in whose place PEFT would adapt the parameters of the fused experts; `None` if
@@ -228,13 +241,15 @@ def _experts(linear: set[str], model: nn.Module) -> set[str] | None:
     return left_out
 
 
-def _empty_experts_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
-    """A model without weights, if a name or folder is that of a mixture of experts as PEFT knows them."""
+def _empty_model(name: Any, options: Mapping[str, Any]) -> nn.Module | None:
+    """A model without weights, if a name or folder is that of one of which PEFT does not adapt all linear layers."""
     try:
         found = read_base_config(name, options)
         named: Any = nn.Module()
         named.config = SimpleNamespace(model_type=found.get("model_type"))
-        if converted_to_parameters(["gate"], named) == set():
+        if converted_to_parameters(["gate"], named) == set() and not refused_modules(
+            LoraConfig(), named, ["out_proj"]
+        ):
             return None
         settings = {key: value for key, value in found.items() if key not in ("model_type", "auto_map")}
         with torch.device("meta"):

@@ -33,6 +33,7 @@ from .peft import (
     lora_start,
     merges,
     modules_of_adapters,
+    refused_modules,
     rewrites_all_linear,
     shortened_targets,
 )
@@ -175,6 +176,7 @@ __all__ = [
     "preparation",
     "prepare_inputs",
     "readable_help",
+    "refused_modules",
     "remove_fsdp_parameters",
     "repeats_first_order",
     "rewrites_all_linear",

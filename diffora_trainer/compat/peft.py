@@ -14,6 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _check_lora_target_modules_mamba,
     _find_minimal_target_modules,
     _maybe_include_all_linear_layers,
 )
@@ -236,6 +237,24 @@ def all_linear_modules(config: LoraConfig, model: nn.Module) -> set[str]:
     probe: Any = LoraConfig(target_modules="all-linear", task_type=config.task_type)
     _maybe_include_all_linear_layers(probe, model)
     return set(probe.target_modules)
+
+
+def refused_modules(config: PeftConfig, model: nn.Module, names: Collection[str]) -> set[str]:
+    """
+    Those modules of a base model, by their names, that PEFT refuses to adapt: with LoRA `out_proj` of Mamba and its
+    kin, whose weight a fused kernel reads past the adapter.
+
+    Reads `peft.tuners.tuners_utils._check_lora_target_modules_mamba`, the same in PEFT 0.18 to 0.21, which looks at
+    the last part of a name and at the configuration of the model. It can go when "all-linear" stands for what PEFT can
+    adapt.
+    """
+    found = set()
+    for name in names:
+        try:
+            _check_lora_target_modules_mamba(config, model, name.rpartition(".")[2])
+        except ValueError:
+            found.add(name)
+    return found
 
 
 def converted_to_parameters(target_modules: str | list[str], model: nn.Module) -> set[str] | None:

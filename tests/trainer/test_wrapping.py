@@ -13,6 +13,8 @@ from torch import nn
 from transformers import (
     Glm4MoeConfig,
     Glm4MoeForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
     Seq2SeqTrainer,
@@ -161,6 +163,24 @@ def test_mixture_of_experts(kind: str, named: bool, tmp_path: Path, caplog: pyte
     trainer.model.eval()
     with torch.no_grad():
         assert torch.equal(loaded(**batch).logits, trainer.model(**batch).logits)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_peft_refuses_has_no_lora(named: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It would end the run with an error of `target_modules`, though nobody has named them."""
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model: Any = MambaForCausalLM(
+        MambaConfig(vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=2, state_size=4, **ids)
+    )
+    if named:
+        model.save_pretrained(tmp_path / "base")
+        tiny_tokenizer().save_pretrained(tmp_path / "base")
+        model = str(tmp_path / "base")
+    with caplog.at_level(logging.INFO, "diffora_trainer"):
+        trainer = make_trainer(tmp_path, "sft", model=model, peft_config=None)
+    found = {name.rpartition(".")[2] for name in find_sites(trainer.model, "default")}
+    assert found == {"in_proj", "x_proj", "dt_proj"}
+    assert "mixer.out_proj of MambaForCausalLM have no LoRA" in caplog.text
 
 
 def test_fused_experts_that_the_user_names_are_chosen_among(tmp_path: Path) -> None:
