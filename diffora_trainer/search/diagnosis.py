@@ -38,6 +38,7 @@ class Evidence:
         confidence ([`~diffora_trainer.search.confidence.Confidence`]): how sure the choice is.
         in_ranks (`bool`): whether the budget is spent in ranks, evenly where there is no evidence.
         what (`str`, *optional*, defaults to `"modules"`): what the method has an entry for.
+        kept (`Sequence[int]`, *optional*): the parameters that are kept of each module.
     """
 
     reached: Tensor
@@ -45,6 +46,13 @@ class Evidence:
     confidence: Confidence
     in_ranks: bool
     what: str = "modules"
+    kept: Sequence[int] = ()
+
+    @property
+    def unreached_share(self) -> float:
+        """The part of the kept parameters that belongs to modules that nothing has reached."""
+        lost = sum(count for count, reached in zip(self.kept, self.reached.tolist(), strict=False) if not reached)
+        return lost / max(1, sum(self.kept))
 
 
 def all_kept(budget: Budget, config: DiffoRAConfig, what: str) -> str | None:
@@ -147,12 +155,17 @@ def doubts(
     elif method.searches and method.steps < 2:
         notes.append(f"{_TOO_FEW}, so nothing tells the choice from a random one of the same size.")
     if missed:
+        share = (
+            f"; {evidence.unreached_share:.0%} of the parameters that are kept are theirs"
+            if evidence.unreached_share
+            else ""
+        )
         parts, what = ("LoRA", "was never called") if by_calls else ("gates", "never had a gradient")
         notes.append(
             f"The {parts} of {len(missed)} of {count} modules {what} "
             f"({some([names[index] for index in missed])}), so nothing was learned of these modules and they were "
-            "ranked without evidence. They take no part in the loss, or a fused kernel computes their LoRA without "
-            "calling `lora_A`."
+            f"ranked without evidence{share}. They take no part in the loss, or a fused kernel computes their LoRA "
+            "without calling `lora_A`."
         )
     if ties := method.num_boundary_ties():
         notes.append(

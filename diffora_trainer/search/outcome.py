@@ -43,7 +43,8 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     reached = search.mean_of_modules(search.reached.float()) > 0
     evenly = search.rank_plan is not None and search.rank_plan.even is not None
     what = "modules" if search.components is None else "components"
-    evidence = Evidence(reached, search.skipped_steps, confidence, evenly, what)
+    kept_parameters = [site.cost * rank for site, rank in zip(grid.sites, ranks, strict=True)]
+    evidence = Evidence(reached, search.skipped_steps, confidence, evenly, what, kept_parameters)
     rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
     costs = StepCosts() if search.costs is None else search.costs
     notes = doubts(method, grid.names, evidence, search.everything)

@@ -69,7 +69,8 @@ def test_optimizer_that_holds_a_part_of_the_lora(caplog: pytest.LogCaptureFixtur
     assert not warnings_of(caplog)
 
 
-def test_kernel_that_does_not_call_lora_a(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("ratio", [0.5, 0.9])
+def test_kernel_that_does_not_call_lora_a(ratio: float, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As the fused kernels of other tools do: the LoRA is trained, and its gate sees nothing."""
     model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
     layers = lora_layers(model, "default")
@@ -81,9 +82,17 @@ def test_kernel_that_does_not_call_lora_a(tmp_path: Path, caplog: pytest.LogCapt
             return layer.base_layer(x) + functional.linear(inner, layer.lora_B["default"].weight) * 2
 
         layers[name].forward = forward  # type: ignore[method-assign]
-    trainer = make_trainer(tmp_path, "sft", model=model, peft_config=None)
+    trainer = make_trainer(tmp_path, "sft", model=model, peft_config=None, search={"selection_ratio": ratio})
     trainer.train()
-    assert_told(trainer, tmp_path / "saved", caplog, "gates of 4 of 14 modules never had a gradient.*q_proj.*fused")
+    assert re.search("gates of 4 of 14 modules never had a gradient.*q_proj.*fused", trainer.selection.notes[0])
+    if ratio == 0.5:  # none of these is kept
+        assert_told(trainer, tmp_path / "saved", caplog, "ranked without evidence. They")
+        return
+    grid, kept = trainer.selection.grid, set(trainer.selection.selected)
+    sizes = {name: size for name, size in zip(grid.names, grid.parameters, strict=True) if name in kept}
+    theirs = sum(size for name, size in sizes.items() if name.endswith(("q_proj", "k_proj"))) / sum(sizes.values())
+    assert theirs > 0
+    assert f"without evidence; {theirs:.0%} of the parameters that are kept are theirs." in trainer.selection.notes[0]
 
 
 def test_student_that_is_its_own_teacher(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
