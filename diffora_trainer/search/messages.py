@@ -17,13 +17,14 @@ from ..methods.build import scope_of
 
 
 if TYPE_CHECKING:
+    from ..config import DiffoRAConfig
     from .base import SearchBase
     from .reallocation import Reallocation
     from .search import ArchitectureSearch
 
 
-_OVER = 1.02
-"""How far above a limit a measured step may be before there is a warning."""
+_OVER, _OVER_TIME = 1.02, 1.1
+"""How far above a limit the measured memory and time of a step may be before there is a warning: times are noisy."""
 
 IN_EVALUATION_MODE = (
     "The first training step was made in evaluation mode: without dropout, and under the gates of an evaluation where "
@@ -256,18 +257,22 @@ def prune_metrics(selection: Selection, losses: tuple[float, float] | None) -> d
     return report
 
 
-def prune_warnings(selection: Selection, max_step_memory: float | None) -> list[str]:
+def prune_warnings(selection: Selection, config: DiffoRAConfig) -> list[str]:
     """Warnings of a step that was measured above its limit, and of layers and of kinds in which nothing was kept."""
     rows, columns = selection.unadapted()
     lines = []
-    memory = selection.memory
-    part = memory["after_pruning"] / memory["all_modules"] if memory else 0.0
-    if max_step_memory and part > max_step_memory * _OVER:
-        lines.append(
-            f"A step needs {part:.2f} of the memory of one with all modules, above "
-            f"`max_step_memory={max_step_memory:g}`: the limit holds for the prediction, to which every module "
-            "adds the same. If that is too much, please start the run anew with a lower limit."
-        )
+    measured = (
+        ("time", "max_step_time", config.max_step_time, selection.times, _OVER_TIME),
+        ("memory", "max_step_memory", config.max_step_memory, selection.memory, _OVER),
+    )
+    for what, name, limit, found, over in measured:
+        part = found["after_pruning"] / found["all_modules"] if found else 0.0
+        if limit and part > limit * over:
+            lines.append(
+                f"A step needs {part:.2f} of the {what} of one with all modules, above `{name}={limit:g}`: the limit "
+                "holds for the prediction, to which every module adds the same. If that is too much, please start "
+                "the run anew with a lower limit."
+            )
     if rows:
         lines.append(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")
     if columns:

@@ -301,7 +301,7 @@ class SelectionRun(OldRunNames, RunParts):
         self._report.update(outcome.metrics)
         for line in outcome.lines:
             self._say(line)
-        for line in messages.prune_warnings(outcome.selection, self.config.max_step_memory):
+        for line in messages.prune_warnings(outcome.selection, self.config):
             self._warn(line)
 
     def _say(self, line: str) -> None:

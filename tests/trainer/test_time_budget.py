@@ -117,6 +117,22 @@ def test_a_step_above_its_limit_is_warned_of(tmp_path, caplog) -> None:
         assert [record.levelname for record in warned] == ["WARNING"] * over
 
 
+def test_a_step_that_takes_longer_than_its_limit_is_warned_of(tmp_path, monkeypatch, caplog) -> None:
+    """As with two towers side by side, of which the prediction takes the deeper one."""
+    slower = 1.0
+
+    def timed(step, device) -> float:
+        pruned = trainer.state.global_step >= CUT
+        return _made_up(trainer, step) * (slower if pruned else 1.0)
+
+    monkeypatch.setattr("diffora_trainer.search.timing.timed", timed)
+    for slower in (1.0, 1.5):
+        caplog.clear()
+        trainer = make_trainer(tmp_path, "sft", model=deep_model, search=TIMED)
+        trainer.train()
+        assert ("of the time of one with all modules, above `max_step_time=0.7`" in caplog.text) == (slower > 1)
+
+
 def _made_up(trainer, step) -> float:
     step()
     live = [
