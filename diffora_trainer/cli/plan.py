@@ -113,8 +113,8 @@ def describe(args: PlanArguments, model_args: Any, config: DiffoRAConfig) -> lis
     search = ArchitectureSearch(model, config, loss_fn=lambda model, batch: model(**batch).loss)
     grid, method, schedule = search.grid, search.method, make_schedule(config, args.max_steps)
     lines = [("Modules", f"{grid.describe()}")]
-    if search.told_budget is not None:
-        limit = sum(search.told_budget.limits)
+    if search.component_budget is not None:
+        limit = sum(search.component_budget.limits)
         text = f"{min(grid.ranks)} to {max(grid.ranks)} at first, then {method.name} gives ranks in all modules"
         lines += [("Ranks", text), ("Kept", f"at most {limit:,} LoRA parameters")]
     elif search.rank_plan is not None:

@@ -18,6 +18,7 @@ from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import make_method, module_budget
 from ..methods.registry import get_method
+from .component_budget import check_not_cancelling, find_component_budget
 from .confidence import Comparison, Confidence, SplitHalf, paired
 from .diagnosis import all_kept, out_of_limits
 from .measured import GatedModel, LossFunction, finite_mean
@@ -25,7 +26,6 @@ from .micro_batches import wanted_micro_batches
 from .rank_rules import find_rank_plan, refuse
 from .ranks import RankPlan
 from .runtime import Runtime
-from .told_ranks import check_not_cancelling, told_rank_budget
 
 
 class SearchBase(GatedModel):
@@ -50,10 +50,10 @@ class SearchBase(GatedModel):
         self.micro_batches = wanted_micro_batches(config, runtime, model)
         # Training losses add up in another way: the Trainer divides them by the labels of all accumulated batches.
         self.training_micro_batches = wanted_micro_batches(config, runtime, model)
-        self.told_budget: RankBudget | None = None
+        self.component_budget: RankBudget | None = None
         self.rank_plan: RankPlan | None = None
         if get_method(config.method).tells_ranks:
-            self.told_budget, self.why_whole_modules = told_rank_budget(config, adapters)
+            self.component_budget, self.why_whole_modules = find_component_budget(config, adapters)
         else:
             self.rank_plan, self.why_whole_modules = find_rank_plan(config, adapters)
         self.trained_before = False  # known once the weights are there: see `settle_ranks`
@@ -77,7 +77,7 @@ class SearchBase(GatedModel):
     @property
     def chooses_ranks(self) -> bool:
         """Whether modules may be left with a part of their components."""
-        return self.rank_plan is not None or self.told_budget is not None
+        return self.rank_plan is not None or self.component_budget is not None
 
     @property
     def components(self) -> Components | None:
@@ -87,7 +87,7 @@ class SearchBase(GatedModel):
     @property
     def everything(self) -> str | None:
         """That the budget keeps everything, as a clause; `None` if something goes."""
-        if self.told_budget is not None:  # something can go, if only what is worth nothing
+        if self.component_budget is not None:  # something can go, if only what is worth nothing
             return None
         return all_kept(self.method.budget, self.config, "modules" if self.components is None else "components")
 
@@ -119,7 +119,7 @@ class SearchBase(GatedModel):
         """The method, under the budget and what the limits of a step leave of it."""
         if self.rank_plan is not None:
             budget = self.rank_plan.matrix_budget(self.grid.row_of)
-        elif self.told_budget is not None:
+        elif self.component_budget is not None:
             # That is the budget, of which each unit of rank has to fit, and not each module.
             budget = Budget(self.grid.row_of, self.grid.parameters)
         else:
@@ -128,7 +128,7 @@ class SearchBase(GatedModel):
                 budget.limit(self.ceilings)
         method = make_method(self.config, budget)
         method.inspect(self.base_model, self.adapters.sites)
-        method.prepare(self.grid, self.told_budget)  # `None` where the matrix has the ranks
+        method.prepare(self.grid, self.component_budget)  # `None` where the matrix has the ranks
         return method
 
     def limit(self, costs: StepCosts) -> None:
@@ -152,7 +152,7 @@ class SearchBase(GatedModel):
         a smaller rank. Whole modules are chosen of it, which the log and the notes tell, or, if ranks were asked for
         or the method has no other way, a `ValueError` is raised.
         """
-        if self.told_budget is not None and self.config.discretize_at == 0:
+        if self.component_budget is not None and self.config.discretize_at == 0:
             check_not_cancelling(self.adapters.sites, self.method.name)
         ranks = self.method.start_ranks() if self.rank_plan is None else self.ranks
         if ranks is None:
@@ -248,7 +248,7 @@ class SearchBase(GatedModel):
         Raises:
             ValueError: if the method says itself which components stay, and these are of other modules.
         """
-        if self.told_budget is not None:
+        if self.component_budget is not None:
             told = self.method.kept_components()
             if kept.tolist() != [bool(own) for own in told]:
                 raise ValueError(
@@ -280,7 +280,7 @@ class SearchBase(GatedModel):
 
     def kept_components(self, kept: Tensor, ranks: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Which components a choice leaves of each module; nothing if they are the first ones of all."""
-        if self.told_budget is not None:
+        if self.component_budget is not None:
             found = self.told_components
         else:
             found = () if self.components is None else self.components.indices(kept, ranks)
@@ -297,7 +297,7 @@ def choice_of(search: SearchBase) -> tuple[Tensor, tuple[int, ...]]:
         if kept is not None:
             return kept, search.ranks
         return search.rank_plan.choose(search.method, evident=search.confidence.beyond_chance)
-    if search.told_budget is not None:
+    if search.component_budget is not None:
         ranks = tuple(map(len, search.told_components))
         return torch.tensor(ranks) > 0, ranks
     if kept is None:

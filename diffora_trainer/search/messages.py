@@ -93,7 +93,7 @@ def _after_gates(search: SearchBase) -> str:
     method, all_stay = search.method, search.everything is not None and not search.config.limits_step
     if all_stay or method.start_ranks() is not None:
         return "all modules go on without gates"
-    return f"the {'selected modules' if search.told_budget is None else 'best components'} go on alone"
+    return f"the {'selected modules' if search.component_budget is None else 'best components'} go on alone"
 
 
 def start_warnings(schedule: Schedule, search: ArchitectureSearch) -> list[str]:

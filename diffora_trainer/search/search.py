@@ -23,12 +23,12 @@ from ..methods.context import ScoreFunction, bounded
 from .base import SearchBase, choice_of
 from .batches import NO_LABELS, without_labels
 from .bilevel import ArchitectureGradient
+from .component_budget import faded_masks
 from .deprecated import OldNames, old_runtime
 from .measured import LossFunction
 from .outcome import check_adapters, make_selection, search_metrics
 from .runtime import Runtime
 from .scoring import score_sites, try_out
-from .told_ranks import faded_masks
 
 
 logger = get_logger(__name__)
@@ -186,7 +186,7 @@ class ArchitectureSearch(OldNames, SearchBase):
         if self.rank_plan is not None:
             self.set_ranks(self.ranks, progress)
             return
-        if self.told_budget is not None:
+        if self.component_budget is not None:
             self.gates.set_masks(faded_masks(self.method, self.grid.ranks, self.told_components, progress))
             return
         self._fading = torch.ones(len(self.kept), dtype=torch.float32).masked_fill(~self.kept, 1.0 - progress)

@@ -18,7 +18,7 @@ from ..methods.ranks import RankMethod, rows_and_columns
 from .rank_rules import make_rank_budget, refuse, uncombinable
 
 
-def told_rank_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankBudget | None, str | None]:
+def find_component_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankBudget | None, str | None]:
     """
     The budget that the method spends on components, or `None` where it keeps or prunes whole modules, or has nothing
     to choose; and why it keeps whole modules, though they were not asked for.
