@@ -85,8 +85,8 @@ class SearchBase(GatedModel):
         return None if self.rank_plan is None else self.rank_plan.components
 
     @property
-    def everything(self) -> str | None:
-        """That the budget keeps everything, as a clause; `None` if something goes."""
+    def nothing_to_choose(self) -> str | None:
+        """Why there is nothing to choose, as a clause: the budget keeps everything. `None` if something goes."""
         if self.component_budget is not None:  # something can go, if only what is worth nothing
             return None
         return all_kept(self.method.budget, self.config, "modules" if self.components is None else "components")

@@ -106,7 +106,7 @@ def out_of_limits(config: DiffoRAConfig, costs: StepCosts, rows: Collection[int]
 
 
 def doubts(
-    method: SelectionMethod, names: Sequence[str], evidence: Evidence, everything: str | None
+    method: SelectionMethod, names: Sequence[str], evidence: Evidence, nothing_to_choose: str | None
 ) -> tuple[str, ...]:
     """
     What a choice does not rest on: modules of which nothing was learned, too few steps, equal scores at the edge of
@@ -116,11 +116,11 @@ def doubts(
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): what the choice is made by.
         names (`Sequence[str]`): names of the modules.
         evidence ([`Evidence`]): what it rests on.
-        everything (`str` or `None`): that everything is kept, if it is (see [`all_kept`]).
+        nothing_to_choose (`str` or `None`): why there is nothing to choose, if so (see [`all_kept`]).
     """
     count, missed = len(names), (~evidence.reached).nonzero().flatten().tolist()
-    if everything is not None:
-        return (f"There was nothing to choose: {everything}.",)
+    if nothing_to_choose is not None:
+        return (f"There was nothing to choose: {nothing_to_choose}.",)
     in_ranks = evidence.in_ranks
     evenly = "so no module was favoured: the budget stays spread evenly over all of them."
     arbitrary = evenly if in_ranks else f"so the {evidence.what} are kept by their order in the model alone."

@@ -90,7 +90,7 @@ def _events(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> st
 
 
 def _after_gates(search: SearchBase) -> str:
-    method, all_stay = search.method, search.everything is not None and not search.config.limits_step
+    method, all_stay = search.method, search.nothing_to_choose is not None and not search.config.limits_step
     if all_stay or method.start_ranks() is not None:
         return "all modules go on without gates"
     return f"the {'selected modules' if search.component_budget is None else 'best components'} go on alone"
@@ -118,7 +118,7 @@ def _doubt(schedule: Schedule, search: ArchitectureSearch) -> str | None:
     if search.has_no_choice:
         scope = "`selection_scope='model'`, or " if scope_of(search.config) == "layer" else ""
         advice = "" if search.method.budget.is_one_unit else f" Please set {scope}a smaller budget."
-        return f"There is nothing to choose: {search.everything}.{advice}"
+        return f"There is nothing to choose: {search.nothing_to_choose}.{advice}"
     if search.method.searches and len(schedule.updates) < 2:
         fading = f" and gates fade out until step {schedule.prune}" if schedule.fades else ""
         return (

@@ -47,7 +47,7 @@ def make_selection(search: SearchBase, step: int | None) -> Selection:
     evidence = Evidence(reached, search.skipped_steps, confidence, evenly, what, kept_parameters)
     rows = [row for row, keep in zip(grid.row_of, kept, strict=True) if keep]
     costs = StepCosts() if search.costs is None else search.costs
-    notes = doubts(method, grid.names, evidence, search.everything)
+    notes = doubts(method, grid.names, evidence, search.nothing_to_choose)
     return Selection(
         grid=grid,
         ranks=ranks,

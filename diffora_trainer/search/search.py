@@ -114,7 +114,7 @@ class ArchitectureSearch(OldNames, SearchBase):
     def has_no_choice(self) -> bool:
         """Whether the budget has room for everything, though it was to limit what is kept."""
         limited = self.config.max_trainable_parameters is not None or self.config.ratio < 1
-        return limited and not self.config.limits_step and self.everything is not None
+        return limited and not self.config.limits_step and self.nothing_to_choose is not None
 
     def check_start(self, batch: Any) -> None:
         """Before the first step: raise a `ValueError` if it cannot look at this model, or learn from this batch."""
