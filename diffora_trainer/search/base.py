@@ -173,9 +173,9 @@ class SearchBase(GatedModel):
         if self.config.selection_granularity != "auto":
             refuse(self.config.selection_granularity, reason)
         self.why_whole_modules = reason
-        self.forgo_ranks(trained_before=True)
+        self.fall_back_to_modules(trained_before=True)
 
-    def forgo_ranks(self, trained_before: bool) -> None:
+    def fall_back_to_modules(self, trained_before: bool) -> None:
         """
         Keep or prune whole modules, where the budget cannot be spent in ranks.
 

@@ -95,7 +95,7 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     if run.config.decide_early and state.kept is not None and state.discretize < run.schedule.discretize:
         run.schedule = run.schedule.decided(state.discretize)
     if not state.ranks:  # of an adapter that was trained before, or from before ranks could be given
-        search.forgo_ranks(trained_before="selection_granularity" in state.config)
+        search.fall_back_to_modules(trained_before="selection_granularity" in state.config)
     reallocates = run.reallocation is not None and state.step >= state.warmup
     timed = run.config.limits_step and state.step >= state.warmup
     costs = () if state.costs is None else (state.costs.time, state.costs.memory)
