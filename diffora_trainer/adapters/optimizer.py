@@ -227,7 +227,7 @@ def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> No
         start_moments(weight, dim, new, trained, optimizer)
 
 
-def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], what: str, initial: bool = False) -> float:
+def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], remedy: str, initial: bool = False) -> float:
     """
     The present learning rate of the first of some parameters that an optimizer holds; of its first group, if it holds
     none of them.
@@ -235,7 +235,7 @@ def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], what: s
     Args:
         optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
         parameters (`Iterable[nn.Parameter]`): the parameters.
-        what (`str`): what to do without one: the end of the message.
+        remedy (`str`): what to do if it has none: the end of the message.
         initial (`bool`, *optional*, defaults to `False`): return `initial_lr`, where a scheduler has stored it.
 
     Raises:
@@ -250,7 +250,7 @@ def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], what: s
     if rate is None:
         raise ValueError(
             f"The {type(innermost(optimizer)).__name__} that you passed has no learning rate (`lr`) for the LoRA "
-            f"weights, as with `relative_step`, but a step of the gates depends on it: {what}"
+            f"weights, as with `relative_step`, but a step of the gates depends on it: {remedy}"
         )
     return float(rate)
 

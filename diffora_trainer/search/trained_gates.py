@@ -14,12 +14,12 @@ from .search import ArchitectureSearch
 def rate_of_weights(
     search: ArchitectureSearch,
     optimizer: Any,
-    what: str = "please leave `arch_order=2` out.",
+    remedy: str = "please leave `arch_order=2` out.",
     initial: bool = False,
 ) -> float:
     """The learning rate of the searched weights. See [`~diffora_trainer.adapters.optimizer.learning_rate_of`]."""
     weights = (weight for site in search.adapters.sites for weight in site.parameters)
-    return learning_rate_of(optimizer, weights, what, initial)
+    return learning_rate_of(optimizer, weights, remedy, initial)
 
 
 def check_rate(search: ArchitectureSearch, optimizer: Any, trained: TrainedGates | None) -> None:
@@ -72,8 +72,8 @@ class TrainedGates:
             ValueError: if there is none.
         """
         own = self.search.method.options.gate_learning_rate
-        what = "please give the gates one of their own (`gate_learning_rate` in `method_options`)."
-        return own if own is not None else rate_of_weights(self.search, optimizer, what, initial)
+        remedy = "please give the gates one of their own (`gate_learning_rate` in `method_options`)."
+        return own if own is not None else rate_of_weights(self.search, optimizer, remedy, initial)
 
     def doubt(self, optimizer: Any) -> str | None:
         """What the log warns of before the first step, if anything."""
