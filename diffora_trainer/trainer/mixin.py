@@ -186,12 +186,12 @@ class DiffoRAMixin(_Base):
         check_can_train(self)
         self._loop_began = False
         checkpoint = saving.checkpoint_to_resume(self, resume_from_checkpoint)
-        self._session.expect(checkpoint)
+        self._session.prepare_resume(checkpoint)
         try:
             return super().train(checkpoint, *args, **kwargs)
         finally:
             self._prefix_cache.close()
-            self._session.give_back(self.model)
+            self._session.release_model(self.model)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` runs the loop again when memory ran out. The parent reads the checkpoint's weights

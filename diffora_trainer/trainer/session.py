@@ -151,14 +151,14 @@ class TrainerSession:
             self._began_pruned, self.resumed_after_prune = not self.resumed_after_prune, False
             return False
         self._began_pruned = False
-        self.leave_run()
+        self.abandon_run()
         self.selection = None
         self.run = self._hooks.make_run(model, optimizer, scheduler, state.max_steps)
         if self._resumed is not None:
             (folder, saved, tensors), self._resumed = self._resumed, None
             self.run.restore(saved, tensors, (folder, os.path.join(folder, TENSORS_NAME)))
         self.run.begin()
-        return self._take_over()
+        return self._collect_result()
 
     def begin_epoch(self, step: int, skips_rows: bool) -> None:
         """
@@ -183,7 +183,7 @@ class TrainerSession:
         """
         if self.run is not None and self.run.step < step:
             self.run.after_step()
-        return self._take_over()
+        return self._collect_result()
 
     def end(self, state: TrainerState) -> bool:
         """At the end of a training loop, once; tells whether modules were pruned."""
@@ -194,7 +194,7 @@ class TrainerSession:
             self._refuse_no_step(state)
         if self.run is not None:
             self.run.finish()
-        return self._take_over()
+        return self._collect_result()
 
     def held_out_rows(self, model: nn.Module) -> int | None:
         """
@@ -212,9 +212,9 @@ class TrainerSession:
     def leave_loop(self) -> None:
         """Forget the training loop before, which may have failed."""
         self.in_loop = False
-        self.leave_run()
+        self.abandon_run()
 
-    def leave_run(self, *, together: bool = True) -> None:
+    def abandon_run(self, *, together: bool = True) -> None:
         """
         Take the gates off, and switch all modules on, if a run that was interrupted has left them so.
 
@@ -228,18 +228,18 @@ class TrainerSession:
                 self._switched_on = False
                 self.run.search.runtime.after_switch()
 
-    def give_back(self, model: nn.Module) -> None:
+    def release_model(self, model: nn.Module) -> None:
         """
         At the end of a run, or when it fails on this process at least, leave the model to whoever has it next: without
         gates, with all modules that were not pruned, and with its embeddings as its user, TRL or PEFT had set them up.
         Another way to train it may need their output to require a gradient.
         """
         self.in_loop = False
-        self.leave_run(together=False)
+        self.abandon_run(together=False)
         self._forget_suspensions()
         restore_input_gradients(model)
 
-    def _take_over(self) -> bool:
+    def _collect_result(self) -> bool:
         """Let go of a run whose modules are pruned: nothing of it is kept but what was chosen."""
         run = self.run
         if run is None or run.selection is None:
@@ -252,7 +252,7 @@ class TrainerSession:
         """An adapter that nothing was trained of should not be saved as if it were."""
         held_out = 0 if self.run is None else len(self.run.held_out.dataset)
         beside = f" beside the {held_out:,} rows that are held out" if held_out else ""
-        self.leave_run()
+        self.abandon_run()
         raise ValueError(
             f"Training ended at step {state.global_step} of {state.max_steps} without having made a step: the data "
             f"gave no batch{beside}, or a callback stopped it. The adapter is as it was. Please check that the data "
@@ -330,7 +330,7 @@ class TrainerSession:
         check_model(folder, state, model, state.modules, state.modules)
         self._resumed = (folder, state, tensors)
 
-    def expect(self, folder: str | None) -> None:
+    def prepare_resume(self, folder: str | None) -> None:
         """
         Before a training: drop what a resumption that failed half-way has left, and read what the data loader depends
         on from the checkpoint that is resumed from. With FSDP the loader is made before the checkpoint is loaded.
