@@ -83,7 +83,7 @@ class Gates:
         """Whether the gates act on the model."""
         return bool(self._handles)
 
-    def expect(self) -> None:
+    def announce(self) -> None:
         """Tell [`gates_active`] of them ahead of [`attach`]: a training schedule may be asked before a run begins."""
         _ACTIVE.add(self)
 

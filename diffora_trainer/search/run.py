@@ -118,7 +118,7 @@ class SelectionRun(OldRunNames, RunParts):
         }
         self._due = DueEvents()
         check_same_run(self)
-        self.search.gates.expect()
+        self.search.gates.announce()
 
     # What a loop calls
 
