@@ -23,12 +23,12 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..compat import (
+from ..compat.torch import forward_hooks
+from ..compat.transformers import (
     ask_for_input_gradients,
     asks_for_input_gradients,
     checkpoints,
     checkpoints_without_reentry,
-    forward_hooks,
     is_input_gradient_hook,
     own_input_embeddings,
 )

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from peft import PeftType
 from torch import Tensor, nn
 
-from ..compat import PEFT_PREFIX
+from ..compat.peft import PEFT_PREFIX
 from ..config import DiffoRAConfig
 from ..core.values import parse_mapping
 from .matrices import Adapter

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import frozen_adapters
+from ..compat.peft import frozen_adapters
 from ..core.files import ADAPTER_NAME, tensor_shapes
 from .base import find_sites, peft_name
 from .lora import LoraSite

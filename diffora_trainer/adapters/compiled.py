@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from ..compat import is_compiled
+from ..compat.torch import is_compiled
 
 
 def check_not_compiled(model: nn.Module) -> None:

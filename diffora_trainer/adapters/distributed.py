@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..compat import remove_fsdp_parameters
+from ..compat.torch import remove_fsdp_parameters
 
 
 def rebuild_ddp(wrapper: Any, handler: Any = None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
-from ..compat import hook_lookup
+from ..compat.peft import hook_lookup
 from .base import Handle, Scale, peft_name
 from .lora import LoraSite, register_lora_site
 

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftType
 from torch import Tensor, nn
 
-from ..compat import kept_frozen
+from ..compat.peft import kept_frozen
 from .backward import without_input_gradients
 from .base import AdapterSite
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..compat import fused_lora
+from ..compat.kernels import fused_lora
 
 
 _REMEDIES = {

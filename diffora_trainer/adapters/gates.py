@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import checkpoint_function, checkpoints
+from ..compat.transformers import checkpoint_function, checkpoints
 from ..core.components import Components
 from .backward import without_input_gradients
 from .base import AdapterSite, Handle

@@ -9,7 +9,7 @@ from peft import TaskType
 from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 
-from ..compat import is_pretrained
+from ..compat.transformers import is_pretrained
 from ..core.base_model import class_names
 from ..logging import get_logger
 

@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from ..compat import is_sentence_transformer, keep_frozen, lora_start
+from ..compat.peft import keep_frozen, lora_start
+from ..compat.sentence_transformers import is_sentence_transformer
 from ..core.grid import LORA
 from .base import AdapterSite, SiteKind, peft_name, register_site_kind
 from .optimizer import NO_LORA_FA, narrow_weight

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
-from ..compat import convolved
+from ..compat.torch import convolved
 from .optimizer import rescale_moments
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..compat import SCHEDULER_LISTS, inner_schedulers
+from ..compat.torch import SCHEDULER_LISTS, inner_schedulers
 from ..logging import get_logger
 
 

@@ -11,7 +11,7 @@ from peft.tuners.lokr import LoKrLayer
 from peft.tuners.vera import VeraLayer
 from torch import nn
 
-from ..compat import LOADS_VERA_MATRICES, VERA_LOADER
+from ..compat.peft import LOADS_VERA_MATRICES, VERA_LOADER
 from .base import Handle, Scale, peft_name
 from .lora import LoraSite, register_lora_site
 from .weights import GatedWeights

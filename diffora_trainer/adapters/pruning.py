@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.utils.constants import MIN_TARGET_MODULES_FOR_OPTIMIZATION
 from torch.optim import Optimizer
 
-from ..compat import shortened_targets
+from ..compat.peft import shortened_targets
 from ..core.selection import Selection
 from ..core.text import some
 from .backward import suspend_input_gradients

@@ -20,7 +20,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..compat import SUBTRACTED_STARTS, lora_start
+from ..compat.peft import SUBTRACTED_STARTS, lora_start
 from .base import AdapterSite, Handle, Scale
 from .distributed import add_to_weight
 from .lora import LoraSite, register_lora_site

@@ -9,7 +9,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from ..compat import PLAIN_STARTS, lora_start, noted_structure
+from ..compat.peft import PLAIN_STARTS, lora_start
+from ..compat.torch import noted_structure
 from .wrapping import has_adapter
 
 

@@ -17,13 +17,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..compat import (
-    all_linear_modules,
-    backbone_of_sentence_transformer,
-    converted_to_parameters,
-    refused_modules,
-    rewrites_all_linear,
-)
+from ..compat.peft import all_linear_modules, converted_to_parameters, refused_modules, rewrites_all_linear
+from ..compat.sentence_transformers import backbone_of_sentence_transformer
 from ..logging import get_logger
 from .heads import HEADS, new_heads, takes_input_ids, task_type_of_model
 from .lora import check_lora_config, peft_model, searchable

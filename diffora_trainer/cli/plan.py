@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..compat import readable_help
+from ..compat.transformers import readable_help
 from ..config import DiffoRAConfig
 from ..core.grid import Grid
 from ..core.schedule import Schedule

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..compat import readable_help
+from ..compat.transformers import readable_help
 from ..core.files import ADAPTER_CONFIG_NAME
 from .data import DataArguments, check_texts, load_splits, looks_local
 

@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..adapters.base import SiteKind, extra_kinds
 from ..adapters.wrapping import read_base_config
-from ..compat import loading_class
+from ..compat.transformers import loading_class
 from ..core.base_model import class_of, is_own_class, label_names, predicts_classes, problem_type
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside, tensor_shapes, write_file
 from ..core.selection import Selection

@@ -11,7 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, Reposi
 from peft import LoraConfig
 
 from ..adapters.handover import lora_config_of, lora_config_of_run
-from ..compat import load_peft_config
+from ..compat.peft import load_peft_config
 from ..core.files import ADAPTER_CONFIG_NAME, adapters_inside
 from ..core.selection import SELECTION_NAME, Selection
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..compat import trainer_of_callback
+from ..compat.transformers import trainer_of_callback
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..methods.build import check_score_function

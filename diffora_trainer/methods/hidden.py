@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import adapters_in_use
+from ..compat.peft import adapters_in_use
 from ..core.grid import OTHER_ROW, Grid
 from .context import ScoreContext, matrices_of, wide
 from .masks import TokenMasks

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..compat import calls_around_hooks, feature_mask, is_pretrained
+from ..compat.peft import calls_around_hooks
+from ..compat.transformers import feature_mask, is_pretrained
 from ..logging import get_logger
 from .context import ScoreContext
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import modules_of_adapters, own_input_embeddings, saved_buffers
+from ..compat.peft import modules_of_adapters
+from ..compat.torch import saved_buffers
+from ..compat.transformers import own_input_embeddings
 from .base import ScoreMethod
 from .context import ScoreContext, Site, holds_floats, saliency, wide
 from .papers import HETEROLORA, ZERO_COST

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import adapters_in_use
+from ..compat.peft import adapters_in_use
 from .context import ScoreContext
 from .masks import TokenMasks
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import noted_auxiliary_losses
+from ..compat.transformers import noted_auxiliary_losses
 from ..core.isolation import isolated_random_state
 from ..core.rows import take_rows, why_without_rows
 from ..logging import get_logger

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..compat import PEFT_PREFIX
+from ..compat.peft import PEFT_PREFIX
 from ..core.isolation import replaced
 
 

@@ -15,7 +15,7 @@ from transformers.training_args import ParallelMode
 from ..adapters.gates import gates_active
 from ..adapters.lora import peft_model
 from ..adapters.optimizer import parameters_of
-from ..compat import frozen_adapters, is_kept_frozen, keep_frozen, keep_frozen_no_longer
+from ..compat.peft import frozen_adapters, is_kept_frozen, keep_frozen, keep_frozen_no_longer
 from .base import FactorSchedule, check_every, lora_of
 
 

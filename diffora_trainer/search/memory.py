@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ..compat import LiveBytes
+from ..compat.torch import LiveBytes
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..compat import noted_auxiliary_losses
+from ..compat.transformers import noted_auxiliary_losses
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process, shares, world_size
 from ..core.rows import number_of_rows, take_rows, why_without_rows

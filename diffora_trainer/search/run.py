@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters.optimizer import innermost
-from ..compat import beside_the_training_loader
+from ..compat.accelerate import beside_the_training_loader
 from ..config import DiffoRAConfig
 from ..core.agreement import is_main_process
 from ..core.schedule import Event

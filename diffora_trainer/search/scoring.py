@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.base import plain_name
-from ..compat import checkpoints
+from ..compat.transformers import checkpoints
 from ..core.grid import Grid
 from ..methods.base import ScoreMethod
 from ..methods.context import ScoreContext, ScoreFunction, Site

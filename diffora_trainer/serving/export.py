@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from ..adapters.base import extra_kinds
-from ..compat import PEFT_PREFIX, load_peft_config
+from ..compat.peft import PEFT_PREFIX, load_peft_config
 from ..core.files import ADAPTER_CONFIG_NAME, ADAPTER_NAME, adapters_inside
 from ..core.grid import OTHER_ROW, Grid
 from ..core.units import find_units

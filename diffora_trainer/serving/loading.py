@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..compat import PEFT_PREFIX, keys_not_loaded, loading_class, own_input_embeddings
+from ..compat.peft import PEFT_PREFIX, keys_not_loaded
+from ..compat.transformers import loading_class, own_input_embeddings
 from ..core.base_model import base_class, read_head
 from ..core.files import ADAPTER_NAME, tensor_shapes
 from .pairs import check_start

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..adapters.tied import tied_layers
-from ..compat import PEFT_PREFIX, merges
+from ..compat.peft import PEFT_PREFIX, merges
 
 
 _LOAD_IT = "Please load it with PEFT."

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from ..compat import own_input_embeddings
+from ..compat.transformers import own_input_embeddings
 from ..core.base_model import output_folder
 from ..logging import get_logger
 from .loading import base_source, load

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import EXACT_STARTS, PEFT_PREFIX, PLAIN_STARTS, lora_start
+from ..compat.peft import EXACT_STARTS, PEFT_PREFIX, PLAIN_STARTS, lora_start
 from .mergeable import remedy
 
 

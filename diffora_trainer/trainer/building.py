@@ -19,7 +19,8 @@ from ..adapters.lora import peft_model
 from ..adapters.pruning import own_config
 from ..adapters.unwrapping import taken_out_on_error
 from ..adapters.wrapping import check_no_adapter, complete_lora_config, wrap_model, wrap_model_init
-from ..compat import activation_checkpointing, averages_adapter, is_reward_trainer
+from ..compat.transformers import activation_checkpointing
+from ..compat.trl import averages_adapter, is_reward_trainer
 from ..config import DiffoRAConfig
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction

@@ -11,18 +11,10 @@ from torch import nn
 
 from ..adapters.base import extra_sites_of, kinds_of
 from ..adapters.optimizer import check_optimizer
-from ..compat import (
-    activation_checkpointing,
-    activation_checkpointing_kwargs,
-    check_trainer_methods,
-    generates_in_step,
-    is_sentence_transformer,
-    knows_fsdp2,
-    loss_is_of_rows,
-    makes_completions,
-    own_training_loop,
-    uses_vllm,
-)
+from ..compat.sentence_transformers import is_sentence_transformer
+from ..compat.torch import knows_fsdp2
+from ..compat.transformers import activation_checkpointing, activation_checkpointing_kwargs, check_trainer_methods
+from ..compat.trl import generates_in_step, loss_is_of_rows, makes_completions, own_training_loop, uses_vllm
 from ..config import DiffoRAConfig
 from ..logging import get_logger
 from ..methods.build import method_of

@@ -8,7 +8,7 @@ from accelerate.utils import DynamoBackend
 
 from ..adapters.compiled import drop_graphs
 from ..adapters.distributed import rebuild_ddp
-from ..compat import uncompiled
+from ..compat.torch import uncompiled
 from ..logging import get_logger
 
 

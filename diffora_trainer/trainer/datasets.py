@@ -11,7 +11,8 @@ from datasets import Dataset, IterableDataset
 from torch.utils.data import Subset
 from transformers.trainer_utils import has_length
 
-from ..compat import columns_of_model, preparation, with_reference_log_probs
+from ..compat.transformers import columns_of_model
+from ..compat.trl import preparation, with_reference_log_probs
 from ..search.batches import NO_LABELS
 
 

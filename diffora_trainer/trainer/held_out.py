@@ -21,14 +21,8 @@ from torch.utils.data import (
 )
 from transformers.trainer_utils import has_length
 
-from ..compat import (
-    collator_without_unused_columns,
-    makes_completions,
-    noted_preparation,
-    repeats_first_order,
-    train_batch_size,
-    without_unused_columns,
-)
+from ..compat.transformers import collator_without_unused_columns, train_batch_size, without_unused_columns
+from ..compat.trl import makes_completions, noted_preparation, repeats_first_order
 from ..core.isolation import replaced
 from ..logging import get_logger
 from ..methods.build import make_schedule, method_of

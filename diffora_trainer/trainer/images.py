@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..compat import image_writers
+from ..compat.trackers import image_writers
 from ..core.selection import Selection
 from ..hub.plots import GATES, NO_MATPLOTLIB, Picture, score_scale
 from ..logging import get_logger

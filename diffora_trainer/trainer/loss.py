@@ -10,15 +10,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..adapters.lora import peft_model
-from ..compat import (
-    calls_backward_itself,
-    items_in_batch,
-    loss_of_training_step,
-    makes_completions,
-    own_training_step,
-    prepare_inputs,
-    uses_vllm,
-)
+from ..compat.transformers import items_in_batch, prepare_inputs
+from ..compat.trl import calls_backward_itself, loss_of_training_step, makes_completions, own_training_step, uses_vllm
 from ..core.isolation import replaced
 from .bookkeeping import Snapshot, holds_plain_values
 from .checks import check_generation

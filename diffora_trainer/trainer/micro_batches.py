@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import loss_is_of_rows, makes_completions, own_training_step, prepare_inputs
+from ..compat.transformers import prepare_inputs
+from ..compat.trl import loss_is_of_rows, makes_completions, own_training_step
 from ..core.isolation import replaced
 from ..search.search import ArchitectureSearch
 from .loss import preserved_bookkeeping

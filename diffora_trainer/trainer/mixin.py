@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compat import output_dir, own_training_step
+from ..compat.transformers import output_dir
+from ..compat.trl import own_training_step
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
 from ..hub.push import PublicCopies

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.utils.data import IterableDataset
 
-from ..compat import generates_in_step, makes_completions, own_training_step, prepare_inputs
+from ..compat.transformers import prepare_inputs
+from ..compat.trl import generates_in_step, makes_completions, own_training_step
 from ..core.agreement import is_main_process
 from ..core.isolation import replaced
 from ..logging import get_logger

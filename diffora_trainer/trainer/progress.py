@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
-from ..compat import training_bar
+from ..compat.trackers import training_bar
 from ..core.schedule import Event, Schedule
 from .session import TrainerSession
 

@@ -15,7 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from ..adapters.base import extra_kinds, kinds_of
 from ..adapters.lora import peft_model
 from ..adapters.optimizer import remove_empty_groups
-from ..compat import is_sentence_transformer, load_default_adapter, load_sentence_transformer
+from ..compat.sentence_transformers import is_sentence_transformer, load_sentence_transformer
+from ..compat.transformers import load_default_adapter
 from ..core.base_model import head_files
 from ..core.files import ADAPTER_CONFIG_NAME, adapters_inside, write_file
 from ..core.selection import SELECTION_NAME, Selection

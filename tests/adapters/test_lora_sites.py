@@ -18,7 +18,7 @@ from diffora_trainer.adapters.gates import Gates, pruned_view
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.lora import check_lora_config
 from diffora_trainer.adapters.pruning import apply_selection
-from diffora_trainer.compat import PLAIN_STARTS, SUBTRACTED_STARTS, lora_start
+from diffora_trainer.compat.peft import PLAIN_STARTS, SUBTRACTED_STARTS, lora_start
 from helpers.adapted import VERA_TARGETS, base_weights, logits, lora_layers, random_selection
 from helpers.models import MOE_PARAMETERS, gpt2, llama, moe
 from helpers.tiny_model import TinyModel

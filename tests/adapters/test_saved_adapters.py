@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
-from diffora_trainer.compat import LOADS_VERA_MATRICES
+from diffora_trainer.compat.peft import LOADS_VERA_MATRICES
 from diffora_trainer.core.selection import Selection
 from helpers.adapted import logits, random_selection
 from helpers.models import llama, llama_config

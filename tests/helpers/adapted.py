@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from diffora_trainer.adapters.base import find_sites
-from diffora_trainer.compat import LOADS_VERA_MATRICES
+from diffora_trainer.compat.peft import LOADS_VERA_MATRICES
 from diffora_trainer.core.grid import LORA, Grid, SiteInfo
 from diffora_trainer.core.selection import Selection
 from helpers.tiny_model import TinyModel

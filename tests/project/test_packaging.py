@@ -22,7 +22,8 @@ from packaging.version import Version
 from peft.tuners.lora import LoraLayer
 
 import diffora_trainer
-from diffora_trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer, compat
+from diffora_trainer import DiffoRAMixin, DiffoRASFTTrainer, DiffoRATrainer
+from diffora_trainer.compat.transformers import TRAINER_METHODS
 from helpers import ROOT
 from helpers.processes import elsewhere
 from helpers.trainers import make_trainer
@@ -189,7 +190,7 @@ OWN = {name for tree in TREES.values() for name in defined(tree)} - OF_LIBRARIES
 
 def foreign(name: str) -> set[str]:
     """The private names that a module touches and this package does not define."""
-    return touched(TREES[name]) - OWN - defined(TREES[name]) - set(compat.TRAINER_METHODS)
+    return touched(TREES[name]) - OWN - defined(TREES[name]) - set(TRAINER_METHODS)
 
 
 def test_private_names_of_libraries_stand_in_one_folder() -> None:
@@ -208,7 +209,7 @@ def test_no_other_file_names_a_version() -> None:
 def test_overridden_methods_are_listed_and_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A version of transformers that calls an overridden method by another name is refused, not trained with."""
     overridden = {name for name in vars(DiffoRAMixin) if private(name)} & set(dir(transformers.Trainer))
-    assert overridden == set(compat.TRAINER_METHODS)
+    assert overridden == set(TRAINER_METHODS)
     assert DiffoRAMixin.__bases__ == (object,)  # the mixin alone overrides them
     for trainer in (DiffoRATrainer, DiffoRASFTTrainer):
         assert trainer.__bases__[0] is DiffoRAMixin

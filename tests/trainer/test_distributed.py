@@ -370,13 +370,13 @@ def test_what_cannot_be_sharded_is_refused(
 
 def test_fsdp_of_an_unknown_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch in which the private names are gone by which modules are taken out of FSDP2."""
-    from diffora_trainer import compat
+    import diffora_trainer.compat.torch as compat_torch
     from diffora_trainer.trainer import checks as trainer_utils
 
     trainer = make_trainer(tmp_path)
     trainer.is_fsdp_enabled = True
     monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", _Plugin(), raising=False)
     trainer_utils.check_trainer(trainer)
-    monkeypatch.setattr(compat.torch, "FSDP_GROUPS", ("_groups_of_a_later_torch",))
+    monkeypatch.setattr(compat_torch, "FSDP_GROUPS", ("_groups_of_a_later_torch",))
     with pytest.raises(ValueError, match=r"FSDP2 of torch .* does not keep what it gathers.*ddp.yaml"):
         trainer_utils.check_trainer(trainer)

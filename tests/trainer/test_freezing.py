@@ -15,7 +15,7 @@ from transformers import DataCollatorForLanguageModeling
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig, Selection, selected_lora_config
 from diffora_trainer.adapters.freezing import frozen_view
 from diffora_trainer.adapters.grid import AdapterGrid
-from diffora_trainer.compat import keep_frozen
+from diffora_trainer.compat.peft import keep_frozen
 from helpers.adapted import base_weights
 from helpers.checks import adapter, assert_helpful, assert_same, raw_optimizer, step_logs
 from helpers.data import classification_dataset, tiny_tokenizer, token_rows

@@ -12,14 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from ...compat import (
-    adapters_disabled,
-    checkpoint_function,
-    checkpoints,
-    checkpoints_call,
-    is_replica,
-    set_checkpoint_function,
-)
+from ...compat.peft import adapters_disabled
+from ...compat.torch import is_replica
+from ...compat.transformers import checkpoint_function, checkpoints, checkpoints_call, set_checkpoint_function
 from .structure import ATTRIBUTE as ATTRIBUTE
 from .structure import Parts
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...adapters.wrapping import has_adapter
-from ...compat import adapters_disabled
+from ...compat.peft import adapters_disabled
 from .shortcuts import Shortcut, remove_shortcuts, shortcut_config, shortcuts
 from .structure import ATTRIBUTE, Parts, plan_layers
 
