@@ -207,10 +207,9 @@ def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> No
     states = innermost(optimizer).state
     state = states.get(weight) or {}
     moments = {name: state[name] for name in ("exp_avg", *_SECOND_MOMENTS) if name in state}
-    whole = all(
-        isinstance(value, Tensor) and _is_entry_by_entry(value, weight) and value.is_floating_point()
-        for value in moments.values()
-    )
+    # One gate for all entries is multiplied into a part of a sharded weight as into the whole.
+    kinds = (Tensor, type(weight)) if factors.numel() == 1 else (Tensor,)
+    whole = all(_has_each_entry(value, weight, kinds) and value.is_floating_point() for value in moments.values())
     if not whole or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
         return
     factors = factors.detach().to(weight.device, torch.float32)
@@ -218,9 +217,12 @@ def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> No
     if closed.all():
         states.pop(weight)
         return
-    inverse = (1.0 / factors).masked_fill(closed, 0.0)
+    inverse: Any = (1.0 / factors).masked_fill(closed, 0.0)
+    if factors.numel() == 1:
+        inverse = inverse.reshape(())
     for name, value in moments.items():
-        value.mul_(inverse if name == "exp_avg" else inverse.square())
+        by = inverse if name == "exp_avg" else inverse.square()
+        value.mul_(float(by) if by.ndim == 0 else by)
     if closed.any():
         dim = max(range(factors.ndim), key=lambda dim: factors.shape[dim])
         new, trained = (found.flatten().nonzero().flatten().tolist() for found in (closed, ~closed))
@@ -273,12 +275,16 @@ def _exchange(optimizer: Any, old: nn.Parameter, new: nn.Parameter) -> None:
         group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
-def _is_entry_by_entry(value: Tensor, weight: Tensor) -> bool:
+def _is_entry_by_entry(value: Any, weight: Tensor) -> bool:
     """
     Whether a state has an entry for each of a weight's, and is nothing but a tensor. One that is quantized may have
     the shape too, in a class of its own, and one of bitsandbytes' paged optimizers is on another device, with marks.
     """
-    return type(value) is Tensor and value.shape == weight.shape and value.device == weight.device
+    return _has_each_entry(value, weight, (Tensor,))
+
+
+def _has_each_entry(value: Any, weight: Tensor, kinds: tuple[type, ...]) -> bool:
+    return type(value) in kinds and value.shape == weight.shape and value.device == weight.device
 
 
 def _keep_groups(optimizer: Any, keep: list[bool], scheduler: Any) -> None:
