@@ -201,14 +201,15 @@ def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> No
 
     Args:
         weight (`nn.Parameter`): the weight, which was trained under the gates.
-        factors (`Tensor`): the gates, of a shape that broadcasts with it, along one dimension at most.
+        factors (`Tensor`): the gates, of a shape that broadcasts with it, along one dimension; or one for all, without
+            a dimension.
         optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
     """
     states = innermost(optimizer).state
     state = states.get(weight) or {}
     moments = {name: state[name] for name in ("exp_avg", *_SECOND_MOMENTS) if name in state}
     # One gate for all entries is multiplied into a part of a sharded weight as into the whole.
-    kinds = (Tensor, type(weight)) if factors.numel() == 1 else (Tensor,)
+    kinds = (Tensor, type(weight)) if factors.ndim == 0 else (Tensor,)
     whole = all(_has_each_entry(value, weight, kinds) and value.is_floating_point() for value in moments.values())
     if not whole or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
         return
@@ -217,12 +218,9 @@ def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> No
     if closed.all():
         states.pop(weight)
         return
-    inverse: Any = (1.0 / factors).masked_fill(closed, 0.0)
-    if factors.numel() == 1:
-        inverse = inverse.reshape(())
+    inverse = (1.0 / factors).masked_fill(closed, 0.0)
     for name, value in moments.items():
-        by = inverse if name == "exp_avg" else inverse.square()
-        value.mul_(float(by) if by.ndim == 0 else by)
+        value.mul_(inverse if name == "exp_avg" else inverse.square())
     if closed.any():
         dim = max(range(factors.ndim), key=lambda dim: factors.shape[dim])
         new, trained = (found.flatten().nonzero().flatten().tolist() for found in (closed, ~closed))

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..compat.peft import adapters_in_use
 from ..core.grid import Grid
 
 
@@ -164,6 +165,15 @@ class ScoreContext:
             for batch in self.batches
         ]
         return torch.stack(found).mean(dim=0)
+
+
+def with_same_adapters(model: nn.Module) -> Callable[[], bool]:
+    """
+    A function that says, inside a forward pass, whether this is made with the adapters that are in use now, at the
+    call, and not as one of a reference without them.
+    """
+    in_use = adapters_in_use(model)
+    return lambda: in_use <= adapters_in_use(model)
 
 
 class MeanLosses:

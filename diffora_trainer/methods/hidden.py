@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat.peft import adapters_in_use
 from ..core.grid import OTHER_ROW, Grid
-from .context import ScoreContext, matrices_of, wide
+from .context import ScoreContext, matrices_of, wide, with_same_adapters
 from .masks import TokenMasks
 from .tokens import layers_that_look_ahead, stacks_of
 
@@ -89,10 +88,10 @@ def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Ten
     names = [context.grid.rows[row] for row in numbered_rows(context.grid)]
     masks, auto = TokenMasks(context), [""] * len(names)
     found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
-    in_use = adapters_in_use(context.model)
+    same_adapters = with_same_adapters(context.model)
 
     def note(module: nn.Module, index: int, place: int, value: Any) -> None:
-        if not in_use <= adapters_in_use(context.model):
+        if not same_adapters():
             return
         if not isinstance(value, Tensor) or value.ndim != 3:
             what = f"{tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

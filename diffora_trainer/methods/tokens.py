@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat.peft import adapters_in_use
-from .context import ScoreContext
+from .context import ScoreContext, with_same_adapters
 from .masks import TokenMasks
 
 
@@ -55,17 +54,14 @@ def _first_states(
     What layers give for the first token of each row that is not padding, when what goes into the first one called of
     some of them is changed for the others; not in passes without the active adapter, as of a reference.
     """
-    in_use = adapters_in_use(context.model)
+    same_adapters = with_same_adapters(context.model)
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     left = bool(changed)
-
-    def noted() -> bool:
-        return in_use <= adapters_in_use(context.model)
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> Any:
         nonlocal left
         states = args[0] if args else kwargs.get("hidden_states")
-        if not left or not isinstance(states, Tensor) or states.ndim != 3 or not noted():
+        if not left or not isinstance(states, Tensor) or states.ndim != 3 or not same_adapters():
             return None
         left = False
         states = states.clone()
@@ -80,7 +76,7 @@ def _first_states(
 
         def after(module: nn.Module, args: Any, output: Any, own: list[Tensor] = found[name]) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            if isinstance(states, Tensor) and states.ndim == 3 and noted():
+            if isinstance(states, Tensor) and states.ndim == 3 and same_adapters():
                 kind = states.device.type
                 states = states[_first(masks, module, states)]
                 own.append(states.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else states)
