@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import torch
 from peft import (
     get_peft_model_state_dict,
@@ -56,6 +57,12 @@ def assert_same(first: object, second: object, where: str = "") -> None:
         assert torch.equal(first, second), where
     else:
         assert first == second, where
+
+
+def assert_each_close(found: list[Tensor], expected: list[object], rtol: float = 1e-4) -> None:
+    """Numbers of each module are those of a direct computation, in NumPy or PyTorch."""
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.numpy(), np.asarray(other), rtol=rtol, atol=1e-9)
 
 
 def step_logs(trainer: Trainer, ignored: tuple[str, ...] = ()) -> dict[int, dict[str, float]]:

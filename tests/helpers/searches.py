@@ -67,6 +67,14 @@ def warm(tiny: Any = None, spread: float = 0.3) -> tuple[Any, list[dict[str, Ten
     return model, batches
 
 
+def half_warm(tiny: Any = None) -> tuple[Any, list[dict[str, Tensor]]]:
+    """As [`warm`], with half of the rank: beams begin so, and an adapter that has learned more is refused."""
+    model, batches = warm(tiny)
+    for _, b in pairs(model):
+        b.data[:, 2:] = 0.0
+    return model, batches
+
+
 def model_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return model(**batch).loss
 
