@@ -3,10 +3,11 @@ Batches split into micro-batches, so that a step with all modules needs less mem
 rounding.
 
 Whether the loss of a batch is the mean over its rows, over its labels or a sum under a normaliser of its own, or none
-of these, as where rows are compared with each other, cannot be read off a loss function. So it is tried out once, on
-the first batch: the loss of the whole is compared with what each rule makes of the losses of its parts. If none fits,
+of these, as where rows are compared with each other, cannot be read off a loss function. So it is tried out on the
+first batch: the loss of the whole is compared with what each rule makes of the losses of its parts. If none fits,
 batches are not split. Nor are they with the auxiliary loss of a mixture of experts, which is made of products of means
-over all tokens, and so small that a wrong sum of it passes for rounding.
+over all tokens, and so small that a wrong sum of it passes for rounding. Where several rules fit, up to rounding, the
+best one holds, and they are compared again on the next batches of which they say different things.
 
 A loss may itself wait for other processes (TRL's `SFTTrainer` gathers its metrics), so all of them try out and split
 alike: what one finds in its own rows is agreed on.
@@ -55,6 +56,8 @@ class MicroBatches:
         self.parts = self._wanted = parts
         self._asked, self._model, self._runtime = asked, model, runtime or Runtime()
         self._rules: Sequence[str] = _RULES
+        self._errors = dict.fromkeys(_RULES, 0.0)  # each a part of the loss, summed over the batches tried out
+        self._trials = 0
         self._untried, self._warned = True, False
 
     def split(self, batch: Any, loss_of: LossOf) -> list[tuple[Any, float]]:
@@ -117,19 +120,25 @@ class MicroBatches:
         splits = [_chunks(rows, self.parts), [range(1), range(1, rows)]]
         divided = [[take_rows(batch, chunk) for chunk in split] for split in splits]
         losses = [[loss_of(part) for part in parts] for parts in divided]
-        errors: dict[str, float] = {}
+        self._trials += 1
         for rule in self._rules:
             found = [
                 sum(weight * loss for weight, loss in zip(_weights(rule, parts), of_parts, strict=True) if weight)
                 for parts, of_parts in zip(divided, losses, strict=True)
             ]
-            errors[rule] = max(abs(value - whole) for value in found)
-        best = min(filter(math.isfinite, errors.values()), default=math.inf)
-        # Where all rows are of one length several rules fit alike; the first one is the most common.
-        bound = best + 1e-6 * abs(whole) if best <= _TOLERANCE * abs(whole) + 1e-7 else -1.0
-        unfit = self._any(*(not errors[rule] <= bound for rule in self._rules))
-        if rules := [rule for rule, other in zip(self._rules, unfit, strict=True) if not other]:
-            self._rules, self._untried = rules, False
+            # A loss may be zero.
+            self._errors[rule] += max(abs(value - whole) for value in found) / (abs(whole) + 1e-4)
+        errors = [self._errors[rule] / self._trials for rule in self._rules]
+        best = min(filter(math.isfinite, errors), default=math.inf)
+        best = best if best <= _TOLERANCE else -math.inf
+        # Where all rows are of one length several rules fit alike; the first one is the most common. By rounding a
+        # wrong one may fit best for once, so those that are not far behind have another chance.
+        near = best + min(max(_ALIKE, 20 * best), _ROUNDING)
+        worse = self._any(*(not error <= best + _ALIKE for error in errors))
+        unfit = self._any(*(not error <= near for error in errors))
+        order = sorted(zip(worse, unfit, self._rules, strict=True), key=lambda found: found[0])
+        if rules := [rule for _, other, rule in order if not other]:
+            self._rules, self._untried = rules[: None if self._trials < _TRIALS else 1], False
             return
         self._refuse(
             f"the loss of a batch ({whole:.6g}) is neither the sum nor a mean of those of its parts "
@@ -174,6 +183,9 @@ def wanted_micro_batches(config: DiffoRAConfig, runtime: Runtime, model: nn.Modu
 
 _RULES = ("sum", "shifted labels", "labels", "rows")
 _TOLERANCE = 2e-3  # bfloat16 rounds differently in batches of another size
+_ROUNDING, _ALIKE = 5e-4, 1e-6
+"""How much worse than the best a rule may fit, as a part of the loss: to be compared again, and to hold before it."""
+_TRIALS = 4  # batches that are tried out at most
 
 
 def _weights(rule: str, parts: Sequence[Any]) -> list[float]:
