@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 
-SCHEDULER_LISTS = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums")
+SCHEDULER_LISTS = (
+    *("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "base_momentums", "max_momentums"),
+    "_init_lrs",  # the `GreedyLR` of transformers
+)
 """
-What PyTorch's schedulers hold in lists with one entry for each group of the optimizer. Goes with a public call that
+What schedulers hold in lists with one entry for each group of the optimizer. Goes with a public call that
 takes a group out of an optimizer.
 """
 

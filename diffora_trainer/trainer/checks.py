@@ -80,6 +80,15 @@ def check_trainer(trainer: SearchingTrainer) -> None:
         )
     if trainer.is_fsdp_enabled:
         _check_fsdp(trainer)
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallel, name, None) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+    if split := [f"`{name}={size}`" for name, size in sizes.items() if size > 1]:
+        raise ValueError(
+            f"Tensor, context and sequence parallelism are not supported ({', '.join(split)}): processes that share a "
+            "batch would read held-out rows of their own. Please use DDP or FSDP2, or search in a first run on less, "
+            "`DiffoRAConfig(search_only=True)`, and train in a second, stock one, whose `LoraConfig` "
+            "`selected_lora_config` gives."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process, and `nn.DataParallel` copies the model without its gates. "

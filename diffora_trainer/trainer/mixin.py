@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compat.transformers import output_dir
+from ..compat.transformers import output_dir, renew_neftune
 from ..compat.trl import own_training_step
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
@@ -263,6 +263,7 @@ class DiffoRAMixin(_Base):
 
     def _after_prune(self) -> None:
         model_changed(self)
+        renew_neftune(self)
         self._held_out.give_back()
 
     # Held-out data
@@ -325,6 +326,7 @@ class DiffoRAMixin(_Base):
         # The module set first: the optimizer is built, and its state loaded, for the modules that are there then.
         self._session.load(resume_from_checkpoint, self.model, self.optimizer, self.lr_scheduler)
         recompile(self)
+        renew_neftune(self)
         parent = super()._load_from_checkpoint
         saving.load_adapter(self, resume_from_checkpoint, lambda folder: parent(folder, model))
 

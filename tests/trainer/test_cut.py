@@ -18,10 +18,10 @@ from transformers import Trainer
 
 from diffora_trainer import ArchitectureSearch, DiffoRAConfig
 from helpers.adapted import lora_layers
-from helpers.checks import adapter, assert_same, optimizer_state, raw_optimizer, step_logs
+from helpers.checks import adapter, assert_continues, assert_same, optimizer_state, raw_optimizer, step_logs
 from helpers.data import vocabulary
 from helpers.tiny_model import TinyModel
-from helpers.trainers import CUT, Probe, causal_model, classifier, lora, make_trainer, running
+from helpers.trainers import CUT, SAVES, Probe, SaveAt, causal_model, classifier, lora, make_trainer, running
 
 
 def logits(tiny: TinyModel) -> Callable[..., Tensor]:
@@ -298,3 +298,37 @@ def test_gates_close_before_the_cut_and_nothing_is_lost_at_it(tmp_path: Path) ->
     fresh = get_peft_model(classifier().model, lora())
     with pytest.raises(ValueError, match="call `discretize` first"):
         ArchitectureSearch(fresh, DiffoRAConfig(), loss_fn=lambda model, batch: model(**batch).loss).fade_out(0.5)
+
+
+def test_noise_of_embeddings_goes_on_where_their_lora_is_pruned(tmp_path: Path) -> None:
+    """NEFTune, which a Trainer hangs on the module that the input embeddings are at the start."""
+
+    def noisy(model: nn.Module, **kwargs: object) -> bool:
+        embeddings, tokens = model.get_input_embeddings(), torch.tensor([[5, 6, 7]])
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            return not torch.equal(embeddings(tokens), embeddings(tokens))
+
+    def scores(model: nn.Module, batches: object) -> dict[str, float]:
+        return {name: float("embed" not in name) for name in adapted(model)}
+
+    def build(folder: str) -> tuple[Trainer, Probe]:
+        trainer = make_trainer(
+            tmp_path / folder,
+            "sft",
+            args={"neftune_noise_alpha": 5, "save_strategy": "steps", "save_steps": 1000},
+            peft_config=lora(target_modules=["embed_tokens", "q_proj"], lora_dropout=0.0),
+            search={"method": "custom", "selection_scope": "model", "max_trainable_parameters": 1000},
+            score_function=scores,
+            callbacks=[SaveAt()],
+        )
+        trainer.add_callback(probe := Probe(noisy))
+        return trainer, probe
+
+    whole, probe = build("whole")
+    whole.train()
+    assert whole.selection.dropped and all("embed" in name for name in whole.selection.dropped)
+    assert probe.found == dict.fromkeys(range(1, 13), True) and not noisy(whole.model.train())
+    resumed, probe = build("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{SAVES[-1]}"))
+    assert set(probe.found.values()) == {True} and not noisy(resumed.model.train())
+    assert_continues(resumed, whole, SAVES[-1])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import ParallelismConfig
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
@@ -336,6 +337,7 @@ class _Plugin:
     ("sharding", "search", "message"),
     [
         ("deepspeed", {}, "DeepSpeed is not supported.*ZeRO-2.*ZeRO-3.*fsdp2.yaml.*search_only=True"),
+        ("tensor", {}, r"\(`tp_size=2`\).*held-out rows of their own.*DDP or FSDP2.*search_only=True"),
         (_Plugin(fsdp_version=1), {}, "FSDP1 is not supported.*fsdp_version: 2"),
         (_Plugin(activation_checkpointing=True), {}, "without any weights.*gradient_checkpointing=True"),
         (
@@ -361,6 +363,8 @@ def test_what_cannot_be_sharded_is_refused(
     trainer = make_trainer(tmp_path, peft_config=lora(), search=search)
     if sharding == "deepspeed":
         trainer.is_deepspeed_enabled = True
+    elif sharding == "tensor":  # on a CPU accelerate refuses it itself
+        monkeypatch.setattr(trainer.accelerator.state, "parallelism_config", ParallelismConfig(tp_size=2))
     else:
         trainer.is_fsdp_enabled = True
         monkeypatch.setattr(type(trainer.accelerator.state), "fsdp_plugin", sharding, raising=False)
