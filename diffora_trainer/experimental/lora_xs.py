@@ -23,6 +23,7 @@ from .rebuilt import RebuiltLora
 
 
 _TOLERANCE = 1e-3
+"""How far a loaded product may lie from the frame, as a part of its largest entry. See [`_tolerance`]."""
 
 
 class FrozenDown(nn.Module):
@@ -47,6 +48,7 @@ class CoreUp(nn.Module):
         self.register_buffer("frame", frame, persistent=False)
         self.frame: Tensor
         self.core = nn.Parameter(frame.new_zeros(rank, rank))
+        self.tolerance = _tolerance(frame.dtype)  # of the core, which grows coarser with what is loaded
         self.register_state_dict_post_hook(_save_product)
         self.register_load_state_dict_pre_hook(_load_product)
 
@@ -68,18 +70,29 @@ def _load_product(module: Any, state: dict[str, Any], prefix: str, *args: Any) -
     weight = state.pop(f"{prefix}weight", None)
     if weight is None:
         return
-    weight = weight.to(module.frame.device, module.frame.dtype)
-    core = module.frame.T @ weight
-    if not _close(module.frame @ core, weight):
+    tolerance = max(_tolerance(module.frame.dtype), _tolerance(weight.dtype))
+    frame = module.frame.to(torch.promote_types(module.frame.dtype, torch.float32))
+    weight = weight.to(frame)
+    core = frame.T @ weight
+    if not _close(frame @ core, weight, tolerance):
         raise ValueError(
             f"What is loaded into {prefix!r} is not a LoRA-XS of this model: it does not lie in the singular vectors "
             "of its weight. Please load it into the base model of the run, or without `LoraXS`."
         )
-    state[f"{prefix}core"] = core
+    state[f"{prefix}core"] = core.to(module.core.dtype)
+    module.tolerance = tolerance
 
 
-def _close(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).abs().max() <= _TOLERANCE * (wanted.abs().max() + 1e-6))
+def _tolerance(dtype: torch.dtype) -> float:
+    """
+    That of a product or a frame in some dtype: both are rounded, each by up to half of its `eps`. What is not of the
+    frame is wrong by about its own size.
+    """
+    return max(_TOLERANCE, 4 * torch.finfo(dtype).eps)
+
+
+def _close(found: Tensor, wanted: Tensor, tolerance: float) -> bool:
+    return bool((found - wanted).abs().max() <= tolerance * (wanted.abs().max() + 1e-6))
 
 
 @register_lora_site
@@ -138,5 +151,7 @@ class LoraXS(RebuiltLora, ExportableState):
         for name, module in self.found().items():
             if name in saved:
                 exact = torch.tensor(saved[name], dtype=torch.float64).to(module.core)
-                if _close(exact, module.core.detach()):  # else other weights were loaded since
+                if _close(
+                    exact.float(), module.core.detach().float(), module.tolerance
+                ):  # else other weights were loaded since
                     module.core.data.copy_(exact)

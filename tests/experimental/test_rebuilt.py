@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from diffora_trainer import LoraXS, PRoLoRA
 from diffora_trainer.adapters.base import find_sites
@@ -108,6 +109,39 @@ def test_gates_and_what_is_folded(name: str) -> None:
     for site, factor in zip(sites, values.tolist(), strict=True):
         site.fold(factor)
     torch.testing.assert_close(logits(model, tiny), gated, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("saved_in", "loaded_in"),
+    [(torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+def test_lora_xs_in_half_precision_is_loaded_and_resumed(
+    saved_in: torch.dtype, loaded_in: torch.dtype, tmp_path: Path
+) -> None:
+    def build(dtype: torch.dtype) -> tuple[Any, LoraXS]:
+        model = get_peft_model(llama().model.bfloat16().to(dtype), lora(r=8), autocast_adapter_dtype=False)
+        (callback := LoraXS()).attach(model)
+        return model, callback
+
+    first, callback = build(saved_in)
+    torch.manual_seed(1)
+    for module in callback.found().values():
+        module.core.data.normal_(std=0.05)
+    second, other = build(loaded_in)
+    set_peft_model_state_dict(second, get_peft_model_state_dict(first))
+    for name, module in other.found().items():
+        core = callback.found()[name].core
+        assert (module.core - core).abs().max() < 0.02 * core.abs().max()
+
+    state = TrainerState(global_step=1, stateful_callbacks={"LoraXS": callback.state()})
+    other.on_train_begin(TrainingArguments(str(tmp_path)), state, TrainerControl(), model=second)
+    for name, module in other.found().items():
+        assert module.core.equal(callback.found()[name].core.to(loaded_in))
+
+    foreign = {name: torch.randn_like(value) for name, value in get_peft_model_state_dict(first).items()}
+    with pytest.raises(ValueError, match="not a LoRA-XS of this model"):
+        set_peft_model_state_dict(second, foreign)
 
 
 def test_what_is_no_new_lora_of_this_model_is_refused(tmp_path: Path) -> None:
