@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from ..compat.torch import SCHEDULER_LISTS, inner_schedulers
 from ..logging import get_logger
+from .copies import COPIES
 
 
 logger = get_logger(__name__)
@@ -160,7 +161,8 @@ def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = No
 def start_moments(weight: nn.Parameter, dim: int, new: Sequence[int], trained: Sequence[int], optimizer: Any) -> None:
     """
     Let entries of a weight that were behind a mask begin with steps of the usual size: in the state of Adam and its
-    relatives they get the mean second moment of those that were trained.
+    relatives they get the mean second moment of those that were trained. A second copy of the weight (`COPIES`)
+    begins with its values.
 
     Behind a mask the second moment stays 0 while the steps of the weight are counted, and it is by this count alone
     that Adam makes up for a start at 0. So the first steps would be several learning rates long: up to 6 of them where
@@ -176,6 +178,7 @@ def start_moments(weight: nn.Parameter, dim: int, new: Sequence[int], trained: S
         optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
     """
     state = innermost(optimizer).state.get(weight) or {}
+    begun: set[int] = set()
     for name in _SECOND_MOMENTS:
         value = state.get(name)
         if not isinstance(value, Tensor) or not _is_entry_by_entry(value, weight) or not value.is_floating_point():
@@ -185,11 +188,16 @@ def start_moments(weight: nn.Parameter, dim: int, new: Sequence[int], trained: S
         for index in new:
             if not entries[index].any():
                 entries[index] = mean
+                begun.add(index)
+    for copy in (state[name] for name in COPIES if _is_entry_by_entry(state.get(name), weight)):
+        for index in begun:
+            copy.movedim(dim, 0)[index] = weight.detach().movedim(dim, 0)[index]
 
 
 def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> None:
     """
-    Let the moments that Adam and its relatives hold of a weight fit its gradients once gates are multiplied into it.
+    Let the moments that Adam and its relatives hold of a weight fit its gradients once gates are multiplied into it,
+    and a second copy of the weight (`COPIES`) its values.
 
     A gradient of `g B` is `1 / g` times that of `B` under the gate `g`. With the old second moment the first steps
     would be `1 / g` times as long as they should be, and where the gate was negative they would lead back.
@@ -197,7 +205,8 @@ def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> No
     Where a gate is 0 nothing was learned of the gradient behind it. Entries there begin without a first moment, and
     with the mean second moment of the others (see [`start_moments`]); if there are no others, the whole state is
     forgotten. A state of another form (see [`narrow_weight`]) stays as it is, and so does that of an optimizer that
-    has not both moments, as the step of such a one may grow with what it holds.
+    has not both moments, or a copy in place of the first, as the step of such a one may grow with what it holds. Where
+    a copy is of another form, the whole state is forgotten: the old values would come back from it.
 
     Args:
         weight (`nn.Parameter`): the weight, which was trained under the gates.
@@ -208,12 +217,21 @@ def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> No
     states = innermost(optimizer).state
     state = states.get(weight) or {}
     moments = {name: state[name] for name in ("exp_avg", *_SECOND_MOMENTS) if name in state}
+    copies = [state[name] for name in COPIES if name in state]
     # One gate for all entries is multiplied into a part of a sharded weight as into the whole.
     kinds = (Tensor, type(weight)) if factors.ndim == 0 else (Tensor,)
-    whole = all(_has_each_entry(value, weight, kinds) and value.is_floating_point() for value in moments.values())
-    if not whole or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
-        return
+
+    def whole(values: Iterable[Any]) -> bool:
+        return all(_has_each_entry(value, weight, kinds) and value.is_floating_point() for value in values)
+
     factors = factors.detach().to(weight.device, torch.float32)
+    if not whole(copies):
+        states.pop(weight)
+        return
+    for copy in copies:
+        copy.mul_(factors)
+    if not whole(moments.values()) or "exp_avg_sq" not in moments or not ("exp_avg" in moments or copies):
+        return
     closed = factors.abs() < _CLOSED
     if closed.all():
         states.pop(weight)

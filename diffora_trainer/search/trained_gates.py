@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.optimizer import learning_rate_of
+from ..adapters.copies import copies_follow
+from ..adapters.optimizer import innermost, learning_rate_of
 from .search import ArchitectureSearch
 
 
@@ -98,7 +99,9 @@ class TrainedGates:
             parts = gradient.split([len(leaf) for leaf in self._leaves])
             self.search.reached |= torch.tensor([bool(part.any()) for part in parts])
             method.gate_step(gradient, self.learning_rate(optimizer))
-            method.after_gate_step(self.search.adapters.sites, min(1.0, method.steps / self._until))
+            sites = self.search.adapters.sites
+            with copies_follow((weight for site in sites for weight in site.parameters), innermost(optimizer)):
+                method.after_gate_step(sites, min(1.0, method.steps / self._until))
         else:
             self.search.skipped_steps += 1
         self.renew()

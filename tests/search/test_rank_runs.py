@@ -291,6 +291,104 @@ def test_moments_behind_gates_that_are_folded() -> None:
     assert rescaled(0.5) == {}
 
 
+def test_copies_of_a_weight_behind_gates_that_are_folded() -> None:
+    weight = nn.Parameter(torch.ones(2, 3))
+
+    def state_of(**state: Any) -> tuple[torch.optim.Optimizer, dict[str, Any]]:
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        optimizer.state[weight] = state
+        return optimizer, state
+
+    factors, squares = torch.tensor([[0.5, -2.0, 0.0]]), torch.full((2, 3), 4.0)
+    optimizer, state = state_of(z=torch.full((2, 3), 3.0), exp_avg_sq=squares.clone())
+    with torch.no_grad():
+        weight.mul_(factors)
+    rescale_moments(weight, factors, optimizer)
+    # Behind the gate of 0 the copy begins with the weight.
+    assert state["z"].equal(torch.tensor([[1.5, -6.0, 0.0]] * 2))
+    assert state["exp_avg_sq"].equal(torch.tensor([[16.0, 1.0, 8.5]] * 2))
+    optimizer, state = state_of(slow_buffer=torch.ones(2, 3))
+    rescale_moments(weight, torch.tensor(0.5), optimizer)
+    assert state["slow_buffer"].eq(0.5).all()
+    # One of another form would bring the old values back.
+    optimizer, _ = state_of(z=torch.ones(6), exp_avg_sq=squares.clone())
+    rescale_moments(weight, torch.tensor(0.5), optimizer)
+    assert not optimizer.state[weight]
+    # Entries that begin behind a mask do so with a copy of what the weight is now.
+    optimizer, state = state_of(z=torch.full((2, 3), 3.0), exp_avg_sq=torch.tensor([[4.0, 0.0, 2.0]] * 2))
+    start_moments(weight, 1, [1, 2], [0], optimizer)
+    assert state["z"].equal(torch.tensor([[3.0, -2.0, 3.0]] * 2))
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """Schedule-free AdamW (https://huggingface.co/papers/2405.15682) at a constant rate: what is trained is `y`."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            for y in group["params"]:
+                if y.grad is None:
+                    continue
+                state = self.state[y]
+                if not state:
+                    state.update(z=y.clone(), exp_avg_sq=torch.zeros_like(y))
+                state["exp_avg_sq"].lerp_(y.grad.square(), 0.001)
+                step = y.grad / ((state["exp_avg_sq"] / (1 - 0.999 ** group["k"])).sqrt() + 1e-8)
+                y.lerp_(state["z"], 1 / group["k"]).sub_(step, alpha=group["lr"] * (1 - 0.9 * (1 - 1 / group["k"])))
+                state["z"].sub_(step, alpha=group["lr"])
+
+
+@pytest.mark.parametrize("method", ["sigmoid", "sora"])
+def test_folded_gates_reach_both_iterates_of_a_schedule_free_optimizer(method: str) -> None:
+    tiny, model, _ = make()
+    optimizer = ScheduleFree([p for p in model.parameters() if p.requires_grad], {"lr": 0.01, "k": 0})
+    config = DiffoRAConfig(method=method, selection_granularity="module", arch_warmup=1, discretize_at=6, fade_out=0)
+    run = SelectionRun(model, optimizer, config, loss_of, [tiny.batch] * 4, total_steps=12)
+    before: dict[str, tuple[Tensor, ...]] = {}
+    while run.selection is None:
+        run.before_step()
+        loss_of(model, tiny.batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = {
+            name: (b.detach().clone(), *(optimizer.state[b][key].clone() for key in ("z", "exp_avg_sq")))
+            for name, (_, b) in pairs(model).items()
+        }
+        run.after_step()
+    folded = 0
+    for name in run.selection.selected:
+        (_, b), (weight, z, squares) = pairs(model)[name], before[name]
+        if b.shape != weight.shape:  # components of it were closed
+            continue
+        gates = (b * weight).sum(0) / weight.square().sum(0)
+        torch.testing.assert_close(b.detach(), weight * gates)
+        torch.testing.assert_close(optimizer.state[b]["z"], z * gates)
+        torch.testing.assert_close(optimizer.state[b]["exp_avg_sq"], squares / gates.square())
+        folded += bool((gates - 1).abs().max() > 0.01)
+    assert folded
+
+
+def test_components_that_are_replaced_are_so_in_both_iterates() -> None:
+    tiny, model, _ = make()
+    optimizer = ScheduleFree([p for p in model.parameters() if p.requires_grad], {"lr": 0.01, "k": 0})
+    config = DiffoRAConfig(method="beamlora", discretize_at=9, fade_out=0, method_options={"beam_every": 2})
+    run = SelectionRun(model, optimizer, config, loss_of, [tiny.batch] * 4, total_steps=12)
+    replaced = 0
+    for _ in range(8):
+        run.before_step()
+        loss_of(model, tiny.batch).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = {p: (p.detach().clone(), state["z"].clone()) for p, state in optimizer.state.items()}
+        run.after_step()
+        for parameter, (weight, z) in before.items():
+            written = parameter.detach() != weight
+            assert optimizer.state[parameter]["z"].equal(torch.where(written, parameter.detach(), z))
+            replaced += int(written.sum())
+    assert replaced
+
+
 def test_without_evidence_no_module_is_favoured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gains are noise: the run is one of all linear layers at the rank that fits, and says so."""
     generator = torch.Generator().manual_seed(3)
