@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -65,19 +66,23 @@ class AdaLora(RankMethod):
 
     def score(self, context: ScoreContext) -> Tensor:
         beta1, beta2 = self.options.beta1, self.options.beta2
+        weights = [weight for site in context.sites for weight in site.parameters]
         means: list[Tensor] = []
         deviations: list[Tensor] = []
-        for batch in context.batches:
-            found = [
-                part
-                for site, gradients in zip(context.sites, context.gradients([batch]), strict=True)
-                for part in _sensitivities(site, gradients)
-            ]
+
+        def learn(found: Sequence[Tensor | None], scale: float) -> None:
+            by_site = zip(context.sites, context.by_site(found, scale), strict=True)
+            parts = [part for site, gradients in by_site for part in _sensitivities(site, gradients)]
             if not means:
-                means, deviations = [torch.zeros_like(x) for x in found], [torch.zeros_like(x) for x in found]
-            for now, mean, deviation in zip(found, means, deviations, strict=True):
+                means.extend(map(torch.zeros_like, parts))
+                deviations.extend(map(torch.zeros_like, parts))
+            for now, mean, deviation in zip(parts, means, deviations, strict=True):
                 mean.lerp_(now, 1 - beta1)
                 deviation.lerp_((now - mean).abs(), 1 - beta2)
+
+        context.each_gradient(weights, learn)
+        if not means:  # the losses of other processes are finite
+            return torch.zeros(self.num_scores, dtype=torch.float64)
         scores = [(mean * deviation).mean(dim=1).cpu() for mean, deviation in zip(means, deviations, strict=True)]
         zero = torch.zeros((), dtype=torch.float32)
         return torch.cat([sum(scores[i : i + 3], zero) for i in range(0, len(scores), 3)]).double()

@@ -93,15 +93,16 @@ class Aletheia(ScoreMethod):
     def _probe(self, context: ScoreContext, layers: Sequence[list[nn.Parameter]]) -> list[float]:
         weights = [weight for layer in layers for weight in layer]
         sums = [0.0] * len(weights)
+
+        def add(found: Sequence[Tensor | None], scale: float) -> None:
+            for index, gradient in enumerate(found):
+                if gradient is not None:
+                    sums[index] += float(wide(gradient).norm()) / scale
+
         try:
             for weight in weights:
                 weight.requires_grad_(True)
-            for batch in context.batches:
-                loss = context.loss(batch) * context.loss_scale
-                found = torch.autograd.grad(loss, weights, allow_unused=True)
-                for index, gradient in enumerate(found):
-                    if gradient is not None:
-                        sums[index] += float(wide(gradient).norm()) / context.loss_scale
+            context.each_gradient(weights, add)
         finally:
             for weight in weights:
                 weight.requires_grad_(False)

@@ -59,7 +59,7 @@ class Site(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass
 class ScoreContext:
     """
     The model, the sites to be scored, and the batches to score them on. Nothing that a method does with it may leave a
@@ -77,7 +77,8 @@ class ScoreContext:
             numbers for each site.
         reduce (`Callable`): averages a float32 CPU tensor over all processes. Those of a sharded model have to make
             equally many passes.
-        loss_scale (`float`): factor of the loss while its gradient is taken, in float16.
+        loss_scale (`float`): factor of the loss while its gradient is taken, in float16. It is lowered where a
+            gradient does not fit (see [`each_gradient`]).
         draw (`int`): how often the modules were scored before.
         score_function (`Callable`, *optional*): the user's own function.
     """
@@ -95,10 +96,69 @@ class ScoreContext:
     draw: int = 0
     score_function: ScoreFunction | None = None
 
+    def each_gradient(
+        self,
+        weights: Sequence[nn.Parameter],
+        take: Callable[[Sequence[Tensor | None], float], None],
+        batches: Sequence[Any] | None = None,
+    ) -> float:
+        """
+        Take the gradient of the loss of each batch with respect to some weights, one after the other. Batches whose
+        loss is not finite, as without any label, are left out. Over several processes all have to call this equally
+        often, since they agree on the loss scale and on how many batches count.
+
+        Where a gradient is not finite under a loss scale, this is halved, for the batches that follow too, and the
+        pass is made again, down to a scale of 1: the training would skip such a step.
+
+        Args:
+            weights (`Sequence[nn.Parameter]`): the weights.
+            take (`Callable`): is given the gradients of a batch (`None` where the loss does not depend on a weight)
+                under the loss scale, and this scale.
+            batches (`Sequence`, *optional*): the batches; by default all.
+
+        Returns:
+            `float`: how many batches have counted; of several processes, the mean. A process may have none.
+
+        Raises:
+            ValueError: if the loss does not depend on any weight, or no batch of any process has a finite one.
+        """
+        batches = self.batches if batches is None else batches
+        used = 0
+        for batch in batches:
+            finite, found = self._pass(batch, weights)
+            if finite:
+                used += 1
+                take(found, self.loss_scale)
+        [count] = self.reduce(torch.tensor([used], dtype=torch.float32)).tolist()
+        if count <= 0:
+            raise ValueError(_no_finite_loss(len(batches)))
+        return count
+
+    def _pass(self, batch: Any, weights: Sequence[nn.Parameter]) -> tuple[bool, Sequence[Tensor | None]]:
+        """Whether the loss of a batch is finite, and its gradients under the loss scale, which is lowered to fit."""
+        while True:
+            loss = self.loss(batch)
+            if not loss.requires_grad:
+                raise ValueError(
+                    "The loss does not depend on any weight, so no module has a gradient to be scored by. Please let "
+                    "`loss_fn` run the model that it is given, without `torch.no_grad`."
+                )
+            finite = bool(loss.detach().isfinite().all())
+            # `torch.autograd.grad` leaves every `.grad` alone.
+            found = torch.autograd.grad(loss * self.loss_scale, weights, allow_unused=True)
+            if self.loss_scale <= 1:
+                return finite, found
+            overflown = finite and not all(bool(g.isfinite().all()) for g in found if g is not None)
+            if not self.reduce(torch.tensor([overflown], dtype=torch.float32)).any():  # all make equally many passes
+                return finite, found
+            self.loss_scale = max(self.loss_scale / 2, 1.0)
+
     def gradients(self, batches: Sequence[Any] | None = None) -> list[list[Tensor]]:
         """
         Gradients of the mean loss of some batches (all of them by default) with respect to the parameters of each
-        site, in float32 at least: one forward and backward pass for each batch.
+        site, in float32 at least: one forward and backward pass for each batch. Which batches count is said in
+        [`each_gradient`]; the mean over several processes of what is linear in these gradients is that over all of
+        their batches.
 
         Args:
             batches (`Sequence`, *optional*): the batches.
@@ -107,25 +167,19 @@ class ScoreContext:
             `list[list[Tensor]]`: for each site, the gradients of its `parameters`, in their order.
 
         Raises:
-            ValueError: if the loss does not depend on any weight.
+            ValueError: if the loss does not depend on any weight, or no batch has a finite one.
         """
-        batches = self.batches if batches is None else batches
         weights = [weight for site in self.sites for weight in site.parameters]
         total = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
-        for batch in batches:
-            loss = self.loss(batch)
-            if not loss.requires_grad:
-                raise ValueError(
-                    "The loss does not depend on any weight, so no module has a gradient to be scored by. Please let "
-                    "`loss_fn` run the model that it is given, without `torch.no_grad`."
-                )
-            # `torch.autograd.grad` leaves every `.grad` alone.
-            found = torch.autograd.grad(loss * self.loss_scale, weights, allow_unused=True)
-            for mean, gradient in zip(total, found, strict=True):
+
+        def add(found: Sequence[Tensor | None], scale: float) -> None:
+            for sum_, gradient in zip(total, found, strict=True):
                 if gradient is not None:
-                    mean.add_(gradient, alpha=1.0 / (self.loss_scale * len(batches)))
+                    sum_.add_(gradient, alpha=1.0 / scale)
+
+        count = self.each_gradient(weights, add, batches)
         rest = iter(total)
-        return [[next(rest) for _ in site.parameters] for site in self.sites]
+        return [[next(rest).div_(count) for _ in site.parameters] for site in self.sites]
 
     def sum_over_weights(
         self, number: Callable[[Tensor, Tensor], Tensor], gradients: Sequence[Sequence[Tensor]] | None = None
@@ -152,7 +206,8 @@ class ScoreContext:
     def mean_over_batches(self, number: Callable[[Tensor], Tensor]) -> Tensor:
         """
         For each site the sum, over its parameters, of a number of the gradient, averaged over the batches one by one:
-        of squares that is the diagonal of the empirical Fisher information.
+        of squares that is the diagonal of the empirical Fisher information. Which batches count is said in
+        [`each_gradient`].
 
         Args:
             number (`Callable`): gives the number of a gradient.
@@ -160,11 +215,35 @@ class ScoreContext:
         Returns:
             `Tensor` of shape `(n,)`, float64, on the CPU.
         """
-        found = [
-            self.sum_over_weights(lambda weight, gradient: number(gradient), self.gradients([batch]))
-            for batch in self.batches
-        ]
-        return torch.stack(found).mean(dim=0)
+        weights = [weight for site in self.sites for weight in site.parameters]
+        total = torch.zeros(len(self.sites), dtype=torch.float64)
+
+        def add(found: Sequence[Tensor | None], scale: float) -> None:
+            split = self.by_site(found, scale)
+            total.add_(self.sum_over_weights(lambda weight, gradient: number(gradient), split))
+
+        return total / self.each_gradient(weights, add)
+
+    def by_site(self, gradients: Sequence[Tensor | None], scale: float) -> list[list[Tensor]]:
+        """
+        What [`each_gradient`] gives of the parameters of all sites: for each site a list, in float32 at least and
+        without the loss scale.
+        """
+        rest = iter(gradients)
+        return [[_unscaled(next(rest), weight, scale) for weight in site.parameters] for site in self.sites]
+
+
+def _unscaled(gradient: Tensor | None, weight: Tensor, scale: float) -> Tensor:
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.zeros_like(weight, dtype=dtype) if gradient is None else gradient.to(dtype) / scale
+
+
+def _no_finite_loss(batches: int) -> str:
+    return (
+        f"None of the losses of the {batches} batches that modules are scored on is finite. Please check that their "
+        "rows have labels (all are -100 where `max_length` cuts off what is to be learned), or score on more of them "
+        "(`score_batches`)."
+    )
 
 
 def with_same_adapters(model: nn.Module) -> Callable[[], bool]:
@@ -202,11 +281,7 @@ class MeanLosses:
         own = torch.stack([losses[self._used].sum(), self._used.float().sum()])
         total, number = context.reduce(own).tolist()
         if number <= 0:
-            raise ValueError(
-                f"None of the losses of the {len(losses)} batches that modules are scored on is finite. Please check "
-                "that their rows have labels (all are -100 where `max_length` cuts off what is to be learned), or "
-                "score on more of them (`score_batches`)."
-            )
+            raise ValueError(_no_finite_loss(len(losses)))
         return total / number
 
 

@@ -36,7 +36,7 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
     if method.options.normalize_scores:  # of a method with a score for each module
         sizes = torch.tensor(grid.parameters, dtype=torch.float64)
         scores, ties = scores / sizes, ties / sizes
-    _check_finite(method, grid, scores + ties)
+    _check_finite(method, grid, scores + ties, (search.runtime.loss_scale(), context.loss_scale))
     if len(set(grid.kinds)) > 1 and not method.comparable and not search.ranks_kinds_apart:
         scores = scale_free(grid, scores)
     method.set_scores(scores, ties)
@@ -140,11 +140,19 @@ def _check_shape(method: ScoreMethod, *scores: Tensor) -> None:
             )
 
 
-def _check_finite(method: ScoreMethod, grid: Grid, scores: Tensor) -> None:
+def _check_finite(method: ScoreMethod, grid: Grid, scores: Tensor, scale: tuple[float, float]) -> None:
     bad = [grid.names[index] for index in method.owner[~torch.isfinite(scores)].unique().tolist()]
     if bad:
+        before, lowered = scale
+        of_scale, of_synflow = "", ""
+        if lowered < before:
+            of_scale = f", though the loss scale of float16 was lowered from {before:g} to {lowered:g}"
+        if method.name == "synflow":
+            of_synflow = (
+                " 'synflow' makes all weights positive, so that what they multiply adds up: load the model in float32 "
+                "or bfloat16, or use another method."
+            )
         raise ValueError(
             f"The scores of {len(bad)} of {len(grid)} modules by `method={method.name!r}` are not finite, that of "
-            f"{bad[0]!r} among them. Please look for the cause of the NaN or infinity. With 'synflow', "
-            "whose positive weights add up, load the model in float32 or bfloat16, or use another method."
+            f"{bad[0]!r} among them{of_scale}. Please look for the cause of the NaN or infinity.{of_synflow}"
         )
