@@ -48,7 +48,8 @@ class GradientOptions(MethodOptions):
             `"diffora"`, `0.1` for `"sampled"` and `0.05` for the Adam of `"sigmoid"` and `"softmax"`.
         arch_order (`int`, *optional*, defaults to `1`):
             `1` takes the gradient of the held-out loss at the present weights; `2` is the finite-difference unrolled
-            step of DARTS (https://huggingface.co/papers/1806.09055, eqs. 7 and 8), about four times as costly.
+            step of DARTS (https://huggingface.co/papers/1806.09055, eqs. 7 and 8), about four times as costly. It
+            needs float32: in half precision the difference is mostly rounding.
         fold_gates (`bool`, *optional*, defaults to `True`):
             Multiply the gate that each selected module's weights were trained for into its `lora_B` when the others
             are pruned, so that the model's output does not jump. This matters for `"sigmoid"`, whose weights train

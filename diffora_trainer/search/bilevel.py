@@ -19,6 +19,17 @@ _NO_GATE = (
     "`compute_loss`, or `compute_architecture_loss` where an architecture step needs another loss."
 )
 
+SECOND_ORDER_IN_HALF = (
+    "You passed `arch_order=2` to a run in half precision. What it adds to the gradient of the gates is a small "
+    "difference of gradients, which at usual learning rates bfloat16 and float16 leave little but rounding of. Please "
+    "load the model in float32 and train it without `bf16` and `fp16`, or leave `arch_order=2` out."
+)
+
+
+def in_half_precision(model: nn.Module) -> bool:
+    """Whether some weights of a model are floating-point numbers of 16 bits or fewer."""
+    return any(p.is_floating_point() and p.dtype.itemsize < 4 for p in model.parameters())
+
 
 @dataclass(frozen=True)
 class ArchitectureGradient:

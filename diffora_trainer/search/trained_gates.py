@@ -9,7 +9,12 @@ from torch import Tensor
 
 from ..adapters.copies import copies_follow
 from ..adapters.optimizer import innermost, learning_rate_of
+from ..logging import get_logger
+from .bilevel import SECOND_ORDER_IN_HALF, in_half_precision
 from .search import ArchitectureSearch
+
+
+logger = get_logger(__name__)
 
 
 def rate_of_weights(
@@ -24,11 +29,16 @@ def rate_of_weights(
 
 
 def check_rate(search: ArchitectureSearch, optimizer: Any, trained: TrainedGates | None) -> None:
-    """Raise a `ValueError` before the first step if a later one needs a learning rate that there is not."""
+    """
+    Raise a `ValueError` before the first step if a later one needs a learning rate that there is not, and warn if a
+    look ahead by it would be lost in rounding.
+    """
     if trained is not None:
         trained.learning_rate(optimizer)
     elif search.method.options.arch_order == 2:
         rate_of_weights(search, optimizer)
+        if in_half_precision(search.model):
+            logger.warning(SECOND_ORDER_IN_HALF)
 
 
 class TrainedGates:

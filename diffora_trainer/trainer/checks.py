@@ -18,6 +18,7 @@ from ..compat.trl import generates_in_step, loss_is_of_rows, makes_completions, 
 from ..config import DiffoRAConfig
 from ..logging import get_logger
 from ..methods.build import method_of
+from ..search.bilevel import SECOND_ORDER_IN_HALF, in_half_precision
 from .compilation import check_compilation, compiles
 
 
@@ -101,6 +102,8 @@ def check_trainer(trainer: SearchingTrainer) -> None:
             "`arch_order=2` looks ahead along the gradient of one process, so on several they would disagree. Please "
             "set `arch_order=1`."
         )
+    if options.arch_order == 2 and (args.bf16 or args.fp16) and not in_half_precision(trainer.model):
+        logger.warning(SECOND_ORDER_IN_HALF)  # the run says so of a model in half precision
     if makes_completions(trainer):
         _check_completions(trainer)
     if generates_in_step(trainer):

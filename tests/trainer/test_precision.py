@@ -314,6 +314,28 @@ def test_scaled_gradient_is_the_unscaled_one(order: int) -> None:
     assert search.metrics()["diffora/skipped_steps"] == 1.0
 
 
+def test_a_look_ahead_in_half_precision_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    message = "`arch_order=2` to a run in half precision"
+    config = search_config(arch_order=2)
+    for dtype, float32_lora, count in ((FP32, True, 0), (BF16, True, 1), (BF16, False, 1)):
+        tiny, model = half_llama(dtype, float32_lora)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        caplog.clear()
+        run = SelectionRun(model, optimizer, config, loss_of, [tiny.batch], 12)
+        run.before_step(tiny.batch)
+        assert caplog.text.count(message) == count
+    for dtype, bf16, count in ((FP32, False, 0), (FP32, True, 1), (BF16, True, 1)):
+        caplog.clear()
+        trainer = make_trainer(
+            tmp_path,
+            model=base_model("cls", dtype),
+            args={"bf16": bf16, "max_steps": 12},
+            search={"arch_order": 2},
+        )
+        trainer.train()
+        assert caplog.text.count(message) == count
+
+
 def test_trainer_in_fp16_hands_its_scaler_to_the_search(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's fp16 on the CPU: accelerate refuses it there, but only when its `Accelerator` is made."""
     model = get_peft_model(causal_model(), lora(task_type="CAUSAL_LM"))
