@@ -12,7 +12,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from ..compat.torch import convolved
-from .optimizer import rescale_moments
+from .moments import rescale_moments
 
 
 class Adapter(ABC):
@@ -106,7 +106,7 @@ class Adapter(ABC):
     def rescale_moments(self, optimizer: Any) -> None:
         """
         Let what an optimizer holds of the weights fit the gradients that they have since gates were folded (see
-        [`~diffora_trainer.adapters.optimizer.rescale_moments`]). Each gate counts once.
+        [`~diffora_trainer.adapters.moments.rescale_moments`]). Each gate counts once.
 
         Args:
             optimizer (`torch.optim.Optimizer`): the live optimizer of the weights, or one that wraps it.

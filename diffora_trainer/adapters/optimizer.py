@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 
 from ..compat.torch import SCHEDULER_LISTS, inner_schedulers
 from ..logging import get_logger
-from .copies import COPIES
 
 
 logger = get_logger(__name__)
@@ -21,10 +20,6 @@ NO_LORA_FA = (
     "parameters: it would keep those of pruned modules, and moments of another shape for modules that lose ranks. "
     "Please train the whole LoRA with another optimizer, or use the parent trainer."
 )
-
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
-_CLOSED = 1e-6
-"""A gate below this counts as 0: divided by its square, moments would be infinite or rounding."""
 
 
 def check_optimizer(optimizer: Any) -> None:
@@ -128,7 +123,7 @@ def narrow_weight(module: nn.Module, dim: int, kept: Sequence[int], optimizer: A
     if not state:
         return
     values = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.numel() > 1}
-    if all(_is_entry_by_entry(value, old) for value in values.values()):
+    if all(is_entry_by_entry(value, old) for value in values.values()):
         narrowed = {name: value.index_select(dim, indices) for name, value in values.items()}
         optimizer.state[new] = {**state, **narrowed}
 
@@ -156,93 +151,6 @@ def widen_weight(module: nn.Module, dim: int, added: Tensor, optimizer: Any = No
     optimizer = innermost(optimizer)
     optimizer.state.pop(old, None)
     _exchange(optimizer, old, new)
-
-
-def start_moments(weight: nn.Parameter, dim: int, new: Sequence[int], trained: Sequence[int], optimizer: Any) -> None:
-    """
-    Let entries of a weight that were behind a mask begin with steps of the usual size: in the state of Adam and its
-    relatives they get the mean second moment of those that were trained. A second copy of the weight (`COPIES`)
-    begins with its values.
-
-    Behind a mask the second moment stays 0 while the steps of the weight are counted, and it is by this count alone
-    that Adam makes up for a start at 0. So the first steps would be several learning rates long: up to 6 of them where
-    ranks are chosen at step 2,000.
-
-    Entries whose second moment is not 0 stay as they are, and so does a state of another form (see [`narrow_weight`]).
-
-    Args:
-        weight (`nn.Parameter`): the weight.
-        dim (`int`): the dimension.
-        new (`Sequence[int]`): the indices of what begins.
-        trained (`Sequence[int]`): the indices of what was trained before.
-        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
-    """
-    state = innermost(optimizer).state.get(weight) or {}
-    begun: set[int] = set()
-    for name in _SECOND_MOMENTS:
-        value = state.get(name)
-        if not isinstance(value, Tensor) or not _is_entry_by_entry(value, weight) or not value.is_floating_point():
-            continue
-        entries = value.movedim(dim, 0)  # of the same memory
-        mean = entries[list(trained)].float().mean(dim=0).to(value.dtype)
-        for index in new:
-            if not entries[index].any():
-                entries[index] = mean
-                begun.add(index)
-    for copy in (state[name] for name in COPIES if _is_entry_by_entry(state.get(name), weight)):
-        for index in begun:
-            copy.movedim(dim, 0)[index] = weight.detach().movedim(dim, 0)[index]
-
-
-def rescale_moments(weight: nn.Parameter, factors: Tensor, optimizer: Any) -> None:
-    """
-    Let the moments that Adam and its relatives hold of a weight fit its gradients once gates are multiplied into it,
-    and a second copy of the weight (`COPIES`) its values.
-
-    A gradient of `g B` is `1 / g` times that of `B` under the gate `g`. With the old second moment the first steps
-    would be `1 / g` times as long as they should be, and where the gate was negative they would lead back.
-
-    Where a gate is 0 nothing was learned of the gradient behind it. Entries there begin without a first moment, and
-    with the mean second moment of the others (see [`start_moments`]); if there are no others, the whole state is
-    forgotten. A state of another form (see [`narrow_weight`]) stays as it is, and so does that of an optimizer that
-    has not both moments, or a copy in place of the first, as the step of such a one may grow with what it holds. Where
-    a copy is of another form, the whole state is forgotten: the old values would come back from it.
-
-    Args:
-        weight (`nn.Parameter`): the weight, which was trained under the gates.
-        factors (`Tensor`): the gates, of a shape that broadcasts with it, along one dimension; or one for all, without
-            a dimension.
-        optimizer (`torch.optim.Optimizer`): the optimizer, or one that wraps it.
-    """
-    states = innermost(optimizer).state
-    state = states.get(weight) or {}
-    moments = {name: state[name] for name in ("exp_avg", *_SECOND_MOMENTS) if name in state}
-    copies = [state[name] for name in COPIES if name in state]
-    # One gate for all entries is multiplied into a part of a sharded weight as into the whole.
-    kinds = (Tensor, type(weight)) if factors.ndim == 0 else (Tensor,)
-
-    def whole(values: Iterable[Any]) -> bool:
-        return all(_has_each_entry(value, weight, kinds) and value.is_floating_point() for value in values)
-
-    factors = factors.detach().to(weight.device, torch.float32)
-    if not whole(copies):
-        states.pop(weight)
-        return
-    for copy in copies:
-        copy.mul_(factors)
-    if not whole(moments.values()) or "exp_avg_sq" not in moments or not ("exp_avg" in moments or copies):
-        return
-    closed = factors.abs() < _CLOSED
-    if closed.all():
-        states.pop(weight)
-        return
-    inverse = (1.0 / factors).masked_fill(closed, 0.0)
-    for name, value in moments.items():
-        value.mul_(inverse if name == "exp_avg" else inverse.square())
-    if closed.any():
-        dim = max(range(factors.ndim), key=lambda dim: factors.shape[dim])
-        new, trained = (found.flatten().nonzero().flatten().tolist() for found in (closed, ~closed))
-        start_moments(weight, dim, new, trained, optimizer)
 
 
 def learning_rate_of(optimizer: Any, parameters: Iterable[nn.Parameter], remedy: str, initial: bool = False) -> float:
@@ -291,15 +199,15 @@ def _exchange(optimizer: Any, old: nn.Parameter, new: nn.Parameter) -> None:
         group["params"][:] = [new if parameter is old else parameter for parameter in group["params"]]
 
 
-def _is_entry_by_entry(value: Any, weight: Tensor) -> bool:
+def is_entry_by_entry(value: Any, weight: Tensor) -> bool:
     """
     Whether a state has an entry for each of a weight's, and is nothing but a tensor. One that is quantized may have
     the shape too, in a class of its own, and one of bitsandbytes' paged optimizers is on another device, with marks.
     """
-    return _has_each_entry(value, weight, (Tensor,))
+    return has_each_entry(value, weight, (Tensor,))
 
 
-def _has_each_entry(value: Any, weight: Tensor, kinds: tuple[type, ...]) -> bool:
+def has_each_entry(value: Any, weight: Tensor, kinds: tuple[type, ...]) -> bool:
     return type(value) in kinds and value.shape == weight.shape and value.device == weight.device
 
 

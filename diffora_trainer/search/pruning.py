@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..adapters.optimizer import start_moments
+from ..adapters.moments import start_moments
 from ..adapters.pruning import apply_selection
 from ..core.costs import StepCosts
 from ..core.selection import Selection

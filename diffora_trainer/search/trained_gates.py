@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapters.copies import copies_follow
+from ..adapters.moments import copies_follow
 from ..adapters.optimizer import innermost, learning_rate_of
 from ..logging import get_logger
 from .bilevel import SECOND_ORDER_IN_HALF, in_half_precision

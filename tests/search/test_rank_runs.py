@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from diffora_trainer import DiffoRAConfig, SelectionRun
 from diffora_trainer.adapters.base import find_sites
 from diffora_trainer.adapters.grid import AdapterGrid
-from diffora_trainer.adapters.optimizer import rescale_moments, start_moments
+from diffora_trainer.adapters.moments import rescale_moments, start_moments
 from diffora_trainer.core.ranks import RankBudget
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from diffora_trainer.search import rank_rules
@@ -263,6 +263,10 @@ def test_moments_in_a_form_of_their_own_are_left_alone() -> None:
     assert begun(exp_avg_sq=squares[0].clone())["exp_avg_sq"].equal(squares[0])
     assert begun(exp_avg_sq=nn.Parameter(squares.clone()))["exp_avg_sq"].equal(squares)
     assert begun() == {}
+    # bitsandbytes: where its state is quantized, it begins anew.
+    assert begun(state1=torch.zeros(3, 4), state2=squares.clone(), step=9)["state2"].equal(expected)
+    assert begun(state1=squares.byte(), state2=squares.byte(), qmap2=torch.zeros(256), step=9) == {}
+    assert begun(state1=squares.clone(), step=9)["state1"].equal(squares)
 
 
 def test_moments_behind_gates_that_are_folded() -> None:
@@ -289,6 +293,10 @@ def test_moments_behind_gates_that_are_folded() -> None:
     assert rescaled(0.5, exp_avg=means.clone(), exp_avg_sq=squares[0])["exp_avg"].equal(means)
     assert rescaled(0.5, exp_avg=means.char(), exp_avg_sq=squares.char())["exp_avg"].equal(means.char())
     assert rescaled(0.5) == {}
+    state = rescaled(0.5, state1=means.clone(), state2=squares.clone(), step=9)  # bitsandbytes
+    assert state["state1"].equal(2 * means) and state["state2"].equal(4 * squares) and state["step"] == 9
+    assert rescaled(0.5, state1=means.byte(), state2=squares.byte(), qmap2=torch.zeros(256), step=9) == {}
+    assert rescaled(0.5, state1=means.clone(), step=9)["state1"].equal(means)
 
 
 def test_copies_of_a_weight_behind_gates_that_are_folded() -> None:
