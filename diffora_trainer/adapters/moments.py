@@ -34,7 +34,8 @@ def start_moments(weight: nn.Parameter, dim: int, new: Sequence[int], trained: S
     ranks are chosen at step 2,000.
 
     Entries whose second moment is not 0 stay as they are, and so does a state of another form (see
-    [`~diffora_trainer.adapters.optimizer.narrow_weight`]). One of bitsandbytes that is quantized or paged is forgotten: it begins anew, since it counts its own steps.
+    [`~diffora_trainer.adapters.optimizer.narrow_weight`]). One of bitsandbytes that is quantized or
+    paged is forgotten: it begins anew, since it counts its own steps.
 
     Args:
         weight (`nn.Parameter`): the weight.
