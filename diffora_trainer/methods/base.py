@@ -160,7 +160,8 @@ class SelectionMethod(ABC):
 
         Args:
             gradient (`Tensor` of shape `(m,)`): that of the training loss, finite float32.
-            learning_rate (`float`): the present one of the weights.
+            learning_rate (`float`): the step size of the gates: their own (`gate_learning_rate`), or else the present
+                one of the weights.
         """
         raise NotImplementedError(f"{type(self).__name__} says that it trains gates, but not how.")
 

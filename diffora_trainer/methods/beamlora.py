@@ -138,8 +138,7 @@ class BeamLora(RankMethod):
             (own - gate * own.sum() / gate.sum()) / self.options.temperature
             for own, gate in zip(products, self.split(gates), strict=True)
         ]
-        rate = self.options.gate_learning_rate
-        self._logits.add_(self._adam.step(torch.cat(found), learning_rate if rate is None else rate))
+        self._logits.add_(self._adam.step(torch.cat(found), learning_rate))
         self._scores.copy_(self._importance())
 
     def after_gate_step(self, sites: Sequence[Site], progress: float) -> None:

@@ -99,8 +99,7 @@ class Sora(RankMethod):
 
     def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
         self.steps += 1
-        rate = self.options.gate_learning_rate
-        moved = self._gates + self._adam.step(bounded(gradient), learning_rate if rate is None else rate)
+        moved = self._gates + self._adam.step(bounded(gradient), learning_rate)
         self._gates.copy_(moved.sign() * (moved.abs() - self.options.threshold).clamp(min=0.0))
         self._scores.copy_(self._gates.abs())
 
