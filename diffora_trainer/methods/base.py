@@ -60,7 +60,7 @@ class SelectionMethod(ABC):
     tells_ranks: ClassVar[bool] = False
     """Whether it chooses components itself, and with them the rank of each module (see `RankMethod`)."""
     trains_gates: ClassVar[bool] = False
-    """Whether it has a gate for each component that the training loss moves, at each step (see [`gate_step`])."""
+    """Whether it has a gate for each component that the training loss moves, at each step (see `GateMethod`)."""
     compares_layers: ClassVar[bool] = False
     """Scores whole layers; modules compete over the model regardless of `selection_scope`."""
     unit: ClassVar[str] = "module"
@@ -139,40 +139,6 @@ class SelectionMethod(ABC):
     def kept_components(self) -> tuple[tuple[int, ...], ...]:
         """Which components each module keeps, rising indices, if the method [`tells_ranks`]. Changes nothing."""
         raise NotImplementedError(f"{type(self).__name__} says that it tells ranks, but not which.")
-
-    def component_gates(self) -> list[Tensor]:
-        """The gates of the next training step, if the method [`trains_gates`]: `(r,)` for each module, in float32."""
-        raise NotImplementedError(f"{type(self).__name__} says that it trains gates, but not which.")
-
-    def doubt_gates(self, steps: int, learning_rate: float) -> str | None:
-        """
-        What the log warns of before the gates of a method that [`trains_gates`] are trained, if anything.
-
-        Args:
-            steps (`int`): how often they are moved before the choice.
-            learning_rate (`float`): the largest step of each time.
-        """
-        return None
-
-    def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
-        """
-        Move the gates of a method that [`trains_gates`].
-
-        Args:
-            gradient (`Tensor` of shape `(m,)`): that of the training loss, finite float32.
-            learning_rate (`float`): the step size of the gates: their own (`gate_learning_rate`), or else the present
-                one of the weights.
-        """
-        raise NotImplementedError(f"{type(self).__name__} says that it trains gates, but not how.")
-
-    def after_gate_step(self, sites: Sequence[Site], progress: float) -> None:  # noqa: B027 (most change no weight)
-        """
-        Change the weights after a step of the gates.
-
-        Args:
-            sites (`Sequence[Site]`): the modules, in the order of the grid.
-            progress (`float`): part of the steps until the choice that were made, in (0, 1].
-        """
 
     def before_pruning(self, sites: Sequence[Site]) -> None:  # noqa: B027 (most put nothing there)
         """

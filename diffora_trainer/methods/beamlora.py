@@ -14,16 +14,15 @@ from ..core.budget import Budget
 from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from ..core.values import check_integer, check_number
-from .context import ScoreContext, Site, bounded, matrices_of
-from .gate_steps import Adam
-from .options import MethodOptions
+from .context import Site, matrices_of
 from .papers import BEAMLORA
-from .ranks import RankMethod, rows_and_columns
+from .ranks import rows_and_columns
 from .registry import register_method
+from .trained_gates import GateMethod, GateOptions
 
 
 @dataclass(frozen=True)
-class BeamLoraOptions(MethodOptions):
+class BeamLoraOptions(GateOptions):
     """
     Options of `method="beamlora"`.
 
@@ -39,13 +38,11 @@ class BeamLoraOptions(MethodOptions):
     beam_every: int = 20
     top_p: float = 0.95
     temperature: float = 0.05
-    gate_learning_rate: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_integer("beam_every", self.beam_every, minimum=2)
-        for name in ("top_p", "temperature", "gate_learning_rate"):
-            if getattr(self, name) is None:
-                continue
+        for name in ("top_p", "temperature"):
             value = check_number(name, getattr(self, name))
             object.__setattr__(self, name, value)
             if value <= 0 or (name == "top_p" and value > 1):
@@ -55,7 +52,7 @@ class BeamLoraOptions(MethodOptions):
 
 
 @register_method("beamlora")
-class BeamLora(RankMethod):
+class BeamLora(GateMethod):
     """
     All modules have the rank that the budget has room for, from the first step to the last, and within a module
     components compete. Each has a score `s`, trained with the weights, and is multiplied by its importance
@@ -74,17 +71,14 @@ class BeamLora(RankMethod):
     paper = BEAMLORA
     described = f"`beamlora`, the beams of {BEAMLORA.link} in an independent implementation"
     Options = BeamLoraOptions
-    trains_gates = True
-    reads_data = False
-    reads_matrices = False
+    begins_at = 0.0
+    saved_as = "logits"
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         super().__init__(budget, seed)
         self._on = torch.ones(len(budget), dtype=torch.bool)
-        self._logits = torch.zeros(len(budget), dtype=torch.float32)
         self._sizes = [0] * len(budget)
         self._past = torch.zeros(0, dtype=torch.float32)
-        self._adam = Adam(len(budget))
 
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
         super().prepare(grid, ranks)
@@ -97,8 +91,6 @@ class BeamLora(RankMethod):
                 "`selection_granularity` and limits of a step at their defaults, or use another method."
             )
         self._on = torch.cat([torch.arange(count) < rank for count, rank in zip(self._counts, even, strict=True)])
-        self._logits = torch.zeros(len(self._on), dtype=torch.float32)
-        self._adam = Adam(len(self._on))
         self._past = torch.zeros(sum(self._sizes), dtype=torch.float32)
 
     def start_ranks(self) -> tuple[int, ...] | None:
@@ -122,24 +114,19 @@ class BeamLora(RankMethod):
         self._sizes = [0 if count == 1 else sum(matrix.numel() for matrix in matrices_of(site))
                        for count, site in zip(self._counts, sites, strict=True)]  # fmt: skip
 
-    def _importance(self) -> Tensor:
-        open_ = self._logits.masked_fill(~self._on, -math.inf) / self.options.temperature
+    def gates(self) -> Tensor:
+        open_ = self.numbers.masked_fill(~self._on, -math.inf) / self.options.temperature
         return torch.cat([own.softmax(0) * int(own.isfinite().sum()) for own in self.split(open_)])
 
-    def component_gates(self) -> list[Tensor]:
-        return [own.clone() for own in self.split(self._importance())]
-
-    def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
-        self.steps += 1
-        gates = self._importance()
-        products = self.split(gates * bounded(gradient))
+    def move(self, gradient: Tensor, learning_rate: float) -> None:
+        gates = self.gates()
+        products = self.split(gates * gradient)
         # The derivative of a softmax that is multiplied by its length.
         found = [
             (own - gate * own.sum() / gate.sum()) / self.options.temperature
             for own, gate in zip(products, self.split(gates), strict=True)
         ]
-        self._logits.add_(self._adam.step(torch.cat(found), learning_rate))
-        self._scores.copy_(self._importance())
+        self.numbers.add_(self.adam.step(torch.cat(found), learning_rate))
 
     def after_gate_step(self, sites: Sequence[Site], progress: float) -> None:
         every = self.options.beam_every
@@ -152,7 +139,7 @@ class BeamLora(RankMethod):
             self._replace(sites, progress)
 
     def _replace(self, sites: Sequence[Site], progress: float) -> None:
-        importance = self._importance()
+        importance = self.gates()
         order = torch.sort(importance, descending=True, stable=True).indices
         top_p = 1 - (1 - self.options.top_p) * (1 + math.cos(math.pi * progress)) / 2
         beyond = importance[order].cumsum(0) > top_p * importance.sum() * (1 + 1e-6)
@@ -164,7 +151,7 @@ class BeamLora(RankMethod):
         for site, past, own, gates in parts:
             self._replace_in(site, past, own, gates, slice(start, start + len(own)))
             start += len(own)
-        self._scores.copy_(self._importance())
+        self._scores.copy_(self.gates())
 
     def _replace_in(self, site: Site, past: Tensor, weak: Tensor, gates: Tensor, place: slice) -> None:
         falling = torch.sort(gates, descending=True, stable=True).indices
@@ -179,23 +166,15 @@ class BeamLora(RankMethod):
         with torch.no_grad():
             a[worst.to(a.device)] = rows[:, :width].reshape(count, *a.shape[1:]).to(a)
             b[:, worst.to(b.device)] = rows[:, width:].T.reshape(-1, count, *b.shape[2:]).to(b)
-        logits = self._logits[place]
+        logits = self.numbers[place]
         logits[worst] = logits[best] = (logits[worst] + logits[best]) / 2
-        self._adam.forget(place)
-
-    def score(self, context: ScoreContext) -> Tensor:
-        return self._importance().double()
+        self.adam.forget(place)
 
     def components(self) -> Tensor:
         return self._on.clone()
-
-    def before_pruning(self, sites: Sequence[Site]) -> None:
-        for site, own in zip(sites, self.split(self._importance()), strict=True):
-            site.fold_components(own)
-        self._logits.zero_()  # what they were is in the weights
 
     def scores(self) -> Tensor:
         return torch.stack([own.max() for own in self.split(self._scores)])
 
     def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), "logits": self._logits, "past": self._past, **self._adam.tensors()}
+        return {**super()._tensors(), "past": self._past}

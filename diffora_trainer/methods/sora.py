@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from ..core.budget import Budget
-from ..core.grid import Grid
-from ..core.ranks import RankBudget
 from ..core.values import check_number
-from .context import ScoreContext, Site, bounded
-from .gate_steps import Adam
-from .options import MethodOptions
 from .papers import SORA
-from .ranks import RankMethod
 from .registry import register_method
+from .trained_gates import GateMethod, GateOptions
 
 
 @dataclass(frozen=True)
-class SoraOptions(MethodOptions):
+class SoraOptions(GateOptions):
     """
     Options of `method="sora"`.
 
@@ -32,21 +24,18 @@ class SoraOptions(MethodOptions):
             should be smaller than the learning rate, which is about the largest step away from 0.
     """
 
-    gate_learning_rate: float | None = None
     threshold: float = 3e-4
 
     def __post_init__(self) -> None:
-        for name in ("gate_learning_rate", "threshold"):
-            if getattr(self, name) is None:
-                continue
-            value = check_number(name, getattr(self, name))
-            object.__setattr__(self, name, value)
-            if value < 0 or (value == 0 and name == "gate_learning_rate"):
-                raise ValueError(f"You passed `{name}={value}`; it must be positive.")
+        super().__post_init__()
+        value = check_number("threshold", self.threshold)
+        object.__setattr__(self, "threshold", value)
+        if value < 0:
+            raise ValueError(f"You passed `threshold={value}`; it must be positive.")
 
 
 @register_method("sora")
-class Sora(RankMethod):
+class Sora(GateMethod):
     """
     Each component has a gate, `B diag(g) A`, that is trained with the weights, on the same batches and the same loss.
     After each step it is moved towards 0 by a threshold, and stays at 0 where it would change its sign: the proximal
@@ -69,23 +58,10 @@ class Sora(RankMethod):
     paper = SORA
     described = f"`sora`, the gates of {SORA.link} in an independent implementation"
     Options = SoraOptions
-    trains_gates = True
-    reads_data = False
     keeps_worthless = False
-    reads_matrices = False
 
-    def __init__(self, budget: Budget, seed: int = 0) -> None:
-        super().__init__(budget, seed)
-        self._gates = torch.ones(len(budget), dtype=torch.float32)
-        self._adam = Adam(len(budget))
-
-    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
-        super().prepare(grid, ranks)
-        self._gates = torch.ones(self.num_scores, dtype=torch.float32)
-        self._adam = Adam(self.num_scores)
-
-    def component_gates(self) -> list[Tensor]:
-        return [own.clone() for own in self.split(self._gates)]
+    def gates(self) -> Tensor:
+        return self.numbers
 
     def doubt_gates(self, steps: int, learning_rate: float) -> str | None:
         threshold = self.options.threshold
@@ -97,14 +73,9 @@ class Sora(RankMethod):
             "choice. Please pass a smaller `threshold`, or a larger `gate_learning_rate`, in `method_options`."
         )
 
-    def gate_step(self, gradient: Tensor, learning_rate: float) -> None:
-        self.steps += 1
-        moved = self._gates + self._adam.step(bounded(gradient), learning_rate)
-        self._gates.copy_(moved.sign() * (moved.abs() - self.options.threshold).clamp(min=0.0))
-        self._scores.copy_(self._gates.abs())
-
-    def score(self, context: ScoreContext) -> Tensor:
-        return self._gates.abs().double()
+    def move(self, gradient: Tensor, learning_rate: float) -> None:
+        moved = self.numbers + self.adam.step(gradient, learning_rate)
+        self.numbers.copy_(moved.sign() * (moved.abs() - self.options.threshold).clamp(min=0.0))
 
     def components(self) -> Tensor:
         tie = bool((self._scores == self._scores[0]).all())
@@ -115,11 +86,3 @@ class Sora(RankMethod):
                 "(`discretize_at`), or with a smaller `threshold`."
             )
         return super().components()
-
-    def before_pruning(self, sites: Sequence[Site]) -> None:
-        for site, own in zip(sites, self.split(self._gates), strict=True):
-            site.fold_components(own)
-        self._gates.fill_(1.0)  # what they were is in the weights
-
-    def _tensors(self) -> dict[str, Tensor]:
-        return {**super()._tensors(), "gates": self._gates, **self._adam.tensors()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from ..methods.base import SelectionMethod
 from ..methods.build import method_of
 from ..methods.context import wide
 from ..methods.ranks import RankMethod, rows_and_columns
+from ..methods.trained_gates import GateMethod
 from .rank_rules import make_rank_budget, refuse, uncombinable
 
 
@@ -95,7 +97,8 @@ def faded_masks(
         kept (`Sequence[Sequence[int]]`): the components of each that stay.
         faded (`float`): how far the others have faded out, in [0, 1].
     """
-    gates = method.component_gates() if method.trains_gates else [torch.ones(rank) for rank in ranks]
+    ones = [torch.ones(rank) for rank in ranks]
+    gates = cast(GateMethod, method).component_gates() if method.trains_gates else ones
     masks = []
     for own, stays in zip(gates, kept, strict=True):
         mask = torch.full((len(own),), 1.0 - faded, dtype=torch.float32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from ..adapters.moments import copies_follow
 from ..adapters.optimizer import innermost, learning_rate_of
 from ..logging import get_logger
+from ..methods.trained_gates import GateMethod
 from .bilevel import SECOND_ORDER_IN_HALF, in_half_precision
 from .search import ArchitectureSearch
 
@@ -65,10 +66,15 @@ class TrainedGates:
         self._leaves: list[Tensor] = []
         self._scale = 1.0
 
+    @property
+    def method(self) -> GateMethod:
+        """The method of the search, which makes a new one when the limits of a step are known."""
+        return cast(GateMethod, self.search.method)
+
     def renew(self) -> None:
         """Let the method's present gates act, without a gradient."""
         device = self.search.gates.device
-        self._leaves = [gates.to(device).requires_grad_() for gates in self.search.method.component_gates()]
+        self._leaves = [gates.to(device).requires_grad_() for gates in self.method.component_gates()]
         self.search.gates.set_masks(self._leaves)
 
     def learning_rate(self, optimizer: Any, initial: bool = False) -> float:
@@ -82,13 +88,13 @@ class TrainedGates:
         Raises:
             ValueError: if there is none.
         """
-        own = self.search.method.options.gate_learning_rate
+        own = self.method.options.gate_learning_rate
         remedy = "please give the gates one of their own (`gate_learning_rate` in `method_options`)."
         return own if own is not None else rate_of_weights(self.search, optimizer, remedy, initial)
 
     def doubt(self, optimizer: Any) -> str | None:
         """What the log warns of before the first step, if anything."""
-        return self.search.method.doubt_gates(self._until, self.learning_rate(optimizer, initial=True))
+        return self.method.doubt_gates(self._until, self.learning_rate(optimizer, initial=True))
 
     def before_step(self) -> None:
         """Note by what the loss of the coming forward pass is multiplied."""
@@ -105,7 +111,7 @@ class TrainedGates:
         found = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in self._leaves]
         gradient = self.search.runtime.reduce(torch.cat([part.float().cpu() for part in found])) / self._scale
         if torch.isfinite(gradient).all():
-            method = self.search.method
+            method = self.method
             parts = gradient.split([len(leaf) for leaf in self._leaves])
             self.search.reached |= torch.tensor([bool(part.any()) for part in parts])
             method.gate_step(gradient, self.learning_rate(optimizer))

@@ -25,11 +25,12 @@ from diffora_trainer.methods.build import method_of
 from diffora_trainer.methods.options import MethodOptions
 from diffora_trainer.methods.ranks import RankMethod, magnitudes
 from diffora_trainer.methods.registry import method_names, unregister_method
+from diffora_trainer.methods.trained_gates import GateMethod
 from helpers.adapted import lora_layers
 from helpers.checks import assert_continues
 from helpers.data import classification_dataset
 from helpers.marks import mostly_slow
-from helpers.searches import make_search, warm
+from helpers.searches import make_search, make_steps, model_loss, warm
 from helpers.trainers import CUT, SAVES, causal_model, lora, make_trainer, saving_trainer
 
 
@@ -305,6 +306,33 @@ def test_a_rank_method_may_say_how_ties_are_decided() -> None:
     for cost in set(costs.tolist()):
         stay, go = kept & (costs == cost), ~kept & (costs == cost)
         assert stay.any() and go.any() and sizes[stay].min() > sizes[go].max()
+
+
+def test_a_method_may_train_gates_of_its_own() -> None:
+    """It says which gates there are and how they move. What they come to is in the weights after the choice."""
+
+    @register_method("descent")
+    class Descent(GateMethod):
+        def gates(self):
+            return self.numbers
+
+        def move(self, gradient, learning_rate):
+            self.numbers.sub_(learning_rate * gradient)
+
+    model, batches = warm()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    options = {"gate_learning_rate": 0.5}
+    config = DiffoRAConfig(method="descent", discretize_at=3, selection_ratio=0.5, method_options=options)
+    try:
+        run = SelectionRun(model, optimizer, config, model_loss, batches, total_steps=4)
+        make_steps(run, model, batches, optimizer, 2)
+        gates = torch.cat(run.search.method.component_gates())
+        assert len(gates.unique()) > 20 and torch.equal(run.search.method.state_dict()["gates"], gates)
+        make_steps(run, model, batches, optimizer, 1)
+    finally:
+        unregister_method("descent")
+    assert run.selection is not None and 0 < sum(run.selection.ranks) < sum(run.search.grid.ranks)
+    assert bool((torch.cat(run.search.method.component_gates()) == 1).all())
 
 
 def test_a_card_is_written_where_the_method_is_not_installed(installed: None, tmp_path: Path) -> None:
