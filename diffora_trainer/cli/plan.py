@@ -12,7 +12,6 @@ from ..compat.transformers import readable_help
 from ..config import DiffoRAConfig
 from ..core.grid import Grid
 from ..core.schedule import Schedule
-from ..methods.base import ScoreMethod
 from ..methods.build import make_schedule
 from .train import checked, checked_model_name, model_options, parser_of
 
@@ -188,7 +187,7 @@ def _extra(
         lines = [("Extra", "a gate for each component in the training steps until then")]
     elif method.searches:
         lines = [("Extra", f"{count} architecture steps of {rows} rows, a forward and a backward pass each")]
-    elif not (isinstance(method, ScoreMethod) and method.reads_data):
+    elif not method.reads_data:
         lines = [("Extra", f"no scoring passes: {method.name} reads no rows")]
     else:
         batches = method.options.score_batches

@@ -75,6 +75,10 @@ class SelectionMethod(ABC):
     """Whether it has a score that is exactly 0 where no gradient has arrived at the module."""
     compares_losses: ClassVar[bool] = False
     """Whether it compares values of the loss, so that the loss has to mean something beside its gradient."""
+    reads_data: ClassVar[bool] = False
+    """Whether it scores by running the model on the scoring batches."""
+    keeps_worthless: ClassVar[bool] = True
+    """Whether what is worth 0 or less is kept as well where the budget has room for it."""
 
     def __init__(self, budget: Budget, seed: int = 0) -> None:
         self.budget = budget
@@ -107,6 +111,13 @@ class SelectionMethod(ABC):
         Take note of the adapters of a model, before [`prepare`]. Raise a `ValueError` if the method cannot choose
         among them, or of this model.
         """
+
+    def try_out(self, context: ScoreContext) -> None:  # noqa: B027 (most need no more than a loss)
+        """Raise what scoring would raise of this model, before the first step: on one batch, and briefly."""
+
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        """How many passes through the model scoring makes over so many batches: at least, and at most."""
+        return 0, 0
 
     @abstractmethod
     def values(self) -> Tensor:
@@ -252,8 +263,7 @@ class ScoreMethod(SelectionMethod):
     normalizable = True
     comparable: ClassVar[bool] = False
     """Whether scores of different kinds of site are on one scale. Others are divided by the mean of their kind."""
-    reads_data: ClassVar[bool] = True
-    """Whether it runs the model on the scoring batches."""
+    reads_data = True
     advice_on_ties: ClassVar[str | None] = NOT_TRAINED
     """What to do if all scores are equal; `None` if they may be, so that the order of the modules decides."""
 
@@ -273,9 +283,6 @@ class ScoreMethod(SelectionMethod):
         Returns:
             `Tensor` of shape `(n,)`, higher is kept; or two of them, of which the second decides between equal ones.
         """
-
-    def try_out(self, context: ScoreContext) -> None:  # noqa: B027 (most need no more than a loss)
-        """Raise what [`score`] would raise of this model, before the first step: on one batch, and briefly."""
 
     def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
         """How many passes through the model [`score`] makes over so many batches: at least, and at most."""

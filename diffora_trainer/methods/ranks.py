@@ -36,8 +36,6 @@ class RankMethod(ScoreMethod):
     normalizable = False
     comparable = True
     shardable = False
-    keeps_worthless: ClassVar[bool] = True
-    """Whether components that are worth 0 or less are kept as well where the budget has room for them."""
     reads_matrices: ClassVar[bool] = True
     """Whether it looks at the rows of `lora_A` and the columns of `lora_B`, whatever the gates of an adapter act on.
     If not, it closes gates, and an adapter whose components cannot be gated one by one counts as one component."""

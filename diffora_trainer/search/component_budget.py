@@ -15,7 +15,7 @@ from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import method_of
 from ..methods.context import wide
-from ..methods.ranks import RankMethod, rows_and_columns
+from ..methods.ranks import rows_and_columns
 from ..methods.trained_gates import GateMethod
 from .rank_rules import make_rank_budget, refuse, uncombinable
 
@@ -42,8 +42,7 @@ def find_component_budget(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple
             refuse(config.selection_granularity, reason)
         return None, reason
     # Where the budget has room for all components, those that are worth nothing may go all the same.
-    sheds = issubclass(method, RankMethod) and not method.keeps_worthless
-    budget = make_rank_budget(config, adapters, always=sheds)
+    budget = make_rank_budget(config, adapters, always=not method.keeps_worthless)
     if budget is None:
         return None, None
     if all(cost > budget.limits[group] for cost, group in zip(budget.costs, budget.groups, strict=True)):

@@ -155,7 +155,7 @@ def mebibytes(count: float) -> str:
 
 def scores(method: SelectionMethod, found: Tensor, batches: int) -> str:
     """What the modules were scored by, and the range of the scores."""
-    reads = f" on {batches} batches" if getattr(method, "reads_data", True) else ""
+    reads = f" on {batches} batches" if method.reads_data else ""
     return (
         f"{len(found)} modules are scored by {method.name}{reads}, from {float(found.min()):.3g} to "
         f"{float(found.max()):.3g}."

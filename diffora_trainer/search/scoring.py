@@ -51,12 +51,10 @@ def score_sites(search: SearchBase, batches: list[Any], function: ScoreFunction 
 
 def try_out(search: SearchBase, batch: Any) -> None:
     """Raise a `ValueError` before the first step if the method of a search cannot score its model."""
-    method = search.method
     if batch is None:  # of a trainer that makes its completions in a training step
         return
-    if isinstance(method, ScoreMethod) and type(method).try_out is not ScoreMethod.try_out:
-        with _scoring(search, [batch], None) as context:
-            method.try_out(context)
+    with _scoring(search, [batch], None) as context:
+        search.method.try_out(context)
 
 
 @contextmanager
