@@ -126,7 +126,7 @@ def describe(args: PlanArguments, model_args: Any, config: DiffoRAConfig) -> lis
     elif config.limits_step:
         lines.append(("Kept", "as many modules as the limits of a step have room for, measured after the warm-up"))
     else:
-        kept = [bool(keep) for keep in method.budget.discretize(torch.zeros(len(grid), dtype=torch.float32)).tolist()]
+        kept = [bool(keep) for keep in method.budget.of_equals().tolist()]
         left = [rank if keep else 0 for rank, keep in zip(grid.ranks, kept, strict=True)]
         text = f"{sum(kept)} of {len(kept)} modules, about {_parameters(grid, left):,} LoRA parameters"
         lines.append(("Kept", text))

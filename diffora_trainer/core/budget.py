@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -116,6 +116,15 @@ class Budget:
     def is_one_unit(self) -> bool:
         """Whether all modules are kept or pruned together, and there are several."""
         return len(self) > len(self._costs) == 1
+
+    def of_equals(self) -> Tensor:
+        """What is kept of modules that are all equally good, `(n,)` bools: as many as there is room for."""
+        return self.discretize(torch.zeros(len(self), dtype=torch.float32))
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether there is room for everything, so that there is nothing to choose."""
+        return bool(self.of_equals().all())
 
     @property
     def _fits(self) -> Tensor:
@@ -237,9 +246,8 @@ class Budget:
         ties = torch.zeros_like(scores) if tie_breaker is None else tie_breaker
         means = [(self._of_units(values) / self._sizes).tolist() for values in (scores, ties)]
         keys = list(zip(self.group[first].tolist(), self.allowed[first].tolist(), *means, strict=True))
-        fates = list(zip(keys, kept[first].tolist(), strict=True))
-        tied = {key for key, keep in fates if keep} & {key for key, keep in fates if not keep}
-        return sum(int(size) for key, size in zip(keys, self._sizes.tolist(), strict=True) if key in tied)
+        tied = tied_at_boundary(keys, kept[first].tolist())
+        return sum(int(size) for size, tie in zip(self._sizes.tolist(), tied, strict=True) if tie)
 
     def counts_of_groups(self) -> Tensor:
         """How many modules of each group will be kept, on average over sets."""
@@ -289,6 +297,13 @@ class Budget:
         full = (self.targets >= totals)[self.group]  # nothing to give up: the shift would be infinite
         probabilities = torch.sigmoid(logits.double() + low[self.group])
         return (torch.where(full, torch.ones_like(probabilities), probabilities) * self.allowed).to(logits.dtype)
+
+
+def tied_at_boundary(keys: Sequence[Hashable], kept: Sequence[bool]) -> list[bool]:
+    """Which of several things tie, by what they are compared by, with one that has the other fate."""
+    fates = list(zip(keys, kept, strict=True))
+    tied = {key for key, keep in fates if keep} & {key for key, keep in fates if not keep}
+    return [key in tied for key in keys]
 
 
 def _check(rows: Sequence[int], parameters: Sequence[int], ratio: float | None, scope: str) -> None:

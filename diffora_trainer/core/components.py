@@ -124,13 +124,29 @@ class Components:
         """
         stay = torch.ones(len(self), dtype=torch.bool) if kept is None else kept
         ends = self.indices(stay, self.counts if kept is None else ranks)
-        masks: list[Tensor | None] = []
-        for indices, size, count in zip(ends, self.ranks, self.counts, strict=True):
-            mask = torch.zeros(size, dtype=torch.float32)
-            mask[:count] = 1.0 - faded
-            mask[list(indices)] = 1.0
-            masks.append(None if bool((mask == 1).all()) else mask)
-        return masks
+        return fading_masks(self.ranks, self.counts, ends, faded)
+
+
+def fading_masks(
+    ranks: Sequence[int], counts: Sequence[int], ends: Sequence[Sequence[int]], faded: float
+) -> list[Tensor | None]:
+    """
+    What each component of an adapter is multiplied with while those that go fade out: `(r,)` for each module, or
+    `None` where all take part.
+
+    Args:
+        ranks (`Sequence[int]` of length `n`): how many components each adapter has.
+        counts (`Sequence[int]` of length `n`): how many of these, the first ones, a run began with.
+        ends (`Sequence[Sequence[int]]` of length `n`): which ones each module ends with.
+        faded (`float`): how far those that go have faded out, in [0, 1].
+    """
+    masks: list[Tensor | None] = []
+    for rank, count, stay in zip(ranks, counts, ends, strict=True):
+        mask = torch.zeros(rank, dtype=torch.float32)
+        mask[:count] = 1.0 - faded
+        mask[list(stay)] = 1.0
+        masks.append(None if bool((mask == 1).all()) else mask)
+    return masks
 
 
 def check_components(components: Sequence[Sequence[int]], grid: Grid, ranks: Sequence[int]) -> None:

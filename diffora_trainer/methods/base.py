@@ -309,7 +309,7 @@ class ScoreMethod(SelectionMethod):
 
     def keeps_all(self, scores: Tensor) -> bool:
         """Whether nothing goes with scores, `(m,)`, since the budget has room for everything."""
-        return bool(self.budget.discretize(torch.zeros(len(self.budget), dtype=torch.float32)).all())
+        return self.budget.keeps_all
 
     def set_scores(self, scores: Tensor, tie_breaker: Tensor) -> None:
         """

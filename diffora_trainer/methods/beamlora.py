@@ -83,7 +83,7 @@ class BeamLora(GateMethod):
     def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
         super().prepare(grid, ranks)
         even = self._counts if ranks is None else ranks.start()
-        whole = ranks is None and not bool(self.budget.discretize(torch.zeros(len(grid), dtype=torch.float32)).all())
+        whole = ranks is None and not self.budget.keeps_all
         if whole or (ranks is not None and not ranks.fits(even)):
             raise ValueError(
                 f"You passed `method={self.name!r}`, which keeps every module, with a budget that "

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ..core.budget import Budget
+from ..core.budget import Budget, tied_at_boundary
 from ..core.grid import LORA, Grid
 from ..core.ranks import RankBudget
 from .base import ScoreMethod
@@ -169,9 +169,7 @@ class RankMethod(ScoreMethod):
         if max(self._counts) > 1:
             return 0  # of components, which are many and small
         keys = list(zip(self._scores.tolist(), self._tie_breaker.tolist(), strict=True))
-        fates = list(zip(keys, self.discretize().tolist(), strict=True))
-        tied = {key for key, keep in fates if keep} & {key for key, keep in fates if not keep}
-        return sum(key in tied for key in keys)
+        return sum(tied_at_boundary(keys, self.discretize().tolist()))
 
     def _sum(self, numbers: Tensor) -> Tensor:
         return torch.zeros(len(self.budget), dtype=torch.float64).index_add_(0, self.owner, numbers)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from ..adapters.base import AdapterSite
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
+from ..core.components import fading_masks
 from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 from ..methods.build import method_of
@@ -85,10 +85,10 @@ def check_not_cancelling(sites: Sequence[AdapterSite], method: str) -> None:
 
 def faded_masks(
     method: SelectionMethod, ranks: Sequence[int], kept: Sequence[Sequence[int]], faded: float
-) -> list[Tensor]:
+) -> list[Tensor | None]:
     """
     What each component of an adapter is multiplied with while those that the method does not keep fade out: `(r,)` for
-    each module.
+    each module, or `None` where all take part.
 
     Args:
         method ([`~diffora_trainer.methods.base.SelectionMethod`]): the method, whose own gates go on to act.
@@ -96,11 +96,8 @@ def faded_masks(
         kept (`Sequence[Sequence[int]]`): the components of each that stay.
         faded (`float`): how far the others have faded out, in [0, 1].
     """
-    ones = [torch.ones(rank) for rank in ranks]
-    gates = cast(GateMethod, method).component_gates() if method.trains_gates else ones
-    masks = []
-    for own, stays in zip(gates, kept, strict=True):
-        mask = torch.full((len(own),), 1.0 - faded, dtype=torch.float32)
-        mask[list(stays)] = 1.0
-        masks.append(own.float() * mask)
-    return masks
+    masks = fading_masks(ranks, ranks, kept, faded)
+    if not method.trains_gates:
+        return masks
+    gates = cast(GateMethod, method).component_gates()
+    return [own if mask is None else own * mask for own, mask in zip(gates, masks, strict=True)]

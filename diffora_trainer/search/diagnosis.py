@@ -67,7 +67,7 @@ def all_kept(budget: Budget, config: DiffoRAConfig, what: str) -> str | None:
     Returns:
         `str` or `None`: a clause, if it does.
     """
-    if not budget.discretize(torch.zeros(len(budget), dtype=torch.float32)).all():
+    if not budget.keeps_all:
         return None
     why, by_layer = "", scope_of(config) == "layer"
     less = budget.cap is None and config.ratio < 1

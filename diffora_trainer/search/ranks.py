@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.budget import Budget
-from ..core.components import Components
+from ..core.components import Components, fading_masks
 from ..core.ranks import RankBudget
 from ..methods.base import SelectionMethod
 
@@ -112,13 +112,7 @@ class ModulePlan(RankPlan):
         return kept, self.budget.shift(order[:count], order[count:])
 
     def masks(self, kept: Tensor | None, ranks: Sequence[int], faded: float) -> list[Tensor | None]:
-        found: list[Tensor | None] = []
-        for old, new, size in zip(self.start, ranks, self.budget.ranks, strict=True):
-            mask = torch.zeros(size, dtype=torch.float32)
-            mask[:old] = 1.0 - faded
-            mask[:new] = 1.0
-            found.append(None if bool((mask == 1).all()) else mask)
-        return found
+        return fading_masks(self.budget.ranks, self.start, [range(rank) for rank in ranks], faded)
 
 
 class ComponentPlan(RankPlan):
