@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.grid import Grid
-from ..core.ranks import RankBudget
-from .base import ScoreMethod
-from .context import ScoreContext, Site
-from .hidden import check_layers, check_position, is_constant, layer_states, of_modules, passes_for_states
-from .options import ScoreOptions
+from .context import ScoreContext
+from .hidden import StateMethod, StateOptions, is_constant, of_modules
 from .papers import CKA
 from .registry import register_method
 from .ties import TOO_FEW_ROWS
 
 
 @dataclass(frozen=True)
-class CkaOptions(ScoreOptions):
+class CkaOptions(StateOptions):
     """
     Options of `method="cka"`.
 
@@ -30,15 +25,9 @@ class CkaOptions(ScoreOptions):
             them and the last elsewhere.
     """
 
-    position: str = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_position(self.position)
-
 
 @register_method("cka")
-class CkaLayers(ScoreMethod):
+class CkaLayers(StateMethod):
     """
     Whole layers by `1 - CKA(R_in, R_out)`, where `R_in` are the states that go into a layer, one for each row, and
     `R_out` those that come out (linear centered kernel alignment): layers that change the representation most are
@@ -66,18 +55,8 @@ class CkaLayers(ScoreMethod):
     unit = "layer"
     advice_on_ties = TOO_FEW_ROWS
 
-    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
-        check_layers(grid)
-
-    def try_out(self, context: ScoreContext) -> None:
-        layer_states(context, self.options.position)
-
-    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
-        count = passes_for_states(batches, grid, self.options.position)
-        return count, count
-
     def score(self, context: ScoreContext) -> Tensor:
-        states = layer_states(context, self.options.position)
+        states = self.states(context)
         if len(states[0][0]) < 3:
             raise ValueError(
                 f"The states of {len(states[0][0])} rows are alike before and after any layer, for there is but one "

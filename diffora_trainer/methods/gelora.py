@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.grid import Grid
-from ..core.ranks import RankBudget
 from ..logging import get_logger
-from .context import ScoreContext, Site
-from .hidden import (
-    check_layers,
-    check_position,
-    layer_states,
-    mean_of_layers,
-    of_modules,
-    passes_for_states,
-    reduced,
-)
-from .options import ScoreOptions
+from .context import ScoreContext
+from .hidden import StateMethod, StateOptions, mean_of_layers, of_modules, reduced
 from .papers import GELORA
 from .ranks import RankMethod, magnitudes
 from .registry import register_method
@@ -41,7 +29,7 @@ _FEW = 30
 
 
 @dataclass(frozen=True)
-class GeLoraOptions(ScoreOptions):
+class GeLoraOptions(StateOptions):
     """
     Options of `method="gelora"`.
 
@@ -53,13 +41,9 @@ class GeLoraOptions(ScoreOptions):
 
     position: str = "mean"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_position(self.position)
-
 
 @register_method("gelora")
-class GeLora(RankMethod):
+class GeLora(StateMethod, RankMethod):
     """
     The intrinsic dimension of the states that come out of a layer, less that of the states that go into it, is a lower
     bound of the rank of its update. The ranks of all modules of a layer are in proportion to
@@ -83,19 +67,8 @@ class GeLora(RankMethod):
     Options = GeLoraOptions
     advice_on_ties = None  # layers may be alike, and rank 1 tells no components apart
 
-    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
-        super().prepare(grid, ranks)
-        check_layers(grid)
-
-    def try_out(self, context: ScoreContext) -> None:
-        layer_states(context, self.options.position)
-
-    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
-        count = passes_for_states(batches, grid, self.options.position)
-        return count, count
-
     def score(self, context: ScoreContext) -> Tensor:
-        states = [part for pair in layer_states(context, self.options.position) for part in pair]
+        states = [part for pair in self.states(context) for part in pair]
         nearest = [_neighbours(part) for part in states]
         most = max(map(len, nearest))
         estimated = [len(own) for own in nearest if not _are_few(len(own), most)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.grid import OTHER_ROW, Grid
-from .context import ScoreContext, matrices_of, wide, with_same_adapters
+from ..core.ranks import RankBudget
+from .base import ScoreMethod
+from .context import ScoreContext, Site, matrices_of, wide, with_same_adapters
 from .masks import TokenMasks
+from .options import ScoreOptions
 from .tokens import layers_that_look_ahead, stacks_of
 
 
@@ -31,10 +35,40 @@ def is_constant(states: Tensor) -> bool:
     return float(centered.square().sum()) <= _CONSTANT * float(states.square().sum())
 
 
-def check_position(position: str) -> None:
-    """Raise a `ValueError` if a position is none of [`POSITIONS`]."""
-    if position not in POSITIONS:
-        raise ValueError(f"You passed `position={position!r}`; it must be one of {list(POSITIONS)}.")
+@dataclass(frozen=True)
+class StateOptions(ScoreOptions):
+    """
+    Options of a method that looks at the states between layers.
+
+    Args:
+        position (`str`, *optional*, defaults to `"auto"`): one of [`POSITIONS`].
+    """
+
+    position: str = "auto"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.position not in POSITIONS:
+            raise ValueError(f"You passed `position={self.position!r}`; it must be one of {list(POSITIONS)}.")
+
+
+class StateMethod(ScoreMethod):
+    """A method that looks at the states between layers, [`states`], by [`StateOptions`]."""
+
+    def prepare(self, grid: Grid, ranks: RankBudget | None) -> None:
+        super().prepare(grid, ranks)
+        check_layers(grid)
+
+    def states(self, context: ScoreContext) -> list[tuple[Tensor, Tensor]]:
+        """See [`layer_states`]."""
+        return layer_states(context, self.options.position)
+
+    def try_out(self, context: ScoreContext) -> None:
+        self.states(context)
+
+    def num_passes(self, batches: int, grid: Grid, sites: Sequence[Site]) -> tuple[int, int]:
+        count = passes_for_states(batches, grid, self.options.position)
+        return count, count
 
 
 def check_layers(grid: Grid) -> None:
