@@ -11,9 +11,22 @@ from torch import Tensor
 from ..core.values import check_number
 from .context import ScoreContext, Site, matrices_of, wide
 from .options import ScoreOptions
-from .papers import ADALORA
+from .papers import Paper
 from .ranks import RankMethod, rows_and_columns
 from .registry import register_method
+
+
+ADALORA = Paper(
+    "AdaLoRA",
+    "https://huggingface.co/papers/2303.10512",
+    """\
+@article{zhang2023adalora,
+    title  = {{AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning}},
+    author = {Zhang and others},
+    year   = 2023,
+    eprint = {arXiv:2303.10512},
+}""",
+)
 
 
 @dataclass(frozen=True)

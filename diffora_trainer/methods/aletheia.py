@@ -16,9 +16,22 @@ from .base import ScoreMethod
 from .context import ScoreContext, Site, holds_floats, wide
 from .hidden import numbered_rows, of_modules
 from .options import ScoreOptions
-from .papers import ALETHEIA
+from .papers import Paper
 from .registry import register_method
 from .ties import TOO_FEW_ROWS
+
+
+ALETHEIA = Paper(
+    "Aletheia",
+    "https://huggingface.co/papers/2604.15351",
+    """\
+@article{saket2026aletheia,
+    title  = {{Aletheia: Gradient-Guided Layer Selection for Efficient LoRA Fine-Tuning Across Architectures}},
+    author = {Saket, Abdulmalek},
+    year   = 2026,
+    eprint = {arXiv:2604.15351},
+}""",
+)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,22 @@ from torch import Tensor
 from ..core.grid import Grid
 from .context import MeanLosses, ScoreContext, Site
 from .options import ScoreOptions
-from .papers import ALORA
+from .papers import Paper
 from .ranks import RankMethod
 from .registry import register_method
+
+
+ALORA = Paper(
+    "ALoRA",
+    "https://huggingface.co/papers/2403.16187",
+    """\
+@article{liu2024alora,
+    title  = {{ALoRA: Allocating Low-Rank Adaptation for Fine-tuning Large Language Models}},
+    author = {Liu, Zequan and Lyn, Jiawen and Zhu, Wei and Tian, Xing and Graham, Yvette},
+    year   = 2024,
+    eprint = {arXiv:2403.16187},
+}""",
+)
 
 
 @dataclass(frozen=True)

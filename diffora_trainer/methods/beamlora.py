@@ -15,10 +15,23 @@ from ..core.grid import Grid
 from ..core.ranks import RankBudget
 from ..core.values import check_integer, check_number
 from .context import Site, matrices_of
-from .papers import BEAMLORA
+from .papers import Paper
 from .ranks import rows_and_columns
 from .registry import register_method
 from .trained_gates import GateMethod, GateOptions
+
+
+BEAMLORA = Paper(
+    "BeamLoRA",
+    "https://huggingface.co/papers/2502.13604",
+    """\
+@article{gu2025beamlora,
+    title  = {{BeamLoRA: Beam-Constraint Low-Rank Adaptation}},
+    author = {Gu, Naibin and Zhang, Zhenyu and others},
+    year   = 2025,
+    eprint = {arXiv:2502.13604},
+}""",
+)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,22 @@ from torch import Tensor
 
 from .context import ScoreContext
 from .hidden import StateMethod, StateOptions, is_constant, of_modules
-from .papers import CKA
+from .papers import Paper
 from .registry import register_method
 from .ties import TOO_FEW_ROWS
+
+
+CKA = Paper(
+    "Layer-wise LoRA with CKA",
+    "https://huggingface.co/papers/2602.05988",
+    """\
+@article{ogawa2026layerwise,
+    title  = {{Layer-wise LoRA fine-tuning: a similarity metric approach}},
+    author = {Ogawa, Keith Ando and others},
+    year   = 2026,
+    eprint = {arXiv:2602.05988},
+}""",
+)
 
 
 @dataclass(frozen=True)

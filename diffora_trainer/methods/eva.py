@@ -11,11 +11,23 @@ from ..core.budget import Budget
 from ..core.grid import Grid
 from .context import ScoreContext, Site, matrices_of
 from .hidden import inputs_of_adapters
-from .papers import EVA
+from .papers import Paper
 from .ranks import RankMethod, magnitudes
 from .registry import register_method
 from .ties import TOO_FEW_ROWS
 
+
+EVA = Paper(
+    "EVA",
+    "https://huggingface.co/papers/2410.07170",
+    """\
+@article{paischer2024eva,
+    title  = {{Parameter Efficient Fine-tuning via Explained Variance Adaptation}},
+    author = {Paischer, Fabian and others},
+    year   = 2024,
+    eprint = {arXiv:2410.07170},
+}""",
+)
 
 _OVERSAMPLED = 32
 """How many directions the sketch has beside four times the rank."""

@@ -10,12 +10,24 @@ from torch import Tensor
 from ..logging import get_logger
 from .context import ScoreContext
 from .hidden import StateMethod, StateOptions, mean_of_layers, of_modules, reduced
-from .papers import GELORA
+from .papers import Paper
 from .ranks import RankMethod, magnitudes
 from .registry import register_method
 
 
 logger = get_logger(__name__)
+
+GELORA = Paper(
+    "GeLoRA",
+    "https://huggingface.co/papers/2412.09250",
+    """\
+@article{eddib2024gelora,
+    title  = {{GeLoRA: Geometric Adaptive Ranks For Efficient LoRA Fine-tuning}},
+    author = {Ed-dib, Abdessalam and Datbayev, Zhanibek and Aboussalah, Amine Mohamed},
+    year   = 2024,
+    eprint = {arXiv:2412.09250},
+}""",
+)
 
 _FITTED = 0.9
 """Part of the ratios that the line is fitted to; the largest ones are those of points on the edge."""

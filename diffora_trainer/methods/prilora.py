@@ -11,9 +11,22 @@ from ..core.values import check_number
 from .context import ScoreContext, matrices_of, wide
 from .hidden import input_squares, mean_of_layers, numbered_rows, of_modules
 from .options import ScoreOptions
-from .papers import PRILORA
+from .papers import Paper
 from .ranks import RankMethod, rows_and_columns
 from .registry import register_method
+
+
+PRILORA = Paper(
+    "PRILoRA",
+    "https://huggingface.co/papers/2401.11316",
+    """\
+@article{benedek2024prilora,
+    title  = {{PRILoRA: Pruned and Rank-Increasing Low-Rank Adaptation}},
+    author = {Benedek, Nadav and Wolf, Lior},
+    year   = 2024,
+    eprint = {arXiv:2401.11316},
+}""",
+)
 
 
 @dataclass(frozen=True)

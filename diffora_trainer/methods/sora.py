@@ -7,9 +7,22 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..core.values import check_number
-from .papers import SORA
+from .papers import Paper
 from .registry import register_method
 from .trained_gates import GateMethod, GateOptions
+
+
+SORA = Paper(
+    "SoRA",
+    "https://huggingface.co/papers/2311.11696",
+    """\
+@article{ding2023sora,
+    title  = {{Sparse Low-rank Adaptation of Pre-trained Language Models}},
+    author = {Ding, Ning and Lv, Xingtai and others},
+    year   = 2023,
+    eprint = {arXiv:2311.11696},
+}""",
+)
 
 
 @dataclass(frozen=True)
