@@ -95,6 +95,10 @@ class RankMethod(ScoreMethod):
     def tie_breaker(self) -> Tensor:
         return self._sum(self._tie_breaker)
 
+    def component_scores(self) -> Tensor:
+        """What each component was found to be worth, `(m,)`; 0 before it was scored."""
+        return self._scores.clone()
+
     def split(self, values: Tensor) -> list[Tensor]:
         """Numbers of all components, `(m,)`, as those of each module."""
         return list(values.split(self._counts))

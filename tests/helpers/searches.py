@@ -139,4 +139,4 @@ def gradients_of(search: ArchitectureSearch) -> list[Tensor]:
 def components(search: ArchitectureSearch) -> list[Tensor]:
     """What each component was found to be worth, module by module."""
     assert isinstance(search.method, RankMethod)
-    return search.method.split(search.method._scores)
+    return search.method.split(search.method.component_scores())

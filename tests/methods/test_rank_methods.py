@@ -247,7 +247,8 @@ def test_alora_is_the_loss_without_a_component_and_with_it_alone() -> None:
     for found, other in zip(components(search), expected, strict=True):
         np.testing.assert_allclose(found.numpy(), other, atol=2e-6)
     kept = search.method.components()
-    assert bool((search.method._scores[kept] > 0).all()) and bool((search.method._scores < 0).any())
+    worth = search.method.component_scores()
+    assert bool((worth[kept] > 0).all()) and bool((worth < 0).any())
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_sora_prunes_what_its_threshold_has_closed() -> None:
     options = {"gate_learning_rate": 0.1, "threshold": 0.15, "selection_ratio": 0.9}
     run = train_gated(model, batches, 9, 9, method="sora", **options)
     assert run.selection is not None
-    closed = int((run.search.method._scores == 0).sum())
+    closed = int((run.search.method.component_scores() == 0).sum())
     total = sum(site.rank for site in run.search.grid.sites)
     assert 0 < closed and sum(run.selection.ranks) == total - closed < 0.85 * total
     for site in run.search.adapters.named(run.selection.selected):
@@ -205,7 +205,7 @@ def test_worthless_components_go_where_there_is_room_for_all(
 ) -> None:
     model, batches = warm()
     run = train_until(model, batches, steps, method=method, method_options=options, **room)
-    worth = run.search.method._scores
+    worth = run.search.method.component_scores()
     assert run.selection is not None
     assert 0 < sum(run.selection.ranks) == int((worth > 0).sum()) < len(worth) == sum(run.search.grid.ranks)
     assert "nothing to choose" not in caplog.text and not run.selection.notes
@@ -216,7 +216,7 @@ def test_sora_keeps_all_of_equal_gates_where_there_is_room() -> None:
     model = get_peft_model(tiny.model, lora(target_modules=tiny.target_modules, task_type=tiny.task_type))
     options = {"gate_learning_rate": 0.1}  # they get no gradient while `lora_B` is 0
     run = train_until(model, [tiny.batch], 2, 0.0, method="sora", method_options=options, selection_ratio=1.0)
-    assert len(run.search.method._scores.unique()) == 1
+    assert len(run.search.method.component_scores().unique()) == 1
     assert run.selection is not None and run.selection.ranks == run.search.grid.ranks
 
 
