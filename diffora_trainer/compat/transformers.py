@@ -227,10 +227,7 @@ def checkpoints_call(layer: nn.Module) -> bool:
 def renew_neftune(trainer: Any) -> None:
     """
     Let the noise of NEFTune go on where the input embeddings have lost their LoRA: a Trainer hangs it on the module
-    that these are when a training begins. Goes when it finds the module by itself.
-
-    Args:
-        trainer (`Trainer`): a trainer, in its training loop.
+    that these are when its loop begins. Goes when it finds the module by itself.
     """
     from transformers.integrations.neftune import activate_neftune
 
