@@ -145,18 +145,26 @@ class Chain:
             )
 
 
+def in_chain(site: Any) -> bool:
+    """Whether the adapter of a site is to grow from round to round."""
+    return isinstance(site, LoraSite) and site.adapter_name in vars(site.layer).get("diffora_rounds", {})
+
+
 def grow_to_checkpoint(folder: Path, model: Any) -> None:
     """Give a chain the rank that its adapter has in a checkpoint. Nothing happens to a model that has none."""
     adapter_name = str(model.active_adapters[0])
     if not (found := _chained(folder, model)):
         return
+    grown = False
     for site, saved in found:
         missing = saved - site.rank
         if missing > 0 and missing % _rounds_of(site.layer, adapter_name).size == 0:
             a, _ = _weights(site)
             _grow(site.layer, adapter_name, torch.zeros(missing, a.shape[1]), None)
-    own_config(model, adapter_name)
-    write_ranks(model, adapter_name, [LoraSite(site.name, site.layer, adapter_name) for site, _ in found])
+            grown = True
+    if grown:  # else the patterns stay as their user has written them
+        own_config(model, adapter_name)
+        write_ranks(model, adapter_name, [LoraSite(site.name, site.layer, adapter_name) for site, _ in found])
 
 
 def rounds_in_checkpoint(folder: Path, model: Any, ranks: Mapping[str, int]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.chain import in_chain
 from ..adapters.freezing import check_freezable
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
@@ -118,6 +119,11 @@ def check_adapters(adapters: AdapterGrid, config: DiffoRAConfig, method: Selecti
             f"You passed `weight_sharing={config.weight_sharing!r}`, but the adapter of {alone[0]!r} rests on the "
             "weight of its own module (DoRA, PiSSA, OLoRA), so another one cannot share it. Please set "
             "`weight_sharing='none'`, or use plain LoRA."
+        )
+    if config.weight_sharing != "none" and any(map(in_chain, adapters.sites)):
+        raise ValueError(
+            f"You passed `weight_sharing={config.weight_sharing!r}` with `ChainedLoRA`, whose rounds widen the "
+            "matrices of each module for itself. Please set `weight_sharing='none'`, or train without the chain."
         )
     fixed = [site.name for site in adapters.sites if not site.foldable]
     if fixed and method.trains_gates:

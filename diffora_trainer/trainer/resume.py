@@ -34,13 +34,22 @@ def check_base_model(folder: str, state: RunState, model: Any) -> None:
         )
 
 
-def grow_to_saved(folder: str, state: RunState, model: Any) -> None:
+def grow_to_saved(folder: str, state: RunState, model: Any, adapted: Sequence[str]) -> None:
     """
     Give an adapter that is trained in rounds the rank that it has in a checkpoint. One whose modules end with ranks
     of their own grows when its weights are loaded.
+
+    Args:
+        folder (`str`): the checkpoint.
+        state ([`~diffora_trainer.core.state.RunState`]): its state.
+        model (`PeftModel`): the model.
+        adapted (`Sequence[str]`): the modules that are trained in the checkpoint, by the state.
     """
     if state.selection is None or not state.selection.in_ranks:
-        grow_to_checkpoint(Path(folder, _inner_folder(model)), model)
+        sites = find_sites(model, model.active_adapters[0])
+        kinds = {sites[name].kind for name in adapted if name in sites}
+        beside = [kind.adapter_folder for kind in extra_kinds() if kind.name in kinds]
+        grow_to_checkpoint(Path(folder, *(beside[-1:] or [_inner_folder(model)])), model)
 
 
 def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str], adapted: Sequence[str]) -> None:

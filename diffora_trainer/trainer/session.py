@@ -309,7 +309,7 @@ class TrainerSession:
                     f"The checkpoint {folder!r} keeps other modules than this trainer's model, which has already been "
                     "pruned. Please build a new trainer to resume from it."
                 )
-            grow_to_saved(folder, state, model)
+            grow_to_saved(folder, state, model, selection.present)
             check_model(folder, state, model, selection.modules, selection.present)
             if state.given_back is None or state.given_back[0]:
                 # Which rows were held out: the order of all depends on that until the end of the epoch of the pruning.
@@ -326,7 +326,7 @@ class TrainerSession:
                 f"The checkpoint {folder!r} was made before the pruning, but the model of this trainer has already "
                 "lost the unselected modules. Please build a new trainer to resume from it."
             )
-        grow_to_saved(folder, state, model)
+        grow_to_saved(folder, state, model, state.modules)
         check_model(folder, state, model, state.modules, state.modules)
         self._resumed = (folder, state, tensors)
 

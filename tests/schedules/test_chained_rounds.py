@@ -15,10 +15,10 @@ from trl import SFTTrainer
 from diffora_trainer import ChainedLoRA
 from diffora_trainer.adapters.base import find_sites
 from helpers.adapted import base_weights, logits
-from helpers.checks import adapter, assert_same, step_logs
+from helpers.checks import adapter, assert_continues, assert_same, step_logs
 from helpers.data import lm_dataset
 from helpers.models import llama
-from helpers.trainers import CUT, causal_model, classifier, lora, make_trainer
+from helpers.trainers import CUT, SAVES, SaveAt, causal_model, classifier, lora, make_trainer
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}], ids=["LoRA", "rsLoRA"])
@@ -183,3 +183,36 @@ def test_rounds_after_a_choice_of_ranks_have_the_chosen_ranks(tmp_path: Path) ->
         resumed = build(str(step))
         resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
         assert_same(adapter(resumed.model), adapter(whole.model))
+
+
+@pytest.mark.parametrize(
+    ("options", "peft"),
+    [
+        ({}, {"rank_pattern": {"q_proj": 2}}),
+        ({}, {"alpha_pattern": {"q_proj": 3}}),
+        ({"shortcuts": ["shortcut1"]}, {}),
+    ],
+    ids=["rank_pattern", "alpha_pattern", "shortcuts"],
+)
+def test_a_chain_under_a_search_is_resumed(options: dict[str, Any], peft: dict[str, Any], tmp_path: Path) -> None:
+    def build(folder: str) -> Any:
+        args = {"save_strategy": "steps", "save_steps": 1000}
+        callbacks = [ChainedLoRA(every=4), SaveAt()]
+        search = {"fade_out": 0, **options}
+        config = lora(lora_dropout=0.0, **peft)
+        return make_trainer(tmp_path / folder, args=args, callbacks=callbacks, search=search, peft_config=config)
+
+    whole = build("whole")
+    whole.train()
+    kinds = {site.kind for site in find_sites(whole.model, "default").values()}
+    assert ("shortcuts" in kinds) == ("shortcuts" in options)
+    for step in SAVES:  # before the choice, at it and in a later round
+        resumed = build(str(step))
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_continues(resumed, whole, step)
+
+
+def test_modules_of_a_chain_share_no_matrices(tmp_path: Path) -> None:
+    options = {"search": {"weight_sharing": "layer"}, "peft_config": lora(lora_dropout=0.0)}
+    with pytest.raises(ValueError, match="`weight_sharing='layer'` with `ChainedLoRA`"):
+        make_trainer(tmp_path, callbacks=[ChainedLoRA(every=4)], **options)
