@@ -21,11 +21,12 @@ from ..methods.registry import get_method
 from .component_budget import check_not_cancelling, find_component_budget
 from .confidence import Comparison, Confidence, SplitHalf, paired
 from .diagnosis import all_kept, out_of_limits
-from .measured import GatedModel, LossFunction, finite_mean
+from .losses import GatedModel, LossFunction, finite_mean
 from .micro_batches import wanted_micro_batches
 from .rank_rules import find_rank_plan, refuse
 from .ranks import RankPlan
 from .runtime import Runtime
+from .step_costs import StepMeter
 
 
 class SearchBase(GatedModel):
@@ -43,8 +44,10 @@ class SearchBase(GatedModel):
     def __init__(
         self, model: nn.Module, adapters: AdapterGrid, config: DiffoRAConfig, loss_fn: LossFunction, runtime: Runtime
     ) -> None:
-        super().__init__(model, adapters, loss_fn, runtime, freezes=config.unselected == "freeze")
+        super().__init__(model, adapters, loss_fn, runtime)
         self.config = config
+        self.freezes = config.unselected == "freeze"
+        self.meter = StepMeter(self, self.freezes)
         self.costs: StepCosts | None = None
         self.ceilings: tuple[Ceiling, ...] = ()
         self.micro_batches = wanted_micro_batches(config, runtime, model)

@@ -11,7 +11,7 @@ from ..core.selection import Selection
 from . import messages
 from .base import choice_of
 from .held_out import batch_to_measure
-from .measured import paired_means
+from .losses import paired_means
 from .parts import RunParts
 
 
@@ -73,12 +73,12 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     after = None if before is None else search.held_out_losses(held_out.sample(gap_batches))
     if costs.time is not None:
         # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
-        seconds_after = search.step_seconds(batch_to_measure(held_out))
+        seconds_after = search.meter.seconds_now(batch_to_measure(held_out))
         times = {**selection.times, "before_pruning": costs.time.all_modules, "after_pruning": seconds_after}
         selection = replace(selection, times=times)
     if costs.memory is not None:
         kept = [index for index, keep in enumerate(selection.kept) if keep]
-        bytes_after = search.step_bytes(batch_to_measure(held_out), kept)
+        bytes_after = search.meter.bytes_now(batch_to_measure(held_out), kept)
         selection = replace(selection, memory={**selection.memory, "after_pruning": bytes_after})
     losses = None if before is None or after is None else paired_means(before, after)
     metrics.update(messages.prune_metrics(selection, losses))

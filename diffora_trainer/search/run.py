@@ -22,7 +22,7 @@ from .batches import Batches, as_batches, own_copy, without_labels
 from .deprecated import OldRunNames
 from .early import decide_early
 from .held_out import GAP_BATCHES, batch_to_measure
-from .measured import LossFunction
+from .losses import LossFunction
 from .parts import DueEvents, RunParts
 from .pruning import open_components, prune_run
 from .reallocation import Reallocation

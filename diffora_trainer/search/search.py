@@ -25,7 +25,7 @@ from .batches import NO_LABELS, without_labels
 from .bilevel import ArchitectureGradient
 from .component_budget import faded_masks
 from .deprecated import OldNames, old_runtime
-from .measured import LossFunction
+from .losses import LossFunction
 from .outcome import check_adapters, make_selection, search_metrics
 from .runtime import Runtime
 from .scoring import score_sites, try_out
@@ -274,8 +274,8 @@ class ArchitectureSearch(OldNames, SearchBase):
             batch: a batch of the size of a training batch, as `loss_fn` takes it.
         """
         costs = StepCosts(
-            self.step_times(batch) if self.config.max_step_time is not None else None,
-            self.step_memory(batch) if self.config.max_step_memory is not None else None,
+            self.meter.times(batch) if self.config.max_step_time is not None else None,
+            self.meter.memory(batch) if self.config.max_step_memory is not None else None,
         )
         self.limit(costs)
         return costs

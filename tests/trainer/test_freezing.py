@@ -250,7 +250,7 @@ def test_a_measured_step_may_take_its_reference_first():
         config = DiffoRAConfig(max_step_memory=0.6, **FREEZE)
         search = ArchitectureSearch(model, config, loss_fn=partial(loss_fn, first=first))
         search.begin()
-        costs.append(search.step_memory({"input_ids": rows, "labels": rows}))
+        costs.append(search.meter.memory({"input_ids": rows, "labels": rows}))
     assert costs[0] == costs[1] and costs[0].depth[-1] < 0.9 * costs[0].depth[0]
 
 
