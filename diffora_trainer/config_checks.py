@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
+from .core.costs import STEP_LIMITS
 from .core.schedule import check_moment
 from .core.values import check_integer, check_number
 
@@ -27,22 +28,26 @@ _CHOICES = {
     "weight_sharing": WEIGHT_SHARING,
 }
 _NUMBERS = ("discretize_at", "arch_warmup", "fade_out", "arch_split", "prefix_cache_gib")
-_OPTIONAL_NUMBERS = ("selection_ratio", "max_step_time", "max_step_memory")
+_OPTIONAL_NUMBERS = ("selection_ratio", *STEP_LIMITS.values())
 _OPTIONAL_INTEGERS = ("max_trainable_parameters", "arch_batch_size", "search_micro_batches")
 
 
 class Derived:
     """What follows from the options of a [`DiffoRAConfig`]."""
 
-    max_step_time: float | None
-    max_step_memory: float | None
     max_trainable_parameters: int | None
     selection_ratio: float | None
 
     @property
+    def step_limits(self) -> dict[str, float]:
+        """The limits of a step that are set, by what they limit: `"time"`, `"memory"`."""
+        limits = {what: getattr(self, name) for what, name in STEP_LIMITS.items()}
+        return {what: limit for what, limit in limits.items() if limit is not None}
+
+    @property
     def limits_step(self) -> bool:
         """Whether the time or the memory of a step is limited."""
-        return self.max_step_time is not None or self.max_step_memory is not None
+        return bool(self.step_limits)
 
     @property
     def ratio(self) -> float:
@@ -122,13 +127,13 @@ def _check_budget(config: Any) -> None:
                 "The shared pairs are trainable too, so the cap would not hold. Please use `selection_ratio`, or "
                 "set `weight_sharing='none'`."
             )
-    for name, what in (("max_step_time", "time"), ("max_step_memory", "memory")):
-        limit = getattr(config, name)
-        if limit is not None and not 0 < limit <= 1:
+    for what, limit in config.step_limits.items():
+        name = STEP_LIMITS[what]
+        if not 0 < limit <= 1:
             raise ValueError(
                 f"You passed `{name}={limit}`, but it is a part of the {what} of a step and must be in (0, 1]."
             )
-        if limit is not None and config.weight_sharing != "none":
+        if config.weight_sharing != "none":
             raise ValueError(
                 f"You passed `{name}={limit}` together with `weight_sharing={config.weight_sharing!r}`. Modules that "
                 "share a pair are trained in all layers, so no step would be cheaper. Please set "

@@ -10,6 +10,10 @@ from typing import Any
 from .formats import as_number, as_object, maybe, tuple_of
 
 
+STEP_LIMITS = {"time": "max_step_time", "memory": "max_step_memory"}
+"""What is measured of a step, as [`StepCosts`] has it, and the option that limits it."""
+
+
 @dataclass(frozen=True)
 class StepCost:
     """

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config import DiffoRAConfig
+from ..core.costs import STEP_LIMITS
 from ..core.selection import Selection
 from ..methods.build import scope_of, unit_of
 from ..methods.facts import MethodFacts
 
 
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_OF_STEP = ("max_step_time", "max_step_memory")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Rules:
         """Those of a selection; without any if its options are of another version."""
         try:
             config = DiffoRAConfig.from_dict({"method": "diffora", **selection.config})
-            limits = (*_OF_STEP, "max_trainable_parameters")
+            limits = (*STEP_LIMITS.values(), "max_trainable_parameters")
             found = tuple(name for name in limits if getattr(config, name) is not None)
             return cls(scope_of(config) == "layer", unit_of(config), found)
         except (TypeError, ValueError):
@@ -107,7 +107,7 @@ def chosen_by(selection: Selection, method: MethodFacts) -> str:
     ties = ""
     if selection.gains != selection.scores and method.searches:
         ties = f"; the gain only decides between equal {what}s"
-        if set(rules.limits) & set(_OF_STEP):
+        if set(rules.limits) & set(STEP_LIMITS.values()):
             ties += ", and between sets of modules that begin at different layers"
     if selection.in_ranks:
         return (

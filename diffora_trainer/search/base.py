@@ -141,8 +141,8 @@ class SearchBase(GatedModel):
         Raises:
             ValueError: if not even one module is within the limits.
         """
-        limits = [(costs.time, self.config.max_step_time), (costs.memory, self.config.max_step_memory)]
-        known = [(cost, limit) for cost, limit in limits if cost is not None and limit is not None]
+        limits = [(getattr(costs, what), limit) for what, limit in self.config.step_limits.items()]
+        known = [(cost, limit) for cost, limit in limits if cost is not None]
         self.costs, self.ceilings = costs, ceilings(known, self.grid.row_of)
         if not self.ceilings:
             raise ValueError(out_of_limits(self.config, costs, set(self.grid.row_of)))

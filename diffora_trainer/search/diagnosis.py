@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import DiffoRAConfig
 from ..core.budget import Budget
-from ..core.costs import StepCosts
+from ..core.costs import STEP_LIMITS, StepCosts
 from ..core.text import some
 from ..methods.base import SelectionMethod
 from ..methods.build import scope_of
@@ -91,13 +91,13 @@ def out_of_limits(config: DiffoRAConfig, costs: StepCosts, rows: Collection[int]
         costs ([`~diffora_trainer.core.costs.StepCosts`]): what was measured.
         rows (`Collection[int]`): the rows that have modules.
     """
-    found, why = [], {"max_step_time": "the forward pass alone", "max_step_memory": "the logits and the loss alone"}
-    for name, cost in (("max_step_time", costs.time), ("max_step_memory", costs.memory)):
-        if cost is not None:
+    found, why = [], {"time": "the forward pass alone", "memory": "the logits and the loss alone"}
+    for what, name in STEP_LIMITS.items():
+        if (cost := getattr(costs, what)) is not None:
             least = min(cost.depth[row] for row in rows) / cost.all_modules
             found.append(
                 f"`{name}={getattr(config, name):g}`, and a step with one module takes {least:.2f} of what one with "
-                f"all modules does ({why[name]} may be most of it)"
+                f"all modules does ({why[what]} may be most of it)"
             )
     return (
         f"You passed {' and '.join(found)}. No choice of modules can keep that. Please raise the limit, or leave it "

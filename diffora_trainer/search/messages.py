@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from ..core.costs import Ceiling, StepCosts
+from ..core.costs import STEP_LIMITS, Ceiling, StepCosts
 from ..core.grid import LORA, Grid
 from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from .search import ArchitectureSearch
 
 
-_OVER, _OVER_TIME = 1.02, 1.1
-"""How far above a limit the measured memory and time of a step may be before there is a warning: times are noisy."""
+_OVER = {"time": 1.1, "memory": 1.02}
+"""How far above a limit the measured time and memory of a step may be before there is a warning: times are noisy."""
 
 IN_EVALUATION_MODE = (
     "The first training step was made in evaluation mode: without dropout, and under the gates of an evaluation where "
@@ -260,18 +260,15 @@ def prune_metrics(selection: Selection, losses: tuple[float, float] | None) -> d
 def prune_warnings(selection: Selection, config: DiffoRAConfig) -> list[str]:
     """Warnings of a step that was measured above its limit, and of layers and of kinds in which nothing was kept."""
     rows, columns = selection.unadapted()
-    lines = []
-    measured = (
-        ("time", "max_step_time", config.max_step_time, selection.times, _OVER_TIME),
-        ("memory", "max_step_memory", config.max_step_memory, selection.memory, _OVER),
-    )
-    for what, name, limit, found, over in measured:
+    lines, measured = [], {"time": selection.times, "memory": selection.memory}
+    for what, limit in config.step_limits.items():
+        found = measured[what]
         part = found["after_pruning"] / found["all_modules"] if found else 0.0
-        if limit and part > limit * over:
+        if part > limit * _OVER[what]:
             lines.append(
-                f"A step needs {part:.2f} of the {what} of one with all modules, above `{name}={limit:g}`: the limit "
-                "holds for the prediction, to which every module adds the same. If that is too much, please start "
-                "the run anew with a lower limit."
+                f"A step needs {part:.2f} of the {what} of one with all modules, above `{STEP_LIMITS[what]}="
+                f"{limit:g}`: the limit holds for the prediction, to which every module adds the same. If that is too "
+                "much, please start the run anew with a lower limit."
             )
     if rows:
         lines.append(f"No module was kept in {len(rows)} layer(s): {', '.join(rows)}.")

@@ -58,32 +58,39 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
         before = search.held_out_losses(held_out.sample(gap_batches), relaxed=True)
     if run.reallocation is not None:  # what follows compares with all modules
         run.reallocation.release()
-    costs = StepCosts() if search.costs is None else search.costs
     metrics = search.metrics()
-    if run.reallocation is None:
-        selection = search.finish(run.step)
-    else:
-        selection = run.reallocation.finish(run.step)
-    for site in search.adapters.sites:  # a method may have put gates into their weights
-        site.rescale_moments(run.optimizer)
-    if not decided:
-        open_components(run)
-    apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=search.adapter_name)
-    search.runtime.after_prune()
+    selection = search.finish(run.step) if run.reallocation is None else run.reallocation.finish(run.step)
+    _carry_out(run, selection, decided)
     after = None if before is None else search.held_out_losses(held_out.sample(gap_batches))
-    if costs.time is not None:
-        # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
-        seconds_after = search.meter.seconds_now(batch_to_measure(held_out))
-        times = {**selection.times, "before_pruning": costs.time.all_modules, "after_pruning": seconds_after}
-        selection = replace(selection, times=times)
-    if costs.memory is not None:
-        kept = [index for index, keep in enumerate(selection.kept) if keep]
-        bytes_after = search.meter.bytes_now(batch_to_measure(held_out), kept)
-        selection = replace(selection, memory={**selection.memory, "after_pruning": bytes_after})
+    selection = _with_step_measured(run, selection)
     losses = None if before is None or after is None else paired_means(before, after)
     metrics.update(messages.prune_metrics(selection, losses))
     lines = messages.pruned(selection, losses, before_fading)
     return Pruning(selection, metrics, [*lines, messages.SEARCH_ENDS] if run.config.search_only else lines)
+
+
+def _carry_out(run: RunParts, selection: Selection, decided: bool) -> None:
+    """Prune model and optimizer; `decided` is whether the choice was made, and components were opened, before."""
+    for site in run.search.adapters.sites:  # a method may have put gates into their weights
+        site.rescale_moments(run.optimizer)
+    if not decided:
+        open_components(run)
+    apply_selection(run.model, selection, run.optimizer, run.scheduler, adapter_name=run.search.adapter_name)
+    run.search.runtime.after_prune()
+
+
+def _with_step_measured(run: RunParts, selection: Selection) -> Selection:
+    """A selection with the time and memory of a step after the pruning, as far as these are limited."""
+    costs, meter = run.search.costs or StepCosts(), run.search.meter
+    times, memory = selection.times, selection.memory
+    if costs.time is not None:
+        # What a step took before is known from the end of the warm-up; nothing else would be learned from it.
+        seconds = meter.seconds_now(batch_to_measure(run.held_out))
+        times = {**times, "before_pruning": costs.time.all_modules, "after_pruning": seconds}
+    if costs.memory is not None:
+        kept = [index for index, keep in enumerate(selection.kept) if keep]
+        memory = {**memory, "after_pruning": meter.bytes_now(batch_to_measure(run.held_out), kept)}
+    return replace(selection, times=times, memory=memory)
 
 
 def open_components(run: RunParts) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 from ..adapters.grid import AdapterGrid
 from ..config import DiffoRAConfig
+from ..core.costs import STEP_LIMITS
 from ..core.ranks import RankBudget
 from ..methods.build import method_of, scope_of
 from ..methods.registry import get_method
@@ -87,7 +88,7 @@ def uncombinable(config: DiffoRAConfig, adapters: AdapterGrid, **others: Any) ->
         **others: options of the method that do not combine with ranks either, `None` where they are not set.
     """
     plain = {"unselected": "prune", "weight_sharing": "none", "selection_unit": "module"}
-    names = ("unselected", "weight_sharing", "selection_unit", "extra_sites", "max_step_time", "max_step_memory")
+    names = ("unselected", "weight_sharing", "selection_unit", "extra_sites", *STEP_LIMITS.values())
     for name, value in {**{name: getattr(config, name) for name in names}, **others}.items():
         if value and value != plain.get(name):
             return f"spending it in ranks does not combine with `{name}={value!r}`"

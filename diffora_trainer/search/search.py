@@ -273,10 +273,8 @@ class ArchitectureSearch(OldNames, SearchBase):
         Args:
             batch: a batch of the size of a training batch, as `loss_fn` takes it.
         """
-        costs = StepCosts(
-            self.meter.times(batch) if self.config.max_step_time is not None else None,
-            self.meter.memory(batch) if self.config.max_step_memory is not None else None,
-        )
+        measure = {"time": self.meter.times, "memory": self.meter.memory}
+        costs = StepCosts(**{what: measure[what](batch) for what in self.config.step_limits})
         self.limit(costs)
         return costs
 

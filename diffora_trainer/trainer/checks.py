@@ -16,6 +16,7 @@ from ..compat.torch import knows_fsdp2
 from ..compat.transformers import activation_checkpointing, activation_checkpointing_kwargs, check_trainer_methods
 from ..compat.trl import generates_in_step, loss_is_of_rows, makes_completions, own_training_loop, uses_vllm
 from ..config import DiffoRAConfig
+from ..core.costs import STEP_LIMITS
 from ..logging import get_logger
 from ..methods.build import method_of
 from ..search.bilevel import SECOND_ORDER_IN_HALF, in_half_precision
@@ -108,7 +109,7 @@ def check_trainer(trainer: SearchingTrainer) -> None:
         _check_completions(trainer)
     if generates_in_step(trainer):
         # Held-out rows have completions, which its losses are of: what is compared of these is not touched by it.
-        check_generation(trainer, "generates in its `training_step`", only=("max_step_time", "max_step_memory"))
+        check_generation(trainer, "generates in its `training_step`", only=STEP_LIMITS.values())
     parts = trainer.diffora_config.search_micro_batches
     if parts is None and trainer.diffora_config.max_step_memory is not None and not loss_is_of_rows(trainer):
         logger.warning(
@@ -267,7 +268,7 @@ def _check_fsdp(trainer: SearchingTrainer) -> None:
             "parameters of all modules, also of those that are off. Please use plain data parallelism (`accelerate "
             "launch --config_file recipes/accelerate_configs/ddp.yaml`), or leave it out to score once."
         )
-    alone = ("max_step_time", "max_step_memory", "search_micro_batches")
+    alone = (*STEP_LIMITS.values(), "search_micro_batches")
     for name, value in (("weight_sharing", "none"), *((name, None) for name in alone)):
         if getattr(config, name) != value:
             raise ValueError(
