@@ -22,7 +22,7 @@ from ..methods.build import check_score_function, make_schedule
 from ..methods.context import ScoreFunction
 from ..search.run import SelectionRun
 from . import saving
-from .building import check_search, complete_model, make_run, parent_arguments
+from .building import parent_arguments
 from .callback import SessionCallback
 from .checkpoint import atomic_checkpoint
 from .checks import check_can_train, check_class, check_options, check_trainer
@@ -34,6 +34,7 @@ from .loss import check_own_loss, loss_of_trainer
 from .micro_batches import step_in_micro_batches
 from .prefix import TrainingPrefix, check_prefix_cache
 from .progress import SearchProgressCallback
+from .running import check_search, complete_model, make_run
 from .session import Hooks, TrainerSession
 
 
@@ -173,7 +174,7 @@ class DiffoRAMixin(_Base):
         return complete_model(super().call_model_init(*args, **kwargs), self.diffora_config)
 
     def _make_run(self, model: nn.Module, optimizer: Any, scheduler: Any, total_steps: int) -> SelectionRun:
-        return make_run(self, (model, optimizer, scheduler), total_steps, self._after_prune)
+        return make_run(self, model, optimizer, scheduler, total_steps, self._after_prune)
 
     # Training
 
