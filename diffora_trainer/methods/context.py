@@ -246,10 +246,10 @@ def _no_finite_loss(batches: int) -> str:
     )
 
 
-def with_same_adapters(model: nn.Module) -> Callable[[], bool]:
+def same_adapters_check(model: nn.Module) -> Callable[[], bool]:
     """
-    A function that says, inside a forward pass, whether this is made with the adapters that are in use now, at the
-    call, and not as one of a reference without them.
+    A check that says, inside a forward pass, whether this is made with the adapters that are in use now, at the call,
+    and not as one of a reference without them.
     """
     in_use = adapters_in_use(model)
     return lambda: in_use <= adapters_in_use(model)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..core.grid import OTHER_ROW, Grid
 from ..core.ranks import RankBudget
 from .base import ScoreMethod
-from .context import ScoreContext, Site, matrices_of, wide, with_same_adapters
+from .context import ScoreContext, Site, matrices_of, same_adapters_check, wide
 from .masks import TokenMasks
 from .options import ScoreOptions
 from .tokens import layers_that_look_ahead, stacks_of
@@ -122,7 +122,7 @@ def layer_states(context: ScoreContext, position: str) -> list[tuple[Tensor, Ten
     names = [context.grid.rows[row] for row in numbered_rows(context.grid)]
     masks, auto = TokenMasks(context), [""] * len(names)
     found: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in names]
-    same_adapters = with_same_adapters(context.model)
+    same_adapters = same_adapters_check(context.model)
 
     def note(module: nn.Module, index: int, place: int, value: Any) -> None:
         if not same_adapters():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import ScoreContext, with_same_adapters
+from .context import ScoreContext, same_adapters_check
 from .masks import TokenMasks
 
 
@@ -54,7 +54,7 @@ def _first_states(
     What layers give for the first token of each row that is not padding, when what goes into the first one called of
     some of them is changed for the others; not in passes without the active adapter, as of a reference.
     """
-    same_adapters = with_same_adapters(context.model)
+    same_adapters = same_adapters_check(context.model)
     found: dict[str, list[Tensor]] = {name: [] for name in names}
     left = bool(changed)
 

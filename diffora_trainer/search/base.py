@@ -23,8 +23,8 @@ from .confidence import Comparison, Confidence, SplitHalf, paired
 from .diagnosis import all_kept, out_of_limits
 from .losses import GatedModel, LossFunction, finite_mean
 from .micro_batches import wanted_micro_batches
+from .rank_plan import RankPlan
 from .rank_rules import find_rank_plan, refuse
-from .ranks import RankPlan
 from .runtime import Runtime
 from .step_costs import StepMeter
 

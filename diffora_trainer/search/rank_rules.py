@@ -11,7 +11,7 @@ from ..core.costs import STEP_LIMITS
 from ..core.ranks import RankBudget
 from ..methods.build import method_of, scope_of
 from ..methods.registry import get_method
-from .ranks import ComponentPlan, ModulePlan, RankPlan
+from .rank_plan import ComponentPlan, ModulePlan, RankPlan
 
 
 def find_rank_plan(config: DiffoRAConfig, adapters: AdapterGrid) -> tuple[RankPlan | None, str | None]:

@@ -21,7 +21,7 @@ from diffora_trainer.adapters.grid import AdapterGrid
 from diffora_trainer.adapters.pruning import apply_selection
 from diffora_trainer.core.ranks import RankBudget
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
-from diffora_trainer.search.ranks import ComponentPlan
+from diffora_trainer.search.rank_plan import ComponentPlan
 from diffora_trainer.search.search import ArchitectureSearch
 from helpers.adapted import logits, randomize
 from helpers.models import llama

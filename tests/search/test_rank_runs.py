@@ -20,7 +20,7 @@ from diffora_trainer.adapters.moments import rescale_moments, start_moments
 from diffora_trainer.core.ranks import RankBudget
 from diffora_trainer.methods.frank_wolfe import FrankWolfe
 from diffora_trainer.search import rank_rules
-from diffora_trainer.search.ranks import ModulePlan
+from diffora_trainer.search.rank_plan import ModulePlan
 from diffora_trainer.search.search import ArchitectureSearch
 from helpers.adapted import base_weights, logits, randomize
 from helpers.models import llama
