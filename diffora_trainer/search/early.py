@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..core.schedule import Schedule
-from .parts import RunParts
+
+
+if TYPE_CHECKING:
+    from .run import SelectionRun
 
 
 RELIABILITY, EFFECT = 0.8, 0.01
@@ -21,14 +26,14 @@ def is_due(updates: int) -> bool:
     return updates in (8, 12, 16)
 
 
-def decide_early(run: RunParts, batches: int) -> tuple[Schedule, str] | None:
+def decide_early(run: SelectionRun, batches: int) -> tuple[Schedule, str] | None:
     """
     Decide whether to choose now, ahead of the schedule. That takes evidence: the halves of the search agree, and the
     LoRA has lowered the held-out loss, beyond its noise and visibly. Where the budget is spent in ranks, this loss has
     also fallen since the first look, or no rank would be moved. What it measures leaves no trace.
 
     Args:
-        run ([`RunParts`]): a run whose method searches.
+        run ([`SelectionRun`]): a run whose method searches.
         batches (`int`): how many held-out batches losses are compared on.
 
     Returns:

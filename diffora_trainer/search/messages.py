@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..core.agreement import is_main_process
 from ..core.costs import STEP_LIMITS, Ceiling, StepCosts
 from ..core.grid import LORA, Grid
 from ..core.schedule import Event, Schedule
 from ..core.selection import Selection
 from ..core.text import CONFIDENCE
+from ..logging import get_logger
 from ..methods.base import SelectionMethod
 from ..methods.build import scope_of
 
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
     from ..config import DiffoRAConfig
     from .base import SearchBase
     from .reallocation import Reallocation
+    from .run import SelectionRun
     from .search import ArchitectureSearch
 
+
+logger = get_logger(__name__)
 
 _OVER = {"time": 1.1, "memory": 1.02}
 """How far above a limit the measured time and memory of a step may be before there is a warning: times are noisy."""
@@ -35,6 +40,29 @@ SEARCH_ENDS = (
     "Stopping after the search, as requested by `search_only=True`. `selected_lora_config` gives the LoRA of a second "
     "run: pass it the saved folder, or the trainer."
 )
+
+
+def say(line: str) -> None:
+    """Log a line, once for all processes."""
+    if is_main_process():
+        logger.info(line)
+
+
+def warn(line: str) -> None:
+    """Log a warning, once for all processes."""
+    if is_main_process():
+        logger.warning(line)
+
+
+def announce(run: SelectionRun) -> None:
+    """Say what a run will do, and what keeps it from doing what was asked for."""
+    search = run.search
+    say(f"Grid: {search.grid.describe()}.")
+    say(plan(run.schedule, search, run.held_out.describe(), run.reallocation is not None))
+    for line in start_warnings(run.schedule, search):
+        warn(line)
+    if (parts := search.micro_batches.parts) > 1:
+        say(f"Batches are split into {parts} micro-batches until the pruning.")
 
 
 def plan(schedule: Schedule, search: SearchBase, data: str, anew: bool) -> str:

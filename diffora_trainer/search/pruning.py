@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from ..adapters.moments import start_moments
 from ..adapters.pruning import apply_selection
@@ -12,7 +13,10 @@ from . import messages
 from .base import choice_of
 from .held_out import batch_to_measure
 from .losses import paired_means
-from .parts import RunParts
+
+
+if TYPE_CHECKING:
+    from .run import SelectionRun
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,12 @@ class Pruning:
     lines: list[str]
 
 
-def prune_run(run: RunParts, gap_batches: int) -> Pruning:
+def prune_run(run: SelectionRun, gap_batches: int) -> Pruning:
     """
     Prune the modules of a run. Whatever is not decided yet is decided now.
 
     Args:
-        run ([`RunParts`]): the run.
+        run ([`SelectionRun`]): the run.
         gap_batches (`int`): how many held-out batches the losses before and after are compared on.
 
     Raises:
@@ -69,7 +73,7 @@ def prune_run(run: RunParts, gap_batches: int) -> Pruning:
     return Pruning(selection, metrics, [*lines, messages.SEARCH_ENDS] if run.config.search_only else lines)
 
 
-def _carry_out(run: RunParts, selection: Selection, decided: bool) -> None:
+def _carry_out(run: SelectionRun, selection: Selection, decided: bool) -> None:
     """Prune model and optimizer; `decided` is whether the choice was made, and components were opened, before."""
     for site in run.search.adapters.sites:  # a method may have put gates into their weights
         site.rescale_moments(run.optimizer)
@@ -79,7 +83,7 @@ def _carry_out(run: RunParts, selection: Selection, decided: bool) -> None:
     run.search.runtime.after_prune()
 
 
-def _with_step_measured(run: RunParts, selection: Selection) -> Selection:
+def _with_step_measured(run: SelectionRun, selection: Selection) -> Selection:
     """A selection with the time and memory of a step after the pruning, as far as these are limited."""
     costs, meter = run.search.costs or StepCosts(), run.search.meter
     times, memory = selection.times, selection.memory
@@ -93,14 +97,23 @@ def _with_step_measured(run: RunParts, selection: Selection) -> Selection:
     return replace(selection, times=times, memory=memory)
 
 
-def open_components(run: RunParts) -> None:
+def discretize_run(run: SelectionRun) -> None:
+    """Decide what a run keeps, ahead of its pruning: from now on the others fade out."""
+    search = run.search
+    search.discretize()
+    ranks, in_ranks = choice_of(search)[1], search.rank_plan is not None
+    messages.say(messages.discretized(run.step, ranks, run.schedule, in_ranks))
+    open_components(run)
+
+
+def open_components(run: SelectionRun) -> None:
     """
     Where ranks are chosen, let the optimizer begin with the components that take part from now on as with those that
     did before (see [`start_moments`]). If no rank moves, nothing is touched. What this changes is in the state of the
     optimizer, so a run that is resumed after the choice has it, and does not do it again.
 
     Args:
-        run ([`RunParts`]): the run, right after its choice.
+        run ([`SelectionRun`]): the run, right after its choice.
     """
     search = run.search
     if search.rank_plan is None:

@@ -7,35 +7,32 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..adapters.optimizer import innermost
+from ..adapters.optimizer import check_holds, check_optimizer, innermost
 from ..compat.accelerate import beside_the_training_loader
 from ..config import DiffoRAConfig
-from ..core.agreement import is_main_process
 from ..core.schedule import Event
-from ..core.state import RunState
-from ..logging import get_logger
+from ..core.selection import Selection
+from ..core.state import FADE_OUT, SEARCH, SELECTED, WARMUP, RunState
 from ..methods.build import make_schedule
 from ..methods.context import ScoreFunction
 from . import messages
-from .base import choice_of
-from .batches import Batches, as_batches, own_copy, without_labels
+from .batches import Batches, as_batches, own_copy
 from .deprecated import OldRunNames
+from .due_events import DueEvents
 from .early import decide_early
 from .held_out import GAP_BATCHES, batch_to_measure
 from .losses import LossFunction
-from .parts import DueEvents, RunParts
-from .pruning import open_components, prune_run
+from .messages import say, warn
+from .pruning import discretize_run, prune_run
 from .reallocation import Reallocation
 from .run_state import check_same_run, restore_run, state_of
-from .runtime import Runtime
+from .runtime import Runtime, check_reduces
 from .search import ArchitectureSearch
-from .trained_gates import TrainedGates, check_rate, rate_of_weights
+from .trained_gates import TrainedGates, check_rate
+from .updates import architecture_step, reallocate, score_modules
 
 
-logger = get_logger(__name__)
-
-
-class SelectionRun(OldRunNames, RunParts):
+class SelectionRun(OldRunNames):
     """
     Chooses the modules of a model that deserve a LoRA while a training loop trains it, prunes the others at a set
     step, and lets the loop go on with the chosen ones.
@@ -97,16 +94,21 @@ class SelectionRun(OldRunNames, RunParts):
         score_function: ScoreFunction | None = None,
         runtime: Runtime | None = None,
     ) -> None:
-        search = ArchitectureSearch(
+        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
+        self.search = search = ArchitectureSearch(
             model, config, loss_fn=loss_fn, adapter_name=adapter_name, score_function=score_function, runtime=runtime
         )
-        options, schedule = search.method.options, make_schedule(search.config, total_steps)
+        options = search.method.options
+        self.schedule = make_schedule(self.config, total_steps)
         keep = max(GAP_BATCHES, options.score_batches)
-        held_out = as_batches(held_out_batches, keep, search.config.arch_seed, beside_the_training_loader)
-        anew = options.reallocate_every is not None
-        reallocation = Reallocation(search) if anew else None
-        super().__init__(model, optimizer, scheduler, search, schedule, held_out, reallocation)
-        self._trained = TrainedGates(search, schedule.prune) if search.method.trains_gates else None
+        self.held_out = as_batches(held_out_batches, keep, self.config.arch_seed, beside_the_training_loader)
+        self.reallocation = None if options.reallocate_every is None else Reallocation(search)
+        self.step = 0
+        self.selection: Selection | None = None
+        check_reduces(search.runtime)
+        check_optimizer(optimizer)
+        check_holds(optimizer, model, search.adapters.sites)
+        self._trained = TrainedGates(search, self.schedule.prune) if search.method.trains_gates else None
         self._report: dict[str, float] = {}
         self._train_batch: Any = None
         self._begun = False
@@ -118,7 +120,31 @@ class SelectionRun(OldRunNames, RunParts):
         }
         self._due = DueEvents()
         check_same_run(self)
-        self.search.gates.announce()
+        search.gates.announce()
+
+    @property
+    def config(self) -> DiffoRAConfig:
+        """The options of the run."""
+        return self.search.config
+
+    @property
+    def phase(self) -> str:
+        """`"warm-up"`, `"search"`, `"fade-out"` or `"selected"`."""
+        if self.selection is not None:
+            return SELECTED
+        if self.step < self.schedule.warmup or self.step == self.schedule.warmup == self.schedule.prune:
+            return WARMUP
+        return SEARCH if self.search.kept is None else FADE_OUT
+
+    @property
+    def gates_active(self) -> bool:
+        """Whether the gates act on the model: until the others are pruned."""
+        return self.search.gates.attached
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the loop should end: the modules are chosen, and nothing else was asked for (`search_only`)."""
+        return self.config.search_only and self.selection is not None
 
     # What a loop calls
 
@@ -140,15 +166,9 @@ class SelectionRun(OldRunNames, RunParts):
         if self._trained is not None:
             self._trained.renew()
             if self.step == 0 and (line := self._trained.doubt(self.optimizer)) is not None:
-                self._warn(line)
+                warn(line)
         self._fade()
-        self._say(f"Grid: {self.search.grid.describe()}.")
-        data, anew = self.held_out.describe(), self.reallocation is not None
-        self._say(messages.plan(self.schedule, self.search, data, anew))
-        for line in messages.start_warnings(self.schedule, self.search):
-            self._warn(line)
-        if (parts := self.search.micro_batches.parts) > 1:
-            self._say(f"Batches are split into {parts} micro-batches until the pruning.")
+        messages.announce(self)
         if self.schedule.prune == 0:
             self._happen(self.schedule.events(0))
 
@@ -186,9 +206,9 @@ class SelectionRun(OldRunNames, RunParts):
         if not self.gates_active and not self._due.events:
             return False
         if self._due.events:
-            self._warn(messages.after_an_error(self.step, self._due.events))
+            warn(messages.after_an_error(self.step, self._due.events))
         elif self.step == 1 and not self.model.training:
-            self._warn(messages.IN_EVALUATION_MODE)
+            warn(messages.IN_EVALUATION_MODE)
         self._happen([] if repeated else self.schedule.events(self.step))
         return self.selection is not None
 
@@ -202,10 +222,10 @@ class SelectionRun(OldRunNames, RunParts):
         if not self.gates_active and not self._due.events:
             return False
         if not self.search.method.steps:
-            self._warn(messages.ended_before_anything(self.step, self.search.method))
+            warn(messages.ended_before_anything(self.step, self.search.method))
             self.search.gates.detach()
             return False
-        self._warn(messages.ended_early(self.step, self.schedule, self.reallocation is not None))
+        warn(messages.ended_early(self.step, self.schedule, self.reallocation is not None))
         self._due.events.clear()
         self._happen([Event.PRUNE])
         return True
@@ -238,61 +258,38 @@ class SelectionRun(OldRunNames, RunParts):
     def _end_warmup(self) -> None:
         if self.config.limits_step:
             costs = self.search.measure_costs(batch_to_measure(self.held_out))
-            self._say(messages.costs(costs, self.search.ceilings, self.search.grid))
+            say(messages.costs(costs, self.search.ceilings, self.search.grid))
         if self._trained is not None:
             self._trained.step(innermost(self.optimizer))  # its updates begin one step later
         if self.search.method.searches:
-            self._say(f"Step {self.step}: warm-up done, the search begins.")
+            say(f"Step {self.step}: warm-up done, the search begins.")
 
     def _update(self) -> None:
         if self.reallocation is not None:
-            self._reallocate(self.reallocation)
+            self._report.update(reallocate(self, self.reallocation))
         elif self._trained is not None:
             self._trained.step(innermost(self.optimizer))
         elif self.search.method.searches:
             self._architecture_step()
         else:
-            batches = list(self.held_out.sample(self.search.method.options.score_batches))
-            scores = self.search.score(batches)
-            self._say(f"Step {self.step}: {messages.scores(self.search.method, scores, len(batches))}")
+            score_modules(self)
 
     def _architecture_step(self) -> None:
-        train_batch, learning_rate = None, None
-        if self.search.method.options.arch_order == 2:
-            train_batch, learning_rate = self._train_batch, rate_of_weights(self.search, self.optimizer)
-        batch = next(self.held_out)
-        if self.search.step(batch, train_batch, learning_rate) is None:
-            self._warn(messages.skipped(self.step, without_labels(batch), self.search.skipped_steps))
-        updates = self.schedule.updates
-        compares = self.held_out.comparable and self.search.rank_plan is not None and not self.search.early_losses
-        if self.step == updates[len(updates) // 3] and compares:
-            self.search.measure_early(self.held_out.sample(GAP_BATCHES))
+        architecture_step(self, self._train_batch)
         if self.config.decide_early and (early := decide_early(self, GAP_BATCHES)) is not None:
             self.schedule, line = early
-            self._say(line)
+            say(line)
             if self.schedule.fades:
                 self._discretize(measured=True)
             else:
                 self._prune()
-
-    def _reallocate(self, reallocation: Reallocation) -> None:
-        batches = list(self.held_out.take(self.search.method.options.score_batches))
-        changed = reallocation.reallocate(batches, self.step)
-        if changed:
-            self.search.runtime.after_switch()
-        on = int(reallocation.on.sum())
-        self._report.update({"diffora/modules_on": float(on), "diffora/switched_modules": float(changed)})
-        self._say(messages.reallocated(self.step, len(self.schedule.updates), reallocation, changed))
 
     def _discretize(self, measured: bool = False) -> None:
         if self.held_out.comparable and not measured:  # first: where nothing was learned, nothing should be favoured
             self.search.measure_effect(self.held_out.sample(GAP_BATCHES))
         if self.search.effect is not None:
             self._report = {"diffora/held_out_loss_before_fade_out": self.search.effect.after}
-        self.search.discretize()
-        in_ranks = self.search.rank_plan is not None
-        self._say(messages.discretized(self.step, choice_of(self.search)[1], self.schedule, in_ranks))
-        open_components(self)
+        discretize_run(self)
 
     def _prune(self) -> None:
         """Decide if that is still to be done, carry it out, and measure what that does."""
@@ -300,17 +297,9 @@ class SelectionRun(OldRunNames, RunParts):
         self.selection, self._train_batch = outcome.selection, None
         self._report.update(outcome.metrics)
         for line in outcome.lines:
-            self._say(line)
+            say(line)
         for line in messages.prune_warnings(outcome.selection, self.config):
-            self._warn(line)
-
-    def _say(self, line: str) -> None:
-        if is_main_process():
-            logger.info(line)
-
-    def _warn(self, line: str) -> None:
-        if is_main_process():
-            logger.warning(line)
+            warn(line)
 
     # State
 

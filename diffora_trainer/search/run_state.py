@@ -6,7 +6,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,7 +21,10 @@ from ..core.state import RunState, check_same, check_same_options
 from ..methods.build import method_of
 from .confidence import Comparison, SplitHalf
 from .held_out import HeldOutBatches
-from .parts import RunParts
+
+
+if TYPE_CHECKING:
+    from .run import SelectionRun
 
 
 _NOT_OF_THE_SEARCH = ("base_model_id", "log_gates_by_kind", "prefix_cache", "prefix_cache_gib", "search_only")
@@ -30,7 +33,7 @@ _NOT_OF_THE_SEARCH = ("base_model_id", "log_gates_by_kind", "prefix_cache", "pre
 _OF_FRACTIONS = " (moments that are fractions depend on `max_steps` and `num_train_epochs`, and on the batch size)"
 
 
-def state_of(run: RunParts, began_pruned: bool) -> RunState:
+def state_of(run: SelectionRun, began_pruned: bool) -> RunState:
     """See [`SelectionRun.state`]."""
     search, schedule = run.search, run.schedule
     common: dict[str, Any] = {
@@ -69,7 +72,7 @@ def state_of(run: RunParts, began_pruned: bool) -> RunState:
     )
 
 
-def check_same_run(run: RunParts) -> None:
+def check_same_run(run: SelectionRun) -> None:
     """Raise an error on every process if they would not all make the same run."""
     record: list[Any] = [
         run.config.to_dict(),
@@ -83,7 +86,7 @@ def check_same_run(run: RunParts) -> None:
     run.search.check_agreement(json.dumps(record, default=repr))
 
 
-def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sources: tuple[str, str]) -> bool:
+def restore_run(run: SelectionRun, state: RunState, tensors: dict[str, Tensor], sources: tuple[str, str]) -> bool:
     """See [`SelectionRun.restore`]. Tells whether the modules were pruned, so that there is nothing more to do."""
     search, (source, of_tensors) = run.search, sources
     check_same(source, {"the base model": (state.base_model, describe_base(run.model))})
@@ -145,11 +148,11 @@ def restore_run(run: RunParts, state: RunState, tensors: dict[str, Tensor], sour
     return False
 
 
-def _batch_rows(run: RunParts) -> int | None:
+def _batch_rows(run: SelectionRun) -> int | None:
     return run.held_out.batch_size if isinstance(run.held_out, HeldOutBatches) else None
 
 
-def _options(run: RunParts) -> dict[str, Any]:
+def _options(run: SelectionRun) -> dict[str, Any]:
     return {**run.config.to_dict(), "method_options": asdict(run.search.method.options)}
 
 
