@@ -79,15 +79,15 @@ class Budget:
             share = share if limits is None else list(limits)
             self.targets = torch.tensor(share, dtype=torch.float64)
             self.weights = self.parameters
-        # Without a cap the targets already limit the number of modules.
-        most = len(rows) if self.cap is None else sum(counts)
         # A kind whose share of the cap rounds down to 0 parameters is excluded.
         self.allowed = (self.targets > 0)[self.group]
-        self._ceilings = [(self.allowed, most)]
         self._sizes = self._of_units(torch.ones(len(rows), dtype=torch.float32))
         self._costs = self._of_units(self.weights)
         self._groups = self._of_units(self.group, "amin").long()
         self._check_cap(cap)
+        # Without a cap the targets already limit the number of modules. Beside one, the ratio leaves room for a unit.
+        most = len(rows) if self.cap is None else max(sum(counts), int(self._sizes[self._fits & self._needed].min()))
+        self._ceilings = [(self.allowed, most)]
         smallest = torch.full_like(self.targets, math.inf).scatter_reduce(0, self._groups, self._costs, "amin")
         # Every group keeps at least one unit, even if its smallest unit has more modules than the group's target.
         self._keeps_one = ((smallest > self.targets) & (self.cap is None)).tolist()
@@ -97,13 +97,13 @@ class Budget:
         if cap is None:
             return
         unit = "LoRA module" if len(self._costs) == len(self) else "unit of LoRA modules"
-        smallest = float(self._costs.min())
+        smallest = float(self._costs[self._needed].min())
         if smallest > cap:
             raise ValueError(
                 f"You passed `max_trainable_parameters={cap:,}`, but the smallest {unit} has {int(smallest):,} "
                 "parameters, so none fits. Please raise the cap or lower the LoRA rank `r`."
             )
-        if not self._fits.any():
+        if not (self._fits & self._needed).any():
             raise ValueError(
                 f"You passed `max_trainable_parameters={cap:,}`, but divided among {len(self.targets)} kinds of "
                 "module that are ranked apart, it has room for none. Please raise the cap, or rank them together."
@@ -131,6 +131,13 @@ class Budget:
         """Which units the budget has room for, `(u,)` bools."""
         return self._costs <= self.targets[self._groups]
 
+    @property
+    def _needed(self) -> Tensor:
+        """Units of which one has to be kept, `(u,)` bools: those with a required module, or all."""
+        if self.required is None or not self.required.any():
+            return torch.ones(len(self._costs), dtype=torch.bool)
+        return self._of_units(self.required, "amax").bool()
+
     def limit(self, ceilings: Sequence[Ceiling]) -> None:
         """
         Limit what may be kept to sets under at least one of some ceilings, on top of the budget. The choice is then
@@ -150,7 +157,11 @@ class Budget:
         fits = self._fits | torch.tensor(self._keeps_one)[self._groups]
         fitting = (fits & (self._sizes <= count) & self._of_units(under, "amin").bool() for under, count in narrowed)
         if not any(bool(units.any()) for units in fitting):
-            raise ValueError("No module or unit of modules that fits the budget is within the limits of a step.")
+            raise ValueError(
+                "No module or unit of modules that fits the budget is within the limits of a step: the smallest has "
+                f"{int(self._sizes[fits].min())} modules, and there is room for {max(n for _, n in narrowed)}. "
+                "Please raise `max_step_time` or `max_step_memory`, or leave `selection_unit` out."
+            )
         self._ceilings = narrowed
         self.allowed = torch.stack([under for under, _ in narrowed]).any(dim=0)
 
@@ -208,7 +219,7 @@ class Budget:
         """The best set under one ceiling, `(n,)` bools."""
         kept = self._first(order.tolist(), allowed, most)
         if self.required is not None and not (kept & self.required).any():
-            fits = self._of_units(self.required & allowed, "amax").bool() & self._fits
+            fits = self._of_units(self.required & allowed, "amax").bool() & self._fits & (self._sizes <= most)
             if best := [unit for unit in order.tolist() if fits[unit]][:1]:
                 others = [unit for unit in order.tolist() if unit != best[0]]
                 kept = self._first([*best, *others], allowed, most)

@@ -207,6 +207,19 @@ def test_one_of_those_that_are_required_is_kept(data: st.DataObject) -> None:
 
 
 @given(data=st.data())
+def test_whole_units_are_kept_where_one_fits_the_cap(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    units = [unit for unit, size in enumerate(sizes) for _ in range(size)]
+    parameters = data.draw(st.lists(st.sampled_from([1, 8, 24]), min_size=len(units), max_size=len(units)))
+    costs = [sum(p for p, own in zip(parameters, units, strict=True) if own == unit) for unit in range(len(sizes))]
+    cap = data.draw(st.integers(min(costs), sum(costs)))
+    budget = Budget(units, parameters, ratio=data.draw(st.floats(0, 1, exclude_min=True)), cap=cap, units=units)
+    kept = budget.discretize(vectors(data.draw, len(units)))
+    assert kept.any() and budget.parameters[kept].sum() <= cap
+    assert all(len({bool(k) for k, own in zip(kept, units, strict=True) if own == unit}) == 1 for unit in set(units))
+
+
+@given(data=st.data())
 def test_a_relaxed_budget_is_kept(data: st.DataObject) -> None:
     budget = data.draw(budgets())
     numbers = vectors(data.draw, len(budget))

@@ -101,6 +101,19 @@ def test_a_unit_is_kept_or_pruned_as_one_by_its_mean() -> None:
         Budget([0] * 3, [10] * 3, cap=20, units=[0] * 3)
 
 
+def test_a_ratio_beside_a_cap_leaves_room_for_a_unit() -> None:
+    rows, layers = [0] * 4 + [1] * 4, [0] * 4 + [1] * 4
+    scores = torch.tensor([1.0] * 4 + [2.0] * 4)
+    budget = Budget(rows, [10] * 8, ratio=0.25, cap=40, units=layers)  # two modules of eight, and a layer has four
+    assert budget.discretize(scores).tolist() == [False] * 4 + [True] * 4
+    groups = Budget(rows, [10] * 8, ratio=0.05, cap=40, units=[0, 0, 0, 1, 1, 2, 2, 2])
+    assert groups.discretize(scores).nonzero().flatten().tolist() == [3, 4]
+    required = Budget(rows, [10] * 8, ratio=0.05, cap=40, required=[i < 3 for i in range(8)], units=[0] * 3 + [1] * 5)
+    assert required.discretize(scores).nonzero().flatten().tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="smallest has 4 modules.*room for 3.*`max_step_memory`"):
+        budget.limit([Ceiling(frozenset([0, 1]), 3)])
+
+
 @pytest.mark.parametrize(
     "options",
     [{"selection_unit": "group"}, {"selection_unit": "layer"}, {"selection_unit": "group", "method": "snip"}],
