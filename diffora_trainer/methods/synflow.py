@@ -30,8 +30,8 @@ class Synflow(ScoreMethod):
     are all ones (Tanaka et al., 2020, https://huggingface.co/papers/2006.05467; after HeteroLoRA). No data is read. In
     a model without learned positions all positions are then alike, so that attention does not depend on queries and
     keys: their modules come last, in an order that is rounding. Where the embeddings besides pass through a layer norm
-    first, as in DeBERTa, it makes zeros of the ones, and all scores are 0. They are not finite where the positive
-    weights overflow.
+    first, as in ModernBERT, it makes a constant of the ones, and if that is 0 no gradient reaches an adapter: such a
+    model is refused before the first step. Scores are not finite where the positive weights overflow.
 
     The signs are put back bit for bit, also when the pass fails; they take a byte for each weight while it runs.
     """
@@ -56,6 +56,9 @@ class Synflow(ScoreMethod):
                 "method, such as 'snip'."
             )
 
+    def try_out(self, context: ScoreContext) -> None:
+        self.score(context)
+
     def score(self, context: ScoreContext) -> Tensor:
         base = context.base_model
         embedding: Any = _embeddings(base)
@@ -75,6 +78,13 @@ class Synflow(ScoreMethod):
         with positive_weights(base), torch.autocast(device.type, enabled=False):
             total = wide(base(**inputs)[0]).sum()
             found = torch.autograd.grad(total, weights, allow_unused=True)
+            if not any(gradient is not None and bool(gradient.any()) for gradient in found):
+                raise ValueError(
+                    "You passed `method='synflow'`, which feeds a model embeddings of ones, but in "
+                    f"{type(base).__name__} no gradient reaches an adapter from there: its states are zeros, as where "
+                    "a layer norm right behind the embeddings makes zeros of the ones. Later scores would be 0 too. "
+                    "Please use another method, such as 'snip'."
+                )
             rest = iter(torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True))
             return context.sum_over_weights(saliency, [[next(rest) for _ in s.parameters] for s in context.sites])
 

@@ -26,7 +26,7 @@ from diffora_trainer.methods.base import ScoreMethod
 from diffora_trainer.methods.build import make_schedule, method_of
 from diffora_trainer.methods.registry import get_method, method_names, register_method, unregister_method
 from helpers.checks import assert_same
-from helpers.models import bert, gpt2, llama, opt
+from helpers.models import bert, deberta_v2, gpt2, llama, opt
 from helpers.options import make_config
 from helpers.searches import by_hand, make_search, model_loss, pairs, warm
 from helpers.trainers import CUT, WARMUP, classifier, lora, make_trainer, search_config
@@ -479,3 +479,15 @@ def test_config(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             method_of(make_config(**options))
+
+
+def test_synflow_says_before_the_first_step_where_nothing_flows() -> None:
+    tiny = deberta_v2()
+    model = get_peft_model(tiny.model, lora(target_modules=tiny.target_modules, task_type=tiny.task_type))
+    search = make_search(model, "synflow")
+    for look in (search.check_start, lambda batch: search.score([batch])):
+        with pytest.raises(ValueError, match="DebertaV2ForSequenceClassification no gradient reaches.*layer norm"):
+            look(tiny.batch)
+    other = llama()  # lora_B is 0 here too
+    model = get_peft_model(other.model, lora(target_modules=other.target_modules))
+    make_search(model, "synflow").check_start(other.batch)
