@@ -173,7 +173,8 @@ def inputs_of_adapters(context: ScoreContext, read: Callable[[int, Tensor], None
     Args:
         context ([`~diffora_trainer.methods.context.ScoreContext`]): the model and its sites.
         read (`Callable`): called with the index of a site and the vectors that its `lora_A` multiplies, `(tokens,
-            size)`, without those of padding.
+            size)`, without those of padding. What is the same for all rows, as a table of relative positions that the
+            adapter multiplies too, counts once a call: there are adapters that read nothing else.
     """
     masks = TokenMasks(context)
 

@@ -48,6 +48,8 @@ class TokenMasks:
         self._calls: dict[nn.Module, dict[str, Any]] = {}
         self._owners: dict[nn.Module, list[nn.Module]] = {}
         """The parts of the model that have a mask of their own and that a module stands in, the innermost first."""
+        self._readers: set[nn.Module] = set()
+        """Modules that have read or returned states of the tokens of a batch."""
         self._handles: list[Any] = []
         above: dict[str, list[nn.Module]] = {}
         for name, module in self._base.named_modules():
@@ -98,7 +100,8 @@ class TokenMasks:
     def of(self, module: nn.Module, states: Tensor) -> Tensor | None:
         """
         Which tokens of states are not padding, `(batch, tokens)`, or `(batch * tokens,)` where the states are so
-        flattened; `None` if all count. If there is padding, but the mask does not fit, the log says so once.
+        flattened; `None` if all count. If there is padding, but the mask does not fit, the log says so once; not where
+        the states are the same for all rows of a batch, as a table of relative positions in DeBERTa, which has none.
 
         Args:
             module (`nn.Module`): the module that reads or returns them.
@@ -109,7 +112,9 @@ class TokenMasks:
         owner, mask = self._mask_at(module, states)
         if mask is not None:
             found = _fitted(owner, mask, states)
-            if found is None and _are_tokens(states, mask) and not mask.bool().all():
+            if found is not None:
+                self._readers.add(module)
+            elif _are_tokens(states, mask) and not self._for_all_rows(module, states, mask) and not mask.bool().all():
                 what = f"The `attention_mask` that the model was called with, {tuple(mask.shape)}, does"
                 so = "padding tokens would be scored like any others. Please score on batches without padding"
                 self._tell(module, states, what, so)
@@ -119,6 +124,11 @@ class TokenMasks:
             if found is not None:
                 return found
         return None
+
+    def _for_all_rows(self, module: nn.Module, states: Tensor, mask: Tensor) -> bool:
+        """Whether states that a mask does not fit are the same for all rows, and not the rows flattened into one."""
+        flattened = len(mask) == 1 or states.shape[1] == mask.numel()
+        return states.ndim > 2 and len(states) == 1 and (module in self._readers or not flattened)
 
     def documents(self, module: nn.Module, states: Tensor) -> tuple[Tensor, Tensor | None]:
         """

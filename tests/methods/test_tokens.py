@@ -11,7 +11,7 @@ import transformers
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from helpers.models import bert, llama, opt, t5
+from helpers.models import bert, deberta_v2, llama, opt, t5
 from helpers.searches import make_search, warm
 from helpers.speech_models import wav2vec2
 from helpers.tiny_model import HIDDEN, VOCAB, TinyModel, causal_batch
@@ -300,3 +300,17 @@ def test_a_mask_that_does_not_fit_is_told_once(caplog: pytest.LogCaptureFixture)
         told = [r.getMessage() for r in caplog.records if "does not fit" in r.getMessage()]
         assert len(told) == (0 if whole else 1)
     assert "(8, 10), does not fit the states (8, 5, 32) at 'layers.0.lora_A.default'" in told[0]
+
+
+@pytest.mark.parametrize("method", ["eva", "prilora"])
+def test_a_table_that_all_rows_share_has_no_padding(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    """In DeBERTa, a query projection reads the relative positions too, here 16: also in a batch of 16 tokens."""
+    tiny = deberta_v2()
+    model = get_peft_model(tiny.model, lora(target_modules=tiny.target_modules, task_type=tiny.task_type))
+    for rows, tokens in ((4, 8), (2, 8), (1, 8)):
+        mask = torch.ones(rows, tokens, dtype=torch.long)
+        mask[0, -3:] = 0
+        ids = torch.randint(3, VOCAB, (rows, tokens), generator=torch.Generator().manual_seed(0))
+        batch = {"attention_mask": mask, "labels": torch.arange(rows) % 2}
+        assert_alike(model, method, [{**batch, "input_ids": ids.masked_fill(mask == 0, token)} for token in (5, 9)])
+    assert "does not fit" not in caplog.text
