@@ -224,21 +224,6 @@ def checkpoints_call(layer: nn.Module) -> bool:
     return isinstance(layer, GradientCheckpointingLayer) and "__call__" in vars(GradientCheckpointingLayer)
 
 
-def renew_neftune(trainer: Any) -> None:
-    """
-    Let the noise of NEFTune go on where the input embeddings have lost their LoRA: a Trainer hangs it on the module
-    that these are when its loop begins. Goes when it finds the module by itself.
-    """
-    from transformers.integrations.neftune import activate_neftune
-
-    if trainer.neftune_noise_alpha is None:
-        return
-    embeddings = own_input_embeddings(trainer.accelerator.unwrap_model(trainer.model))
-    if embeddings is not None and not hasattr(embeddings, "neftune_noise_alpha"):
-        trainer.neftune_hook_handle.remove()
-        trainer.neftune_hook_handle = activate_neftune(trainer.model, trainer.neftune_noise_alpha, trainer.accelerator)
-
-
 def train_batch_size(trainer: Trainer) -> int:
     """
     Rows that one process reads at a time. `Trainer._train_batch_size` in all versions: `auto_find_batch_size` makes it

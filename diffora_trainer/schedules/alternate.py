@@ -46,8 +46,9 @@ class AlternateFactors(FactorSchedule):
         parts = _factors(model)
         if not all(parts.values()):
             raise ValueError(
-                f"The adapter of this model ({type(model.peft_config[model.active_adapters[0]]).__name__}) has no "
-                "factors `lora_A` and `lora_B` that could be trained in turn. Please use a `LoraConfig`."
+                "The adapter of this model has no factors `lora_A` and `lora_B` that could be trained in turn: it is "
+                f"of a `{type(model.peft_config[model.active_adapters[0]]).__name__}`, or what was made of it, as "
+                "by LoRA-XS, trains something else in their place. Please use plain LoRA."
             )
         trained = parameters_of(optimizer)
         if left_out := [part for part, factors in parts.items() if not trained.issuperset(factors)]:

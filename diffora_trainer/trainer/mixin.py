@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..compat.transformers import output_dir, renew_neftune
+from ..compat.neftune import end_neftune, renew_neftune
+from ..compat.transformers import output_dir
 from ..compat.trl import own_training_step
 from ..config import DiffoRAConfig
 from ..core.selection import Selection
@@ -194,6 +195,7 @@ class DiffoRAMixin(_Base):
         finally:
             self._prefix_cache.close()
             self._session.release_model(self.model)
+            end_neftune(self)
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` runs the loop again when memory ran out. The parent reads the checkpoint's weights

@@ -88,3 +88,22 @@ def test_another_trainer_trains_what_it_saves(name: str, tmp_path: Path) -> None
         trainer.train()
         found.append((trainer.evaluate(EVALUATION)["eval_loss"], adapter(model)))
     assert_same(*found)
+
+
+def test_noise_of_embeddings_is_not_added_twice(tmp_path: Path) -> None:
+    """The stock Trainer leaves NEFTune on the embeddings when a training ends by an exception."""
+
+    def build(folder: str) -> Trainer:
+        return saving_trainer(tmp_path / folder, "llama", args={"neftune_noise_alpha": 5})
+
+    trainer, interrupt = build("interrupted"), Interrupt()
+    trainer.add_callback(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    embeddings = trainer.model.get_input_embeddings()
+    assert not embeddings._forward_hooks and not hasattr(embeddings, "neftune_noise_alpha")
+    trainer.remove_callback(interrupt)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "interrupted" / f"checkpoint-{CHECKPOINT}"))
+    whole = build("whole")  # its noise begins with the seed of its trainer
+    whole.train()
+    assert_continues(trainer, whole, CHECKPOINT)
