@@ -33,6 +33,8 @@ def taken_out_on_error(model: Any, config: Any = None) -> Iterator[None]:
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     delete_new_adapters = _noted_adapters(model) if isinstance(model, PeftModel) else None
     configured = "peft_config" in vars(model)
+    own: Any = getattr(model, "config", None)
+    layers = getattr(own, "num_hidden_layers", None)
     try:
         yield
     except BaseException:
@@ -43,6 +45,8 @@ def taken_out_on_error(model: Any, config: Any = None) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
         if not configured:  # PEFT notes it on the base model
             vars(model).pop("peft_config", None)
+        if layers is not None:  # `layer_replication` writes it
+            own.num_hidden_layers = layers
         raise
 
 

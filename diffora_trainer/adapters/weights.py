@@ -85,6 +85,17 @@ class ParameterSite(WeightSite):
     def fits(cls, layer: Any, adapter_name: str) -> bool:
         return isinstance(layer, ParamWrapper) and adapter_name in layer.lora_A
 
+    def obstacle(self) -> str | None:
+        if self.other_adapters:
+            others = ", ".join(repr(name) for name in sorted(self.other_adapters))
+            return (
+                f"its parameter has a LoRA of the adapter {others} too, which would stay where this one is pruned. "
+                "PEFT wraps a parameter for all adapters alike, so the saved one would load without some weights. "
+                "Please merge the other adapter into the base model (`merge_and_unload()`) and pass a "
+                "`peft_config`, or leave `target_parameters` out."
+            )
+        return super().obstacle()
+
     def saved_shapes(self, rank: int, adapted: Collection[str] | None = None) -> dict[str, tuple[int, ...]]:
         outside = [f"{self._module}.{name}" for name in vars(self.layer)["diffora_outside"]]
         depth = len([name for name in outside if adapted is None or name in adapted])

@@ -48,7 +48,7 @@ def complete_lora_config(
 
     Raises:
         TypeError: if the configuration is not a `LoraConfig`, or another one for which there are sites.
-        ValueError: if it asks for a variant of LoRA that cannot be searched.
+        ValueError: if it asks for a variant of LoRA that cannot be searched, or for frozen weights.
     """
     if config is None:
         config = LoraConfig(target_modules="all-linear")
@@ -56,6 +56,11 @@ def complete_lora_config(
         raise TypeError(
             f"You passed a `peft_config` of type {type(config).__name__}. The search chooses among LoRA modules, so "
             "it must be a `peft.LoraConfig`, or one of LoHa, LoKr or VeRA."
+        )
+    if config.inference_mode:
+        raise ValueError(
+            f"You passed a `{type(config).__name__}` with `inference_mode=True`, as that of a saved adapter has it, "
+            "so the new adapter would be frozen. Please set `config.inference_mode = False`."
         )
     check_lora_config(config)
     name, model = (None, model) if isinstance(model, nn.Module) else (model, None)

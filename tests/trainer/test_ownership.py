@@ -92,6 +92,16 @@ def test_model_of_a_trainer_that_could_not_be_built(task: str, checkpointing: bo
     assert_same(adapter(again.model), adapter(whole.model))
 
 
+def test_number_of_layers_of_a_model_whose_trainer_could_not_be_built(tmp_path: Path) -> None:
+    """PEFT writes it into the configuration where the adapter repeats layers."""
+    model = causal_model()
+    layers = model.config.num_hidden_layers
+    config = lora(layer_replication=[[0, layers], [0, layers]])
+    with pytest.raises(ValueError, match="max_trainable_parameters=1"):
+        make_trainer(tmp_path, "sft", model=model, peft_config=config, search={"max_trainable_parameters": 1})
+    assert model.config.num_hidden_layers == layers == len(model.model.layers)
+
+
 @pytest.mark.parametrize("wrong", [{"max_trainable_parameters": 1}, {"search_micro_batches": 2}], ids=str)
 def test_adapters_of_a_model_whose_trainer_could_not_be_built(wrong: dict[str, Any], tmp_path: Path) -> None:
     """TRL adds one for the reference, which may not be there the next time."""

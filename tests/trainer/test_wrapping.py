@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     Glm4MoeConfig,
@@ -210,6 +211,28 @@ def test_fused_experts_that_the_user_names_are_chosen_among(tmp_path: Path) -> N
         resumed = build(str(step))
         resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
         assert_continues(resumed, whole, step)
+
+
+def test_fused_experts_of_a_second_adapter_are_refused(tmp_path: Path) -> None:
+    """What is pruned of one adapter would stay for the other, and what is saved would not load."""
+    config = lora(r=2, target_modules=["q_proj"], target_parameters=MOE_PARAMETERS, task_type="CAUSAL_LM")
+    model = get_peft_model(moe(VOCABULARY).model, config)
+    try:
+        model.add_adapter("old", copy.deepcopy(config))
+    except ValueError:
+        pytest.skip("this PEFT holds one adapter of parameters alone")
+    model.set_adapter("default")
+    with pytest.raises(ValueError, match="a LoRA of the adapter 'old' too.*`merge_and_unload"):
+        make_trainer(tmp_path, "sft", model=model, peft_config=None)
+
+
+def test_the_configuration_of_a_saved_adapter_is_refused_with_its_remedy(tmp_path: Path) -> None:
+    get_peft_model(causal_model(), lora()).save_pretrained(tmp_path / "saved")
+    config = LoraConfig.from_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="`inference_mode=True`.*set `config.inference_mode = False`"):
+        make_trainer(tmp_path, "sft", peft_config=config)
+    config.inference_mode = False
+    assert lora_layers(make_trainer(tmp_path, "sft", peft_config=config).model, "default")
 
 
 @pytest.mark.parametrize("make", [whisper, speech_to_text])
