@@ -29,7 +29,7 @@ PYTEST := $(TEST_ENV) $(BIN)/python -m pytest
 CORE := $(patsubst %,tests/%.py,$(addprefix trainer/test_,trainer custom_loop third_party preference trainers_table freezing \
 	trainer_parents loop_habits own_loss rollouts generating_steps streams backward_depth wrapping ownership doubts cut resume callback_saves checkpoint time_budget micro_batches \
 	prefix_cache early_choice images progress adapter_runs rank_method_runs heads) \
-	$(addprefix adapters/test_,gates architectures pruning backward sites lora_sites) $(addprefix core/test_,selection config state units) \
+	$(addprefix adapters/test_,gates architectures pruning backward sites lora_sites moments) $(addprefix core/test_,selection config state units) \
 	search/test_search search/test_rank_runs $(addprefix methods/test_,hidden_states rank_methods rank_surgery trained_gates) $(addprefix schedules/test_,chained_rounds factors loops) integrations/test_callback serving/test_export serving/test_merged hub/test_saving hub/test_report project/test_packaging $(addprefix experimental/test_,shortcuts shortcut_model))
 SOURCES := $(wildcard diffora_trainer recipes tests docs)
 

@@ -151,7 +151,6 @@ class LoraXS(RebuiltLora, ExportableState):
         for name, module in self.found().items():
             if name in saved:
                 exact = torch.tensor(saved[name], dtype=torch.float64).to(module.core)
-                if _close(
-                    exact.float(), module.core.detach().float(), module.tolerance
-                ):  # else other weights were loaded since
+                own = module.core.detach().float()
+                if _close(exact.float(), own, module.tolerance):  # else other weights were loaded since
                     module.core.data.copy_(exact)

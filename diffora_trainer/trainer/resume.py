@@ -46,10 +46,7 @@ def grow_to_saved(folder: str, state: RunState, model: Any, adapted: Sequence[st
         adapted (`Sequence[str]`): the modules that are trained in the checkpoint, by the state.
     """
     if state.selection is None or not state.selection.in_ranks:
-        sites = find_sites(model, model.active_adapters[0])
-        kinds = {sites[name].kind for name in adapted if name in sites}
-        beside = [kind.adapter_folder for kind in extra_kinds() if kind.name in kinds]
-        grow_to_checkpoint(Path(folder, *(beside[-1:] or [_inner_folder(model)])), model)
+        grow_to_checkpoint(_adapter_folder(folder, model, adapted), model)
 
 
 def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str], adapted: Sequence[str]) -> None:
@@ -63,8 +60,7 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
         modules (`Sequence[str]`): the modules from before the pruning, by the state.
         adapted (`Sequence[str]`): the modules that are trained in the checkpoint, by the state.
     """
-    adapter_name, inner = model.active_adapters[0], _inner_folder(model)
-    selection = state.selection
+    adapter_name, selection = model.active_adapters[0], state.selection
     sites = find_sites(model, adapter_name)
     if set(sites) not in (set(modules), set(adapted)):
         raise ValueError(
@@ -74,8 +70,7 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
     for kind in extra_kinds():
         if own := [sites[name] for name in adapted if sites[name].kind == kind.name]:
             kind.check_fits(folder, model, own)
-            inner = kind.adapter_folder
-    path = Path(folder, inner, ADAPTER_NAME)
+    path = _adapter_folder(folder, model, adapted) / ADAPTER_NAME
     lora: list[Any] = [sites[name] for name in adapted if site_kind(sites[name].kind).in_adapter]
     ranks = {site.name: site.rank for site in lora}
     options = json.loads(path.with_name(ADAPTER_CONFIG_NAME).read_text(encoding="utf-8"))
@@ -83,7 +78,7 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
     compared: tuple[str, ...] = _LORA_OPTIONS
     if selection is not None and selection.in_ranks:
         left = dict(zip(selection.modules, selection.ranks, strict=True))
-        rounds = rounds_in_checkpoint(Path(folder, inner), model, left)  # what it lacks grows when they are loaded
+        rounds = rounds_in_checkpoint(path.parent, model, left)  # what it lacks grows when they are loaded
         after = {name: rounds * left[name] for name in ranks}
         if ranks not in ({name: left[name] for name in ranks}, after):  # the model is not pruned yet
             before = dict(zip(selection.modules, selection.grid.ranks, strict=True))
@@ -106,10 +101,16 @@ def check_model(folder: str, state: RunState, model: Any, modules: Sequence[str]
     )
 
 
-def _inner_folder(model: Any) -> str:
-    """Where in a checkpoint PEFT puts the adapter."""
+def _adapter_folder(folder: str, model: Any, adapted: Sequence[str]) -> Path:
+    """Where in a checkpoint the adapter is: where PEFT puts it, or what is saved beside it, if any of that is left."""
     adapter_name = str(model.active_adapters[0])
-    return "" if adapter_name == "default" else adapter_name
+    sites = find_sites(model, adapter_name)
+    inner = "" if adapter_name == "default" else adapter_name
+    left = {sites[name].kind for name in adapted if name in sites}
+    for kind in extra_kinds():
+        if kind.name in left:
+            inner = kind.adapter_folder
+    return Path(folder, inner)
 
 
 def _scalings(options: dict[str, Any]) -> set[float]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from threading import Barrier
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,6 +24,7 @@ from helpers.checks import assert_each_close
 from helpers.models import bert, llama
 from helpers.options import make_config
 from helpers.searches import components, make_search, make_steps, model_loss, pairs, warm
+from helpers.threads import in_two_processes
 from helpers.trainers import lora
 
 
@@ -173,24 +172,15 @@ def test_eva_centers_what_is_far_from_zero(mean: float) -> None:
     x = torch.randn(2000, 64) * torch.arange(1, 65).rsqrt() + mean
     x[:600, 0] += 1.0
     values = torch.linalg.eigvalsh(torch.cov(x.T.double(), correction=0)).flip(0)
-    barrier, given = Barrier(2), [torch.zeros(0)] * 2
 
-    def process(rank: int) -> Tensor:
-        def reduce(value: Tensor) -> Tensor:
-            given[rank] = value
-            barrier.wait()
-            found = (given[0] + given[1]) / 2
-            barrier.wait()
-            return found
-
+    def process(rank: int, reduce: Any) -> Tensor:
         context: Any = SimpleNamespace(reduce=reduce)
         sketch = _Sketch(64, 8)
         for part in (x[:600], x[600:])[rank].split(200):
             sketch.add(part)
         return sketch.principal(context)[0]
 
-    with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(process, range(2)))
+    found = in_two_processes(process)
     assert found[0].equal(found[1])
     torch.testing.assert_close(found[0][:8], (values / values.sum())[:8], rtol=1e-3, atol=1e-5)
 

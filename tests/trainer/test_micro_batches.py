@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from helpers.checks import step_logs
 from helpers.data import preference_dataset, tiny_tokenizer, token_rows
 from helpers.marks import mostly_slow
 from helpers.models import moe
+from helpers.threads import in_two_processes
 from helpers.trainers import (
     CUT,
     VOCABULARY,
@@ -285,21 +285,12 @@ def test_a_rule_that_fits_a_batch_by_rounding_does_not_stay(prompt: int, of_labe
 def test_processes_split_alike_whatever_is_in_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """A loss may wait for the other processes, as SFT's does for its metrics: all have to compute it equally often."""
     monkeypatch.setattr("diffora_trainer.search.micro_batches.world_size", lambda: 2)
-    barrier, sent = threading.Barrier(2, timeout=20), [torch.zeros(())] * 2
     whole = torch.ones(4, 5, dtype=torch.int)
     short, empty = whole.clone(), whole.clone()
     short[0, 2:] = empty[:2] = -100
     batches = {0: (whole, whole, empty, whole, whole), 1: (whole, short, whole, whole[:1], whole)}
-    found: dict[int, Any] = {}
 
-    def process(rank: int) -> None:
-        def reduce(values: torch.Tensor) -> torch.Tensor:
-            sent[rank] = values
-            barrier.wait()
-            mean = torch.stack(sent).mean(0)
-            barrier.wait()
-            return mean
-
+    def process(rank: int, reduce: Any) -> list[list[float]]:
         def loss_of(part: Any) -> float:
             counts = (part["labels"][:, 1:] != -100).sum(1).float()
             return float(reduce(part["rows"].mean() * 0) + (part["rows"] * counts).sum() / counts.sum())
@@ -307,17 +298,9 @@ def test_processes_split_alike_whatever_is_in_their_rows(monkeypatch: pytest.Mon
         splitter = MicroBatches(2, runtime=Runtime(reduce=reduce))
         values = torch.tensor([1.0, 2.0, 4.0, 8.0])
         own = [{"rows": values[: len(labels)], "labels": labels} for labels in batches[rank]]
-        try:
-            found[rank] = [[weight for _, weight in splitter.split(batch, loss_of)] for batch in own]
-        except BaseException as error:
-            barrier.abort()
-            found[rank] = error
+        return [[weight for _, weight in splitter.split(batch, loss_of)] for batch in own]
 
-    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found = in_two_processes(process)
     # A part without a label would be left out by one process alone, and one row makes fewer parts: no batch is split.
     assert found[0] == [[0.5, 0.5], [0.5, 0.5], [1.0], [1.0], [0.5, 0.5]]
     assert found[1] == [[0.5, 0.5], pytest.approx([5 / 13, 8 / 13]), [1.0], [1.0], [0.5, 0.5]]
